@@ -1,0 +1,30 @@
+"""Makes vision-language models decode with a small KV cache."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apack_compile.api import calibrate, new_cache, optimize, report, restore
+    from apack_compile.cache import CompactedCache
+    from apack_compile.config import AttentionPackConfig
+    from apack_compile.reporting import Report
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AttentionPackConfig": "config",
+    "CompactedCache": "cache",
+    "Report": "reporting",
+    "calibrate": "api",
+    "new_cache": "api",
+    "optimize": "api",
+    "report": "api",
+    "restore": "api",
+}
+__all__ = ["AttentionPackConfig", "CompactedCache", "Report", "calibrate", "new_cache", "optimize", "report", "restore"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"apack_compile.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'apack_compile' has no attribute {name!r}")

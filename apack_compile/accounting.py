@@ -1,0 +1,58 @@
+"""Bytes that a cache holds, really counted."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from apack_compile.cache import CompactedCache
+
+DENSE_ELEMENT_BYTES = 2
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind some tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Tensors in an attribute: itself, or in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
+    """What the cache holds, in bytes.
+
+    tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for layers that are not packed, of what they
+    hold). sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions.
+    model_bytes: model-scoped bases. ratio: dense_bytes / sequence_bytes.
+    """
+    plan, packed = cache.index.plan, [layer for layer in cache.packed_layers if layer.is_initialized]
+    model = [t for bases in plan.bases.values() for basis in bases for t in basis] if plan is not None else []
+    own = [t for layer in cache.layers if layer not in cache.packed_layers for t in tensors_in(vars(layer))]
+    sequence = [*cache.index.positions, *own, *tensors_in(cache.history)]
+    dense = sum(t.numel() for t in own) * DENSE_ELEMENT_BYTES
+    tokens = 0
+    for layer in packed:
+        tokens = layer.batch_size * int(layer.get_seq_length())
+        widths = layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
+        dense += tokens * widths * DENSE_ELEMENT_BYTES
+        held = [*layer.dense, *layer.codes, layer.cursor]
+        sequence += held if model else [*held, *layer.bases]
+    sequence_bytes = storage_bytes(sequence)
+    return {
+        "tokens": tokens,
+        "dense_bytes": dense,
+        "sequence_bytes": sequence_bytes,
+        "model_bytes": storage_bytes(model),
+        "ratio": dense / sequence_bytes if sequence_bytes else 1.0,
+    }
+

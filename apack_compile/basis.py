@@ -1,0 +1,114 @@
+"""Fit of a basis: mean, orthonormal components and quantizer steps of one stream."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apack_compile.codec import GAUSSIAN_STEP, WIDTHS, Bands, StreamBasis
+
+# Above this width an eigendecomposition of the Gram matrix costs more than a few block products.
+EIGH_MAX_WIDTH = 2048
+SUBSPACE_ITERATIONS = 4
+OVERSAMPLING = 8
+STEP_FACTORS = (0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted token count `[S, G]`, mean `[S, G, W_g]` and covariance `[S, G, W_g, W_g]`, float32 or better."""
+
+    count: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Every component of a stream, before bands are chosen.
+
+    mean `[S, G, W_g]`, rows `[S, G, r, W_g]` orthonormal, by falling deviation `[S, G, r]`;
+    steps `[S, G, r]` per band width, for a token scale of 1.
+    """
+
+    mean: Tensor
+    rows: Tensor
+    deviation: Tensor
+    steps: dict[int, Tensor]
+
+    def basis(self, bands: Bands, dtype: torch.dtype = torch.float32) -> StreamBasis:
+        """The stream basis of these bands; owns its memory."""
+        start, steps = 0, []
+        for count, bits in zip(bands.counts, WIDTHS, strict=True):
+            steps.append(self.steps[bits][..., start : start + count])
+            start += count
+        rows = self.rows[:, :, : bands.components].to(dtype, copy=True)
+        return StreamBasis(self.mean.to(dtype, copy=True), rows, torch.cat(steps, dim=-1).float())
+
+
+def moments(x: Tensor, weight: Tensor | None = None) -> Moments:
+    """Moments of tokens `[S, G, N, W_g]`; `weight` `[S, N]` is 0 for a token to leave out."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    w = x.new_ones(x.shape[0], x.shape[2]) if weight is None else weight.to(x.dtype)
+    count = w.sum(-1)[:, None].expand(-1, x.shape[1])
+    total = count.clamp_min(1)
+    mean = (x * w[:, None, :, None]).sum(2) / total[..., None]
+    centered = (x - mean[:, :, None]) * w[:, None, :, None]
+    return Moments(count, mean, centered.mT @ centered / total[..., None, None])
+
+
+def principal_rows(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading `rank` eigenvectors as orthonormal rows `[..., rank, W]` and their eigenvalues, largest first.
+
+    Eigendecomposition for narrow streams, randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4)
+    where the width is large and the rank a small part of it.
+    """
+    width = covariance.shape[-1]
+    if width <= EIGH_MAX_WIDTH or rank + OVERSAMPLING >= width // 4:
+        values, vectors = torch.linalg.eigh(covariance)
+        return vectors.flip(-1).mT[..., :rank, :].contiguous(), values.flip(-1)[..., :rank].clamp_min(0)
+    generator = torch.Generator(device=covariance.device).manual_seed(0)
+    shape = (*covariance.shape[:-1], rank + OVERSAMPLING)
+    block = torch.randn(shape, generator=generator, device=covariance.device, dtype=covariance.dtype)
+    for _ in range(SUBSPACE_ITERATIONS):
+        block = torch.linalg.qr(covariance @ block).Q
+    values, vectors = torch.linalg.eigh(block.mT @ covariance @ block)
+    rows = (block @ vectors.flip(-1)).mT[..., :rank, :]
+    return rows.contiguous(), values.flip(-1)[..., :rank].clamp_min(0)
+
+
+def fit(stats: Moments, rank: int | None = None) -> Spectrum:
+    """Spectrum of a stream from its moments, with the steps of a Gaussian.
+
+    A little of the mean variance is spread over all directions: with few tokens the sample knows only some of them, and a
+    frozen basis must still serve the tokens to come.
+    """
+    width = stats.mean.shape[-1]
+    rank = width if rank is None else min(rank, width)
+    rows, variance = principal_rows(stats.covariance, rank)
+    average = stats.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+    share = width / (width + 20 * stats.count.to(average.dtype))
+    variance = (1 - share)[..., None] * variance + (share * average)[..., None]
+    magnitude = (average + stats.mean.square().mean(-1)).sqrt()
+    floor = torch.finfo(torch.float32).eps * magnitude + torch.finfo(torch.float32).tiny ** 0.5
+    deviation = torch.maximum(variance.sqrt(), floor[..., None])
+    return Spectrum(stats.mean, rows, deviation, {bits: deviation * step for bits, step in GAUSSIAN_STEP.items()})
+
+
+def fit_steps(spectrum: Spectrum, sample: Tensor, token_scale: bool) -> Spectrum:
+    """The same spectrum with, per component and width, the step that serves `sample` `[S, G, N, W_g]` best (squared error)."""
+    coefficients = (sample.to(spectrum.mean.dtype) - spectrum.mean[:, :, None]) @ spectrum.rows.mT
+    normalized = coefficients / spectrum.deviation[:, :, None]
+    if token_scale:
+        normalized = normalized / normalized.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    steps = {16: spectrum.steps[16]}
+    for bits in WIDTHS[1:]:
+        top = 2**bits - 1
+        errors = []
+        for factor in STEP_FACTORS:
+            step = GAUSSIAN_STEP[bits] * factor
+            quantized = ((normalized / step + top / 2).round().clamp(0, top) - top / 2) * step
+            errors.append((quantized - normalized).square().mean(2))
+        best = torch.tensor(STEP_FACTORS, device=sample.device)[torch.stack(errors).argmin(0)]
+        steps[bits] = spectrum.deviation * best * GAUSSIAN_STEP[bits]
+    return Spectrum(spectrum.mean, spectrum.rows, spectrum.deviation, steps)

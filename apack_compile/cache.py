@@ -1,0 +1,335 @@
+"""The packed cache: a transformers `Cache` whose full-attention layers store compressed tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from apack_compile.accounting import cache_report
+from apack_compile.kernels.layout import HELD
+from apack_compile.layer import MAX_APPEND, CompactedLayer, SharedIndex
+from apack_compile.plan import Plan, spare_slots
+from apack_compile.token_index import Chunk, assign, extended, positions_of, without_bad_bargains
+
+Planner = Callable[[int, float], Plan]
+CAPACITY_GRAIN = 256
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer of the model gets: `reason` is None when it is packed, else why it keeps transformers' own layer."""
+
+    layer: int
+    layer_type: str
+    reason: str | None
+
+
+class CompactedCache(Cache):
+    """Packed KV cache of one batch of sequences.
+
+    kinds: one entry per layer of the model. own_layers: transformers' layers for those that are not packed. planner: gives the
+    plan for a prompt of so many tokens, this share of them vision; asked once, at the first prefill. expected_tokens: new tokens
+    to make room for from the start (the cache grows past it when it must). signature: what model it belongs to.
+    """
+
+    def __init__(
+        self,
+        kinds: list[LayerKind],
+        own_layers: DynamicCache,
+        planner: Planner,
+        expected_tokens: int = 64,
+        signature: tuple = (),
+    ) -> None:
+        self.index = SharedIndex()
+        layers = [
+            CompactedLayer(kind.layer, self.index) if kind.reason is None else own_layers.layers[kind.layer]
+            for kind in kinds
+        ]
+        super().__init__(layers=layers)
+        self.kinds = kinds
+        self.planner: Planner | None = planner
+        self.expected_tokens = expected_tokens
+        self.signature = signature
+        self.notes: list[str] = []
+        self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._undo: Callable[[], None] | None = None
+        self.history: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def packed_layers(self) -> list[CompactedLayer]:
+        """The layers that store compressed tokens."""
+        return [layer for layer in self.layers if isinstance(layer, CompactedLayer)]
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether a prompt has been stored."""
+        return all(layer.is_initialized for layer in self.packed_layers)
+
+    def note(self, text: str) -> None:
+        """Something the report must say, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def expect(self, vision: Tensor | None, padding: Tensor | None) -> None:
+        """Tell which tokens of the coming chunk are vision and which padding, bool `[B, n]`; None for none of them."""
+        self._incoming = (vision, padding)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store the states of one layer; raises ValueError (cache unchanged) for states that cannot be packed."""
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, CompactedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if torch.compiler.is_compiling() and layer.is_initialized:
+            return layer.update(key_states, value_states)
+        return self._update_eagerly(layer, key_states, value_states)
+
+    @torch.compiler.disable
+    def _update_eagerly(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Checked update of a layer, all or nothing over the layers of a chunk."""
+        packed = self.packed_layers
+        if layer is packed[0]:
+            self._check(layer, key, value)
+            self._begin(key)
+        try:
+            self._check(layer, key, value)
+            out = layer.update(key, value)
+        except Exception:
+            self._roll_back()
+            raise
+        if layer is packed[-1]:
+            self._undo, self.index.laid_out = None, []
+        return out
+
+    def _check(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> None:
+        """Raise ValueError unless the states fit what the cache holds and can be packed."""
+        if layer.is_initialized:
+            for name, got, want in (
+                ("batch size", key.shape[0], layer.batch_size),
+                ("number of KV heads", key.shape[1], layer.num_heads),
+                ("head_dim", key.shape[3], layer.dense[0].shape[3]),
+                ("dtype", key.dtype, layer.dtype),
+                ("device", key.device, layer.device),
+            ):
+                if got != want:
+                    raise ValueError(f"layer {layer.layer_idx}: {name} is {got}, but this cache holds {want}; use a new cache")
+        layer.check(key, value)
+
+    def _begin(self, key: Tensor) -> None:
+        """Decide, at the first packed layer, what happens to the coming chunk `[B, H_kv, n, D]`."""
+        batch, _, tokens, _ = key.shape
+        vision, padding = self._incoming
+        self._incoming = (None, None)
+        first = self.packed_layers[0]
+        held = int(first.get_seq_length())
+        appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))
+        self._remember(appends, held)
+        if appends:
+            self.reserve(tokens)
+            self.index.chunk = self.index.assignment = None
+            return
+        none = torch.zeros(batch, tokens, dtype=torch.bool, device=key.device)
+        vision, padding = (none if f is None or f.shape != none.shape else f.to(key.device) for f in (vision, padding))
+        self._choose_plan(tokens, vision, padding)
+        self._plan_chunk(vision, padding, held, key.shape[1] * key.shape[3])
+
+    def _choose_plan(self, tokens: int, vision: Tensor, padding: Tensor) -> None:
+        """Ask for the plan at the first prefill."""
+        if self.index.plan is None:
+            real = (~padding).sum().clamp_min(1)
+            self.index.plan = self.planner(tokens, float((vision & ~padding).sum() / real))
+            self.planner = None
+
+    def _plan_chunk(self, vision: Tensor, padding: Tensor, held: int, width: int) -> None:
+        """Assign the chunk's tokens to slots and update the shared positions."""
+        plan, index, first = self.index.plan, self.index, self.packed_layers[0]
+        tokens = vision.shape[1]
+        self._extend_history(held)
+        if not plan.separates_vision and bool(vision.any()):
+            self.note("the calibration inputs held no vision tokens: vision tokens are stored with the text bases")
+            vision = torch.zeros_like(vision)
+        packed, origin = (int(first.cursor[1]), int(first.cursor[2])) if held else (0, 0)
+        if plan.per_sequence:
+            if self.history is not None:
+                past = (past[:, :held] for past in self.history)
+                vision, padding = (torch.cat([old, new], 1) for old, new in zip(past, (vision, padding), strict=True))
+            self.history = (vision, padding)
+            index.chunk = Chunk(vision, padding, 0)
+            index.assignment = without_bad_bargains(assign(index.chunk, plan.first_tokens, 0), plan, width)
+            kept = [vision.new_empty((vision.shape[0], 0), dtype=torch.int32)] * 3
+        else:
+            waiting = held - packed
+            if waiting:
+                none = torch.zeros(vision.shape[0], waiting, dtype=torch.bool, device=vision.device)
+                vision, padding = torch.cat([none, vision], 1), torch.cat([none, padding], 1)
+            index.chunk = Chunk(vision, padding, packed)
+            index.assignment = assign(index.chunk, 0 if held else plan.first_tokens, plan.tail_slots)
+            empty = vision.new_empty((vision.shape[0], 0), dtype=torch.int32)
+            kept = [*index.positions[:2], index.positions[2][:, : packed - origin]] if held else [empty] * 3
+        assignment = index.assignment
+        index.spare = self._spare(held + tokens)
+        start = index.floor = held + tokens - assignment.tail
+        new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
+        index.laid_out = index.positions
+        index.positions = [torch.cat(pair, 1) for pair in zip(kept, new, strict=True)]
+        if not plan.per_sequence:
+            index.positions[2] = extended(index.positions[2], start, index.spare)
+        self._mark_positions()
+        index.capacity = max(index.capacity, self._capacity(held + tokens))
+
+    def _spare(self, tokens: int) -> int:
+        """Free text slots to keep when `tokens` tokens are held."""
+        return max(16, min(self.expected_tokens, spare_slots(tokens)))
+
+    def _capacity(self, tokens: int) -> int:
+        """Logical length to offer when `tokens` tokens are held."""
+        return -(-(tokens + max(self.expected_tokens, MAX_APPEND)) // CAPACITY_GRAIN) * CAPACITY_GRAIN
+
+    def _mark_positions(self) -> None:
+        """As the layers do with their tensors: static addresses, any number of slots."""
+        for position in self.index.positions:
+            torch._dynamo.mark_static_address(position, guard=False)
+            if position.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(position, 1)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens: grow the storage, or pack a full tail."""
+        packed = self.packed_layers
+        if not packed or not packed[0].is_initialized:
+            return
+        held, index = int(packed[0].get_seq_length()), self.index
+        if held + tokens > index.capacity:
+            index.capacity = self._capacity(held + tokens)
+        missing = tokens - packed[0].free_slots()
+        if missing <= 0:
+            return
+        if index.plan.per_sequence:
+            batch = packed[0].batch_size
+            none = torch.zeros(batch, 0, dtype=torch.bool, device=packed[0].device)
+            self._plan_chunk(none, none, held, packed[0].num_heads * packed[0].dense[0].shape[3])
+            for layer in packed:
+                layer.recompact()
+            index.chunk, index.assignment, index.laid_out = None, None, []
+            return
+        grown = max(missing, self._spare(held))
+        slots, origin = packed[0].codes[4].shape[2], int(packed[0].cursor[2])
+        index.positions[2] = extended(index.positions[2], slots + origin, grown)
+        self._mark_positions()
+        for layer in packed:
+            layer.grow(grown)
+
+    def _extend_history(self, held: int) -> None:
+        """Tokens appended since the last layout are text."""
+        if self.history is not None and self.history[0].shape[1] < held:
+            more = held - self.history[0].shape[1]
+            self.history = tuple(torch.nn.functional.pad(flags, (0, more)) for flags in self.history)
+
+    def _remember(self, appends: bool, held: int) -> None:
+        """Keep what it takes to undo the coming chunk."""
+        if appends:
+            self._undo = lambda: [layer.crop(int(layer.cursor[HELD]) - held) for layer in self.packed_layers]
+            return
+        saved = [(layer, snapshot(layer)) for layer in self.packed_layers]
+        index, history, planner = snapshot(self.index), self.history, self.planner
+
+        def undo() -> None:
+            for layer, state in saved:
+                layer.__dict__.update(state)
+            self.index.__dict__.update(index)
+            self.history, self.planner = history, planner
+
+        self._undo = undo
+
+    def _roll_back(self) -> None:
+        """Forget the chunk being stored; layers that are not packed can only be reset when they held nothing before."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        if not self.packed_layers[0].is_initialized:
+            for layer in self.layers:
+                if not isinstance(layer, CompactedLayer):
+                    layer.reset()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that `update` will return for `query_length` new tokens of this layer."""
+        if not torch.compiler.is_compiling() and query_length <= MAX_APPEND:
+            self.reserve(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: the cache grows with the generation."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: the cache grows with the generation (the name before transformers 5.20)."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget every token; the plan and its model-scoped bases stay."""
+        super().reset()
+        plan, self.index.__dict__ = self.index.plan, SharedIndex().__dict__
+        self.index.plan = plan
+        self.history, self._undo, self._incoming = None, None, (None, None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens; raises ValueError past the tail (tokens laid out by a prefill)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}; pass a negative number of tokens to remove")
+        packed = self.packed_layers
+        if packed and packed[0].is_initialized:
+            held = int(packed[0].get_seq_length())
+            if held + tokens_to_remove < self.index.floor:
+                raise ValueError(
+                    f"crop: cannot remove {-tokens_to_remove} of {held} tokens; only the newest {held - self.index.floor} "
+                    "came after the last prefill, the others are packed"
+                )
+        for layer in self.layers:
+            if not isinstance(layer, CompactedLayer) or layer.is_initialized:
+                layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch in the order `beam_idx` `[B]`, in place, so that compiled graphs keep their addresses."""
+        self._map_rows(lambda tensor: tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device))))
+        self._own_layers("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._own_layers("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows at `indices`."""
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+        self._own_layers("batch_select_indices", indices)
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch to every tensor that has a row per sequence."""
+        packed = [layer for layer in self.packed_layers if layer.is_initialized]
+        if not packed:
+            return
+        for tensors in (self.index.positions, *(tensors for layer in packed for tensors in layer.batched())):
+            tensors[:] = [change(tensor) if tensor.dim() > 1 else tensor for tensor in tensors]
+        if self.history is not None:
+            self.history = tuple(change(flags) for flags in self.history)
+        for layer in packed:
+            layer.batch_size = layer.dense[0].shape[0]
+            layer.mark_static()
+        self._mark_positions()
+
+    def _own_layers(self, method: str, argument: object) -> None:
+        """Call a method of the layers that are not packed."""
+        for layer in self.layers:
+            if not isinstance(layer, CompactedLayer):
+                getattr(layer, method)(argument)
+
+    def report(self) -> dict[str, int | float]:
+        """Bytes held: tokens, dense_bytes, sequence_bytes, model_bytes, ratio (accounting.cache_report)."""
+        return cache_report(self)
+
+
+def snapshot(holder: object) -> dict:
+    """Attributes of an object, its lists copied."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in vars(holder).items()}

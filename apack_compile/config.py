@@ -1,0 +1,73 @@
+"""User-facing configuration."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+PRESETS = ("lossless", "attentionpack")
+COMPILE_MODES = ("auto", "inductor", "aot_eager", "eager", "none")
+DEFAULT_RATIO = 4.0
+MIN_TAIL_SLOTS = 32
+
+
+@dataclass(frozen=True)
+class AttentionPackConfig:
+    """What `optimize` does to a model.
+
+    ratio: dense bytes over packed bytes, a finite number > 1 (bases shared by all requests). preset: "lossless", or
+    "attentionpack" (a basis per sequence; `ranks` per modality and stream, `tail_slots` newest tokens dense before they are
+    packed). One of ratio and preset; neither means ratio 4. compile: how decode is compiled. strict: raise when a site that
+    reads the packed cache is not rewritten. Raises ValueError naming the argument.
+    """
+
+    ratio: float | None = None
+    preset: str | None = None
+    ranks: dict[str, int] = field(
+        default_factory=lambda: {"vision_key": 64, "vision_value": 64, "text_key": 64, "text_value": 64}
+    )
+    tail_slots: int = 64
+    quantize: str | None = None
+    compile: str = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and self.preset is not None:
+            raise ValueError(f"ratio={self.ratio!r} and preset={self.preset!r} exclude each other; pass one of them")
+        if self.ratio is None and self.preset is None:
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
+        if self.ratio is not None and not _is_ratio(self.ratio):
+            raise ValueError(f"ratio={self.ratio!r} must be a finite number > 1")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} is not one of {', '.join(PRESETS)}")
+        if self.compile not in COMPILE_MODES:
+            raise ValueError(f"compile={self.compile!r} is not one of {', '.join(COMPILE_MODES)}")
+        expected = {"vision_key", "vision_value", "text_key", "text_value"}
+        if set(self.ranks) != expected or any(not isinstance(r, int) or r < 1 for r in self.ranks.values()):
+            raise ValueError(f"ranks={self.ranks!r} must give a positive integer for each of {', '.join(sorted(expected))}")
+        if not isinstance(self.tail_slots, int) or self.tail_slots < MIN_TAIL_SLOTS:
+            raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
+        if self.quantize is not None and not isinstance(self.quantize, str):
+            raise ValueError(f"quantize={self.quantize!r}: a config holds the short name; pass torchao objects to optimize")
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict={self.strict!r} must be True or False")
+
+    def to_json(self) -> str:
+        """This configuration as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AttentionPackConfig":
+        """A configuration from JSON; raises ValueError for anything that is not one."""
+        try:
+            values: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from error
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) - known:
+            raise ValueError(f"a configuration is an object with {', '.join(sorted(known))}; got {values!r}")
+        return cls(**values)
+
+
+def _is_ratio(ratio: object) -> bool:
+    return isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and math.isfinite(ratio) and ratio > 1

@@ -1,0 +1,1 @@
+"""The demo: a small real vision-language model answers questions about real pictures."""

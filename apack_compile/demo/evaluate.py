@@ -1,0 +1,246 @@
+"""Asks the demo's questions from a dense and from a packed cache, and times both.
+
+The pictures are read into a cache first and each question is asked from that cache: were a question part of the
+prefill, its answer would come from exact keys and values and say nothing about the packed ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from apack_compile.demo.assets import Question
+from apack_compile.demo.prompts import Prompt, build_dialogue, build_prompt, load_pixels, normalize_answer
+from apack_compile.layer import CompactedLayer
+
+ANSWER_TOKENS = 6
+TIMED_TOKENS = 16
+CALIBRATION_TOKENS = 4096
+CALIBRATION_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Pictures that share one prompt, and the questions about them (question i is about picture i)."""
+
+    pictures: tuple[Question, ...]
+    asked: int
+
+
+@dataclass
+class Row:
+    """One question with both answers."""
+
+    question: Question
+    shown: str
+    dense: str
+    packed: str
+
+
+@dataclass
+class Results:
+    """All rows and the caches' bytes, one report per question."""
+
+    rows: list[Row] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+
+
+def question_sets(pictures: Sequence[Sequence[Question]], questions: int, images: int) -> list[QuestionSet]:
+    """Cuts shuffled pictures into prompts of `images`, one question per picture, `questions` in all."""
+    if questions < 1:
+        raise ValueError(f"questions must be at least 1, got {questions}")
+    if images < 1:
+        raise ValueError(f"images-per-prompt must be at least 1, got {images}")
+    needed = -(-questions // images) * images
+    if needed > len(pictures):
+        raise ValueError(f"questions must be at most {len(pictures) // images * images} here, got {questions}")
+    sets = []
+    for start in range(0, needed, images):
+        chosen = tuple(group[0] for group in pictures[start : start + images])
+        sets.append(QuestionSet(chosen, min(images, questions - start)))
+    return sets
+
+
+def calibration_inputs(tokenizer: Any, pictures: Sequence[Sequence[Question]], images: int) -> list[dict[str, Any]]:
+    """Conversations about training pictures, about 4,000 tokens; short prompts are mixed with longer ones."""
+    sizes = [images] if images > 1 else [1, 2, 4, 8]
+    inputs: list[dict[str, Any]] = []
+    start = tokens = 0
+    while tokens < CALIBRATION_TOKENS or len(inputs) < CALIBRATION_PROMPTS:
+        size = sizes[len(inputs) % len(sizes)]
+        turns = [group[0] for group in pictures[start : start + size]]
+        if len(turns) < size:
+            break
+        ids = build_dialogue(tokenizer, turns)
+        inputs.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": load_pixels(turns)})
+        start, tokens = start + size, tokens + ids.shape[1]
+    return inputs
+
+
+def dense_cache(model: Any) -> Any:
+    """The cache that transformers would use; passed by hand, it switches packing off."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config())
+
+
+@torch.no_grad()
+def read_pictures(model: Any, prompt: Prompt, pixels: torch.Tensor, cache: Any) -> None:
+    """Prefills the pictures' part of a prompt into `cache`."""
+    ids = prompt.prefix.to(model.device)
+    model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pixels.to(model.device, model.dtype),
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+
+
+def generate(model: Any, prompt: Prompt, cache: Any, **kwargs: Any) -> torch.Tensor:
+    """Greedy continuation of a prompt whose pictures `cache` holds: the new ids."""
+    ids = prompt.input_ids.to(model.device)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, **kwargs
+    )
+    return out[0, ids.shape[1] :]
+
+
+def forget_question(cache: Any, prompt: Prompt) -> None:
+    """Takes a question and its answer off the cache, back to the pictures."""
+    extra = int(cache.get_seq_length()) - prompt.prefix_len
+    if extra > 0:
+        cache.crop(-extra)
+
+
+def answer(model: Any, tokenizer: Any, prompt: Prompt, cache: Any) -> str:
+    """The model's normalised answer to one question."""
+    ids = generate(model, prompt, cache, max_new_tokens=ANSWER_TOKENS)
+    return normalize_answer(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def ask_all(
+    model: Any,
+    tokenizer: Any,
+    sets: Sequence[QuestionSet],
+    new_packed: Callable[[], Any],
+    advance: Callable[[], None] = lambda: None,
+) -> Results:
+    """Asks every question twice, from a dense and from a packed cache of the same pictures."""
+    results = Results()
+    for group in sets:
+        images = len(group.pictures)
+        prompts = [build_prompt(tokenizer, q.text, i, images) for i, q in enumerate(group.pictures[: group.asked])]
+        pixels = load_pixels(group.pictures)
+        caches = {"dense": dense_cache(model), "packed": new_packed()}
+        for cache in caches.values():
+            read_pictures(model, prompts[0], pixels, cache)
+        for i, prompt in enumerate(prompts):
+            answers = {name: answer(model, tokenizer, prompt, cache) for name, cache in caches.items()}
+            results.reports.append(caches["packed"].report())
+            results.prompt_tokens.append(prompt.input_ids.shape[1])
+            question = group.pictures[i]
+            shown = question.text if images == 1 else f"image {i + 1}: {question.text}"
+            results.rows.append(Row(question, shown, answers["dense"], answers["packed"]))
+            for cache in caches.values():
+                forget_question(cache, prompt)
+            advance()
+    return results
+
+
+class StepClock:
+    """A generation streamer that keeps the time of every new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate with the prompt first, then with each token."""
+        if value.device.type == "cuda":
+            torch.cuda.synchronize(value.device)
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by generate at the end."""
+
+    def steps(self) -> list[float]:
+        """Seconds of each decode step: neither the prompt nor the first token, which holds the prefill."""
+        kept = self.times[1:]
+        return [b - a for a, b in zip(kept, kept[1:], strict=False)]
+
+
+def decode_time_ratio(
+    model: Any, tokenizer: Any, group: QuestionSet, new_packed: Callable[[], Any], rounds: int = 3
+) -> float:
+    """Median packed decode step over the median dense one, measured in turns after one warm-up each."""
+    prompt = build_prompt(tokenizer, group.pictures[0].text, 0, len(group.pictures))
+    pixels = load_pixels(group.pictures)
+    caches = {"dense": dense_cache(model), "packed": new_packed()}
+    for cache in caches.values():
+        read_pictures(model, prompt, pixels, cache)
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    for turn in range(rounds + 1):
+        for name, cache in caches.items():
+            clock = StepClock()
+            generate(
+                model, prompt, cache, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, streamer=clock
+            )
+            forget_question(cache, prompt)
+            if turn > 0:
+                seconds[name] += clock.steps()
+    return median(seconds["packed"]) / median(seconds["dense"])
+
+
+@torch.no_grad()
+def kl_by_layer(
+    model: Any,
+    tokenizer: Any,
+    group: QuestionSet,
+    new_packed: Callable[[], Any],
+    advance: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """KL(dense || packed) of the next token when only one layer's pictures are packed, mean over a question."""
+    prompt = build_prompt(tokenizer, group.pictures[0].text, 0, len(group.pictures))
+    pixels = load_pixels(group.pictures)
+    dense, packed = dense_cache(model), new_packed()
+    read_pictures(model, prompt, pixels, dense)
+    read_pictures(model, prompt, pixels, packed)
+    states = [(layer.keys, layer.values) for layer in dense.layers]
+    wanted = _question_logprobs(model, prompt, states)
+    kls = []
+    for index, layer in enumerate(packed.layers):
+        if isinstance(layer, CompactedLayer):
+            swapped = list(states)
+            swapped[index] = _decoded(layer, prompt.prefix_len)
+            got = _question_logprobs(model, prompt, swapped)
+            kls.append(float((wanted.exp() * (wanted - got)).sum(-1).mean().clamp(min=0)))
+        else:
+            kls.append(0.0)
+        advance()
+    return kls
+
+
+def _decoded(layer: CompactedLayer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[1, H_kv, tokens, D]` as a later step reads them from a packed layer."""
+    key, value = (states[:, :, :0] for states in layer.dense[:2])
+    key, value = key.to(layer.dtype), value.to(layer.dtype)
+    return torch.ops.apack.unpack.default(key, value, *layer.state(), tokens)
+
+
+def _question_logprobs(model: Any, prompt: Prompt, states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Log-probabilities `[n, vocabulary]` of the question's tokens, read from the given keys and values."""
+    cache = dense_cache(model)
+    for index, (key, value) in enumerate(states):
+        length = prompt.prefix_len
+        cache.update(key[..., :length, :].to(model.dtype), value[..., :length, :].to(model.dtype), index)
+    ids = prompt.input_ids.to(model.device)
+    logits = model(
+        input_ids=ids[:, prompt.prefix_len :], attention_mask=torch.ones_like(ids), past_key_values=cache
+    ).logits
+    return torch.log_softmax(logits[0].float(), dim=-1)

@@ -1,0 +1,105 @@
+"""The demo's PNG: pictures with their answers, bytes as bars, KL by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apack_compile.demo.assets import INSTALL_HINT, DemoAssetsError
+from apack_compile.demo.evaluate import Results, Row
+
+INK, MUTED, GRID = "#1f2430", "#7a8190", "#e3e6ec"
+DENSE, PACKED, MODEL = "#9aa5b8", "#2f6fde", "#c9d8f6"
+RIGHT, WRONG = "#1d8a4b", "#c8372d"
+COLUMNS, ROWS = 6, 2
+
+
+def chosen_rows(rows: Sequence[Row], count: int = COLUMNS * ROWS) -> list[Row]:
+    """Rows to draw: questions that the two caches answered differently first, then the others in order."""
+    return sorted(rows, key=lambda row: row.dense == row.packed)[:count]
+
+
+def draw(path: Path, title: str, results: Results, summary: dict[str, Any], kls: Sequence[float]) -> None:
+    """Writes the picture; raises DemoAssetsError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DemoAssetsError(f"the package 'matplotlib' is not installed; {INSTALL_HINT}") from error
+
+    figure = Figure(figsize=(12, 8.4), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(0.04, 0.955, "Same pictures, same questions, a smaller KV cache", size=19, weight="bold", color=INK)
+    line = (
+        f"{title} · {summary['tokens_per_prompt']:.0f} tokens a prompt · {summary['ratio']:.2f}x smaller · "
+        f"{summary['answers_equal']:.1%} of {summary['questions']} answers equal the dense cache's · "
+        f"accuracy {summary['accuracy_dense']:.1%} dense, {summary['accuracy_packed']:.1%} packed"
+    )
+    figure.text(0.04, 0.922, line, size=11, color=MUTED)
+    outer = figure.add_gridspec(2, 1, left=0.04, right=0.975, top=0.885, bottom=0.075, height_ratios=[1.75, 1], hspace=0.2)
+    _draw_pictures(figure, outer[0].subgridspec(ROWS, COLUMNS, wspace=0.12, hspace=0.62), results.rows)
+    lower = outer[1].subgridspec(1, 2, width_ratios=[1, 1.25], wspace=0.2)
+    _draw_bytes(figure.add_subplot(lower[0]), summary)
+    _draw_kl(figure.add_subplot(lower[1]), kls)
+    figure.savefig(path)
+
+
+def _draw_pictures(figure: Any, grid: Any, rows: Sequence[Row]) -> None:
+    from PIL import Image
+
+    for index, row in enumerate(chosen_rows(rows)):
+        axes = figure.add_subplot(grid[index // COLUMNS, index % COLUMNS])
+        with Image.open(row.question.image) as image:
+            axes.imshow(image.convert("RGB"))
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_color(GRID)
+        axes.set_title(_wrapped(row.shown), size=8.5, color=INK, pad=5)
+        for offset, name, text in ((-0.10, "dense", row.dense), (-0.23, "packed", row.packed)):
+            right = text == row.question.answer
+            axes.text(0.47, offset, name, size=9, color=MUTED, ha="right", va="center", transform=axes.transAxes)
+            axes.text(
+                0.53,
+                offset,
+                text or "(nothing)",
+                size=9,
+                weight="bold",
+                color=RIGHT if right else WRONG,
+                va="center",
+                transform=axes.transAxes,
+            )
+
+
+def _draw_bytes(axes: Any, summary: dict[str, Any]) -> None:
+    names = ["dense, 16-bit", "packed", "bases, once\nper model"]
+    values = [summary[name] / 2**20 for name in ("dense_bytes", "sequence_bytes", "model_bytes")]
+    bars = axes.barh(names, values, color=[DENSE, PACKED, MODEL], height=0.62)
+    axes.bar_label(bars, [f"{value:.2f} MiB" for value in values], padding=5, size=10, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(values) * 1.25)
+    axes.set_title("KV cache of one prompt", size=12, color=INK, loc="left", pad=8)
+    axes.tick_params(axis="y", length=0, labelsize=10, labelcolor=INK)
+    axes.set_xticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_kl(axes: Any, kls: Sequence[float]) -> None:
+    axes.bar(range(len(kls)), kls, color=PACKED, width=0.7)
+    axes.set_title("KL to the dense model when only this layer is packed", size=12, color=INK, loc="left", pad=8)
+    axes.set_xlabel("layer", size=10, color=MUTED)
+    axes.tick_params(length=0, labelsize=9, labelcolor=MUTED)
+    axes.set_xlim(-0.8, len(kls) - 0.2)
+    axes.set_ylim(0, max(max(kls, default=0.0) * 1.1, 1e-6))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _wrapped(text: str, width: int = 24) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)[:3])

@@ -1,0 +1,180 @@
+"""The demo from start to end: load, optimize, calibrate, ask, time, print, draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apack_compile
+from apack_compile.config import AttentionPackConfig
+from apack_compile.demo.assets import INSTALL_HINT, DemoAssetsError, load_model, load_questions, load_tokenizer
+from apack_compile.demo.evaluate import (
+    Results,
+    ask_all,
+    calibration_inputs,
+    decode_time_ratio,
+    kl_by_layer,
+    question_sets,
+)
+
+SHOWN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `apack-compile demo` was asked for."""
+
+    ratio: float | None = None
+    preset: str | None = None
+    images_per_prompt: int = 4
+    questions: int = 48
+    compile: str = "auto"
+    seed: int = 0
+    json_path: Path | None = None
+    png_path: Path | None = Path("apack-demo.png")
+
+
+def run_demo(options: DemoOptions) -> dict[str, Any]:
+    """Runs the demo, prints it, writes its files, returns the summary that `--json` writes."""
+    config = AttentionPackConfig(ratio=options.ratio, preset=options.preset, compile=options.compile)
+    for path in (options.json_path, options.png_path):
+        _check_writable(path)
+    pictures = load_questions("test", options.seed)
+    sets = question_sets(pictures, options.questions, options.images_per_prompt)
+    console = _console()
+    with _progress(console) as progress:
+        task = progress.add_task("loading the model", total=None)
+        tokenizer, model = load_tokenizer(), load_model()
+        progress.remove_task(task)
+        apack_compile.optimize(model, config)
+        if config.ratio is not None:
+            task = progress.add_task("calibrating on training pictures", total=None)
+            training = load_questions("train", options.seed)
+            apack_compile.calibrate(model, calibration_inputs(tokenizer, training, options.images_per_prompt))
+            progress.remove_task(task)
+
+        def new_packed() -> Any:
+            return apack_compile.new_cache(model)
+
+        task = progress.add_task("asking", total=options.questions)
+        results = ask_all(model, tokenizer, sets, new_packed, lambda: progress.advance(task))
+        task = progress.add_task("timing decode", total=None)
+        time_ratio = decode_time_ratio(model, tokenizer, sets[0], new_packed)
+        progress.remove_task(task)
+        kls: list[float] = []
+        if options.png_path is not None:
+            layers = model.config.get_text_config().num_hidden_layers
+            task = progress.add_task("KL by layer", total=layers)
+            kls = kl_by_layer(model, tokenizer, sets[0], new_packed, lambda: progress.advance(task))
+    summary = summarize(results, time_ratio)
+    _print(console, _title(config, options), results, summary)
+    if options.json_path is not None:
+        options.json_path.write_text(json.dumps(summary, indent=2) + "\n")
+        console.print(f"wrote {options.json_path}")
+    if options.png_path is not None:
+        from apack_compile.demo.plot import draw
+
+        draw(options.png_path, _title(config, options), results, summary, kls)
+        console.print(f"wrote {options.png_path}")
+    return summary
+
+
+def summarize(results: Results, time_ratio: float) -> dict[str, Any]:
+    """The flat object of `--json`; bytes are means over the questions."""
+    rows, reports = results.rows, results.reports
+    count = len(rows)
+
+    def mean(name: str) -> float:
+        return sum(report[name] for report in reports) / count
+
+    return {
+        "ratio": mean("dense_bytes") / mean("sequence_bytes"),
+        "answers_equal": sum(row.dense == row.packed for row in rows) / count,
+        "accuracy_dense": sum(row.dense == row.question.answer for row in rows) / count,
+        "accuracy_packed": sum(row.packed == row.question.answer for row in rows) / count,
+        "dense_bytes": round(mean("dense_bytes")),
+        "sequence_bytes": round(mean("sequence_bytes")),
+        "model_bytes": max(report["model_bytes"] for report in reports),
+        "tokens_per_prompt": sum(results.prompt_tokens) / count,
+        "questions": count,
+        "decode_time_ratio": time_ratio,
+    }
+
+
+def _title(config: AttentionPackConfig, options: DemoOptions) -> str:
+    chosen = f"preset {config.preset}" if config.preset else f"ratio {config.ratio:g}"
+    images = options.images_per_prompt
+    return f"{chosen}, {images} picture{'s' if images > 1 else ''} per prompt"
+
+
+def _check_writable(path: Path | None) -> None:
+    """Fails before minutes of work rather than after them."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.resolve().parent} does not exist")
+
+
+def _console() -> Any:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise DemoAssetsError(f"the package 'rich' is not installed; {INSTALL_HINT}") from error
+    return Console()
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+def _print(console: Any, title: str, results: Results, summary: dict[str, Any]) -> None:
+    """The table of answers and the summary below it."""
+    from rich.table import Table
+
+    table = Table(title=title, header_style="bold")
+    for name in ("picture", "question", "truth", "dense", "packed"):
+        table.add_column(name)
+    hidden = 0
+    for index, row in enumerate(results.rows):
+        same = row.dense == row.packed
+        if index >= SHOWN_ROWS and same:
+            hidden += 1
+            continue
+        answers = [_colored(text, row.question.answer) for text in (row.dense, row.packed)]
+        style = None if same else "reverse"
+        table.add_row(row.question.image.name, row.shown, row.question.answer, *answers, style=style)
+    console.print(table)
+    if hidden:
+        console.print(f"... and {hidden} more questions with equal answers")
+    for line in summary_lines(summary):
+        console.print(line, highlight=False)
+
+
+def _colored(text: str, truth: str) -> Any:
+    from rich.text import Text
+
+    return Text(text, style="green" if text == truth else "red")
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The figures in words."""
+    return [
+        f"accuracy over {summary['questions']} questions: "
+        f"dense {summary['accuracy_dense']:.1%}, packed {summary['accuracy_packed']:.1%}; "
+        f"answers equal {summary['answers_equal']:.1%}",
+        f"KV cache of a prompt ({summary['tokens_per_prompt']:.0f} tokens): "
+        f"dense {_size(summary['dense_bytes'])} (16-bit), packed {_size(summary['sequence_bytes'])}, "
+        f"{summary['ratio']:.2f}x smaller; bases shared by all requests {_size(summary['model_bytes'])}",
+        f"time of a decode step: packed / dense = {summary['decode_time_ratio']:.2f}",
+    ]
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

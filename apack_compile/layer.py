@@ -1,0 +1,255 @@
+"""One layer of the packed cache."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from apack_compile.basis import fit, moments
+from apack_compile.codec import FLOAT16_MAX, Bands, StreamBasis, encode
+from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
+from apack_compile.plan import STREAMS, Plan
+from apack_compile.token_index import Assignment, Chunk, gather_tokens, positions_of
+
+# A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
+MAX_APPEND = 32
+
+
+class SharedIndex:
+    """What all packed layers of a cache share: the plan, the slots' positions, and what the coming chunk is.
+
+    positions: int32 `[B, slots]` of first, vision, text. capacity: logical length of what `unpack` returns. floor: first
+    position that can still be cropped. laid_out: the positions that layers have which the chunk being stored has not reached.
+    chunk, assignment: of the chunk being stored; None while tokens are only appended.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.positions: list[Tensor] = []
+        self.laid_out: list[Tensor] = []
+        self.capacity = 0
+        self.floor = 0
+        self.chunk: Chunk | None = None
+        self.assignment: Assignment | None = None
+        self.spare = 0
+
+
+class CompactedLayer(CacheLayerMixin):
+    """Keys and values of one full-attention layer: first, vision, text and tail segments (docs/architecture.md)."""
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, layer_idx: int, index: SharedIndex) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.index = index
+        self.dense: list[Tensor] = []
+        self.codes: list[Tensor] = []
+        self.bases: list[Tensor] = []
+        self.bands: list[int] = []
+        self.cursor: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
+        if self.is_initialized and (torch.compiler.is_compiling() or self.index.chunk is None):
+            torch.ops.apack.append.default(key_states, value_states, *self.append_state())
+            return torch.ops.apack.unpack.default(key_states, value_states, *self.state(), self.index.capacity)
+        return self._store(key_states, value_states)
+
+    def state(self) -> tuple:
+        """The state arguments of `unpack` and `attend`."""
+        return self.dense, self.codes, self.bases, self.bands, self.index.positions, self.cursor
+
+    def append_state(self) -> tuple:
+        """The state arguments of `append`."""
+        return self.dense[2:] + self.codes[4:], self.bases[6:], self.bands[8:], self.cursor
+
+    @torch.compiler.disable
+    def _store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Lay a chunk out in segments; K and V as `update` returns them."""
+        key, value = key.detach(), value.detach()
+        fresh = not self.is_initialized
+        if fresh:
+            self.lazy_initialization(key, value)
+        held, packed, origin = self.cursor.tolist()
+        end = held + key.shape[2]
+        out = (key, value) if fresh else self._exact(key, value)
+        if self.index.plan.per_sequence:
+            self.lazy_initialization(key, value)
+            parts, used = [states[:, :, :end] for states in out], {VISION: 0, TEXT: 0}
+        else:
+            parts = [self._tail_then(states, i, held, packed) for i, states in enumerate((key, value))]
+            used = {VISION: self.codes[0].shape[2], TEXT: packed - origin}
+        self._lay_out(parts, used, end)
+        return out
+
+    def recompact(self) -> None:
+        """Pack the tail: lay everything out anew with an empty chunk."""
+        batch, heads, _, key_dim = self.dense[0].shape
+        none = torch.empty(batch, heads, 0, key_dim, dtype=self.dtype, device=self.device)
+        self._store(none, none.new_empty(batch, heads, 0, self.dense[1].shape[3]))
+
+    def _exact(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What is held, decoded, with the chunk exact at its end."""
+        held = self.cursor + torch.tensor([key.shape[2], 0, 0], device=key.device)
+        tokens = max(self.get_mask_sizes(key.shape[2])[0], int(held[HELD]))
+        state = (self.dense, self.codes, self.bases, self.bands, self.index.laid_out)
+        return torch.ops.apack.unpack.default(key, value, *state, held, tokens)
+
+    def check(self, key: Tensor, value: Tensor) -> None:
+        """Raise ValueError for states that cannot be packed."""
+        for name, states in zip(STREAMS, (key, value), strict=True):
+            largest = states.detach().abs().amax() if states.numel() else states.new_zeros(())
+            if not torch.isfinite(largest):
+                raise ValueError(f"layer {self.layer_idx}: {name} states hold NaN or Inf; the cache was left as it was")
+            if states.dtype == torch.float32 and largest > FLOAT16_MAX and not self._lossless():
+                raise ValueError(
+                    f"layer {self.layer_idx}: {name} states reach {float(largest):.3g}, past float16's {FLOAT16_MAX:.0f}; "
+                    'use preset="lossless", or run the model in bfloat16'
+                )
+
+    def _dense_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of dense tokens: the model's, 16 bits where the plan is lossy."""
+        return dtype if self._lossless() or dtype.itemsize == 2 else torch.float16
+
+    def _lossless(self) -> bool:
+        """Whether the plan keeps tokens as they are."""
+        return self.index.plan is not None and self.index.plan.layers[self.layer_idx].text_key.scope == "as_is"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Empty segments for states `[B, H_kv, n, D]`."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        dense_dtype = self._dense_dtype(self.dtype)
+        tail = self.index.plan.tail_slots
+        self.dense = [
+            states.new_zeros((*states.shape[:2], slots, states.shape[3]), dtype=dense_dtype)
+            for slots in (0, tail)
+            for states in (key_states, value_states)
+        ]
+        plans = self.index.plan.layers[self.layer_idx].streams
+        self.bands = [count for plan in plans for count in plan.bands.counts]
+        self.bases = [tensor for i in range(4) for tensor in self._initial_basis(i, self.dense[i % 2])]
+        self.codes = []
+        for i, plan in enumerate(plans):
+            x = to_groups((key_states, value_states)[i % 2][:, :, :0], self.index.plan.groups)
+            codes, _ = encode(x, StreamBasis(*self.bases[3 * i : 3 * i + 3]), plan.bands)
+            self.codes += [codes, x.new_empty((*x.shape[:3],) if plan.token_scale else 0, dtype=torch.float16)]
+        self.cursor = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self.is_initialized = True
+
+    def _initial_basis(self, stream: int, states: Tensor) -> StreamBasis:
+        """The basis before any token is packed: the plan's, the identity, or zeros that the first fit replaces."""
+        plan = self.index.plan.layers[self.layer_idx].streams[stream]
+        if plan.scope == "model":
+            return self.index.plan.bases[self.layer_idx][stream]
+        empty = states.new_empty(0, dtype=torch.float32)
+        if plan.scope == "as_is":
+            return StreamBasis(empty, empty, empty)
+        batch, groups = states.shape[0], self.index.plan.groups
+        width = states.shape[1] * states.shape[3] // groups
+        rank = plan.bands.components
+        shape = (batch, groups, rank, width)
+        half = {"dtype": torch.float16, "device": states.device}
+        return StreamBasis(torch.zeros(batch, groups, width, **half), torch.zeros(shape, **half), empty.new_ones(shape[:3]))
+
+    def _pack(self, states: Tensor, stream: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and token scales of chunk states `[B, H_kv, n, D]` at `index` `[B, N]`; a sequence basis is fitted on the way."""
+        plan = self.index.plan.layers[self.layer_idx].streams[stream]
+        x = to_groups(gather_tokens(states, index), self.index.plan.groups)
+        bands = plan.bands
+        if plan.scope == "sequence":
+            bands = Bands((min(bands.components, x.shape[2]), 0, 0, 0))
+            spectrum = fit(moments(x, (index >= 0).to(torch.float32)), bands.components)
+            self.bases[3 * stream : 3 * stream + 3] = spectrum.basis(bands, torch.float16)
+            self.bands[4 * stream : 4 * stream + 4] = bands.counts
+        basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
+        codes, scale = encode(x, basis, bands, plan.token_scale)
+        return codes, scale
+
+    def _tail_then(self, states: Tensor, stream: int, held: int, packed: int) -> Tensor:
+        """The tail's tokens, in order, then the chunk's."""
+        slots = self.dense[2 + stream].shape[2]
+        ring = torch.arange(packed, held, device=states.device) % max(slots, 1)
+        return torch.cat([self.dense[2 + stream][:, :, ring].to(states.dtype), states], dim=2)
+
+    def _lay_out(self, parts: list[Tensor], used: dict[int, int], end: int) -> None:
+        """Put the tokens of `parts` (K, V) where the shared assignment says, behind the `used` slots of each segment."""
+        assignment = self.index.assignment
+        for i, states in enumerate(parts):
+            first = gather_tokens(states, assignment.first).to(self.dense[i].dtype)
+            self.dense[i] = torch.cat([self.dense[i], first], dim=2)
+        for i in range(4):
+            segment, index = (VISION, assignment.vision) if i < 2 else (TEXT, assignment.text)
+            codes, scale = self._pack(parts[i % 2], i, index)
+            if self.index.plan.per_sequence:
+                self.codes[2 * i] = codes
+                continue
+            self.codes[2 * i] = torch.cat([self.codes[2 * i][:, :, : used[segment]], codes], dim=2)
+            if scale.dim() > 1:
+                self.codes[2 * i + 1] = torch.cat([self.codes[2 * i + 1][:, :, : used[segment]], scale], dim=2)
+        start = end - assignment.tail
+        for i, states in enumerate(parts):
+            tail = self.dense[2 + i]
+            ring = torch.arange(start, end, device=tail.device) % max(tail.shape[2], 1)
+            newest = states[:, :, states.shape[2] - assignment.tail :].to(tail.dtype)
+            self.dense[2 + i] = tail.index_copy(2, ring, newest)
+        self.cursor = torch.tensor([end, start, start - self.codes[4].shape[2]], device=self.device)
+        self.grow(self.index.spare)
+
+    def grow(self, slots: int) -> None:
+        """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""
+        if not self.index.plan.per_sequence:
+            for i in (4, 5, 6, 7):
+                if self.codes[i].dim() > 1:
+                    shape = (*self.codes[i].shape[:2], slots, *self.codes[i].shape[3:])
+                    self.codes[i] = torch.cat([self.codes[i], self.codes[i].new_zeros(shape)], dim=2)
+        self.mark_static()
+
+    def mark_static(self) -> None:
+        """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
+        for tensor in (*self.dense, *self.codes, *self.bases, self.cursor):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        for tensor in (*self.dense[:2], *self.codes):
+            if tensor.dim() > 1 and tensor.shape[2] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+
+    def free_slots(self) -> int:
+        """Tokens that can be appended before the layer must grow or be packed anew."""
+        held, packed, origin = self.cursor.tolist()
+        room = self.dense[2].shape[2] - (held - packed)
+        return room if self.index.plan.per_sequence else room + self.codes[4].shape[2] - (packed - origin)
+
+    def get_seq_length(self) -> Tensor | int:
+        """Tokens held: 0, or a 0-d tensor (a Python int would recompile at every step)."""
+        return self.cursor[HELD] if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that `update` returns for `query_length` new tokens."""
+        if not self.is_initialized:
+            return query_length, 0
+        if torch.compiler.is_compiling() or query_length <= MAX_APPEND:
+            return self.index.capacity, 0
+        return int(self.cursor[HELD]) + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.dense, self.codes, self.bases, self.bands, self.cursor = [], [], [], [], None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; the cache has checked that they came after the last layout."""
+        held = self.cursor[HELD] - abs(tokens_to_remove)
+        self.cursor[HELD] = held
+        self.cursor[PACKED] = torch.minimum(self.cursor[PACKED], held)
+
+    def batched(self) -> list[list[Tensor]]:
+        """The lists whose tensors have a row per sequence."""
+        return [self.dense, self.codes, self.bases] if self.index.plan.per_sequence else [self.dense, self.codes]

@@ -1,0 +1,41 @@
+"""Which tokens of a model's input are vision and which are padding."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id", "audio_token_index")
+
+
+def placeholder_ids(config: Any) -> list[int]:
+    """Token ids that stand for images, video or audio in a model's prompts."""
+    ids = (getattr(config, name, None) for name in PLACEHOLDERS)
+    return sorted({token for token in ids if isinstance(token, int)})
+
+
+def vision_of(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Bool `[B, n]`: placeholder positions of `input_ids`; None when the inputs do not tell."""
+    ids, placeholders = inputs.get("input_ids"), placeholder_ids(config)
+    if ids is None or not placeholders:
+        return None
+    return torch.isin(ids, torch.tensor(placeholders, device=ids.device))
+
+
+def padding_of(inputs: Mapping[str, Any], tokens: int) -> Tensor | None:
+    """Bool `[B, tokens]`: which of the newest `tokens` tokens the attention mask hides; None when nothing is hidden.
+
+    The mask may be 2-D, or the 4-D one that generate prepares (its last row attends to everything real), or one per layer type.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 4:
+        row = mask[:, 0, -1]
+        visible = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+    else:
+        visible = mask != 0
+    return ~visible[:, -tokens:] if visible.shape[1] >= tokens else None

@@ -1,0 +1,221 @@
+"""Plans: how every stream is stored, and the bits each component gets for a byte budget."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from apack_compile.basis import Spectrum
+from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
+
+MODALITIES = ("vision", "text")
+STREAMS = ("key", "value")
+FIRST_TOKENS = 4
+# Components come in runs of this many: the tile a kernel reads.
+BAND_GRAIN = 16
+# How much a key's logit noise counts against a value's relative error (docs/quality.md).
+LOGIT_NOISE_WEIGHT = 0.15
+# The tail of newest tokens may take this share of the budget, in tokens of these sizes.
+TAIL_SHARE = 0.06
+TAIL_SIZES = (32, 16, 8)
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How one stream of one modality is stored.
+
+    scope: "as_is" (untransformed, model dtype), "sequence" (a basis per sequence) or "model" (one basis for all requests).
+    """
+
+    scope: str
+    bands: Bands = Bands()
+    token_scale: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The four streams of a layer, in the operations' order."""
+
+    vision_key: StreamPlan
+    vision_value: StreamPlan
+    text_key: StreamPlan
+    text_value: StreamPlan
+
+    @property
+    def streams(self) -> tuple[StreamPlan, ...]:
+        """vision K, vision V, text K, text V."""
+        return (self.vision_key, self.vision_value, self.text_key, self.text_value)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan for one cache, with the model-scoped bases it needs.
+
+    layers: plan of each packed layer, by its index in the model. tail_slots: newest tokens kept dense. first_tokens: tokens
+    at the start kept dense. groups: head groups. bases: vision K, vision V, text K, text V of each model-scoped layer.
+    """
+
+    layers: Mapping[int, LayerPlan]
+    tail_slots: int
+    first_tokens: int = FIRST_TOKENS
+    groups: int = 1
+    bases: Mapping[int, tuple[StreamBasis, ...]] = field(default_factory=dict)
+    separates_vision: bool = True
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether bases are fitted for each sequence."""
+        return any(stream.scope == "sequence" for layer in self.layers.values() for stream in layer.streams)
+
+
+def uniform_plan(layers: Sequence[int], streams: LayerPlan, tail_slots: int) -> Plan:
+    """The same streams in every layer."""
+    return Plan({layer: streams for layer in layers}, tail_slots)
+
+
+def lossless_plan(layers: Sequence[int]) -> Plan:
+    """Every token untransformed, in the model's dtype."""
+    kept = StreamPlan("as_is")
+    return uniform_plan(layers, LayerPlan(kept, kept, kept, kept), tail_slots=0)
+
+
+def attentionpack_plan(layers: Sequence[int], ranks: Mapping[str, int], tail_slots: int) -> Plan:
+    """AttentionPack (arXiv 2603.23914), compaction: truncated SVD per sequence, modality and stream, in 16 bits."""
+    streams = [
+        StreamPlan("sequence", Bands((ranks[f"{modality}_{stream}"], 0, 0, 0)))
+        for modality in MODALITIES
+        for stream in STREAMS
+    ]
+    return uniform_plan(layers, LayerPlan(*streams), tail_slots)
+
+
+def tail_slots_for(tokens: int, ratio: float) -> int:
+    """Newest tokens to keep dense: a small share of the budget, less for short prompts and high ratios."""
+    affordable = TAIL_SHARE * tokens / ratio
+    return next((size for size in TAIL_SIZES if size <= affordable), 0)
+
+
+def water_fill(weights: Tensor, cost: Tensor, budget: float) -> Tensor:
+    """Bits per run of components `[n]` that minimise the weighted distortion within `budget`.
+
+    Reverse water-filling over the widths that exist: a run takes the width with the smallest
+    `weight * distortion(width) + slope * cost * width`, and the slope is bisected. `weights` is a run's distortion when
+    dropped, `cost` what one bit in it counts, float64.
+    """
+    widths = torch.tensor(list(GAUSSIAN_DISTORTION), dtype=torch.float64)
+    distortion = torch.tensor(list(GAUSSIAN_DISTORTION.values()), dtype=torch.float64)
+
+    def choose(slope: float) -> Tensor:
+        lagrangian = weights[:, None] * distortion + slope * cost[:, None] * widths
+        return widths[lagrangian.argmin(1)]
+
+    low, high = -60.0, 60.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        if float((choose(2.0**middle) * cost).sum()) > budget:
+            low = middle
+        else:
+            high = middle
+    return choose(2.0**high)
+
+
+def runs_of(spectrum_weights: Tensor) -> tuple[Tensor, list[int]]:
+    """Weights `[G, r]` of components summed over head groups and runs, and each run's length."""
+    total = spectrum_weights.sum(0).double().cpu()
+    runs = total.split(BAND_GRAIN)
+    return torch.stack([run.sum() for run in runs]), [len(run) for run in runs]
+
+
+def spare_slots(tokens: int) -> int:
+    """Free text slots that a cache of `tokens` tokens keeps for tokens to come."""
+    return max(16, tokens // 32)
+
+
+def largest_ratio(width: int) -> float:
+    """The ratio of a stream of this width with one 2-bit run and a scale per token: nothing smaller is worth storing."""
+    return 16 * width / (2 * min(BAND_GRAIN, width) + 16)
+
+
+def bands_of(bits: Sequence[float], lengths: Sequence[int]) -> Bands:
+    """Bands of runs with falling bits; the first run has two bits at least."""
+    counts = {16: 0, 8: 0, 4: 0, 2: 0}
+    for run, (width, length) in enumerate(zip(bits, lengths, strict=True)):
+        width = max(width, 2) if run == 0 else width
+        if width:
+            counts[int(width)] += length
+    return Bands((counts[16], counts[8], counts[4], counts[2]))
+
+
+@dataclass(frozen=True)
+class StreamStatistics:
+    """What the plan needs of a calibrated stream: its spectrum and, per component `[G, r]`, the harm of dropping it."""
+
+    spectrum: Spectrum
+    weights: Tensor
+
+
+def budget_plan(
+    statistics: Mapping[int, Mapping[str, tuple[StreamStatistics, StreamStatistics]]],
+    ratio: float,
+    tokens: int,
+    vision_share: float,
+    element_bytes: int = 2,
+) -> Plan:
+    """The plan that holds prompts of about `tokens` tokens, `vision_share` of them vision, at `ratio`.
+
+    `statistics[layer][modality]` are the key's and the value's. The budget is what a 16-bit dense cache takes, divided by
+    the ratio, less what stays dense: the first tokens, the tail, and the shared positions.
+    """
+    tail_slots = tail_slots_for(tokens, ratio)
+    separates_vision = all("vision" in layer for layer in statistics.values())
+    share = {"vision": vision_share, "text": 1 - vision_share} if separates_vision else {"text": 1.0}
+    dense_bits = sum(8 * element_bytes * width_of(s) for layer in statistics.values() for s in layer["text"])
+    packed_tokens = max(tokens - FIRST_TOKENS - tail_slots, 1) + spare_slots(tokens) // 2
+    fixed = (FIRST_TOKENS + tail_slots) * dense_bits + 32 * tokens
+    scale_bits = 16 * sum(len(layer["text"]) * groups_of(layer["text"][0]) for layer in statistics.values())
+    budget = (tokens * dense_bits / ratio - fixed) / packed_tokens - scale_bits
+    if tokens * dense_bits / ratio <= fixed:
+        budget = (dense_bits / ratio) - scale_bits
+    weights, cost, owners, lengths = [], [], [], []
+    for layer, modalities in statistics.items():
+        for modality, part in share.items():
+            for stream, measured in enumerate(modalities[modality]):
+                run_weights, run_lengths = runs_of(measured.weights)
+                groups = groups_of(measured)
+                weights.append(run_weights * max(part, 1e-3))
+                cost.append(torch.tensor(run_lengths, dtype=torch.float64) * groups * max(part, 1e-3))
+                owners.append((layer, modality, stream))
+                lengths.append(run_lengths)
+    bits = water_fill(torch.cat(weights), torch.cat(cost), budget).split([len(run) for run in lengths])
+    chosen = {owner: bands_of(b.tolist(), run) for owner, b, run in zip(owners, bits, lengths, strict=True)}
+    layers, bases = {}, {}
+    for layer, modalities in statistics.items():
+        streams, layer_bases = [], []
+        for modality in MODALITIES:
+            source = modality if modality in share else "text"
+            for stream in range(2):
+                bands = chosen[layer, source, stream]
+                streams.append(StreamPlan("model", bands, token_scale=True))
+                layer_bases.append(modalities[source][stream].spectrum.basis(bands))
+        layers[layer] = LayerPlan(*streams)
+        bases[layer] = tuple(layer_bases)
+    groups = groups_of(next(iter(statistics.values()))["text"][0])
+    return Plan(layers, tail_slots, groups=groups, bases=bases, separates_vision=separates_vision)
+
+
+def width_of(statistics: StreamStatistics) -> int:
+    """Width of a stream over all head groups."""
+    return statistics.spectrum.mean.shape[-1] * statistics.spectrum.mean.shape[-2]
+
+
+def groups_of(statistics: StreamStatistics) -> int:
+    """Head groups of a stream."""
+    return statistics.spectrum.mean.shape[-2]
+
+
+def budget_key(tokens: int, vision_share: float) -> tuple[int, float]:
+    """The representative prompt that shares a plan with this one: lengths in steps of sqrt(2), shares in eighths."""
+    steps = max(round(2 * math.log2(max(tokens, 64))), 12)
+    return round(2 ** (steps / 2)), round(vision_share * 8) / 8

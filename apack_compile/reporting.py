@@ -1,0 +1,121 @@
+"""What `report(model)` returns: every attention layer, every byte."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from apack_compile.plan import FIRST_TOKENS
+
+
+@dataclass(frozen=True)
+class LayerLine:
+    """One layer of the model: `status` is "rewritten", "packed" (not compiled yet), "dense" or "skipped"."""
+
+    layer: int
+    kind: str
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Layers, graphs, compile choice, bytes of the last cache, and notes."""
+
+    setting: str
+    compile: str
+    compile_reason: str
+    calibrated_on: str | None
+    quantized_layers: int
+    layers: tuple[LayerLine, ...]
+    graphs: tuple[dict[str, Any], ...]
+    bytes: dict[str, Any] | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """This report as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"apack-compile: {self.setting}; decode: {self.compile} ({self.compile_reason})"]
+        if self.calibrated_on:
+            lines.append(f"bases calibrated on: {self.calibrated_on}")
+        if self.quantized_layers:
+            lines.append(f"torchao-quantized linear layers: {self.quantized_layers}")
+        lines.append(f"{'layer':>5}  {'kind':<20} {'status':<10} reason")
+        lines += [f"{line.layer:>5}  {line.kind:<20} {line.status:<10} {line.reason}" for line in self.layers]
+        if self.bytes:
+            lines.append(
+                f"last cache: {self.bytes['tokens']} tokens, {self.bytes['dense_bytes']:,} bytes dense (16-bit), "
+                f"{self.bytes['sequence_bytes']:,} packed ({self.bytes['ratio']:.2f}x), "
+                f"{self.bytes['model_bytes']:,} of bases shared by all requests"
+            )
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def build_report(model: nn.Module, session: Any) -> Report:
+    """The report of a session."""
+    graphs = tuple(record.to_dict() for record in session.graphs)
+    held, cache_notes = session.held() or (None, [])
+    rewritten, refused = sites_by_layer(session.graphs)
+    config = session.config
+    return Report(
+        setting=f"preset={config.preset!r}" if config.preset else f"ratio={config.ratio:g}",
+        compile=session.inner or "none",
+        compile_reason=session.inner_reason,
+        calibrated_on=session.calibrated_on,
+        quantized_layers=session.quantized,
+        layers=tuple(layer_line(kind, rewritten, refused, session.inner) for kind in session.kinds),
+        graphs=graphs,
+        bytes=held,
+        notes=(*cache_notes, *notes_of(session, held)),
+    )
+
+
+def sites_by_layer(graphs: list[Any]) -> tuple[set[int], dict[int, str]]:
+    """Layers whose site was rewritten in some graph, and the reasons of those left, by layer."""
+    rewritten: set[int] = set()
+    refused: dict[int, str] = {}
+    for graph in graphs:
+        for site in graph.sites:
+            layer = layer_of(site.layer)
+            if layer is None or (site.reason is not None and not site.packed):
+                continue
+            if site.reason is None:
+                rewritten.add(layer)
+            else:
+                refused[layer] = site.reason
+    return rewritten, refused
+
+
+def layer_of(path: str | None) -> int | None:
+    """The layer number in a module path such as model.layers.3.self_attn."""
+    numbers = [int(part) for part in (path or "").replace("[", ".").replace("]", ".").split(".") if part.isdigit()]
+    return numbers[-1] if numbers else None
+
+
+def layer_line(kind: Any, rewritten: set[int], refused: dict[int, str], inner: str | None) -> LayerLine:
+    """The line of one layer."""
+    if kind.reason is not None:
+        return LayerLine(kind.layer, kind.layer_type, "dense", kind.reason)
+    if kind.layer in refused and kind.layer not in rewritten:
+        return LayerLine(kind.layer, kind.layer_type, "skipped", refused[kind.layer])
+    if kind.layer in rewritten:
+        return LayerLine(kind.layer, kind.layer_type, "rewritten", "")
+    reason = "decode is not compiled" if inner is None else "no decode step compiled yet"
+    return LayerLine(kind.layer, kind.layer_type, "packed", reason)
+
+
+def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
+    """What a reader of the report must know."""
+    notes = []
+    if any(kind.reason is not None for kind in session.kinds):
+        notes.append("layers with transformers' own cache are not compileable here: decode runs eagerly")
+    ratio = session.config.ratio
+    if held is not None and ratio is not None and held["ratio"] < 0.95 * ratio:
+        notes.append(
+            f"holds {held['ratio']:.2f}x, not {ratio:g}x: at {held['tokens']} tokens the first {FIRST_TOKENS} dense tokens, "
+            f"the tail of {held['tail_slots']} and the free slots weigh too much"
+        )
+    return notes

@@ -1,0 +1,187 @@
+"""What `optimize` keeps on a model."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CompileConfig
+from transformers.cache_utils import DynamicCache
+
+from apack_compile.backend import make_backend
+from apack_compile.cache import CompactedCache, LayerKind
+from apack_compile.calibration import Statistics, collect
+from apack_compile.config import AttentionPackConfig
+from apack_compile.modality import padding_of, vision_of
+from apack_compile.plan import Plan, attentionpack_plan, budget_key, budget_plan, largest_ratio, lossless_plan
+
+ATTRIBUTE = "_apack_session"
+FULL_ATTENTION = "full_attention"
+
+
+@dataclass
+class Session:
+    """Configuration, calibrated statistics, plans and sites of one optimized model."""
+
+    config: AttentionPackConfig
+    kinds: list[LayerKind]
+    signature: tuple
+    inner: str | None
+    inner_reason: str
+    statistics: Statistics | None = None
+    calibrated_on: str | None = None
+    plans: dict[tuple[int, float], Plan] = field(default_factory=dict)
+    graphs: list[Any] = field(default_factory=list)
+    quantized: int = 0
+    hook: Any = None
+    compile_config: CompileConfig | None = None
+    last_cache: Any = None
+    last_held: tuple[dict[str, Any], list[str]] | None = None
+
+    @property
+    def packed(self) -> list[int]:
+        """Indices of the layers that are packed."""
+        return [kind.layer for kind in self.kinds if kind.reason is None]
+
+    def plan_for(self, tokens: int, vision_share: float) -> Plan:
+        """The plan for a prompt of so many tokens, this share of them vision."""
+        if self.config.preset == "lossless":
+            return lossless_plan(self.packed)
+        if self.config.preset == "attentionpack":
+            return attentionpack_plan(self.packed, self.config.ranks, self.config.tail_slots)
+        if self.statistics is None:
+            raise RuntimeError("ratio: no calibrated statistics yet; call the model itself, or calibrate(model, inputs) first")
+        key = budget_key(tokens, vision_share)
+        if key not in self.plans:
+            self.plans[key] = budget_plan(self.statistics, self.config.ratio, *key)
+        return self.plans[key]
+
+    def new_cache(self, model_config: Any, expected_tokens: int) -> CompactedCache:
+        """An empty cache for one batch of sequences."""
+        own = DynamicCache(config=model_config.get_text_config(decoder=True))
+        return CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature)
+
+    def calibrate(self, model: nn.Module, inputs: Any, source: str) -> None:
+        """Fit model-scoped statistics on inputs; plans and later caches use them."""
+        self.statistics = collect(model, self.packed, inputs)
+        self.calibrated_on = source
+        self.plans = {}
+
+    def remember(self, cache: CompactedCache) -> None:
+        """Keep what a cache holds, for the report; the cache itself may go."""
+        self.last_held = ({**cache.report(), "tail_slots": cache.index.plan.tail_slots}, list(cache.notes))
+
+    def held(self) -> tuple[dict[str, Any], list[str]] | None:
+        """Bytes and notes of the last cache: as it is now, or as its last generate left it."""
+        cache = self.last_cache() if self.last_cache is not None else None
+        if cache is not None and cache.is_filled:
+            self.remember(cache)
+        return self.last_held
+
+    def needs_calibration(self) -> bool:
+        """Whether a plan needs statistics that are not there."""
+        return self.config.ratio is not None and self.statistics is None
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session of an optimized model, or None."""
+    return vars(model).get(ATTRIBUTE)
+
+
+def layer_kinds(model: nn.Module) -> list[LayerKind]:
+    """What each layer of the model's cache gets; raises ValueError for a model without a KV cache."""
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    if not layers or model.config.is_encoder_decoder:
+        raise ValueError(f"model: {type(model).__name__} has no decoder-only KV cache that could be packed")
+    types = list(getattr(config, "layer_types", None) or [FULL_ATTENTION] * len(layers))[: len(layers)]
+    return [LayerKind(i, kind_name(types[i], layer), reason_of(types[i], layer)) for i, layer in enumerate(layers)]
+
+
+def kind_name(layer_type: str, layer: Any) -> str:
+    """The config's name of a layer, corrected where its cache layer says it slides."""
+    return "sliding_attention" if getattr(layer, "is_sliding", False) and layer_type == FULL_ATTENTION else layer_type
+
+
+def reason_of(layer_type: str, layer: Any) -> str | None:
+    """Why a layer keeps transformers' own cache layer; None when it is packed."""
+    if type(layer).__name__ == "DynamicLayer":
+        return None
+    return f"{kind_name(layer_type, layer)}: transformers' {type(layer).__name__} is kept"
+
+
+def signature_of(model: nn.Module) -> tuple:
+    """What a cache must agree on with a model: layers, KV heads, head_dim, dtype."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (config.num_hidden_layers, heads, head_dim, str(model.dtype))
+
+
+def check_ratio(ratio: float, model: nn.Module) -> None:
+    """Raise ValueError for a ratio that no plan can reach."""
+    _, heads, head_dim, _ = signature_of(model)
+    reachable = largest_ratio(heads * head_dim)
+    if ratio > reachable:
+        raise ValueError(f"ratio={ratio!r} is out of reach: the largest for KV width {heads * head_dim} is {reachable:.1f}")
+
+
+def resolve_compile(mode: str, model: nn.Module) -> tuple[str | None, str]:
+    """Inner compiler (None: decode is not compiled) and why."""
+    if mode == "none":
+        return None, "compile='none'"
+    if mode != "auto":
+        return mode, f"compile={mode!r}"
+    if model.device.type != "cpu":
+        return "inductor", f"auto: there is an accelerator ({model.device.type})"
+    compiler = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+    if compiler:
+        return "inductor", f"auto: there is a C++ compiler ({compiler})"
+    return "eager", "auto: neither an accelerator nor a C++ compiler; the rewritten graph runs eagerly"
+
+
+def compile_config_of(session: Session) -> CompileConfig | None:
+    """The config that makes generate compile decode with our backend."""
+    if session.inner is None:
+        return None
+    graphs = session.graphs
+    backend = make_backend(graphs.append, inner=session.inner, strict=session.config.strict)
+    config = CompileConfig(backend=backend, mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+def watch_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: tell a packed cache what is coming; nothing for any other cache."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, CompactedCache) and not (torch.compiler.is_compiling() and cache.is_filled):
+        announce(model, cache, args, kwargs)
+
+
+@torch.compiler.disable
+def announce(model: nn.Module, cache: CompactedCache, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Check that a cache belongs to the model, calibrate on its first prompt if nothing else did, and pass on modalities."""
+    if cache.signature != signature_of(model):
+        raise ValueError(
+            f"past_key_values: a cache for {describe(cache.signature)} was passed to a model with {describe(signature_of(model))}"
+        )
+    inputs = {**kwargs, **({"input_ids": args[0]} if args else {})}
+    states = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if states is None or states.shape[1] == 0:
+        raise ValueError("input_ids: the prompt has zero tokens; pass at least one")
+    session = session_of(model)
+    if session is not None and session.needs_calibration() and cache.planner is not None:
+        session.calibrate(model, inputs, "the first request")
+    if vision_of(model.config, inputs) is None and inputs.get("input_ids") is None:
+        cache.note("inputs_embeds without input_ids: vision positions unknown, all tokens taken as text")
+    cache.expect(vision_of(model.config, inputs), padding_of(inputs, states.shape[1]))
+
+
+def describe(signature: tuple) -> str:
+    """A signature in words."""
+    layers, heads, head_dim, dtype = signature
+    return f"{layers} layers, {heads} KV heads x {head_dim}, {dtype}"
+
+

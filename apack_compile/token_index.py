@@ -1,0 +1,78 @@
+"""Which token lives in which slot: shared by all layers of a cache."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from apack_compile.plan import Plan
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens about to be stored: which are vision, which are padding, bool `[B, n]`; `start` is the first one's position."""
+
+    vision: Tensor
+    padding: Tensor
+    start: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where a chunk's tokens go: chunk indices `[B, slots]` per segment, -1 for a slot left empty, and the tail's length."""
+
+    first: Tensor
+    vision: Tensor
+    text: Tensor
+    tail: int
+
+
+def compact(flags: Tensor) -> Tensor:
+    """Indices `[B, most]` of the set flags of each row `[B, n]`, in order, padded with -1."""
+    counts = flags.sum(1)
+    order = flags.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, : int(counts.max())]
+    return torch.where(torch.arange(order.shape[1], device=flags.device) < counts[:, None], order, -1)
+
+
+def assign(chunk: Chunk, first_tokens: int, tail_slots: int) -> Assignment:
+    """Split a chunk: the first real tokens of each row, the trailing text that every row has (at most `tail_slots`), the rest."""
+    real = ~chunk.padding
+    first = real & (real.cumsum(1) <= first_tokens)
+    text = real & ~first & ~chunk.vision
+    run = text.all(0).flip(0).cumprod(0).sum()
+    tail = min(tail_slots, int(run))
+    body = torch.arange(real.shape[1], device=real.device) < real.shape[1] - tail
+    return Assignment(compact(first), compact(real & ~first & chunk.vision & body), compact(text & body), tail)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `[B, H, slots, D]` of `[B, H, n, D]` at `[B, slots]` indices; zeros where the index is -1."""
+    expanded = index.clamp_min(0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, expanded) * (index >= 0)[:, None, :, None].to(x.dtype)
+
+
+def positions_of(index: Tensor, start: int) -> Tensor:
+    """int32 positions of chunk indices; -1 stays -1."""
+    return torch.where(index >= 0, index + start, -1).to(torch.int32)
+
+
+def extended(positions: Tensor, start: int, count: int) -> Tensor:
+    """Positions `[B, slots]` with `count` more slots, for the tokens from position `start` on."""
+    more = torch.arange(start, start + count, dtype=torch.int32, device=positions.device)
+    return torch.cat([positions, more.expand(positions.shape[0], -1)], dim=1)
+
+
+def without_bad_bargains(assignment: Assignment, plan: Plan, width: int) -> Assignment:
+    """Leave a modality dense, behind the first tokens, where its own bases would cost more than packing saves.
+
+    Per row and stream, rank r and N tokens of width W: packed r (N + W), dense N W.
+    """
+    streams = next(iter(plan.layers.values())).streams
+    for i, modality in enumerate(("vision", "text")):
+        index: Tensor = getattr(assignment, modality)
+        tokens = index.shape[1]
+        rank = sum(stream.bands.components for stream in streams[2 * i : 2 * i + 2]) / 2
+        if tokens and rank * (tokens + width) >= tokens * width:
+            first = torch.cat([assignment.first, index], dim=1)
+            assignment = replace(assignment, first=first, **{modality: index[:, :0]})
+    return assignment

@@ -1,0 +1,1 @@
+"""`apack::append`: write new tokens into the tail and pack those that it pushes out."""

@@ -1,0 +1,60 @@
+"""Specification of `apack::append` in plain torch."""
+
+import torch
+from torch import Tensor
+
+from apack_compile.codec import encode
+from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, PackedStream, packed_streams, to_groups
+
+
+def append(
+    key: Tensor, value: Tensor, stores: list[Tensor], bases: list[Tensor], bands: list[int], cursor: Tensor
+) -> None:
+    """Append `[B, H_kv, n, D]` tokens in place; see docs/architecture.md for the layout.
+
+    Tokens enter the tail, a ring. Those it pushes out, oldest first, are encoded into the text slots. Raises IndexError when
+    there is no slot left for one of them.
+    """
+    new_tokens = key.shape[2]
+    tails, packed = stores[:2], packed_streams(stores[2:], bases, bands)
+    slots = tails[0].shape[2]
+    held, start = cursor[HELD].clone(), cursor[PACKED].clone()
+    new_start = torch.maximum(start, held + new_tokens - slots)
+    any_pushed = new_start > start
+    # A fixed number of writes whatever is pushed out: the spare ones repeat the last token, or rewrite what is there.
+    pushed = torch.minimum(start + torch.arange(new_tokens, device=key.device), new_start - 1)
+    text_slot = pushed - cursor[ORIGIN]
+    capacity = packed[0].codes.shape[2] if packed else 0
+    if key.device.type == "cpu" and bool(any_pushed & (text_slot[-1:] >= capacity).any()):
+        raise IndexError(f"append: {new_tokens} new tokens, but the cache has no free slot left; call cache.reserve first")
+    for states, tail, stream in zip((key, value), tails, packed or (None, None), strict=True):
+        if stream is not None and capacity and new_tokens:
+            _push_out(states, tail, stream, pushed, any_pushed, text_slot, held)
+    kept = min(new_tokens, slots)
+    if kept:
+        ring_slot = (held + torch.arange(new_tokens - kept, new_tokens, device=key.device)) % slots
+        for states, tail in zip((key, value), tails, strict=True):
+            tail.index_copy_(2, ring_slot, states[:, :, new_tokens - kept :].to(tail.dtype))
+    cursor[PACKED] = new_start
+    cursor[HELD] = held + new_tokens
+
+
+def _push_out(
+    states: Tensor,
+    tail: Tensor,
+    stream: PackedStream,
+    pushed: Tensor,
+    any_pushed: Tensor,
+    text_slot: Tensor,
+    held: Tensor,
+) -> None:
+    """Encode the tokens at positions `pushed`, from the tail or from the new ones, into their text slots."""
+    slots = tail.shape[2]
+    source = torch.where(pushed < held, pushed % max(slots, 1), slots + pushed - held)
+    source = source.clamp(0, slots + states.shape[2] - 1)
+    leaving = torch.cat([tail.to(states.dtype), states], dim=2).index_select(2, source)
+    codes, scale = encode(to_groups(leaving, stream.groups), stream.basis, stream.bands, stream.scale.numel() > 0)
+    target = text_slot.clamp(0, stream.codes.shape[2] - 1)
+    for store, new in ((stream.codes, codes), (stream.scale, scale)):
+        if store.numel():
+            store.index_copy_(2, target, torch.where(any_pushed, new.to(store.dtype), store.index_select(2, target)))

@@ -1,0 +1,1 @@
+"""`apack::attend`: attention over a packed cache without unpacking it."""

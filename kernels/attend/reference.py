@@ -1,0 +1,134 @@
+"""Specification of `apack::attend` in plain torch: the absorbed form.
+
+With K = mean + C diag(step) D, a score is `q . mean + ((q D.T) * step) . C`, and with attention weights P the output is
+`(sum P) mean + ((P C) * step) D`: each coefficient is read once for all query heads, nothing is decompressed.
+"""
+
+import torch
+from torch import Tensor
+
+from apack_compile.codec import centered_levels
+from apack_compile.kernels.layout import HELD, PackedStream, packed_streams, stored_before, tail_positions, to_heads
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dense: list[Tensor],
+    codes: list[Tensor],
+    bases: list[Tensor],
+    bands: list[int],
+    positions: list[Tensor],
+    cursor: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Attention `[B, H_q, rows, D_v]` of `query` `[B, H_q, rows, D]` over stored and new tokens; a row that may attend nothing is 0."""
+    batch, heads, new_tokens, head_dim = key.shape
+    rows = query.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    packed = packed_streams(codes, bases, bands)
+    # [B, H_kv, (heads per KV head) * rows, D]: the query heads of a KV head are rows of it
+    q = query.to(dtype).reshape(batch, heads, -1, head_dim) * (head_dim**-0.5 if scale is None else scale)
+
+    scores = [q @ dense[0].to(dtype).mT]
+    levels = [None if s.as_is else centered_levels(s.codes, s.bands, dtype) for s in packed]
+    scores += [_packed_scores(q, s, c) for s, c in zip(packed[::2], levels[::2], strict=True)]
+    scores += [q @ dense[2].to(dtype).mT, q @ key.to(dtype).mT]
+
+    where = [(p, stored_before(p, cursor, new_tokens)) for p in positions[: len(scores) - 2]]
+    ring = tail_positions(dense[2].shape[2], cursor).expand(batch, -1)
+    where.append((ring, ring < cursor[HELD] - new_tokens))
+    newest = (cursor[HELD] - new_tokens + torch.arange(new_tokens, device=key.device)).expand(batch, -1)
+    where.append((newest, torch.ones_like(newest, dtype=torch.bool)))
+    position = torch.cat([p.long() for p, _ in where], dim=1)
+    occupied = torch.cat([o for _, o in where], dim=1)
+
+    score = torch.cat(scores, dim=-1).reshape(batch, query.shape[1], rows, -1)
+    score = _masked(score, mask, bias, position, occupied, new_tokens, cursor)
+    weights = _softmax(score).reshape(batch, heads, -1, score.shape[-1])
+    parts = weights.split([s.shape[-1] for s in scores], dim=-1)
+
+    out = parts[0] @ dense[1].to(dtype)
+    for part, stream, level in zip(parts[1:-2], packed[1::2], levels[1::2], strict=True):
+        out = out + _packed_output(part, stream, level)
+    out = out + parts[-2] @ dense[3].to(dtype) + parts[-1] @ value.to(dtype)
+    return out.reshape(batch, query.shape[1], rows, value.shape[-1]).to(query.dtype)
+
+
+def _packed_scores(q: Tensor, stream: PackedStream, levels: Tensor | None) -> Tensor:
+    """Scores `[B, H, Q, N]` of queries `[B, H, Q, D]` against a packed key stream."""
+    batch, heads, _, head_dim = q.shape
+    if levels is None:
+        return q @ _kept_heads(stream, heads, q.dtype).mT
+    per_group = heads // stream.groups
+    decoder = stream.basis.decoder.to(q.dtype).unflatten(-1, (per_group, head_dim)).transpose(2, 3)
+    mean = stream.basis.mean.to(q.dtype).unflatten(-1, (per_group, head_dim))
+    grouped = q.unflatten(1, (stream.groups, per_group))
+    latent = (grouped @ decoder.mT) * stream.basis.step.to(q.dtype)[:, :, None, None]
+    scores = latent.flatten(2, 3) @ levels.mT
+    if stream.scale.numel():
+        scores = scores * stream.scale.to(q.dtype)[:, :, None]
+    offset = (grouped @ mean[..., None]).flatten(2, 3)
+    return (scores + offset).unflatten(2, (per_group, -1)).flatten(1, 2)
+
+
+def _packed_output(weights: Tensor, stream: PackedStream, levels: Tensor | None) -> Tensor:
+    """Output `[B, H, Q, D]` of attention weights `[B, H, Q, N]` over a packed value stream."""
+    heads = weights.shape[1]
+    if levels is None:
+        return weights @ _kept_heads(stream, heads, weights.dtype)
+    per_group = heads // stream.groups
+    grouped = weights.unflatten(1, (stream.groups, per_group))
+    scaled = grouped * stream.scale.to(weights.dtype)[:, :, None, None] if stream.scale.numel() else grouped
+    latent = (scaled.flatten(2, 3) @ levels).unflatten(2, (per_group, -1))
+    latent = latent * stream.basis.step.to(weights.dtype)[:, :, None, None]
+    decoder = stream.basis.decoder.to(weights.dtype).unflatten(-1, (per_group, -1)).transpose(2, 3)
+    mean = stream.basis.mean.to(weights.dtype).unflatten(-1, (per_group, -1))
+    out = latent @ decoder + grouped.sum(-1, keepdim=True) * mean[:, :, :, None]
+    return out.flatten(1, 2)
+
+
+def _kept_heads(stream: PackedStream, heads: int, dtype: torch.dtype) -> Tensor:
+    """A stream kept as it is, as heads `[B, H, N, D]`."""
+    return to_heads(stream.codes, heads).to(dtype)
+
+
+def _masked(
+    score: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    position: Tensor,
+    occupied: Tensor,
+    new_tokens: int,
+    cursor: Tensor,
+) -> Tensor:
+    """Scores `[B, H, rows, S]` with mask and bias, both by position, and -inf at empty slots."""
+    batch, rows = score.shape[0], score.shape[2]
+    if mask is None:
+        if rows == new_tokens:
+            ends = cursor[HELD] - new_tokens + torch.arange(rows, device=score.device)
+            occupied = occupied[:, None, None] & (position[:, None, None] <= ends[:, None])
+        else:
+            occupied = occupied[:, None, None]
+    else:
+        column = position.clamp(0, mask.shape[-1] - 1)[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+        by_slot = mask.expand(batch, -1, -1, -1).gather(-1, column)
+        occupied = occupied[:, None, None]
+        if by_slot.dtype == torch.bool:
+            occupied = occupied & by_slot
+        else:
+            score = score + by_slot.to(score.dtype)
+    if bias is not None:
+        by_slot = bias.gather(-1, position.clamp(0, bias.shape[-1] - 1))
+        score = score + by_slot.to(score.dtype)[:, None, None]
+    return score.masked_fill(~occupied, float("-inf"))
+
+
+def _softmax(score: Tensor) -> Tensor:
+    """Softmax over the last dimension; all zeros where every score is -inf."""
+    top = score.amax(-1, keepdim=True)
+    weights = (score - top.masked_fill(top == float("-inf"), 0.0)).exp()
+    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)

@@ -1,0 +1,74 @@
+"""From the operations' flat tensor lists to segments, and which of their slots hold a token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apack_compile.codec import Bands, StreamBasis
+
+# cursor[HELD]: tokens held; cursor[PACKED]: first position of the tail; position p is packed into text slot p - cursor[ORIGIN].
+HELD, PACKED, ORIGIN = 0, 1, 2
+FIRST, VISION, TEXT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class PackedStream:
+    """One stream of a packed segment: codes `[B, G, N, bytes]`, token scale `[B, G, N]` or empty, basis and bands."""
+
+    codes: Tensor
+    scale: Tensor
+    basis: StreamBasis
+    bands: Bands
+
+    @property
+    def groups(self) -> int:
+        """Head groups."""
+        return self.codes.shape[1]
+
+    @property
+    def as_is(self) -> bool:
+        """Whether tokens are kept untransformed, in the model's dtype."""
+        return self.codes.dtype != torch.uint8
+
+
+def packed_streams(codes: Sequence[Tensor], bases: Sequence[Tensor], bands: Sequence[int]) -> list[PackedStream]:
+    """The streams of the flat lists: two, three and four entries each."""
+    return [
+        PackedStream(codes[2 * i], codes[2 * i + 1], StreamBasis(*bases[3 * i : 3 * i + 3]), bands_at(bands, i))
+        for i in range(len(codes) // 2)
+    ]
+
+
+def bands_at(bands: Sequence[int], stream: int) -> Bands:
+    """Bands of one stream of a flat list."""
+    n16, n8, n4, n2 = bands[4 * stream : 4 * stream + 4]
+    return Bands((n16, n8, n4, n2))
+
+
+def to_groups(x: Tensor, groups: int) -> Tensor:
+    """Heads `[B, H, N, D]` as head groups `[B, G, N, W_g]`."""
+    batch, heads, tokens, head_dim = x.shape
+    x = x.reshape(batch, groups, heads // groups, tokens, head_dim)
+    return x.transpose(2, 3).reshape(batch, groups, tokens, heads // groups * head_dim)
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """Head groups `[B, G, N, W_g]` as heads `[B, H, N, D]`."""
+    batch, groups, tokens, width = x.shape
+    head_dim = width * groups // heads
+    x = x.reshape(batch, groups, tokens, heads // groups, head_dim)
+    return x.transpose(2, 3).reshape(batch, heads, tokens, head_dim)
+
+
+def stored_before(position: Tensor, cursor: Tensor, new_tokens: int) -> Tensor:
+    """Which slots `[B, N]` hold a token that came before the `new_tokens` newest, by their positions."""
+    end = torch.minimum(cursor[PACKED], cursor[HELD] - new_tokens)
+    return (position >= 0) & (position < end)
+
+
+def tail_positions(slots: int, cursor: Tensor) -> Tensor:
+    """Position `[slots]` that each slot of the tail ring would hold; at or past `cursor[HELD]` it is empty."""
+    start = cursor[PACKED]
+    return start + (torch.arange(slots, device=cursor.device) - start) % max(slots, 1)

@@ -1,0 +1,1 @@
+"""`apack::unpack`: every token of a layer, dense, in its original position."""

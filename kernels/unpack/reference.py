@@ -1,0 +1,54 @@
+"""Specification of `apack::unpack` in plain torch."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from apack_compile.codec import decode
+from apack_compile.kernels.layout import HELD, packed_streams, stored_before, tail_positions, to_heads
+
+
+def unpack(
+    key: Tensor,
+    value: Tensor,
+    dense: list[Tensor],
+    codes: list[Tensor],
+    bases: list[Tensor],
+    bands: list[int],
+    positions: list[Tensor],
+    cursor: Tensor,
+    tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """K and V `[B, H_kv, tokens, D]` in `key`'s dtype, the newest tokens exact, zeros where no token is held."""
+    keys, values = (
+        _restore(new, list(_decoded(stream, new, dense, codes, bases, bands)), positions, cursor, tokens)
+        for stream, new in enumerate((key, value))
+    )
+    return keys, values
+
+
+def _decoded(stream: int, new: Tensor, dense, codes, bases, bands) -> Iterator[Tensor]:
+    """Decoded segments `[B, H, N, D]` of one stream: first, vision, text, tail."""
+    yield dense[stream].to(new.dtype)
+    for packed in packed_streams(codes, bases, bands)[stream::2]:
+        x = decode(packed.codes, packed.scale, packed.basis, packed.bands, new.dtype)
+        yield to_heads(x, new.shape[1])
+    yield dense[2 + stream].to(new.dtype)
+
+
+def _restore(new: Tensor, segments: list[Tensor], positions: list[Tensor], cursor: Tensor, tokens: int) -> Tensor:
+    """Segments scattered to their positions, with the new tokens laid over them."""
+    batch, heads, new_tokens, head_dim = new.shape
+    out = new.new_zeros(batch, heads, tokens + 1, head_dim)
+    where = [
+        torch.where(stored_before(p, cursor, new_tokens), p, tokens) for p in positions[: len(segments) - 1]
+    ]
+    ring = tail_positions(segments[-1].shape[2], cursor)
+    where.append(torch.where(ring < cursor[HELD] - new_tokens, ring, tokens).expand(batch, -1))
+    for segment, position in zip(segments, where, strict=True):
+        index = position.long()[:, None, :, None].expand_as(segment)
+        out.scatter_(2, index, segment)
+    newest = cursor[HELD] - new_tokens + torch.arange(new_tokens, device=new.device)
+    return out[:, :, :tokens].index_copy(2, newest, new)
+

@@ -1,0 +1,25 @@
+"""Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, drop what became dead."""
+
+if __name__ != "apack_compile.passes":
+    raise ImportError(
+        f"this folder is apack_compile.passes, imported here as {__name__!r}; "
+        "run from another folder, or install and import apack_compile"
+    )
+
+from apack_compile.passes.base import GraphRecord, MatchRecord, Pass, PassRecord, Refusal, run_passes
+from apack_compile.passes.dead_code import RemoveDeadCode
+from apack_compile.passes.fuse_attend import FuseAttend
+from apack_compile.passes.sites import AttentionSite, find_sites
+
+__all__ = [
+    "AttentionSite",
+    "FuseAttend",
+    "GraphRecord",
+    "MatchRecord",
+    "Pass",
+    "PassRecord",
+    "Refusal",
+    "RemoveDeadCode",
+    "find_sites",
+    "run_passes",
+]

@@ -1,0 +1,41 @@
+"""Replace unpack + head repetition + scaled_dot_product_attention by one `apack::attend`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from apack_compile.passes.base import Pass, Refusal
+from apack_compile.passes.nodes import bind, default_overload
+from apack_compile.passes.sites import AttentionSite, find_sites
+
+
+@dataclass(frozen=True)
+class FuseAttend(Pass):
+    """Attend over the packed cache where the graph unpacks it first."""
+
+    uses: ClassVar[tuple[str, ...]] = tuple(
+        f"apack_compile.passes.{name}" for name in ("sites", "origin", "effects", "nodes")
+    )
+
+    def match(self, graph: fx.Graph) -> list[AttentionSite | Refusal]:
+        """The graph's attention sites and refusals."""
+        return find_sites(graph)
+
+    def rewrite(self, graph: fx.Graph, matches: Sequence[Any]) -> int:
+        """Put an `apack::attend` in each site's place; the unpack stays until dead code is removed."""
+        for site in matches:
+            attend = torch.ops.apack.attend.default
+            given = bind(site.unpack, default_overload(site.unpack))
+            given |= {"query": site.query, "mask": site.mask, "bias": None, "scale": site.scale}
+            # Cache state goes over by name: unpack and attend call it the same.
+            arguments = tuple(given[a.name] for a in attend._schema.arguments)
+            with graph.inserting_before(site.node):
+                node = graph.call_function(attend, arguments)
+            # source_fn_stack would say that the node came from scaled_dot_product_attention.
+            node.meta = {k: v for k, v in site.node.meta.items() if k != "source_fn_stack"}
+            site.node.replace_all_uses_with(node)
+            graph.erase_node(site.node)
+        return len(matches)
