@@ -142,7 +142,7 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         prompt = _prompt_length(args, kwargs)
         _check_length(model, prompt)
         cache = kwargs["past_key_values"] = new_cache(model, _new_tokens(kwargs, settings, prompt))
-    if isinstance(cache, CompactedCache) and session.compile_config is not None:
+    if isinstance(cache, CompactedCache) and session.compile_config is not None and cache.is_compileable:
         if kwargs.get("compile_config") is None and getattr(settings, "compile_config", None) is None:
             kwargs["compile_config"] = session.compile_config
     if isinstance(cache, CompactedCache) and session.inner is None:

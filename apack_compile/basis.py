@@ -57,6 +57,12 @@ def moments(x: Tensor, weight: Tensor | None = None) -> Moments:
     return Moments(count, mean, centered.mT @ centered / total[..., None, None])
 
 
+def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors, smallest first, in float64: LAPACK's float32 fails on a covariance of mere rounding errors."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
 def principal_rows(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading `rank` eigenvectors as orthonormal rows `[..., rank, W]` and their eigenvalues, largest first.
 
@@ -65,14 +71,14 @@ def principal_rows(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     width = covariance.shape[-1]
     if width <= EIGH_MAX_WIDTH or rank + OVERSAMPLING >= width // 4:
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = symmetric_eigen(covariance)
         return vectors.flip(-1).mT[..., :rank, :].contiguous(), values.flip(-1)[..., :rank].clamp_min(0)
     generator = torch.Generator(device=covariance.device).manual_seed(0)
     shape = (*covariance.shape[:-1], rank + OVERSAMPLING)
     block = torch.randn(shape, generator=generator, device=covariance.device, dtype=covariance.dtype)
     for _ in range(SUBSPACE_ITERATIONS):
         block = torch.linalg.qr(covariance @ block).Q
-    values, vectors = torch.linalg.eigh(block.mT @ covariance @ block)
+    values, vectors = symmetric_eigen(block.mT @ covariance @ block)
     rows = (block @ vectors.flip(-1)).mT[..., :rank, :]
     return rows.contiguous(), values.flip(-1)[..., :rank].clamp_min(0)
 

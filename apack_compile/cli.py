@@ -20,7 +20,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
 ) -> None:
     """Makes vision-language models decode with a small KV cache."""
 
@@ -62,3 +62,7 @@ def main() -> None:
     except (ValueError, DemoAssetsError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -92,7 +92,8 @@ def centered_levels(codes: Tensor, bands: Bands, dtype: torch.dtype) -> Tensor:
         packed = codes[..., start : start + band_bytes(count, bits)]
         start += packed.shape[-1]
         if bits == 16:
-            parts.append(packed.contiguous().view(torch.float16).to(dtype))
+            # a copy, because the strides of a single token's slice may be odd
+            parts.append(packed.clone(memory_format=torch.contiguous_format).view(torch.float16).to(dtype))
         else:
             parts.append(unpack_levels(packed, bits, count).to(dtype) - (2**bits - 1) / 2)
     return torch.cat(parts, dim=-1) if parts else codes.new_zeros((*codes.shape[:-1], 0), dtype=dtype)

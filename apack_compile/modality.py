@@ -23,10 +23,11 @@ def vision_of(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     return torch.isin(ids, torch.tensor(placeholders, device=ids.device))
 
 
-def padding_of(inputs: Mapping[str, Any], tokens: int) -> Tensor | None:
-    """Bool `[B, tokens]`: which of the newest `tokens` tokens the attention mask hides; None when nothing is hidden.
+def padding_of(inputs: Mapping[str, Any], tokens: int, past: int = 0) -> Tensor | None:
+    """Bool `[B, tokens]`: which of the `tokens` tokens after `past` ones the attention mask hides; None when it does not tell.
 
-    The mask may be 2-D, or the 4-D one that generate prepares (its last row attends to everything real), or one per layer type.
+    The mask may be 2-D, or the 4-D one that generate prepares (its last row attends to everything real, and it may be longer than
+    what is held), or one per layer type.
     """
     mask = inputs.get("attention_mask")
     if isinstance(mask, Mapping):
@@ -38,4 +39,4 @@ def padding_of(inputs: Mapping[str, Any], tokens: int) -> Tensor | None:
         visible = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
     else:
         visible = mask != 0
-    return ~visible[:, -tokens:] if visible.shape[1] >= tokens else None
+    return ~visible[:, past : past + tokens] if visible.shape[1] >= past + tokens else None

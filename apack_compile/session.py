@@ -174,9 +174,11 @@ def announce(model: nn.Module, cache: CompactedCache, args: tuple, kwargs: Mappi
     session = session_of(model)
     if session is not None and session.needs_calibration() and cache.planner is not None:
         session.calibrate(model, inputs, "the first request")
-    if vision_of(model.config, inputs) is None and inputs.get("input_ids") is None:
+    if inputs.get("input_ids") is None:
         cache.note("inputs_embeds without input_ids: vision positions unknown, all tokens taken as text")
-    cache.expect(vision_of(model.config, inputs), padding_of(inputs, states.shape[1]))
+    # A single token is a generated one, whatever its id: no picture is that small.
+    vision = vision_of(model.config, inputs) if states.shape[1] > 1 else None
+    cache.expect(vision, padding_of(inputs, states.shape[1], int(cache.get_seq_length())))
 
 
 def describe(signature: tuple) -> str:

@@ -25,8 +25,8 @@ class DeadNode:
 class RemoveDeadCode(Pass):
     """Erase nodes that are known to be pure and that nothing live depends on.
 
-    Not `graph.eliminate_dead_code`: it would use our purity test on the graph itself, but clean the subgraphs of
-    higher-order operators with its own, which takes an `index_copy_` whose result is unused for dead and drops the write.
+    Not `graph.eliminate_dead_code`: that would use our purity test on the graph itself, but clean the subgraphs of
+    higher-order operators with its own, which takes an `index_copy_` whose result is unused for dead.
     """
 
     only_after_change: ClassVar[bool] = True

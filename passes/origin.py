@@ -56,11 +56,18 @@ def origin(node: Any) -> Origin | Stop:
         step = _repeat_interleave(node) or _repeat_kv(node) or _no_change(node)
         if step is None or isinstance(step, Stop):
             return step or Stop(
-                node, f"{op_name(node)} between the packed cache and the attention is not head repetition"
+                node, f"{_spelled(node)} between the packed cache and the attention is no head repetition"
             )
         source, factor, skipped = step
         path += skipped
         repeats, node = repeats * factor, source
+
+
+def _spelled(node: fx.Node) -> str:
+    """`reshape of permute`: a reshape alone says little about what was done to the heads."""
+    source = node.args[0] if node.args else None
+    known = isinstance(source, fx.Node) and source.op.startswith("call_") and source.target is not operator.getitem
+    return f"{op_name(node)} of {op_name(source)}" if known else op_name(node)
 
 
 _Step = tuple[fx.Node, int, list[fx.Node]]

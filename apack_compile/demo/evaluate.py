@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -172,7 +173,7 @@ class StepClock:
     def steps(self) -> list[float]:
         """Seconds of each decode step: neither the prompt nor the first token, which holds the prefill."""
         kept = self.times[1:]
-        return [b - a for a, b in zip(kept, kept[1:], strict=False)]
+        return [b - a for a, b in pairwise(kept)]
 
 
 def decode_time_ratio(
@@ -188,9 +189,7 @@ def decode_time_ratio(
     for turn in range(rounds + 1):
         for name, cache in caches.items():
             clock = StepClock()
-            generate(
-                model, prompt, cache, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, streamer=clock
-            )
+            generate(model, prompt, cache, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, streamer=clock)
             forget_question(cache, prompt)
             if turn > 0:
                 seconds[name] += clock.steps()

@@ -13,6 +13,7 @@ INK, MUTED, GRID = "#1f2430", "#7a8190", "#e3e6ec"
 DENSE, PACKED, MODEL = "#9aa5b8", "#2f6fde", "#c9d8f6"
 RIGHT, WRONG = "#1d8a4b", "#c8372d"
 COLUMNS, ROWS = 6, 2
+KL_FLOOR = 1e-6
 
 
 def chosen_rows(rows: Sequence[Row], count: int = COLUMNS * ROWS) -> list[Row]:
@@ -28,20 +29,21 @@ def draw(path: Path, title: str, results: Results, summary: dict[str, Any], kls:
     except ImportError as error:
         raise DemoAssetsError(f"the package 'matplotlib' is not installed; {INSTALL_HINT}") from error
 
-    figure = Figure(figsize=(12, 8.4), dpi=110, facecolor="white")
+    figure = Figure(figsize=(12, 9), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.04, 0.955, "Same pictures, same questions, a smaller KV cache", size=19, weight="bold", color=INK)
+    figure.text(0.04, 0.958, "Same pictures, same questions, a smaller KV cache", size=19, weight="bold", color=INK)
     line = (
-        f"{title} · {summary['tokens_per_prompt']:.0f} tokens a prompt · {summary['ratio']:.2f}x smaller · "
-        f"{summary['answers_equal']:.1%} of {summary['questions']} answers equal the dense cache's · "
-        f"accuracy {summary['accuracy_dense']:.1%} dense, {summary['accuracy_packed']:.1%} packed"
+        f"{title}, {summary['tokens_per_prompt']:.0f} tokens  ·  {summary['ratio']:.2f}x smaller  ·  "
+        f"{summary['answers_equal']:.1%} of {summary['questions']} answers as from the dense cache  ·  "
+        f"right: {summary['accuracy_dense']:.1%} dense, {summary['accuracy_packed']:.1%} packed"
     )
-    figure.text(0.04, 0.922, line, size=11, color=MUTED)
-    outer = figure.add_gridspec(2, 1, left=0.04, right=0.975, top=0.885, bottom=0.075, height_ratios=[1.75, 1], hspace=0.2)
-    _draw_pictures(figure, outer[0].subgridspec(ROWS, COLUMNS, wspace=0.12, hspace=0.62), results.rows)
-    lower = outer[1].subgridspec(1, 2, width_ratios=[1, 1.25], wspace=0.2)
-    _draw_bytes(figure.add_subplot(lower[0]), summary)
-    _draw_kl(figure.add_subplot(lower[1]), kls)
+    figure.text(0.04, 0.931, line, size=10.5, color=MUTED)
+    upper = figure.add_gridspec(
+        ROWS, COLUMNS, left=0.04, right=0.975, top=0.855, bottom=0.415, wspace=0.12, hspace=0.72
+    )
+    _draw_pictures(figure, upper, results.rows)
+    _draw_bytes(figure.add_axes((0.125, 0.07, 0.33, 0.235)), summary)
+    _draw_kl(figure.add_axes((0.54, 0.085, 0.435, 0.22)), kls)
     figure.savefig(path)
 
 
@@ -86,13 +88,14 @@ def _draw_bytes(axes: Any, summary: dict[str, Any]) -> None:
 
 
 def _draw_kl(axes: Any, kls: Sequence[float]) -> None:
+    # Layers differ by orders of magnitude, so a linear axis would show one bar; an exact layer has none.
     axes.bar(range(len(kls)), kls, color=PACKED, width=0.7)
+    axes.set_yscale("log")
     axes.set_title("KL to the dense model when only this layer is packed", size=12, color=INK, loc="left", pad=8)
     axes.set_xlabel("layer", size=10, color=MUTED)
-    axes.tick_params(length=0, labelsize=9, labelcolor=MUTED)
+    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=MUTED)
     axes.set_xlim(-0.8, len(kls) - 0.2)
-    axes.set_ylim(0, max(max(kls, default=0.0) * 1.1, 1e-6))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    axes.set_ylim(KL_FLOOR, max(max(kls, default=0.0) * 2, 100 * KL_FLOOR))
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():

@@ -26,7 +26,9 @@ class State(NamedTuple):
 
     def double(self) -> "State":
         """The same numbers in float64."""
-        lists = [[t.double() if t.is_floating_point() else t.clone() for t in part] for part in (self.dense, self.codes)]
+        lists = [
+            [t.double() if t.is_floating_point() else t.clone() for t in part] for part in (self.dense, self.codes)
+        ]
         return self._replace(dense=lists[0], codes=lists[1], cursor=self.cursor.clone())
 
 
@@ -48,7 +50,9 @@ class Case:
         """Query, new keys and values, state that holds `HELD` tokens, mask."""
         torch.manual_seed(seed)
         heads = self.kv_heads * self.groups
-        query, key, value = (torch.randn(self.batch, h, self.rows, self.head_dim) for h in (heads, *[self.kv_heads] * 2))
+        query, key, value = (
+            torch.randn(self.batch, h, self.rows, self.head_dim) for h in (heads, *[self.kv_heads] * 2)
+        )
         return (*(t.to(self.dtype) for t in (query, key, value)), self.state(), self.make_mask())
 
     def state(self) -> State:
@@ -180,7 +184,7 @@ def _softcap(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
 NEGATIVES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "permuted key": (
         _negative(lambda q, k, v, m, s: _sdpa(q, k.permute(0, 1, 3, 2).reshape(k.shape), v, m)),
-        "key: reshape",
+        "key: reshape of permute between",
     ),
     "flipped value": (_negative(lambda q, k, v, m, s: _sdpa(q, k, v.flip(2), m)), "value: flip between"),
     "transposed heads": (_negative(lambda q, k, v, m, s: _sdpa(q, k.transpose(0, 1), v, m)), "key: transpose"),
@@ -206,7 +210,7 @@ NEGATIVES: dict[str, tuple[Callable[..., Tensor], str]] = {
                 q, k.unsqueeze(1).expand(-1, 2, -1, -1, -1).reshape(q.shape[0], 4, *k.shape[2:]), repeat_kv(v, 2), m
             )
         ),
-        "key: reshape",
+        "key: reshape of expand between",
     ),
     "interleaved tokens": (
         _negative(lambda q, k, v, m, s: _sdpa(q, k.repeat_interleave(2, 2)[:, :, ::2], v, m)),

@@ -1,4 +1,4 @@
-"""Puts tests/graphs on the path: pytest's importlib mode does not, and tests/ itself holds folders named like packages."""
+"""Puts tests/graphs on the path; not tests/, whose folders have the names of packages."""
 
 import sys
 from pathlib import Path

@@ -1,0 +1,73 @@
+"""The demo runs for real, small: two questions, one picture each, decode not compiled."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+for module in ("gguf", "accelerate", "PIL", "matplotlib", "rich"):
+    pytest.importorskip(module, reason="the demo extra is not installed")
+
+from apack_compile.demo.inspect import inspect_lines
+from apack_compile.demo.run import DemoOptions, run_demo
+
+KEYS = {
+    "ratio",
+    "answers_equal",
+    "accuracy_dense",
+    "accuracy_packed",
+    "dense_bytes",
+    "sequence_bytes",
+    "model_bytes",
+    "tokens_per_prompt",
+    "questions",
+    "decode_time_ratio",
+}
+
+
+@pytest.mark.slow
+def test_a_small_run_writes_flat_figures_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("easy_vqa", reason="the demo's assets are not installed")
+    options = DemoOptions(
+        preset="lossless",
+        images_per_prompt=1,
+        questions=2,
+        compile="none",
+        json_path=tmp_path / "demo.json",
+        png_path=tmp_path / "demo.png",
+    )
+    summary = run_demo(options)
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert written == summary
+    assert set(written) >= KEYS
+    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in written.values())
+    assert written["answers_equal"] == 1.0
+    assert written["questions"] == 2
+    assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    out = capsys.readouterr().out
+    assert "truth" in out and "answers equal 100.0%" in out
+
+
+def test_inspect_lists_every_layer_of_the_demo_model() -> None:
+    lines = inspect_lines(None)
+    assert "30 layers, 3 KV heads x 64" in lines[0]
+    assert sum(line.endswith("packed") for line in lines) == 30
+
+
+def test_inspect_gives_the_reason_of_a_layer_that_stays_dense(tmp_path: Path) -> None:
+    from transformers import Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    config.save_pretrained(tmp_path)
+    text = "\n".join(inspect_lines(tmp_path))
+    assert "dense (sliding_attention" in text
+    assert "out of reach" in text

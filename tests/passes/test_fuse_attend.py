@@ -1,0 +1,146 @@
+"""The rewritten graph computes what the original did, within the original's own rounding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_graphs import NEGATIVES, SPELLINGS, Case, State, repeat_kv, update
+from capture import Captured, capture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from apack_compile.passes import FuseAttend, GraphRecord, RemoveDeadCode, run_passes
+
+PASSES = (FuseAttend(), RemoveDeadCode())
+CASES = st.builds(
+    Case,
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 4),
+    head_dim=st.sampled_from([4, 7, 16]),
+    gqa=st.sampled_from(sorted(SPELLINGS)),
+    mask=st.sampled_from(["bool", "float", "full", "sliding"]),
+    scale=st.sampled_from([None, 0.25]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+
+
+def runs(case: Case) -> bool:
+    """Grouped rows share one mask row only when there is one query row."""
+    return not (case.gqa == "grouped_query" and case.rows > 1 and case.mask != "full")
+
+
+def in_double(case: Case, inputs: tuple) -> Tensor:
+    """The attention over the same inputs in float64, outside any graph."""
+    query, key, value, state, mask = inputs
+    mask = mask.double() if mask.is_floating_point() else mask
+    return case.function()(query.double(), key.double(), value.double(), state.double(), mask)
+
+
+def assert_no_worse(new: Tensor, old: Tensor, exact: Tensor) -> None:
+    """The rewritten result is no further from float64 than the original, times a small constant."""
+    floor = torch.finfo(old.dtype).eps * float(exact.abs().max())
+    allowed = 3 * float((old.double() - exact).abs().max()) + floor
+    assert float((new.double() - exact).abs().max()) <= allowed
+
+
+def rewritten(captured: Captured) -> GraphRecord:
+    return run_passes(captured.gm, PASSES)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(case=CASES.filter(runs), seed=st.integers(0, 1000))
+def test_rewritten_attention_is_as_close_to_float64_as_the_original(case, seed):
+    exact = in_double(case, case.inputs(seed))
+    captured = capture(case.function(), *case.inputs(seed))
+    (old,), old_state = captured.run()
+    assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (1, 0)
+    record = rewritten(captured)
+    assert [site.reason for site in record.sites] == [None]
+    assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (0, 1)
+    assert captured.count("scaled_dot_product_attention") == 0
+    (new,), new_state = captured.run()
+    assert (new.shape, new.dtype) == (old.shape, old.dtype)
+    assert_no_worse(new, old, exact)
+    for before, after in zip(old_state, new_state, strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NEGATIVES)
+def test_a_refused_graph_stays_as_it_was(name):
+    captured = capture(NEGATIVES[name][0], *Case().inputs())
+    code = captured.gm.code
+    record = rewritten(captured)
+    assert all(p.count == 0 for p in record.passes)
+    assert captured.gm.code == code
+
+
+def test_keys_read_elsewhere_too_keep_their_unpack_and_both_results_stay_right():
+    def both(q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor):
+        keys, values = update(k, v, state)
+        return F.scaled_dot_product_attention(q, repeat_kv(keys, 2), repeat_kv(values, 2), mask), keys * 2
+
+    captured = capture(both, *Case().inputs())
+    (old, old_keys), _ = captured.run()
+    rewritten(captured)
+    assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (1, 1)
+    (new, new_keys), _ = captured.run()
+    torch.testing.assert_close(new, old)
+    torch.testing.assert_close(new_keys, old_keys, rtol=0, atol=0)
+
+
+def test_keys_written_after_the_attention_do_not_disturb_it():
+    def later(q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor):
+        keys, values = update(k, v, state)
+        out = F.scaled_dot_product_attention(q, repeat_kv(keys, 2), repeat_kv(values, 2), mask)
+        return out, keys.mul_(2)
+
+    captured = capture(later, *Case().inputs())
+    (old, old_keys), _ = captured.run()
+    record = rewritten(captured)
+    assert record.sites[0].reason is None
+    (new, new_keys), _ = captured.run()
+    torch.testing.assert_close(new, old)
+    torch.testing.assert_close(new_keys, old_keys, rtol=0, atol=0)
+
+
+def test_a_cache_appended_to_twice_reads_the_state_of_its_own_step():
+    def steps(q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor):
+        outs = []
+        for _ in range(2):
+            keys, values = update(k, v, state)
+            outs.append(F.scaled_dot_product_attention(q, repeat_kv(keys, 2), repeat_kv(values, 2), mask))
+            mask = mask | mask.roll(1, -1)
+        return outs
+
+    captured = capture(steps, *Case().inputs())
+    old, _ = captured.run()
+    rewritten(captured)
+    assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (0, 2)
+    new, _ = captured.run()
+    for before, after in zip(old, new, strict=True):
+        torch.testing.assert_close(after, before)
+
+
+def test_the_new_node_keeps_shape_and_origin_of_the_old():
+    captured = capture(Case().function(), *Case().inputs())
+    rewritten(captured)
+    (node,) = [n for n in captured.gm.graph.nodes if n.target is torch.ops.apack.attend.default]
+    assert tuple(node.meta["example_value"].shape) == (2, 4, 1, 8)
+    assert "scaled_dot_product_attention" in node.meta["stack_trace"]
+
+
+def test_the_key_covers_the_source_and_the_name_and_is_stable():
+    assert FuseAttend().key() == FuseAttend().key()
+    assert FuseAttend().key() != RemoveDeadCode().key()
+
+
+def test_dumps_show_the_graph_before_and_after(tmp_path):
+    captured = capture(Case().function(), *Case().inputs())
+    run_passes(captured.gm, PASSES, tmp_path)
+    before, after = ((tmp_path / "graph_000" / f"0_FuseAttend_{when}.txt").read_text() for when in ("before", "after"))
+    assert "scaled_dot_product_attention(" in before
+    assert "apack.attend.default(" not in before
+    assert "apack.attend.default(" in after
+    assert (tmp_path / "graph_000" / "record.json").exists()
