@@ -171,7 +171,8 @@ class CompactedCache(Cache):
             kept = [*index.positions[:2], index.positions[2][:, : packed - origin]] if held else [empty] * 3
         assignment = index.assignment
         index.spare = self._spare(held + tokens)
-        start = index.floor = held + tokens - assignment.tail
+        start = held + tokens - assignment.tail
+        index.floor = held + tokens - assignment.recent
         new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
         index.laid_out = index.positions
         index.positions = [torch.cat(pair, 1) for pair in zip(kept, new, strict=True)]
@@ -275,7 +276,7 @@ class CompactedCache(Cache):
         self.history, self._undo, self._incoming = None, None, (None, None)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens; raises ValueError past the tail (tokens laid out by a prefill)."""
+        """Remove the newest `-tokens_to_remove` tokens; raises ValueError past those that a prefill keeps croppable."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}; pass a negative number of tokens to remove")
         packed = self.packed_layers
@@ -284,7 +285,7 @@ class CompactedCache(Cache):
             if held + tokens_to_remove < self.index.floor:
                 raise ValueError(
                     f"crop: cannot remove {-tokens_to_remove} of {held} tokens; only the newest {held - self.index.floor} "
-                    "came after the last prefill, the others are packed"
+                    "can go, the others are packed for good"
                 )
         for layer in self.layers:
             if not isinstance(layer, CompactedLayer) or layer.is_initialized:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from apack_compile.plan import Plan
 
+# How many of a prompt's newest tokens can be cropped: assisted decoding prefills its candidates with the prompt.
+MAX_CROP = 32
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -19,11 +22,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where a chunk's tokens go: chunk indices `[B, slots]` per segment, -1 for a slot left empty, and the tail's length."""
+    """Where a chunk's tokens go: chunk indices `[B, slots]` per segment, -1 for a slot left empty.
+
+    The last `recent` tokens are text in every row and have the same slots in every row, so that they can be cropped; the last
+    `tail` of them go to the tail.
+    """
 
     first: Tensor
     vision: Tensor
     text: Tensor
+    recent: int
     tail: int
 
 
@@ -35,14 +43,18 @@ def compact(flags: Tensor) -> Tensor:
 
 
 def assign(chunk: Chunk, first_tokens: int, tail_slots: int) -> Assignment:
-    """Split a chunk: the first real tokens of each row, the trailing text that every row has (at most `tail_slots`), the rest."""
+    """Split a chunk: the first real tokens of each row, the newest text that every row has, the rest."""
     real = ~chunk.padding
+    tokens = real.shape[1]
     first = real & (real.cumsum(1) <= first_tokens)
     text = real & ~first & ~chunk.vision
-    run = text.all(0).flip(0).cumprod(0).sum()
-    tail = min(tail_slots, int(run))
-    body = torch.arange(real.shape[1], device=real.device) < real.shape[1] - tail
-    return Assignment(compact(first), compact(real & ~first & chunk.vision & body), compact(text & body), tail)
+    run = int(text.all(0).flip(0).cumprod(0).sum())
+    tail, recent = min(tail_slots, run), min(max(tail_slots, MAX_CROP), run)
+    column = torch.arange(tokens, device=real.device)
+    older = column < tokens - recent
+    packed_recent = column[tokens - recent : tokens - tail].expand(len(real), -1)
+    vision = compact(real & ~first & chunk.vision & older)
+    return Assignment(compact(first), vision, torch.cat([compact(text & older), packed_recent], 1), recent, tail)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class FuseAttend(Pass):
         for site in matches:
             attend = torch.ops.apack.attend.default
             given = bind(site.unpack, default_overload(site.unpack))
-            given |= {"query": site.query, "mask": site.mask, "bias": None, "scale": None}
+            given |= {"query": site.query, "mask": site.mask, "bias": None, "scale": site.scale}
             # Cache state goes over by name: unpack and attend call it the same.
             arguments = tuple(given[a.name] for a in attend._schema.arguments)
             with graph.inserting_before(site.node):

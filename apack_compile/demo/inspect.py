@@ -32,8 +32,9 @@ def inspect_lines(folder: Path | None) -> list[str]:
         lines.append(f"{kind.layer:>5}  {kind.layer_type:<22} {width:>7} {width:>7}  {stored}")
     lines += [
         "",
-        f"dense 16-bit cache: {dense_bytes * len(kinds):,} bytes a token, {dense_bytes * packed:,} of them in packed layers",
-        f"{'ratio':>5}  {'bits a component':>16}  {'bytes a token':>13}  (packed layers, long prompts, without shared bases)",
+        f"16-bit dense cache: {dense_bytes * len(kinds):,} bytes a token, {dense_bytes * packed:,} in packed layers",
+        "packed layers at a ratio (long prompts; bases shared by all requests not counted):",
+        f"{'ratio':>5}  {'bits a component':>16}  {'bytes a token':>13}",
     ]
     for ratio in RATIOS:
         if ratio > largest_ratio(width):

@@ -90,7 +90,8 @@ def _draw_bytes(axes: Any, summary: dict[str, Any]) -> None:
 def _draw_kl(axes: Any, kls: Sequence[float]) -> None:
     # Layers differ by orders of magnitude, so a linear axis would show one bar; an exact layer has none.
     axes.bar(range(len(kls)), kls, color=PACKED, width=0.7)
-    axes.set_yscale("log")
+    if any(kl > 0 for kl in kls):
+        axes.set_yscale("log")
     axes.set_title("KL to the dense model when only this layer is packed", size=12, color=INK, loc="left", pad=8)
     axes.set_xlabel("layer", size=10, color=MUTED)
     axes.tick_params(which="both", length=0, labelsize=9, labelcolor=MUTED)

@@ -1,0 +1,382 @@
+"""append, unpack and attend on random states, against a dense model of the same tokens in float64."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from apack_compile import kernels  # noqa: F401
+from apack_compile.basis import fit, moments
+from apack_compile.codec import Bands, StreamBasis, decode, encode
+from apack_compile.kernels.layout import to_groups, to_heads
+
+APPEND, UNPACK, ATTEND = torch.ops.apack.append, torch.ops.apack.unpack, torch.ops.apack.attend
+IDENTITY = StreamBasis(torch.empty(0), torch.empty(0), torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a state looks like; `chunks` are appended after `laid_out` tokens, the last one is the newest."""
+
+    batch: int = 2
+    heads: int = 2
+    groups: int = 1
+    head_dim: int = 5
+    laid_out: int = 23
+    spare: int = 40
+    tail: int = 6
+    chunks: tuple[int, ...] = (3, 4, 1)
+    bands: tuple[tuple[int, int, int, int], ...] = ((2, 1, 3, 2), (0, 0, 4, 3), (1, 0, 4, 0), (0, 5, 0, 0))
+    scope: str = "model"
+    token_scale: bool = True
+    padding: bool = True
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+
+@dataclass
+class State:
+    """Arguments of the operations, and the dense model: exact tokens, expected tokens, which positions are real."""
+
+    key: Tensor
+    value: Tensor
+    dense: list[Tensor]
+    codes: list[Tensor]
+    bases: list[Tensor]
+    bands: list[int]
+    positions: list[Tensor]
+    cursor: Tensor
+    expected: list[Tensor]
+    real: Tensor
+    generator: torch.Generator
+
+    @property
+    def stored(self) -> tuple:
+        return self.dense, self.codes, self.bases, self.bands, self.positions, self.cursor
+
+    @property
+    def appended(self) -> tuple:
+        return self.dense[2:] + self.codes[4:], self.bases[6:], self.bands[8:], self.cursor
+
+    @property
+    def held(self) -> int:
+        return int(self.cursor[0])
+
+
+def padded_indices(flags: Tensor) -> Tensor:
+    """Indices of the set flags of each row, in order, padded with -1."""
+    rows = [row.nonzero().flatten() for row in flags]
+    most = max(len(row) for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (0, most - len(row)), value=-1) for row in rows])
+
+
+def build(shape: Shape) -> State:
+    """A state after the laid out tokens, before any append."""
+    generator = torch.Generator().manual_seed(shape.seed)
+    batch, n = shape.batch, shape.laid_out
+    tokens = [torch.randn(batch, shape.heads, n, shape.head_dim, generator=generator) + 0.5 for _ in range(2)]
+    tokens = [x.to(shape.dtype) for x in tokens]
+    starts = torch.randint(0, 4, (batch, 1), generator=generator) if shape.padding else torch.zeros(batch, 1)
+    real = torch.arange(n) >= starts
+    first = real & (real.cumsum(1) <= 4)
+    vision = (torch.rand(batch, n, generator=generator) < 0.4) & real & ~first
+    index = [padded_indices(flags) for flags in (first, vision, real & ~first & ~vision)]
+
+    def gathered(x: Tensor, where: Tensor) -> Tensor:
+        return x.gather(2, where.clamp_min(0)[:, None, :, None].expand(-1, shape.heads, -1, shape.head_dim))
+
+    dense = [gathered(x, index[0]) for x in tokens]
+    dense += [x.new_zeros(batch, shape.heads, shape.tail, shape.head_dim) for x in tokens]
+    codes, bases, bands = [], [], []
+    expected = [torch.where(first[:, None, :, None], x, 0) for x in tokens]
+    for i in range(4):
+        segment = 1 + i // 2
+        x = to_groups(gathered(tokens[i % 2], index[segment]), shape.groups)
+        count = Bands(shape.bands[i])
+        if shape.scope == "as is":
+            basis, count = IDENTITY, Bands()
+        else:
+            sample = to_groups(tokens[i % 2], shape.groups)
+            if shape.scope == "model":
+                sample = sample.transpose(0, 1).flatten(1, 2)[None]
+            basis = fit(moments(sample)).basis(count)
+        stored, scale = encode(x, basis, count, shape.token_scale)
+        decoded = to_heads(decode(stored, scale, basis, count, shape.dtype), shape.heads)
+        for b in range(batch):
+            for slot, position in enumerate(index[segment][b].tolist()):
+                if position >= 0:
+                    expected[i % 2][b, :, position] = decoded[b, :, slot]
+        if segment == 2:
+            stored, scale = (
+                torch.cat([s, s.new_zeros(*s.shape[:2], shape.spare, *s.shape[3:])], 2) if s.dim() > 1 else s
+                for s in (stored, scale)
+            )
+        codes += [stored, scale]
+        bases += list(basis)
+        bands += list(count.counts)
+    new = torch.arange(n, n + shape.spare).expand(batch, -1)
+    positions = [index[0], index[1], torch.cat([index[2], new], 1)]
+    positions = [p.to(torch.int32) for p in positions]
+    cursor = torch.tensor([n, n, n - index[2].shape[1]])
+    none = tokens[0][:, :, :0]
+    return State(none, none, dense, codes, bases, bands, positions, cursor, expected, real, generator)
+
+
+def append(state: State, shape: Shape, count: int) -> None:
+    """Append `count` random tokens, and to the dense model as well."""
+    size = (shape.batch, shape.heads, count, shape.head_dim)
+    state.key, state.value = (torch.randn(size, generator=state.generator).to(shape.dtype) for _ in range(2))
+    APPEND(state.key, state.value, *state.appended)
+    held, packed = state.held, int(state.cursor[1])
+    for i, new in enumerate((state.key, state.value)):
+        exact = torch.cat([state.expected[i], new], dim=2)
+        pushed = slice(getattr(state, "packed_before", shape.laid_out), packed)
+        if pushed.stop > pushed.start:
+            basis, bands = StreamBasis(*state.bases[6 + 3 * i : 9 + 3 * i]), Bands(tuple(state.bands[8 + 4 * i : 12 + 4 * i]))
+            coded = encode(to_groups(exact[:, :, pushed], shape.groups), basis, bands, shape.token_scale)
+            exact[:, :, pushed] = to_heads(decode(*coded, basis, bands, shape.dtype), shape.heads)
+        state.expected[i] = exact
+    state.packed_before = packed
+    state.newest = (state.key, state.value)
+    state.real = torch.nn.functional.pad(state.real, (0, held - state.real.shape[1]), value=True)
+
+
+def filled(shape: Shape) -> State:
+    """A state after all chunks."""
+    state = build(shape)
+    for count in shape.chunks:
+        append(state, shape, count)
+    return state
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, added: Tensor | float, scale: float | None) -> Tensor:
+    """Softmax attention in the dtype of its inputs; `allowed` `[B, 1|H_q, 1|rows, T]`."""
+    share = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(share, dim=1) for x in (key, value))
+    score = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale) + added
+    weights = score.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return weights @ value
+
+
+def allowed_by(state: State, tokens: int, rows: int) -> Tensor:
+    """Who may attend whom without a mask, `[B, 1, rows, tokens]`."""
+    real = torch.nn.functional.pad(state.real, (0, tokens - state.held))[:, None, None]
+    n = state.key.shape[2]
+    if rows != n:
+        return real.expand(-1, 1, rows, -1)
+    return real & (torch.arange(tokens) <= state.held - n + torch.arange(n)[:, None])
+
+
+@st.composite
+def shapes(draw) -> Shape:
+    heads, groups = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 2))))
+    head_dim = draw(st.sampled_from((3, 5, 8)))
+    width = heads // groups * head_dim
+    bands = tuple(
+        tuple(draw(st.permutations((draw(st.integers(0, width // 3)), width // 3, draw(st.integers(0, width // 3)), 1)))) for _ in range(4)
+    )
+    chunks = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)))
+    return Shape(
+        batch=draw(st.sampled_from((1, 3))),
+        heads=heads,
+        groups=groups,
+        head_dim=head_dim,
+        laid_out=draw(st.integers(5, 30)),
+        spare=45,
+        tail=draw(st.sampled_from((0, 1, 3, 8))),
+        chunks=chunks,
+        bands=bands,
+        scope=draw(st.sampled_from(("model", "sequence", "as is"))),
+        token_scale=draw(st.booleans()),
+        padding=draw(st.booleans()),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes(), st.integers(0, 4))
+def test_unpack_returns_every_token_where_it_was(shape, more):
+    state = filled(shape)
+    tokens = state.held + more
+    for got, expected, new in zip(UNPACK(state.key, state.value, *state.stored, tokens), state.expected, state.newest, strict=True):
+        n = new.shape[2]
+        assert got.shape == (shape.batch, shape.heads, tokens, shape.head_dim)
+        assert torch.equal(got[:, :, state.held - n : state.held], new)
+        assert not got[:, :, state.held :].any()
+        assert not got.masked_fill(torch.nn.functional.pad(state.real, (0, more))[:, None, :, None], 0).any()
+        packed = int(state.cursor[1])
+        assert torch.equal(got[:, :, packed : state.held], expected[:, :, packed:])
+        # a float16 band near a tie may round by one unit when a token is encoded with others
+        torch.testing.assert_close(got[:, :, : state.held - n], expected[:, :, : state.held - n], atol=3e-3, rtol=2e-3)
+        if shape.scope == "as is":
+            assert torch.equal(got[:, :, : state.held], expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.data())
+def test_attend_is_attention_over_the_unpacked_tokens(shape, data):
+    state = filled(shape)
+    n, tokens = state.key.shape[2], state.held + data.draw(st.integers(0, 3))
+    share = data.draw(st.sampled_from((1, 2, 3)))
+    grouped = data.draw(st.booleans())
+    heads, rows = (shape.heads, share * n) if grouped else (shape.heads * share, n)
+    query = torch.randn(shape.batch, heads, rows, shape.head_dim, generator=state.generator, dtype=torch.float64)
+    key, value = UNPACK(state.key, state.value, *state.stored, tokens)
+    mask, added = None, torch.zeros((), dtype=torch.float64)
+    allowed = allowed_by(state, tokens, rows)
+    kind = data.draw(st.sampled_from(("none", "bool", "float", "infinite")))
+    if kind != "none":
+        allowed = allowed_by(state, tokens, -1)[:, :, :1]
+        extent = [data.draw(st.sampled_from((1, full))) for full in (shape.batch, heads, rows)]
+        keep = torch.rand(*extent, tokens, generator=state.generator) < 0.6
+        if kind == "bool":
+            mask, allowed = keep, allowed & keep
+        else:
+            mask = torch.randn(*extent, tokens, generator=state.generator, dtype=torch.float64)
+            mask = mask.masked_fill(~keep, float("-inf")) if kind == "infinite" else mask
+            added = added + mask
+    bias = None
+    if data.draw(st.booleans()):
+        bias = torch.randn(shape.batch, tokens, generator=state.generator, dtype=torch.float64)
+        bias[:, ::5] = float("-inf")
+        added = added + bias[:, None, None]
+    scale = data.draw(st.sampled_from((None, 0.3)))
+    out = ATTEND(query, state.key, state.value, mask, bias, *state.stored, scale)
+    torch.testing.assert_close(out, attention(query, key, value, allowed, added, scale), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("scope", ("model", "sequence", "as is"))
+@pytest.mark.parametrize("groups", (1, 2))
+def test_attend_is_no_further_from_float64_than_attention_in_the_same_dtype(dtype, scope, groups):
+    worst_own, worst_plain, largest = 0.0, 0.0, 0.0
+    for seed in range(4):
+        bands = ((16, 0, 16, 0), (0, 0, 32, 0), (0, 16, 0, 16), (0, 0, 16, 16))
+        if groups == 2:
+            bands = tuple(tuple(count // 2 for count in b) for b in bands)
+        shape = Shape(head_dim=20, groups=groups, laid_out=111, bands=bands, scope=scope, dtype=dtype, seed=seed)
+        state = filled(shape)
+        query = torch.randn(2, 6, 1, 20, generator=state.generator).to(dtype)
+        exact = UNPACK(state.key.double(), state.value.double(), *state.stored, state.held)
+        rounded = UNPACK(state.key, state.value, *state.stored, state.held)
+        allowed = allowed_by(state, state.held, 1)
+        reference = attention(query.double(), *exact, allowed, 0.0, None)
+        plain = attention(query, *rounded, allowed, 0.0, None)
+        own = ATTEND(query, state.key, state.value, None, None, *state.stored, None)
+        assert own.dtype == dtype
+        worst_own = max(worst_own, float((own.double() - reference).abs().max()))
+        worst_plain = max(worst_plain, float((plain.double() - reference).abs().max()))
+        largest = max(largest, float(reference.abs().max()))
+    assert worst_own <= 2 * worst_plain + torch.finfo(dtype).eps * largest
+
+
+def test_a_row_that_may_attend_nothing_gives_zeros():
+    shape = Shape(chunks=(2,))
+    state = filled(shape)
+    query = torch.randn(2, 4, 2, 5, dtype=torch.float64)
+    mask = torch.ones(2, 1, 2, state.held, dtype=torch.bool)
+    mask[1, :, 0] = False
+    out = ATTEND(query, state.key, state.value, mask, None, *state.stored, None)
+    assert not out[1, :, 0].any()
+    assert out[1, :, 1].all() and out[0].all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes(), st.sampled_from((float("nan"), float("inf"))))
+def test_what_lies_in_unused_slots_never_shows(shape, poison):
+    bands = tuple((0, b[1], b[2] + b[0], b[3]) for b in shape.bands)
+    state = filled(replace(shape, bands=bands))
+    n = state.key.shape[2]
+    query = torch.randn(shape.batch, shape.heads, n, shape.head_dim, generator=state.generator, dtype=torch.float64)
+    before = ATTEND(query, state.key, state.value, None, None, *state.stored, None)
+    clean = UNPACK(state.key, state.value, *state.stored, state.held)
+    empty = state.positions[0] < 0
+    ring = torch.full((shape.tail,), True)
+    ring[torch.arange(int(state.cursor[1]), state.held) % max(shape.tail, 1)] = False
+    for i in range(2):
+        state.dense[i].masked_fill_(empty[:, None, :, None], poison)
+        state.dense[2 + i].masked_fill_(ring[:, None], poison)
+    for i in (0, 2, 4, 6):
+        if state.codes[i].dtype == torch.uint8:
+            where = state.positions[1 + i // 4]
+            unused = (where < 0) | (where >= state.cursor[1])
+            state.codes[i].masked_fill_(unused[:, None, :, None], 0xFF)
+    assert torch.equal(ATTEND(query, state.key, state.value, None, None, *state.stored, None), before)
+    for got, expected in zip(UNPACK(state.key, state.value, *state.stored, state.held), clean, strict=True):
+        assert torch.equal(got, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes())
+def test_appending_at_once_equals_appending_one_by_one(shape):
+    total = sum(shape.chunks)
+    at_once, one_by_one = build(shape), build(shape)
+    size = (shape.batch, shape.heads, total, shape.head_dim)
+    key, value = (torch.randn(size, generator=at_once.generator, dtype=torch.float64) for _ in range(2))
+    APPEND(key, value, *at_once.appended)
+    for i in range(total):
+        APPEND(key[:, :, i : i + 1], value[:, :, i : i + 1], *one_by_one.appended)
+    assert torch.equal(at_once.cursor, one_by_one.cursor)
+    none = key[:, :, :0]
+    both = [UNPACK(none, none, *state.stored, at_once.held) for state in (at_once, one_by_one)]
+    for got, expected in zip(*both, strict=True):
+        torch.testing.assert_close(got, expected, atol=3e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("tail", (0, 4))
+def test_appending_past_the_last_free_slot_raises_and_changes_nothing(tail):
+    shape = Shape(spare=7, tail=tail, chunks=(5 + tail,))
+    state = filled(shape)
+    before = [t.clone() for t in (*state.dense, *state.codes, state.cursor)]
+    token = torch.ones(2, 2, 3, 5, dtype=torch.float64)
+    with pytest.raises(IndexError, match="no free slot"):
+        APPEND(token, token, *state.appended)
+    for tensor, saved in zip((*state.dense, *state.codes, state.cursor), before, strict=True):
+        assert torch.equal(tensor, saved)
+    APPEND(token[:, :, :2], token[:, :, :2], *state.appended)
+    assert state.held == shape.laid_out + 7 + tail
+
+
+def test_append_leaves_tokens_that_were_packed_before_alone():
+    shape = Shape(chunks=(9,))
+    state = filled(shape)
+    packed = int(state.cursor[1]) - int(state.cursor[2])
+    saved = [state.codes[i][:, :, :packed].clone() for i in (4, 5, 6, 7)]
+    append(state, shape, 11)
+    for i, before in zip((4, 5, 6, 7), saved, strict=True):
+        assert torch.equal(state.codes[i][:, :, :packed], before)
+
+
+OPCHECK_SHAPES = (
+    Shape(dtype=torch.float32),
+    Shape(batch=1, heads=1, head_dim=7, tail=0, chunks=(1,), bands=((3, 0, 4, 0),) * 4, dtype=torch.bfloat16),
+    Shape(batch=3, heads=4, groups=4, head_dim=6, bands=((0, 2, 3, 1),) * 4, chunks=(2, 5), dtype=torch.float64),
+    Shape(scope="as is", chunks=(1,), tail=0, dtype=torch.float32),
+    Shape(scope="sequence", token_scale=False, chunks=(3,), dtype=torch.bfloat16),
+)
+
+
+@pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
+def test_append_declares_what_it_does(shape):
+    state = filled(shape)
+    torch.library.opcheck(APPEND.default, (state.key, state.value, *state.appended))
+
+
+@pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
+def test_unpack_declares_what_it_does(shape):
+    state = filled(shape)
+    torch.library.opcheck(UNPACK.default, (state.key, state.value, *state.stored, state.held + 3))
+
+
+@pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
+def test_attend_declares_what_it_does(shape):
+    state = filled(shape)
+    n = state.key.shape[2]
+    query = torch.randn(shape.batch, 2 * shape.heads, n, shape.head_dim).to(shape.dtype)
+    mask = torch.rand(1, 1, n, state.held) < 0.7
+    bias = torch.randn(shape.batch, state.held)
+    torch.library.opcheck(ATTEND.default, (query, state.key, state.value, None, None, *state.stored, None))
+    torch.library.opcheck(ATTEND.default, (query, state.key, state.value, mask, bias, *state.stored, 0.4))

@@ -1,0 +1,187 @@
+"""Bad input: an error that names the argument, and model and cache as they were."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from vlms import build, prompt
+
+import apack_compile
+from apack_compile import AttentionPackConfig
+from apack_compile.quantize import resolve
+
+
+@pytest.fixture(scope="module")
+def llava():
+    model, placeholders = build("llava")
+    return model, prompt("llava", [[25, 9]], placeholders)
+
+
+def untouched(model) -> bool:
+    return not any(name in vars(model) for name in ("generate", "_apack_session")) and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ratio": 1}, "ratio=1 must be a finite number > 1"),
+        ({"ratio": float("nan")}, "ratio=nan must be"),
+        ({"ratio": float("inf")}, "ratio=inf must be"),
+        ({"ratio": "4"}, "ratio='4' must be"),
+        ({"ratio": True}, "ratio=True must be"),
+        ({"ratio": 400}, r"ratio=400 is out of reach: the largest for KV width 16 is 5\.3"),
+        ({"preset": "lossles"}, "preset='lossles' is not one of lossless, attentionpack"),
+        ({"preset": "lossless", "ratio": 4}, "exclude each other"),
+        ({"compile": "fast"}, "compile='fast' is not one of auto"),
+        ({"quantize": "int3"}, "quantize='int3' is not one of int8wo"),
+        ({"quantize": 7}, "quantize=7 is neither"),
+        ({"strict": 1}, "strict=1 must be"),
+        ({"config": {"ratio": 4}}, "config=.* must be an AttentionPackConfig"),
+    ],
+)
+def test_a_bad_argument_is_named_and_the_model_left_alone(llava, arguments, message):
+    model, _ = llava
+    with pytest.raises(ValueError, match=message):
+        apack_compile.optimize(model, **arguments)
+    assert untouched(model)
+
+
+def test_a_failing_second_call_keeps_the_first(llava):
+    model, _ = llava
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    with pytest.raises(ValueError, match="ratio"):
+        apack_compile.optimize(model, ratio=0)
+    assert apack_compile.report(model).setting == "preset='lossless'"
+    apack_compile.restore(model)
+    assert untouched(model)
+
+
+def test_models_that_cannot_be_packed_are_refused():
+    with pytest.raises(ValueError, match=r"Linear has no generate\(\)"):
+        apack_compile.optimize(nn.Linear(2, 2))
+    bert = BertModel(BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    with pytest.raises(ValueError, match="BertModel"):
+        apack_compile.optimize(bert)
+    t5 = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=32))
+    with pytest.raises(ValueError, match="no decoder-only KV cache"):
+        apack_compile.optimize(t5)
+    with torch.device("meta"):
+        model, _ = build("llava")
+    with pytest.raises(ValueError, match="meta device"):
+        apack_compile.optimize(model)
+
+
+def test_a_model_that_is_not_optimized_has_no_cache_and_no_report(llava):
+    model, inputs = llava
+    for call in (apack_compile.new_cache, apack_compile.report, lambda m: apack_compile.calibrate(m, inputs)):
+        with pytest.raises(ValueError, match=r"call apack_compile\.optimize"):
+            call(model)
+
+
+def test_a_cache_of_another_model_is_refused_and_stays_empty(llava):
+    model, inputs = llava
+    other, _ = build("internvl")
+    other = other.to(torch.bfloat16)
+    apack_compile.optimize(other, preset="lossless", compile="none")
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    cache = apack_compile.new_cache(other)
+    with pytest.raises(ValueError, match="past_key_values: a cache for 3 layers, 2 KV heads x 8, torch.bfloat16"):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+    assert not cache.is_filled
+    apack_compile.restore(model)
+
+
+def test_prompts_without_tokens_or_beyond_the_positions_are_refused(llava):
+    model, _ = llava
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    with pytest.raises(ValueError, match="input_ids: the prompt has zero tokens"):
+        model.generate(torch.empty(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="3000 tokens; the model's positions end at 2048"):
+        model.generate(torch.full((1, 3000), 5))
+    apack_compile.restore(model)
+
+
+def test_calibration_without_a_usable_token_is_refused(llava):
+    model, _ = llava
+    apack_compile.optimize(model, ratio=3, compile="none")
+    with pytest.raises(ValueError, match="no usable token"):
+        apack_compile.calibrate(model, [{"input_ids": torch.tensor([[5, 6, 7]])}])
+    with pytest.raises(ValueError, match="no usable token"):
+        apack_compile.calibrate(model, [])
+    apack_compile.restore(model)
+
+
+def test_nan_in_the_middle_of_a_model_leaves_the_cache_empty(llava):
+    model, inputs = copy.deepcopy(llava)
+    model.model.language_model.layers[1].self_attn.v_proj.weight.data[3] = float("nan")
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    cache = apack_compile.new_cache(model)
+    with pytest.raises(ValueError, match="layer 1: value states hold NaN or Inf"):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+    assert not any(layer.is_initialized for layer in cache.layers)
+
+
+def test_a_batch_size_that_changes_is_refused_and_the_cache_stays(llava):
+    model, inputs = llava
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    cache = apack_compile.new_cache(model)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        held = int(cache.get_seq_length())
+        with pytest.raises(ValueError, match="batch size is 2, but this cache holds 1"):
+            model(input_ids=torch.full((2, 3), 5), past_key_values=cache)
+    assert int(cache.get_seq_length()) == held
+    apack_compile.restore(model)
+
+
+def test_a_short_name_quantizes_the_decoder_only():
+    pytest.importorskip("torchao", reason="torchao is an extra")
+    model, placeholders = build("llava")
+    inputs = prompt("llava", [[25, 9]], placeholders)
+    vision = copy.deepcopy(model.model.vision_tower.state_dict())
+    apack_compile.optimize(model, preset="lossless", quantize="int8wo", compile="none")
+    assert apack_compile.report(model).quantized_layers == 3 * 7
+    assert type(model.model.language_model.layers[0].mlp.up_proj.weight).__name__ != "Parameter"
+    assert type(model.lm_head.weight) is nn.Parameter
+    for name, tensor in model.model.vision_tower.state_dict().items():
+        assert torch.equal(tensor, vision[name])
+    model.generate(**inputs, max_new_tokens=3)
+    with pytest.raises(ValueError, match="quantized already"):
+        apack_compile.optimize(model, preset="lossless", quantize="int8wo")
+
+
+def test_without_torchao_the_error_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ImportError, match=r"pip install 'apack-compile\[quant\]'"):
+        resolve("int8wo")
+
+
+def test_a_config_goes_to_json_and_back():
+    config = AttentionPackConfig(preset="attentionpack", ranks=dict.fromkeys(AttentionPackConfig().ranks, 32), strict=True)
+    assert AttentionPackConfig.from_json(config.to_json()) == config
+    assert AttentionPackConfig().ratio == 4
+    for text in ("{", "[]", '{"ratios": 4}'):
+        with pytest.raises(ValueError):
+            AttentionPackConfig.from_json(text)
+    with pytest.raises(ValueError, match="ratio"):
+        AttentionPackConfig.from_json('{"ratio": 0.5}')
+
+
+def test_optimize_takes_a_config_and_a_copy_of_the_model_is_its_own(llava):
+    model, inputs = llava
+    apack_compile.optimize(model, AttentionPackConfig(preset="lossless", compile="none"))
+    with pytest.raises(ValueError, match="either a config or the keyword"):
+        apack_compile.optimize(model, AttentionPackConfig(), ratio=4)
+    twin = copy.deepcopy(model)
+    assert twin.generate.__self__ is twin
+    assert torch.equal(
+        twin.generate(**inputs, max_new_tokens=4, do_sample=False), model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    )
+    apack_compile.restore(model)
+    assert untouched(model)
+
+
