@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from apack_compile.accounting import cache_report
-from apack_compile.kernels.layout import HELD
 from apack_compile.layer import MAX_APPEND, CompactedLayer, SharedIndex
 from apack_compile.plan import Plan, spare_slots
 from apack_compile.token_index import Chunk, assign, extended, positions_of, without_bad_bargains
@@ -102,6 +101,7 @@ class CompactedCache(Cache):
             raise
         if layer is packed[-1]:
             self._undo, self.index.laid_out = None, []
+            self.index.chunk = self.index.assignment = None
         return out
 
     def _check(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> None:
@@ -126,7 +126,7 @@ class CompactedCache(Cache):
         first = self.packed_layers[0]
         held = int(first.get_seq_length())
         appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))
-        self._remember(appends, held)
+        self._remember(appends)
         if appends:
             self.reserve(tokens)
             self.index.chunk = self.index.assignment = None
@@ -166,7 +166,9 @@ class CompactedCache(Cache):
                 none = torch.zeros(vision.shape[0], waiting, dtype=torch.bool, device=vision.device)
                 vision, padding = torch.cat([none, vision], 1), torch.cat([none, padding], 1)
             index.chunk = Chunk(vision, padding, packed)
-            index.assignment = assign(index.chunk, 0 if held else plan.first_tokens, plan.tail_slots)
+            # a row whose first chunk was short, or mostly padding, still lacks first tokens
+            found = (index.positions[0] >= 0).sum(1, keepdim=True) if held else 0
+            index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots)
             empty = vision.new_empty((vision.shape[0], 0), dtype=torch.int32)
             kept = [*index.positions[:2], index.positions[2][:, : packed - origin]] if held else [empty] * 3
         assignment = index.assignment
@@ -179,7 +181,9 @@ class CompactedCache(Cache):
         if not plan.per_sequence:
             index.positions[2] = extended(index.positions[2], start, index.spare)
         self._mark_positions()
-        index.capacity = max(index.capacity, self._capacity(held + tokens))
+        # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
+        if tokens > MAX_APPEND or held + tokens > index.capacity:
+            index.capacity = max(index.capacity, self._capacity(held + tokens))
 
     def _spare(self, tokens: int) -> int:
         """Free text slots to keep when `tokens` tokens are held."""
@@ -228,17 +232,18 @@ class CompactedCache(Cache):
             more = held - self.history[0].shape[1]
             self.history = tuple(torch.nn.functional.pad(flags, (0, more)) for flags in self.history)
 
-    def _remember(self, appends: bool, held: int) -> None:
-        """Keep what it takes to undo the coming chunk."""
-        if appends:
-            self._undo = lambda: [layer.crop(int(layer.cursor[HELD]) - held) for layer in self.packed_layers]
-            return
+    def _remember(self, appends: bool) -> None:
+        """Keep what it takes to undo the coming chunk; `append` writes in place, a layout makes new tensors."""
         saved = [(layer, snapshot(layer)) for layer in self.packed_layers]
         index, history, planner = snapshot(self.index), self.history, self.planner
+        written = [t for layer in self.packed_layers for t in (*layer.dense[2:], layer.cursor)] if appends else []
+        before = [tensor.clone() for tensor in written]
 
         def undo() -> None:
             for layer, state in saved:
                 layer.__dict__.update(state)
+            for tensor, old in zip(written, before, strict=True):
+                tensor.copy_(old)
             self.index.__dict__.update(index)
             self.history, self.planner = history, planner
 

@@ -103,7 +103,8 @@ class CompactedLayer(CacheLayerMixin):
             largest = states.detach().abs().amax() if states.numel() else states.new_zeros(())
             if not torch.isfinite(largest):
                 raise ValueError(f"layer {self.layer_idx}: {name} states hold NaN or Inf; the cache was left as it was")
-            if states.dtype == torch.float32 and largest > FLOAT16_MAX and not self._lossless():
+            lossy = self.index.plan is not None and not self._lossless()
+            if states.dtype.itemsize > 2 and largest > FLOAT16_MAX and lossy:
                 raise ValueError(
                     f"layer {self.layer_idx}: {name} states reach {float(largest):.3g}, past float16's {FLOAT16_MAX:.0f}; "
                     'use preset="lossless", or run the model in bfloat16'

@@ -42,7 +42,7 @@ def compact(flags: Tensor) -> Tensor:
     return torch.where(torch.arange(order.shape[1], device=flags.device) < counts[:, None], order, -1)
 
 
-def assign(chunk: Chunk, first_tokens: int, tail_slots: int) -> Assignment:
+def assign(chunk: Chunk, first_tokens: int | Tensor, tail_slots: int) -> Assignment:
     """Split a chunk: the first real tokens of each row, the newest text that every row has, the rest."""
     real = ~chunk.padding
     tokens = real.shape[1]

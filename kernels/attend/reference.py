@@ -51,11 +51,16 @@ def attend(
     weights = _softmax(score).reshape(batch, heads, -1, score.shape[-1])
     parts = weights.split([s.shape[-1] for s in scores], dim=-1)
 
-    out = parts[0] @ dense[1].to(dtype)
+    out = parts[0] @ _occupied_only(dense[1].to(dtype), where[0][1])
     for part, stream, level in zip(parts[1:-2], packed[1::2], levels[1::2], strict=True):
         out = out + _packed_output(part, stream, level)
-    out = out + parts[-2] @ dense[3].to(dtype) + parts[-1] @ value.to(dtype)
+    out = out + parts[-2] @ _occupied_only(dense[3].to(dtype), where[-2][1]) + parts[-1] @ value.to(dtype)
     return out.reshape(batch, query.shape[1], rows, value.shape[-1]).to(query.dtype)
+
+
+def _occupied_only(values: Tensor, occupied: Tensor) -> Tensor:
+    """Dense values `[B, H, N, D]` with zeros in empty slots, where a weight of 0 would not stop a NaN."""
+    return values.masked_fill(~occupied[:, None, :, None], 0.0)
 
 
 def _packed_scores(q: Tensor, stream: PackedStream, levels: Tensor | None) -> Tensor:
