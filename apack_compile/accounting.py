@@ -55,4 +55,3 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
         "model_bytes": storage_bytes(model),
         "ratio": dense / sequence_bytes if sequence_bytes else 1.0,
     }
-

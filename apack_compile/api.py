@@ -124,7 +124,9 @@ def _install(model: nn.Module, session: Session) -> None:
 def _require_session(model: nn.Module) -> Session:
     session = session_of(model)
     if session is None:
-        raise ValueError(f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first")
+        raise ValueError(
+            f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first"
+        )
     return session
 
 
@@ -142,20 +144,23 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         prompt = _prompt_length(args, kwargs)
         _check_length(model, prompt)
         cache = kwargs["past_key_values"] = new_cache(model, _new_tokens(kwargs, settings, prompt))
-    if isinstance(cache, CompactedCache) and session.compile_config is not None and cache.is_compileable:
-        if kwargs.get("compile_config") is None and getattr(settings, "compile_config", None) is None:
-            kwargs["compile_config"] = session.compile_config
-    if isinstance(cache, CompactedCache) and session.inner is None:
+    if not isinstance(cache, CompactedCache):
+        return plain(model, *args, **kwargs)
+    own_compile = kwargs.get("compile_config") or getattr(settings, "compile_config", None)
+    if session.inner is None:
         kwargs.setdefault("disable_compile", True)
+    elif cache.is_compileable and own_compile is None:
+        kwargs["compile_config"] = session.compile_config
     out = plain(model, *args, **kwargs)
-    if isinstance(cache, CompactedCache):
-        session.remember(cache)
+    session.remember(cache)
     return out
 
 
 def _prompt_length(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
     """Tokens of the prompt, None when the inputs do not tell."""
-    inputs = args[0] if args else next((kwargs[n] for n in ("input_ids", "inputs", "inputs_embeds") if n in kwargs), None)
+    inputs = (
+        args[0] if args else next((kwargs[n] for n in ("input_ids", "inputs", "inputs_embeds") if n in kwargs), None)
+    )
     return inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() >= 2 else None
 
 
@@ -175,4 +180,3 @@ def _new_tokens(kwargs: Mapping[str, Any], settings: Any, prompt: int | None) ->
     if new_tokens is None and longest is not None and prompt is not None:
         new_tokens = longest - prompt
     return max(int(new_tokens or DEFAULT_NEW_TOKENS), 1)
-

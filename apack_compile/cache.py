@@ -115,7 +115,9 @@ class CompactedCache(Cache):
                 ("device", key.device, layer.device),
             ):
                 if got != want:
-                    raise ValueError(f"layer {layer.layer_idx}: {name} is {got}, but this cache holds {want}; use a new cache")
+                    raise ValueError(
+                        f"layer {layer.layer_idx}: {name} is {got}, but this cache holds {want}; use a new cache"
+                    )
         layer.check(key, value)
 
     def _begin(self, key: Tensor) -> None:
@@ -283,7 +285,9 @@ class CompactedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens; raises ValueError past those that a prefill keeps croppable."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}; pass a negative number of tokens to remove")
+            raise ValueError(
+                f"crop: tokens_to_remove is {tokens_to_remove}; pass a negative number of tokens to remove"
+            )
         packed = self.packed_layers
         if packed and packed[0].is_initialized:
             held = int(packed[0].get_seq_length())

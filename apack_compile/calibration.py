@@ -103,7 +103,10 @@ class WatchedCache(DynamicCache):
 
 
 def collect(
-    model: torch.nn.Module, layers: Iterable[int], inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]], groups: int = 1
+    model: torch.nn.Module,
+    layers: Iterable[int],
+    inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    groups: int = 1,
 ) -> Statistics:
     """Statistics of the given layers, by modality, over model inputs (dictionaries with at least `input_ids`).
 
@@ -126,7 +129,9 @@ def collect(
                     if tokens.shape[1]:
                         running.setdefault((layer, modality, stream), RunningMoments()).add(tokens)
     if not running:
-        raise ValueError(f"inputs: {len(batches)} calibration inputs hold no usable token (only padding or first tokens)")
+        raise ValueError(
+            f"inputs: {len(batches)} calibration inputs hold no usable token (only padding or first tokens)"
+        )
     for layer in layers:
         for stream in range(2):
             if (layer, "text", stream) not in running:

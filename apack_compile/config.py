@@ -44,11 +44,15 @@ class AttentionPackConfig:
             raise ValueError(f"compile={self.compile!r} is not one of {', '.join(COMPILE_MODES)}")
         expected = {"vision_key", "vision_value", "text_key", "text_value"}
         if set(self.ranks) != expected or any(not isinstance(r, int) or r < 1 for r in self.ranks.values()):
-            raise ValueError(f"ranks={self.ranks!r} must give a positive integer for each of {', '.join(sorted(expected))}")
+            raise ValueError(
+                f"ranks={self.ranks!r} must give a positive integer for each of {', '.join(sorted(expected))}"
+            )
         if not isinstance(self.tail_slots, int) or self.tail_slots < MIN_TAIL_SLOTS:
             raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
         if self.quantize is not None and not isinstance(self.quantize, str):
-            raise ValueError(f"quantize={self.quantize!r}: a config holds the short name; pass torchao objects to optimize")
+            raise ValueError(
+                f"quantize={self.quantize!r}: a config holds the short name; pass torchao objects to optimize"
+            )
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict={self.strict!r} must be True or False")
 

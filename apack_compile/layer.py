@@ -6,9 +6,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from apack_compile.basis import fit, moments
 from apack_compile.codec import FLOAT16_MAX, Bands, StreamBasis, encode
-from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
+from apack_compile.kernels.layout import HELD, PACKED, TEXT, VISION, to_groups
 from apack_compile.plan import STREAMS, Plan
-from apack_compile.token_index import Assignment, Chunk, gather_tokens, positions_of
+from apack_compile.token_index import Assignment, Chunk, gather_tokens
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
 MAX_APPEND = 32
@@ -50,7 +50,9 @@ class CompactedLayer(CacheLayerMixin):
         self.bands: list[int] = []
         self.cursor: Tensor | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
         if self.is_initialized and (torch.compiler.is_compiling() or self.index.chunk is None):
             torch.ops.apack.append.default(key_states, value_states, *self.append_state())
@@ -153,7 +155,9 @@ class CompactedLayer(CacheLayerMixin):
         rank = plan.bands.components
         shape = (batch, groups, rank, width)
         half = {"dtype": torch.float16, "device": states.device}
-        return StreamBasis(torch.zeros(batch, groups, width, **half), torch.zeros(shape, **half), empty.new_ones(shape[:3]))
+        return StreamBasis(
+            torch.zeros(batch, groups, width, **half), torch.zeros(shape, **half), empty.new_ones(shape[:3])
+        )
 
     def _pack(self, states: Tensor, stream: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and token scales of chunk states `[B, H_kv, n, D]` at `index` `[B, N]`; a sequence basis is fitted on the way."""

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id", "audio_token_index")
+PLACEHOLDERS = (
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "video_token_index",
+    "audio_token_id",
+    "audio_token_index",
+)
 
 
 def placeholder_ids(config: Any) -> list[int]:

@@ -30,7 +30,7 @@ class StreamPlan:
     """
 
     scope: str
-    bands: Bands = Bands()
+    bands: Bands = field(default_factory=Bands)
     token_scale: bool = False
 
 
@@ -72,7 +72,7 @@ class Plan:
 
 def uniform_plan(layers: Sequence[int], streams: LayerPlan, tail_slots: int) -> Plan:
     """The same streams in every layer."""
-    return Plan({layer: streams for layer in layers}, tail_slots)
+    return Plan(dict.fromkeys(layers, streams), tail_slots)
 
 
 def lossless_plan(layers: Sequence[int]) -> Plan:

@@ -52,7 +52,9 @@ class Session:
         if self.config.preset == "attentionpack":
             return attentionpack_plan(self.packed, self.config.ranks, self.config.tail_slots)
         if self.statistics is None:
-            raise RuntimeError("ratio: no calibrated statistics yet; call the model itself, or calibrate(model, inputs) first")
+            raise RuntimeError(
+                "ratio: no calibrated statistics yet; call the model itself, or calibrate(model, inputs) first"
+            )
         key = budget_key(tokens, vision_share)
         if key not in self.plans:
             self.plans[key] = budget_plan(self.statistics, self.config.ratio, *key)
@@ -125,7 +127,9 @@ def check_ratio(ratio: float, model: nn.Module) -> None:
     _, heads, head_dim, _ = signature_of(model)
     reachable = largest_ratio(heads * head_dim)
     if ratio > reachable:
-        raise ValueError(f"ratio={ratio!r} is out of reach: the largest for KV width {heads * head_dim} is {reachable:.1f}")
+        raise ValueError(
+            f"ratio={ratio!r} is out of reach: the largest for KV width {heads * head_dim} is {reachable:.1f}"
+        )
 
 
 def resolve_compile(mode: str, model: nn.Module) -> tuple[str | None, str]:
@@ -185,5 +189,3 @@ def describe(signature: tuple) -> str:
     """A signature in words."""
     layers, heads, head_dim, dtype = signature
     return f"{layers} layers, {heads} KV heads x {head_dim}, {dtype}"
-
-

@@ -7,12 +7,12 @@ other places of the text.
 """
 
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Annotated
 
 import torch
 import typer
 from harness import Row, print_table, write_json
-from pydoc_data.topics import topics
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apack_compile.codec import Bands, StreamBasis
 
-# cursor[HELD]: tokens held; cursor[PACKED]: first position of the tail; position p is packed into text slot p - cursor[ORIGIN].
+# cursor[HELD]: tokens held; cursor[PACKED]: first position of the tail; position p packs into text slot p - cursor[ORIGIN].
 HELD, PACKED, ORIGIN = 0, 1, 2
 FIRST, VISION, TEXT = 0, 1, 2
 

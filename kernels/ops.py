@@ -15,11 +15,13 @@ TAGS = (torch.Tag.pt2_compliant_tag,)
 STATE = "Tensor[] dense, Tensor[] codes, Tensor[] bases, int[] bands, Tensor[] positions, Tensor cursor"
 
 LIBRARY.define(
-    "append(Tensor key, Tensor value, Tensor(a!)[] stores, Tensor[] bases, int[] bands, Tensor(b!) cursor) -> ()", tags=TAGS
+    "append(Tensor key, Tensor value, Tensor(a!)[] stores, Tensor[] bases, int[] bands, Tensor(b!) cursor) -> ()",
+    tags=TAGS,
 )
 LIBRARY.define(f"unpack(Tensor key, Tensor value, {STATE}, SymInt tokens) -> (Tensor, Tensor)", tags=TAGS)
 LIBRARY.define(
-    f"attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, {STATE}, float? scale) -> Tensor", tags=TAGS
+    f"attend(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, {STATE}, float? scale) -> Tensor",
+    tags=TAGS,
 )
 LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
@@ -40,7 +42,5 @@ def _unpack_fake(key, value, dense, codes, bases, bands, positions, cursor, toke
 
 
 @torch.library.register_fake("apack::attend", lib=LIBRARY)
-def _attend_fake(
-    query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale
-) -> Tensor:
+def _attend_fake(query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

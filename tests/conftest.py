@@ -27,7 +27,9 @@ def random_statistics(
         decay = float(torch.rand((), generator=generator) * 3)
         rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
         scale = torch.logspace(0, -decay, width)
-        x = torch.randn(1, groups, 3 * width, width, generator=generator) * scale @ rotation + torch.randn(width, generator=generator)
+        x = torch.randn(1, groups, 3 * width, width, generator=generator) * scale @ rotation + torch.randn(
+            width, generator=generator
+        )
         spectrum = fit_steps(fit(moments(x)), x, token_scale=True)
         variance = spectrum.deviation[0].square()
         return StreamStatistics(spectrum, variance / variance.sum())

@@ -23,7 +23,7 @@ WIDTH = HEADS * HEAD_DIM
 
 
 def states_of(tokens: Tensor, layer: int, stream: int, dtype: torch.dtype) -> Tensor:
-    """`[B, H, n, D]` states of latent tokens `[B, n, RANK]`: every layer and stream mixes them in its own way, in few directions."""
+    """`[B, H, n, D]` states of latent tokens `[B, n, RANK]`; every layer and stream mixes them in its own way."""
     generator = torch.Generator().manual_seed(97 * layer + stream)
     mixing, mean = torch.randn(RANK, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
     x = tokens @ mixing + mean
@@ -40,7 +40,9 @@ def model_plan(tail_slots: int, groups: int = 1) -> Plan:
     for layer in range(LAYERS):
         spectra = [fit(moments(to_groups(states_of(sample, layer, i % 2, torch.float32), groups))) for i in range(4)]
         bases[layer] = tuple(spectrum.basis(bands) for spectrum in spectra)
-    return Plan({i: LayerPlan(stream, stream, stream, stream) for i in range(LAYERS)}, tail_slots, groups=groups, bases=bases)
+    return Plan(
+        {i: LayerPlan(stream, stream, stream, stream) for i in range(LAYERS)}, tail_slots, groups=groups, bases=bases
+    )
 
 
 RANKS = {f"{modality}_{stream}": RANK for modality in ("vision", "text") for stream in ("key", "value")}
@@ -122,7 +124,9 @@ class Pair:
         half = torch.float16 if self.dtype == torch.float32 else self.dtype
         assert ((got == expected) | (got == expected.to(half).to(self.dtype)))[first].all()
         error = (got - expected)[real].float().flatten(1).norm(dim=1)
-        assert (error <= 0.05 * expected[real].float().flatten(1).norm(dim=1)).all(), "a token is lost or in the wrong place"
+        assert (error <= 0.05 * expected[real].float().flatten(1).norm(dim=1)).all(), (
+            "a token is lost or in the wrong place"
+        )
 
     def check(self) -> None:
         """Everything held, as `unpack` gives it, and the report."""
@@ -181,7 +185,7 @@ def flags(draw, pair: Pair, count: int) -> tuple[Tensor | None, Tensor | None]:
     if draw(st.booleans()):
         vision = torch.rand(pair.batch, count, generator=pair.generator) < draw(st.sampled_from((0.1, 0.9)))
     padding = None
-    if (pair.held == 0 and count > 4 or count > MAX_APPEND) and draw(st.booleans()):
+    if ((pair.held == 0 and count > 4) or count > MAX_APPEND) and draw(st.booleans()):
         most = torch.randint(0, count - 3, (pair.batch, 1), generator=pair.generator)
         padding = torch.arange(count) < most
         vision = None if vision is None else vision & ~padding
@@ -241,7 +245,8 @@ def test_chunks_around_the_append_limit_fit_their_masks(plan):
     pair = Pair(plan)
     vision = torch.zeros(2, 20, dtype=torch.bool)
     vision[:, 5:15] = True
-    pair.feed(200)
+    pair.feed(210)
+    assert pair.cache.index.capacity == 256
     pair.feed(20, vision)
     pair.feed(MAX_APPEND)
     pair.feed(MAX_APPEND + 1)

@@ -100,7 +100,9 @@ def test_a_decoded_token_is_within_the_error_bound(stream):
     decoded = decode(codes, scale, basis, bands, torch.float64)
     error = (decoded - x.double()).norm(dim=-1)
     # float32 arithmetic and rows that are orthonormal in float32 only
-    rounding = torch.finfo(torch.float32).eps * 16 * (x.double().norm(dim=-1) + basis.mean.double().norm(dim=-1)[:, :, None])
+    rounding = (
+        torch.finfo(torch.float32).eps * 16 * (x.double().norm(dim=-1) + basis.mean.double().norm(dim=-1)[:, :, None])
+    )
     assert torch.isfinite(decoded).all()
     assert (error <= error_bound(x, basis, bands, token_scale) + rounding).all()
 
@@ -141,6 +143,17 @@ def test_a_token_encoded_alone_has_the_codes_it_has_in_a_batch():
     codes, _ = encode(x, basis, bands)
     alone = [encode(x[:, :, i : i + 1], basis, bands)[0] for i in range(x.shape[2])]
     assert torch.equal(torch.cat(alone, dim=2), codes)
+
+
+@pytest.mark.parametrize("counts", ((1, 0, 0, 1), (2, 3, 0, 0), (3, 0, 5, 1)), ids=str)
+def test_one_token_of_an_odd_number_of_bytes_decodes_like_the_batch_it_was_in(counts):
+    bands = Bands(counts)
+    x = tokens_like("gaussian", (1, 1, 5, 12), 6)
+    basis = fit(moments(x)).basis(bands)
+    codes, scale = encode(x, basis, bands)
+    together = decode(codes, scale, basis, bands)
+    for i in range(5):
+        torch.testing.assert_close(decode(codes[:, :, i : i + 1], scale, basis, bands)[:, :, 0], together[:, :, i])
 
 
 def test_a_half_precision_band_encoded_alone_is_within_one_unit_in_the_last_place_of_the_batch():
@@ -240,7 +253,8 @@ def test_fitted_steps_serve_the_sample_no_worse_than_gaussian_ones(token_scale):
     for band in (1, 2, 3):
         bands = Bands(tuple(16 if i == band else 0 for i in range(4)))
         before, after = (
-            (decode(*encode(x, s.basis(bands), bands), s.basis(bands), bands) - x).square().sum() for s in (plain, fitted)
+            (decode(*encode(x, s.basis(bands), bands), s.basis(bands), bands) - x).square().sum()
+            for s in (plain, fitted)
         )
         assert token_scale or after <= before * (1 + 1e-5)
         assert fitted.steps[WIDTHS[band]].shape == plain.deviation.shape

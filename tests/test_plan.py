@@ -25,7 +25,9 @@ from apack_compile.plan import (
 )
 
 RUNS = st.lists(
-    st.tuples(st.floats(1e-9, 1e6, allow_subnormal=False), st.sampled_from((1.0, 8.0, 16.0, 48.0))), min_size=1, max_size=12
+    st.tuples(st.floats(1e-9, 1e6, allow_subnormal=False), st.sampled_from((1.0, 8.0, 16.0, 48.0))),
+    min_size=1,
+    max_size=12,
 )
 
 
@@ -105,7 +107,9 @@ def held(plan, tokens: int, vision_share: float, layers: int, heads: int, head_d
 @pytest.mark.parametrize("ratio", (4, 6, 8))
 @pytest.mark.parametrize("tokens", (1024, 3001, 8192))
 @pytest.mark.parametrize(("heads", "head_dim", "groups"), ((3, 64, 1), (2, 20, 1), (4, 48, 2)))
-def test_a_cache_holds_the_ratio_that_was_asked_for(statistics_of, heads, head_dim, groups, tokens, ratio, vision_share):
+def test_a_cache_holds_the_ratio_that_was_asked_for(
+    statistics_of, heads, head_dim, groups, tokens, ratio, vision_share
+):
     layers = 8
     statistics = statistics_of(layers, heads, head_dim, groups=groups, seed=heads)
     plan = budget_plan(statistics, ratio, *budget_key(tokens, vision_share))
@@ -142,7 +146,8 @@ def test_the_bases_of_a_plan_have_the_components_of_its_bands(statistics_of):
 def test_layers_with_more_variance_get_more_bits(statistics_of):
     statistics = statistics_of(2, 2, 32)
     loud = {
-        modality: tuple(type(s)(s.spectrum, s.weights * 1e3) for s in streams) for modality, streams in statistics[1].items()
+        modality: tuple(type(s)(s.spectrum, s.weights * 1e3) for s in streams)
+        for modality, streams in statistics[1].items()
     }
     plan = budget_plan({0: statistics[1], 1: loud}, 6.0, 4000, 0.5)
     quiet_bytes, loud_bytes = (sum(s.bands.token_bytes for s in plan.layers[i].streams) for i in range(2))

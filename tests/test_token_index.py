@@ -16,7 +16,9 @@ def chunks(draw) -> Chunk:
     if draw(st.booleans()):
         run = draw(st.integers(0, n))
         kinds = [row[: n - run] + ["t"] * run for row in kinds]
-    flags = [torch.tensor([[kind == k for kind in row] for row in kinds], dtype=torch.bool).reshape(batch, n) for k in "vp"]
+    flags = [
+        torch.tensor([[kind == k for kind in row] for row in kinds], dtype=torch.bool).reshape(batch, n) for k in "vp"
+    ]
     return Chunk(*flags, draw(st.integers(0, 100)))
 
 
@@ -30,7 +32,8 @@ def test_every_real_token_goes_to_exactly_one_place_and_padding_to_none(chunk, f
         real = (~chunk.padding[row]).nonzero().flatten().tolist()
         vision = chunk.vision[row] & ~chunk.padding[row]
         first, seen, text = (
-            [i for i in index[row].tolist() if i >= 0] for index in (assignment.first, assignment.vision, assignment.text)
+            [i for i in index[row].tolist() if i >= 0]
+            for index in (assignment.first, assignment.vision, assignment.text)
         )
         tail = list(range(n - assignment.tail, n))
         assert sorted([*first, *seen, *text, *tail]) == real

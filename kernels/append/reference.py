@@ -26,7 +26,9 @@ def append(
     text_slot = pushed - cursor[ORIGIN]
     capacity = packed[0].codes.shape[2] if packed else 0
     if key.device.type == "cpu" and bool(any_pushed & (text_slot[-1:] >= capacity).any()):
-        raise IndexError(f"append: {new_tokens} new tokens, but the cache has no free slot left; call cache.reserve first")
+        raise IndexError(
+            f"append: {new_tokens} new tokens, but the cache has no free slot left; call cache.reserve first"
+        )
     for states, tail, stream in zip((key, value), tails, packed or (None, None), strict=True):
         if stream is not None and capacity and new_tokens:
             _push_out(states, tail, stream, pushed, any_pushed, text_slot, held)

@@ -65,7 +65,7 @@ def _occupied_only(values: Tensor, occupied: Tensor) -> Tensor:
 
 def _packed_scores(q: Tensor, stream: PackedStream, levels: Tensor | None) -> Tensor:
     """Scores `[B, H, Q, N]` of queries `[B, H, Q, D]` against a packed key stream."""
-    batch, heads, _, head_dim = q.shape
+    heads, head_dim = q.shape[1], q.shape[3]
     if levels is None:
         return q @ _kept_heads(stream, heads, q.dtype).mT
     per_group = heads // stream.groups

@@ -41,9 +41,7 @@ def _restore(new: Tensor, segments: list[Tensor], positions: list[Tensor], curso
     """Segments scattered to their positions, with the new tokens laid over them."""
     batch, heads, new_tokens, head_dim = new.shape
     out = new.new_zeros(batch, heads, tokens + 1, head_dim)
-    where = [
-        torch.where(stored_before(p, cursor, new_tokens), p, tokens) for p in positions[: len(segments) - 1]
-    ]
+    where = [torch.where(stored_before(p, cursor, new_tokens), p, tokens) for p in positions[: len(segments) - 1]]
     ring = tail_positions(segments[-1].shape[2], cursor)
     where.append(torch.where(ring < cursor[HELD] - new_tokens, ring, tokens).expand(batch, -1))
     for segment, position in zip(segments, where, strict=True):
@@ -51,4 +49,3 @@ def _restore(new: Tensor, segments: list[Tensor], positions: list[Tensor], curso
         out.scatter_(2, index, segment)
     newest = cursor[HELD] - new_tokens + torch.arange(new_tokens, device=new.device)
     return out[:, :, :tokens].index_copy(2, newest, new)
-

@@ -87,7 +87,7 @@ def test_a_cache_of_another_model_is_refused_and_stays_empty(llava):
     apack_compile.optimize(other, preset="lossless", compile="none")
     apack_compile.optimize(model, preset="lossless", compile="none")
     cache = apack_compile.new_cache(other)
-    with pytest.raises(ValueError, match="past_key_values: a cache for 3 layers, 2 KV heads x 8, torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"past_key_values: a cache for 3 layers, 2 KV heads x 8, torch\.bfloat16"):
         model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
     assert not cache.is_filled
     apack_compile.restore(model)
@@ -161,7 +161,9 @@ def test_without_torchao_the_error_says_what_to_install(monkeypatch):
 
 
 def test_a_config_goes_to_json_and_back():
-    config = AttentionPackConfig(preset="attentionpack", ranks=dict.fromkeys(AttentionPackConfig().ranks, 32), strict=True)
+    config = AttentionPackConfig(
+        preset="attentionpack", ranks=dict.fromkeys(AttentionPackConfig().ranks, 32), strict=True
+    )
     assert AttentionPackConfig.from_json(config.to_json()) == config
     assert AttentionPackConfig().ratio == 4
     for text in ("{", "[]", '{"ratios": 4}'):
@@ -179,9 +181,8 @@ def test_optimize_takes_a_config_and_a_copy_of_the_model_is_its_own(llava):
     twin = copy.deepcopy(model)
     assert twin.generate.__self__ is twin
     assert torch.equal(
-        twin.generate(**inputs, max_new_tokens=4, do_sample=False), model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        twin.generate(**inputs, max_new_tokens=4, do_sample=False),
+        model.generate(**inputs, max_new_tokens=4, do_sample=False),
     )
     apack_compile.restore(model)
     assert untouched(model)
-
-

@@ -74,7 +74,11 @@ def internvl() -> tuple[Any, int]:
 def gemma3() -> tuple[Any, int]:
     """Gemma3, sliding and full layers; 4 placeholders an image."""
     config = Gemma3Config(
-        text_config={**TEXT, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        text_config={
+            **TEXT,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
         vision_config={
             "hidden_size": 24,
             "intermediate_size": 32,
@@ -170,7 +174,7 @@ def pixels(name: str, images: int, generator: torch.Generator) -> dict[str, torc
 
 
 def prompt(name: str, rows: list[list[int]], placeholders: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Model inputs: each row is a list of text lengths, an image stands between neighbours; shorter rows are padded left."""
+    """Model inputs: each row lists text lengths, an image stands between neighbours; shorter rows are padded left."""
     generator = torch.Generator().manual_seed(seed)
     sequences = []
     for lengths in rows:
