@@ -1,7 +1,7 @@
 """Which token goes to which slot."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apack_compile.token_index import MAX_CROP, Chunk, assign, compact, gather_tokens, positions_of
@@ -44,6 +44,7 @@ def test_every_real_token_goes_to_exactly_one_place_and_padding_to_none(chunk, f
 
 @settings(max_examples=40, deadline=None)
 @given(chunks(), st.sampled_from((0, 1, 6)))
+@example(Chunk(torch.zeros(2, 50, dtype=torch.bool), torch.arange(50) < torch.tensor([[0], [3]]), 0), 6)
 def test_the_newest_text_has_the_same_slots_in_every_row(chunk, tail_slots):
     assignment = assign(chunk, 0, tail_slots)
     batch, n = chunk.vision.shape
