@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.basis import Moments, fit, fit_steps
+from apack_compile.basis import Moments, Spectrum, fit, fit_steps
 from apack_compile.kernels.layout import to_groups
 from apack_compile.modality import padding_of, vision_of
-from apack_compile.plan import FIRST_TOKENS, LOGIT_NOISE_WEIGHT, MODALITIES, StreamStatistics
+from apack_compile.plan import FIRST_LAYER_VALUES, FIRST_TOKENS, LOGIT_NOISE_WEIGHT, MODALITIES, StreamStatistics
 
 SAMPLE_TOKENS = 512
 
@@ -139,8 +139,8 @@ def collect(
     return {
         layer: {
             modality: (
-                finish_stream(running[layer, modality, 0], watch.of(layer), groups),
-                finish_stream(running[layer, modality, 1], None, groups, is_value=True),
+                finish_key(running[layer, modality, 0], watch.of(layer), groups, LOGIT_NOISE_WEIGHT[modality]),
+                finish_value(running[layer, modality, 1], FIRST_LAYER_VALUES if layer == 0 else 1.0),
             )
             for modality in MODALITIES
             if (layer, modality, 0) in running
@@ -161,23 +161,30 @@ def usable_tokens(config: Any, batch: Mapping[str, Any], keys: Tensor) -> dict[s
     return {"vision": usable & vision, "text": usable & ~vision}
 
 
-def finish_stream(
-    running: RunningMoments, query_moment: Tensor | None, groups: int, is_value: bool = False
-) -> StreamStatistics:
-    """Spectrum of a stream and the harm of dropping each component.
-
-    Of a value: its share of the stream's variance. Of a key: the variance it gives to the logits (mean over heads), weighted;
-    its share of the variance where the queries were not seen.
-    """
-    stats = running.finish()
-    sample = torch.cat(running.sample, dim=1)
-    sample = sample[:, :: max(sample.shape[1] // SAMPLE_TOKENS, 1)]
-    spectrum = fit_steps(fit(stats), sample[None], token_scale=True)
+def finish_value(running: RunningMoments, weight: float) -> StreamStatistics:
+    """Spectrum of a value stream; the harm of dropping a component is its share of the variance, weighted."""
+    spectrum = finish_spectrum(running)
     variance = spectrum.deviation[0].square()
-    if is_value or query_moment is None:
-        return StreamStatistics(spectrum, variance / variance.sum())
+    return StreamStatistics(spectrum, weight * variance / variance.sum())
+
+
+def finish_key(running: RunningMoments, query_moment: Tensor | None, groups: int, weight: float) -> StreamStatistics:
+    """Spectrum of a key stream; the harm of dropping a component is the variance it gives to the logits, weighted.
+
+    That is a mean over heads; where the queries were not seen, it is the component's share of the variance.
+    """
+    if query_moment is None:
+        return finish_value(running, 1.0)
+    spectrum = finish_spectrum(running)
     heads, head_dim = query_moment.shape[:2]
     rows = spectrum.rows[0].unflatten(-1, (heads // groups, head_dim))
     moment = query_moment.unflatten(0, (groups, heads // groups))
     noise = torch.einsum("grhd,ghde,grhe->gr", rows, moment, rows)
-    return StreamStatistics(spectrum, variance * noise * (LOGIT_NOISE_WEIGHT / heads))
+    return StreamStatistics(spectrum, weight / heads * noise * spectrum.deviation[0].square())
+
+
+def finish_spectrum(running: RunningMoments) -> Spectrum:
+    """Spectrum of a stream, with steps that serve an even sample of its tokens best."""
+    sample = torch.cat(running.sample, dim=1)
+    sample = sample[:, :: max(sample.shape[1] // SAMPLE_TOKENS, 1)]
+    return fit_steps(fit(running.finish()), sample[None], token_scale=True)

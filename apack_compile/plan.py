@@ -15,8 +15,11 @@ STREAMS = ("key", "value")
 FIRST_TOKENS = 4
 # Components come in runs of this many: the tile a kernel reads.
 BAND_GRAIN = 16
-# How much a key's logit noise counts against a value's relative error (docs/quality.md).
-LOGIT_NOISE_WEIGHT = 0.15
+# Weights found by benchmark (docs/quality.md): a key's logit noise against a value's relative error; text, where there are
+# pictures beside it; the values of the model's first layer, which everything after builds on.
+LOGIT_NOISE_WEIGHT = {"vision": 0.75, "text": 0.15}
+TEXT_BESIDE_VISION = 10.0
+FIRST_LAYER_VALUES = 10.0
 # The tail of newest tokens may take this share of the budget, in tokens of these sizes.
 TAIL_SHARE = 0.06
 TAIL_SIZES = (32, 16, 8)
@@ -184,7 +187,8 @@ def budget_plan(
             for stream, measured in enumerate(modalities[modality]):
                 run_weights, run_lengths = runs_of(measured.weights)
                 groups = groups_of(measured)
-                weights.append(run_weights * max(part, 1e-3))
+                beside = TEXT_BESIDE_VISION if modality == "text" and len(share) == 2 else 1.0
+                weights.append(run_weights * max(part, 1e-3) * beside)
                 cost.append(torch.tensor(run_lengths, dtype=torch.float64) * groups * max(part, 1e-3))
                 owners.append((layer, modality, stream))
                 lengths.append(run_lengths)

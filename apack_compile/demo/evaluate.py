@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from apack_compile.demo.assets import Question
-from apack_compile.demo.prompts import Prompt, build_dialogue, build_prompt, load_pixels, normalize_answer
+from apack_compile.demo.prompts import Prompt, build_dialogue, build_prompt, load_pixels, read_answer
 from apack_compile.layer import CompactedLayer
 
 ANSWER_TOKENS = 6
 TIMED_TOKENS = 16
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 12_288
 CALIBRATION_PROMPTS = 4
 
 
@@ -35,12 +35,13 @@ class QuestionSet:
 
 @dataclass
 class Row:
-    """One question with both answers."""
+    """One question with both answers, and whether all that was generated is the same."""
 
     question: Question
     shown: str
     dense: str
     packed: str
+    same_text: bool
 
 
 @dataclass
@@ -69,7 +70,7 @@ def question_sets(pictures: Sequence[Sequence[Question]], questions: int, images
 
 
 def calibration_inputs(tokenizer: Any, pictures: Sequence[Sequence[Question]], images: int) -> list[dict[str, Any]]:
-    """Conversations about training pictures, about 4,000 tokens; short prompts are mixed with longer ones."""
+    """Conversations about training pictures, about 12,000 tokens; short prompts are mixed with longer ones."""
     sizes = [images] if images > 1 else [1, 2, 4, 8]
     inputs: list[dict[str, Any]] = []
     start = tokens = 0
@@ -121,9 +122,9 @@ def forget_question(cache: Any, prompt: Prompt) -> None:
 
 
 def answer(model: Any, tokenizer: Any, prompt: Prompt, cache: Any) -> str:
-    """The model's normalised answer to one question."""
+    """What the model says to one question."""
     ids = generate(model, prompt, cache, max_new_tokens=ANSWER_TOKENS)
-    return normalize_answer(tokenizer.decode(ids, skip_special_tokens=True))
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def ask_all(
@@ -143,12 +144,15 @@ def ask_all(
         for cache in caches.values():
             read_pictures(model, prompts[0], pixels, cache)
         for i, prompt in enumerate(prompts):
-            answers = {name: answer(model, tokenizer, prompt, cache) for name, cache in caches.items()}
+            said = {name: answer(model, tokenizer, prompt, cache) for name, cache in caches.items()}
+            answers = {name: read_answer(text) for name, text in said.items()}
             results.reports.append(caches["packed"].report())
             results.prompt_tokens.append(prompt.input_ids.shape[1])
             question = group.pictures[i]
             shown = question.text if images == 1 else f"image {i + 1}: {question.text}"
-            results.rows.append(Row(question, shown, answers["dense"], answers["packed"]))
+            results.rows.append(
+                Row(question, shown, answers["dense"], answers["packed"], said["dense"] == said["packed"])
+            )
             for cache in caches.values():
                 forget_question(cache, prompt)
             advance()

@@ -94,6 +94,7 @@ def summarize(results: Results, time_ratio: float) -> dict[str, Any]:
     return {
         "ratio": mean("dense_bytes") / mean("sequence_bytes"),
         "answers_equal": sum(row.dense == row.packed for row in rows) / count,
+        "texts_equal": sum(row.same_text for row in rows) / count,
         "accuracy_dense": sum(row.dense == row.question.answer for row in rows) / count,
         "accuracy_packed": sum(row.packed == row.question.answer for row in rows) / count,
         "dense_bytes": round(mean("dense_bytes")),

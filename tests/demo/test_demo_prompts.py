@@ -18,7 +18,7 @@ from apack_compile.demo.prompts import (
     build_dialogue,
     build_prompt,
     load_pixels,
-    normalize_answer,
+    read_answer,
     pictures_text,
 )
 
@@ -104,4 +104,6 @@ def test_pixels_are_normalised_as_in_training(tmp_path: Path) -> None:
 
 
 def test_answers_are_compared_without_case_and_spaces() -> None:
-    assert normalize_answer("  Yes\n") == "yes"
+    assert read_answer("  Yes\n") == "yes"
+    assert read_answer("no per unit") == "no"
+    assert read_answer("perhaps") == "perhaps"
