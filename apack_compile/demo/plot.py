@@ -64,7 +64,7 @@ def _draw_pictures(figure: Any, grid: Any, rows: Sequence[Row]) -> None:
             axes.text(
                 0.53,
                 offset,
-                text or "(nothing)",
+                _short(text),
                 size=9,
                 weight="bold",
                 color=RIGHT if right else WRONG,
@@ -101,6 +101,11 @@ def _draw_kl(axes: Any, kls: Sequence[float]) -> None:
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _short(text: str, width: int = 16) -> str:
+    """An answer that does not reach into the next picture."""
+    return (text if len(text) <= width else text[: width - 1] + "…") or "(nothing)"
 
 
 def _wrapped(text: str, width: int = 24) -> str:
