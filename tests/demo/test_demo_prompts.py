@@ -18,8 +18,8 @@ from apack_compile.demo.prompts import (
     build_dialogue,
     build_prompt,
     load_pixels,
-    read_answer,
     pictures_text,
+    read_answer,
 )
 
 
