@@ -10,7 +10,8 @@ from apack_compile.codec import Bands, StreamBasis
 
 # cursor[HELD]: tokens held; cursor[PACKED]: first position of the tail; position p packs into text slot p - cursor[ORIGIN].
 HELD, PACKED, ORIGIN = 0, 1, 2
-FIRST, VISION, TEXT = 0, 1, 2
+# Segments, by their place among the positions.
+VISION, TEXT = 1, 2
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class Refusal:
         return MatchRecord(self.node.name, self.layer, self.reason, self.packed)
 
 
-class Pass:
+class Pass(ABC):
     """A rewrite of a graph. Subclasses are frozen dataclasses; their fields are the configuration that `key` covers."""
 
     # A pass that only cleans up after others leaves a graph alone that they did not change.
@@ -60,13 +61,13 @@ class Pass:
     def name(self) -> str:
         return type(self).__name__
 
+    @abstractmethod
     def match(self, graph: fx.Graph) -> Sequence[Match | Refusal]:
         """What the pass would rewrite, and what it refuses with a reason. Changes nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rewrite(self, graph: fx.Graph, matches: Sequence[Any]) -> int:
         """Rewrite the matches; how many were."""
-        raise NotImplementedError
 
     def key(self) -> str:
         """A hash of the pass's source and its configuration: equal keys rewrite equally."""
