@@ -1,21 +1,26 @@
-"""Statistics of a model's keys and values, from forward passes over calibration inputs."""
+"""Statistics of a model's keys and values, from passes over calibration inputs."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from transformers.cache_utils import DynamicCache
 
 from apack_compile.basis import Moments, Spectrum, fit, fit_steps
 from apack_compile.kernels.layout import to_groups
 from apack_compile.modality import padding_of, vision_of
-from apack_compile.plan import FIRST_LAYER_VALUES, FIRST_TOKENS, LOGIT_NOISE_WEIGHT, MODALITIES, StreamStatistics
+from apack_compile.plan import FIRST_TOKENS, MODALITIES, StreamStatistics
+from apack_compile.sensitivity import Observation, observe
 
 # Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/quality.md).
 SAMPLE_TOKENS = 2_048
+# Gradients know a stream's sensitivity roughly, and large disturbances do not cost what small ones promise: its total counts with
+# this power (docs/quality.md).
+SENSITIVITY_POWER = 0.5
+# The sensitivity of single components is drawn towards their mean as if this many queries had seen them all alike.
+PRIOR_QUERIES = 32
 
 Statistics = dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]
 
@@ -29,6 +34,9 @@ class RunningMoments:
     total: Tensor | None = None
     gram: Tensor | None = None
     sample: list[Tensor] = field(default_factory=list)
+    sensitivity: Tensor | None = None
+    gradients: int = 0
+    queries: int = 0
 
     def add(self, x: Tensor) -> None:
         """Add tokens."""
@@ -43,6 +51,13 @@ class RunningMoments:
         self.gram += shifted.mT @ shifted
         self.sample.append(x[:, :: max(x.shape[1] // SAMPLE_TOKENS, 1)])
 
+    def add_gradients(self, gradients: Tensor, queries: int) -> None:
+        """Add gradients `[G, N, W_g]` of `queries` next tokens with respect to N tokens."""
+        moment = gradients.float().mT @ gradients.float()
+        self.sensitivity = moment if self.sensitivity is None else self.sensitivity + moment
+        self.gradients += gradients.shape[1]
+        self.queries += queries
+
     def finish(self) -> Moments:
         """Moments with a leading dimension of 1 (one basis for all sequences)."""
         shift = self.total / self.count
@@ -51,56 +66,8 @@ class RunningMoments:
         return Moments(count, (self.center + shift)[None], covariance[None])
 
 
-class QueryMoments(TorchFunctionMode):
-    """Second moment `[H_kv, D, D]` of the scaled queries of each layer, seen at scaled_dot_product_attention.
-
-    A site belongs to the layer whose cache was updated last.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer: int | None = None
-        self.kv_heads = 0
-        self.sums: dict[int, Tensor] = {}
-        self.counts: dict[int, int] = {}
-
-    def updated(self, layer: int, kv_heads: int) -> None:
-        """The next attention is this layer's."""
-        self.layer, self.kv_heads = layer, kv_heads
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self.layer is not None:
-            query = args[0] if args else kwargs["query"]
-            scale = kwargs.get("scale")
-            self._add(query.detach().float() * (query.shape[-1] ** -0.5 if scale is None else scale))
-        return func(*args, **kwargs)
-
-    def _add(self, query: Tensor) -> None:
-        layer, heads = self.layer, self.kv_heads
-        self.layer = None
-        if query.dim() != 4 or query.shape[1] % heads:
-            return
-        rows = query.transpose(0, 1).reshape(heads, -1, query.shape[3])
-        self.sums[layer] = self.sums.get(layer, 0) + rows.mT @ rows
-        self.counts[layer] = self.counts.get(layer, 0) + rows.shape[1]
-
-    def of(self, layer: int) -> Tensor | None:
-        """Second moment of one layer's queries, None if its attention was not seen."""
-        return self.sums[layer] / self.counts[layer] if layer in self.sums else None
-
-
-class WatchedCache(DynamicCache):
-    """A dense cache that tells which layer is updated."""
-
-    def __init__(self, config: Any, watch: QueryMoments) -> None:
-        super().__init__(config=config)
-        self.watch = watch
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers."""
-        self.watch.updated(layer_idx, key_states.shape[1])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+StreamKey = tuple[int, str, int]
+Running = dict[StreamKey, RunningMoments]
 
 
 def collect(
@@ -115,20 +82,9 @@ def collect(
     """
     batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     layers = list(layers)
-    watch = QueryMoments()
-    running: dict[tuple[int, str, int], RunningMoments] = {}
+    running: Running = {}
     for batch in batches:
-        cache = WatchedCache(model.config.get_text_config(decoder=True), watch)
-        with torch.no_grad(), watch:
-            model(**{**batch, "past_key_values": cache, "use_cache": True})
-        chosen = usable_tokens(model.config, batch, cache.layers[layers[0]].keys)
-        for layer in layers:
-            for stream, states in enumerate((cache.layers[layer].keys, cache.layers[layer].values)):
-                x = to_groups(states, groups).transpose(0, 1)
-                for modality in MODALITIES:
-                    tokens = x[:, chosen[modality]]
-                    if tokens.shape[1]:
-                        running.setdefault((layer, modality, stream), RunningMoments()).add(tokens)
+        add_observation(running, observe(model, batch, layers), model.config, batch, groups)
     if not running:
         raise ValueError(
             f"inputs: {len(batches)} calibration inputs hold no usable token (only padding or first tokens)"
@@ -137,17 +93,42 @@ def collect(
         for stream in range(2):
             if (layer, "text", stream) not in running:
                 running[layer, "text", stream] = running[layer, "vision", stream]
+    found = finish_all(running)
     return {
         layer: {
-            modality: (
-                finish_key(running[layer, modality, 0], watch.of(layer), groups, LOGIT_NOISE_WEIGHT[modality]),
-                finish_value(running[layer, modality, 1], FIRST_LAYER_VALUES if layer == 0 else 1.0),
-            )
+            modality: (found[layer, modality, 0], found[layer, modality, 1])
             for modality in MODALITIES
-            if (layer, modality, 0) in running
+            if (layer, modality, 0) in found
         }
         for layer in layers
     }
+
+
+def add_observation(running: Running, seen: Observation, config: Any, batch: Mapping[str, Any], groups: int) -> None:
+    """Add one input's states and gradients to the streams they belong to."""
+    for layer, both in seen.states.items():
+        for modality, chosen in usable_tokens(config, batch, both[0]).items():
+            if not bool(chosen.any()):
+                continue
+            for stream, states in enumerate(both):
+                moments = running.setdefault((layer, modality, stream), RunningMoments())
+                moments.add(to_groups(states, groups).transpose(0, 1)[:, chosen])
+                for gradient in seen.gradients[layer][stream] if seen.queries else ():
+                    cached = chosen[:, : gradient.shape[2]]
+                    moments.add_gradients(to_groups(gradient, groups).transpose(0, 1)[:, cached], seen.queries)
+
+
+def finish_all(running: Running) -> dict[StreamKey, StreamStatistics]:
+    """Statistics of every stream; one whose sensitivity was not seen counts as much as the others do on average."""
+    spectra = {key: finish_spectrum(moments) for key, moments in running.items()}
+    harms = {key: harm(spectra[key], moments) for key, moments in running.items()}
+    known = [math.log(float(found.sum())) for found in harms.values() if found is not None]
+    typical = math.exp(sum(known) / len(known)) if known else 1.0
+    finished = {}
+    for key, spectrum in spectra.items():
+        variance, found = spectrum.deviation[0].square(), harms[key]
+        finished[key] = StreamStatistics(spectrum, typical * variance / variance.sum() if found is None else found)
+    return finished
 
 
 def usable_tokens(config: Any, batch: Mapping[str, Any], keys: Tensor) -> dict[str, Tensor]:
@@ -162,26 +143,15 @@ def usable_tokens(config: Any, batch: Mapping[str, Any], keys: Tensor) -> dict[s
     return {"vision": usable & vision, "text": usable & ~vision}
 
 
-def finish_value(running: RunningMoments, weight: float) -> StreamStatistics:
-    """Spectrum of a value stream; the harm of dropping a component is its share of the variance, weighted."""
-    spectrum = finish_spectrum(running)
-    variance = spectrum.deviation[0].square()
-    return StreamStatistics(spectrum, weight * variance / variance.sum())
-
-
-def finish_key(running: RunningMoments, query_moment: Tensor | None, groups: int, weight: float) -> StreamStatistics:
-    """Spectrum of a key stream; the harm of dropping a component is the variance it gives to the logits, weighted.
-
-    That is a mean over heads; where the queries were not seen, it is the component's share of the variance.
-    """
-    if query_moment is None:
-        return finish_value(running, 1.0)
-    spectrum = finish_spectrum(running)
-    heads, head_dim = query_moment.shape[:2]
-    rows = spectrum.rows[0].unflatten(-1, (heads // groups, head_dim))
-    moment = query_moment.unflatten(0, (groups, heads // groups))
-    noise = torch.einsum("grhd,ghde,grhe->gr", rows, moment, rows)
-    return StreamStatistics(spectrum, weight / heads * noise * spectrum.deviation[0].square())
+def harm(spectrum: Spectrum, running: RunningMoments) -> Tensor | None:
+    """Harm `[G, r]` of dropping each component: sensitivity times variance, the total damped; None if nothing read the stream."""
+    if running.sensitivity is None or not bool(running.sensitivity.any()):
+        return None
+    rows = spectrum.rows[0]
+    sensed = torch.einsum("grv,gvw,grw->gr", rows, running.sensitivity / running.gradients, rows)
+    prior = PRIOR_QUERIES / (PRIOR_QUERIES + running.queries)
+    found = ((1 - prior) * sensed + prior * sensed.mean()) * spectrum.deviation[0].square()
+    return found * found.sum() ** (SENSITIVITY_POWER - 1)
 
 
 def finish_spectrum(running: RunningMoments) -> Spectrum:

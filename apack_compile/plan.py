@@ -15,11 +15,6 @@ STREAMS = ("key", "value")
 FIRST_TOKENS = 4
 # Components come in runs of this many: the tile a kernel reads.
 BAND_GRAIN = 16
-# Weights found by benchmark (docs/quality.md): a key's logit noise against a value's relative error; text, where there are
-# pictures beside it; the values of the model's first layer, which everything after builds on.
-LOGIT_NOISE_WEIGHT = {"vision": 0.75, "text": 0.15}
-TEXT_BESIDE_VISION = 10.0
-FIRST_LAYER_VALUES = 10.0
 # The tail of newest tokens may take this share of the budget, in tokens of these sizes.
 TAIL_SHARE = 0.06
 TAIL_SIZES = (32, 16, 8)
@@ -153,7 +148,7 @@ def bands_of(bits: Sequence[float], lengths: Sequence[int]) -> Bands:
 
 @dataclass(frozen=True)
 class StreamStatistics:
-    """What the plan needs of a calibrated stream: its spectrum and, per component `[G, r]`, the harm of dropping it."""
+    """What the plan needs of a calibrated stream: its spectrum and, per component `[G, r]`, the harm a token that drops it does."""
 
     spectrum: Spectrum
     weights: Tensor
@@ -187,8 +182,7 @@ def budget_plan(
             for stream, measured in enumerate(modalities[modality]):
                 run_weights, run_lengths = runs_of(measured.weights)
                 groups = groups_of(measured)
-                beside = TEXT_BESIDE_VISION if modality == "text" and len(share) == 2 else 1.0
-                weights.append(run_weights * max(part, 1e-3) * beside)
+                weights.append(run_weights * max(part, 1e-3))
                 cost.append(torch.tensor(run_lengths, dtype=torch.float64) * groups * max(part, 1e-3))
                 owners.append((layer, modality, stream))
                 lengths.append(run_lengths)

@@ -1,0 +1,114 @@
+"""How much a model's next tokens suffer when its cached keys and values are disturbed.
+
+A prompt is read in two parts. The last few tokens play the tokens to come: they read the others from the cache, as decoding does,
+and the gradient of their log-probabilities with respect to the cached states, with labels drawn from the model itself, has
+the Fisher information as its second moment: a small disturbance e costs about E[(gradient . e)^2] / 2 nats of KL.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from apack_compile.modality import padding_of, vision_of
+
+QUERY_TOKENS = 128
+# Of a short prompt, at most this part plays the tokens to come.
+QUERY_SHARE = 1 / 8
+LABEL_DRAWS = 2
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One calibration input as the model saw it, per layer.
+
+    states: K and V `[B, H_kv, T, D]`. gradients: of K and V, one `[B, H_kv, cached, D]` per draw of labels; none where no
+    token could play the tokens to come. queries: tokens that did.
+    """
+
+    states: Mapping[int, tuple[Tensor, Tensor]]
+    gradients: Mapping[int, tuple[list[Tensor], list[Tensor]]]
+    queries: int
+
+
+def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[int]) -> Observation:
+    """Run a model over one input and differentiate its last tokens by what they read from the cache."""
+    layers = list(layers)
+    # generate may run this in inference mode, whose tensors cannot be differentiated
+    with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+        batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
+        queries = query_tokens(model.config, batch)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        read, following = split(batch, queries)
+        with torch.no_grad():
+            model(**{**read, "past_key_values": cache, "use_cache": True})
+        if queries == 0:
+            return Observation({i: (cache.layers[i].keys, cache.layers[i].values) for i in layers}, {}, 0)
+        leaves = []
+        for layer in (cache.layers[i] for i in layers):
+            layer.keys, layer.values = layer.keys.detach().requires_grad_(), layer.values.detach().requires_grad_()
+            leaves += [layer.keys, layer.values]
+        with torch.enable_grad():
+            logits = model(**{**following, "past_key_values": cache, "use_cache": True}).logits
+        mask = following.get("attention_mask")
+        hidden = None if mask is None else mask[:, -queries:] == 0
+        drawn = [gradients_of(logits, leaves, hidden, seed) for seed in range(LABEL_DRAWS)]
+    streams = list(zip(*drawn, strict=True))
+    return Observation(
+        {i: (cache.layers[i].keys.detach(), cache.layers[i].values.detach()) for i in layers},
+        {i: (list(streams[2 * n]), list(streams[2 * n + 1])) for n, i in enumerate(layers)},
+        queries,
+    )
+
+
+def query_tokens(config: Any, batch: Mapping[str, Any]) -> int:
+    """How many of the last tokens can play the tokens to come: none of them vision."""
+    tokens = states_of(batch).shape[1]
+    count = min(QUERY_TOKENS, int(tokens * QUERY_SHARE))
+    vision = vision_of(config, batch)
+    if vision is not None and bool(vision.any()):
+        count = min(count, tokens - 1 - int(vision.any(0).nonzero().max()))
+    return count
+
+
+def split(batch: Mapping[str, Any], queries: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model inputs of all tokens but the last `queries`, and of those, as decoding would pass them."""
+    if queries == 0:
+        return dict(batch), {}
+    rows, tokens = states_of(batch).shape[:2]
+
+    def part(name: str, x: Any, where: slice) -> Any:
+        if name == "position_ids":
+            return x[..., where]
+        return x[:, where] if isinstance(x, Tensor) and x.shape[:2] == (rows, tokens) else x
+
+    read = {name: part(name, x, slice(-queries)) for name, x in batch.items() if name != "cache_position"}
+    names = ("input_ids", "inputs_embeds", "position_ids")
+    following = {name: part(name, batch[name], slice(-queries, None)) for name in names if batch.get(name) is not None}
+    padding = padding_of(batch, tokens)
+    if padding is not None:
+        # generate may have prepared a mask for another cache; the two dimensions serve any
+        following["attention_mask"] = (~padding).long()
+        read["attention_mask"] = following["attention_mask"][:, :-queries]
+    return read, following
+
+
+def states_of(batch: Mapping[str, Any]) -> Tensor:
+    """The tokens of a batch: ids `[B, T]` or embeddings `[B, T, hidden]`."""
+    return batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+
+
+def gradients_of(logits: Tensor, leaves: list[Tensor], hidden: Tensor | None, seed: int) -> list[Tensor]:
+    """Gradient of the summed log-probability of drawn labels by each leaf; zeros where the output does not depend on one."""
+    generator = torch.Generator(device=logits.device).manual_seed(seed)
+    with torch.enable_grad():
+        scores = logits.float().log_softmax(-1)
+        labels = torch.multinomial(scores.detach().exp().flatten(0, 1), 1, generator=generator)
+        taken = scores.gather(-1, labels.view(*scores.shape[:2], 1))[..., 0]
+        if hidden is not None:
+            taken = taken.masked_fill(hidden, 0.0)
+        found = torch.autograd.grad(taken.sum(), leaves, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
