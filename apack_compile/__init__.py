@@ -7,12 +7,15 @@ if TYPE_CHECKING:
     from apack_compile.api import calibrate, new_cache, optimize, report, restore
     from apack_compile.cache import CompactedCache
     from apack_compile.config import AttentionPackConfig
+    from apack_compile.preset_options import AttentionPackOptions, AVLOptions
     from apack_compile.reporting import Report
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AVLOptions": "preset_options",
     "AttentionPackConfig": "config",
+    "AttentionPackOptions": "preset_options",
     "CompactedCache": "cache",
     "Report": "reporting",
     "calibrate": "api",
@@ -21,7 +24,18 @@ _HOME = {
     "report": "api",
     "restore": "api",
 }
-__all__ = ["AttentionPackConfig", "CompactedCache", "Report", "calibrate", "new_cache", "optimize", "report", "restore"]
+__all__ = [
+    "AVLOptions",
+    "AttentionPackConfig",
+    "AttentionPackOptions",
+    "CompactedCache",
+    "Report",
+    "calibrate",
+    "new_cache",
+    "optimize",
+    "report",
+    "restore",
+]
 
 
 def __getattr__(name: str) -> Any:

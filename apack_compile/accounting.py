@@ -45,7 +45,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
         tokens = layer.batch_size * int(layer.get_seq_length())
         widths = layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
         dense += tokens * widths * DENSE_ELEMENT_BYTES
-        held = [*layer.dense, *layer.codes, layer.cursor]
+        held = [*layer.dense, *layer.codes, layer.cursor, *(layer.tiers.tensors() if layer.tiers is not None else ())]
         sequence += held if model else [*held, *layer.bases]
     sequence_bytes = storage_bytes(sequence)
     return {

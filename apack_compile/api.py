@@ -17,6 +17,7 @@ from apack_compile.session import (
     Session,
     check_ratio,
     compile_config_of,
+    end_forward,
     layer_kinds,
     resolve_compile,
     session_of,
@@ -70,7 +71,8 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `optimize` (quantized weights stay quantized); returns the same model."""
     session = session_of(model)
     if session is not None:
-        session.hook.remove()
+        for hook in session.hooks:
+            hook.remove()
         for name in (ATTRIBUTE, "generate", "_compiled_call", "_last_compile_config"):
             vars(model).pop(name, None)
     return model
@@ -116,7 +118,10 @@ def _new_session(model: nn.Module, config: AttentionPackConfig) -> Session:
 def _install(model: nn.Module, session: Session) -> None:
     """Put a session on a model: its generate, its hook, its compile config."""
     session.compile_config = compile_config_of(session)
-    session.hook = model.register_forward_pre_hook(watch_forward, with_kwargs=True)
+    session.hooks = (
+        model.register_forward_pre_hook(watch_forward, with_kwargs=True),
+        model.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
+    )
     vars(model)[ATTRIBUTE] = session
     vars(model)["generate"] = types.MethodType(_generate, model)
 

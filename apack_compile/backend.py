@@ -10,6 +10,8 @@ from typing import Any
 from torch import fx
 
 from apack_compile.passes import FuseAttend, GraphRecord, RemoveDeadCode, run_passes
+from apack_compile.passes.nodes import bind, default_overload
+from apack_compile.passes.origin import is_unpack
 
 INNER = ("inductor", "aot_eager", "eager")
 OPTIONS = ("inner", "strict", "dump_dir")
@@ -19,7 +21,7 @@ OnGraph = Callable[[GraphRecord], object]
 
 
 class StrictError(RuntimeError):
-    """With strict=True: a graph still unpacks a packed cache."""
+    """A graph still unpacks a packed cache, with strict=True or where the cache has tiers."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,16 @@ def attentionpack(
     record = run_passes(gm, PASSES, chosen.dump_dir)
     if on_graph is not None:
         on_graph(record)
-    if chosen.strict and record.left:
+    if record.left and (chosen.strict or reads_tiers(gm)):
         lines = [f"  {site.layer or site.node}: {site.reason}" for site in record.left]
-        raise StrictError("strict=True, but a packed cache is still unpacked at\n" + "\n".join(lines))
+        why = "strict=True" if chosen.strict else "only attend_tiers reads a cache with tiers right"
+        raise StrictError(f"{why}, but a packed cache is still unpacked at\n" + "\n".join(lines))
     return _compile(gm, example_inputs, chosen.inner, patches)
+
+
+def reads_tiers(gm: fx.GraphModule) -> bool:
+    """Whether a graph unpacks a cache with tiers."""
+    return any(bind(n, default_overload(n))["tiers"] is not None for n in gm.graph.nodes if is_unpack(n))
 
 
 def make_backend(on_graph: OnGraph | None = None, **options: Any) -> Callable[..., Callable[..., Any]]:

@@ -1,6 +1,7 @@
 """The packed cache: a transformers `Cache` whose full-attention layers store compressed tokens."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,9 @@ class CompactedCache(Cache):
         self.expected_tokens = expected_tokens
         self.signature = signature
         self.notes: list[str] = []
+        # The layer whose states were stored last, its new states, and whether they were a prefill's: the next attention is its.
+        self.last_update: tuple[CompactedLayer, Tensor, Tensor, bool] | None = None
+        self.watch: AbstractContextManager | None = None
         self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
         self._undo: Callable[[], None] | None = None
         self.history: tuple[Tensor, Tensor] | None = None
@@ -70,6 +74,16 @@ class CompactedCache(Cache):
         """Something the report must say, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    @property
+    def incoming_padding(self) -> Tensor | None:
+        """Which tokens of the coming chunk are padding, bool `[B, n]`; None for none."""
+        return self._incoming[1]
+
+    @property
+    def may_have_tiers(self) -> bool:
+        """Whether the plan, or one still to be chosen, has tiers."""
+        return self.index.plan is None or self.index.plan.tiers is not None
 
     def expect(self, vision: Tensor | None, padding: Tensor | None) -> None:
         """Tell which tokens of the coming chunk are vision and which padding, bool `[B, n]`; None for none of them."""
@@ -99,6 +113,8 @@ class CompactedCache(Cache):
         except Exception:
             self._roll_back()
             raise
+        if layer.tiers is not None:
+            self.last_update = (layer, key, value, self.index.chunk is not None)
         if layer is packed[-1]:
             self._undo, self.index.laid_out = None, []
             self.index.chunk = self.index.assignment = None
@@ -128,9 +144,10 @@ class CompactedCache(Cache):
         first = self.packed_layers[0]
         held = int(first.get_seq_length())
         appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))
-        self._remember(appends)
         if appends:
             self.reserve(tokens)
+        self._remember(appends)
+        if appends:
             self.index.chunk = self.index.assignment = None
             return
         none = torch.zeros(batch, tokens, dtype=torch.bool, device=key.device)
@@ -169,10 +186,11 @@ class CompactedCache(Cache):
                 vision, padding = torch.cat([none, vision], 1), torch.cat([none, padding], 1)
             index.chunk = Chunk(vision, padding, packed)
             # a row whose first chunk was short, or mostly padding, still lacks first tokens
-            found = (index.positions[0] >= 0).sum(1, keepdim=True) if held else 0
+            found = (first.state()[4][0] >= 0).sum(1, keepdim=True) if held else 0
             index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots)
             empty = vision.new_empty((vision.shape[0], 0), dtype=torch.int32)
-            kept = [*index.positions[:2], index.positions[2][:, : packed - origin]] if held else [empty] * 3
+            shared = held and plan.tiers is None
+            kept = [*index.positions[:2], index.positions[2][:, : packed - origin]] if shared else [empty] * 3
         assignment = index.assignment
         index.spare = self._spare(held + tokens)
         start = held + tokens - assignment.tail
@@ -180,7 +198,7 @@ class CompactedCache(Cache):
         new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
         index.laid_out = index.positions
         index.positions = [torch.cat(pair, 1) for pair in zip(kept, new, strict=True)]
-        if not plan.per_sequence:
+        if not plan.per_sequence and plan.tiers is None:
             index.positions[2] = extended(index.positions[2], start, index.spare)
         self._mark_positions()
         # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
@@ -210,6 +228,7 @@ class CompactedCache(Cache):
         held, index = int(packed[0].get_seq_length()), self.index
         if held + tokens > index.capacity:
             index.capacity = self._capacity(held + tokens)
+        self._refresh(held)
         missing = tokens - packed[0].free_slots()
         if missing <= 0:
             return
@@ -228,6 +247,33 @@ class CompactedCache(Cache):
         for layer in packed:
             layer.grow(grown)
 
+    def _refresh(self, held: int) -> None:
+        """Before a step, once: choose anew by importance, where the plan has tiers."""
+        plan, index, packed = self.index.plan.tiers, self.index, self.packed_layers
+        if plan is None or index.refreshed_at == held or not all(layer.tiers.settled for layer in packed):
+            return
+        index.refreshed_at, done = held, index.steps
+        index.steps += 1
+        for layer in packed:
+            if done and done % plan.refresh_every == 0:
+                layer.rank()
+            if plan.revisits and index.steps % plan.refresh_every == 0:
+                layer.tiers.attend_all()
+        if plan.text is not None and done and done % plan.text.every == 0:
+            recent = min(layer.prune_text(held - index.floor) for layer in packed)
+            index.floor = max(index.floor, held - recent)
+
+    def settle(self, layer: CompactedLayer, attention: Tensor) -> None:
+        """Give a layer the attention `[B, T]` that the newest prompt token pays to every position: it evicts and ranks by it."""
+        index = self.index
+        held = int(layer.cursor[0])
+        index.floor = max(index.floor, held - layer.settle(attention, held - index.floor))
+        index.steps, index.refreshed_at = 0, -1
+
+    def unsettled(self) -> list[int]:
+        """Layers with tiers whose attention was not seen since their last layout: they read every token they hold."""
+        return [layer.layer_idx for layer in self.packed_layers if layer.tiers is not None and not layer.tiers.settled]
+
     def _extend_history(self, held: int) -> None:
         """Tokens appended since the last layout are text."""
         if self.history is not None and self.history[0].shape[1] < held:
@@ -236,14 +282,15 @@ class CompactedCache(Cache):
 
     def _remember(self, appends: bool) -> None:
         """Keep what it takes to undo the coming chunk; `append` writes in place, a layout makes new tensors."""
-        saved = [(layer, snapshot(layer)) for layer in self.packed_layers]
+        holders = [h for layer in self.packed_layers for h in (layer, layer.tiers) if h is not None]
+        saved = [(holder, snapshot(holder)) for holder in holders]
         index, history, planner = snapshot(self.index), self.history, self.planner
         written = [t for layer in self.packed_layers for t in (*layer.dense[2:], layer.cursor)] if appends else []
         before = [tensor.clone() for tensor in written]
 
         def undo() -> None:
-            for layer, state in saved:
-                layer.__dict__.update(state)
+            for holder, state in saved:
+                holder.__dict__.update(state)
             for tensor, old in zip(written, before, strict=True):
                 tensor.copy_(old)
             self.index.__dict__.update(index)

@@ -36,6 +36,15 @@ class Bands:
         """Components kept (the rank)."""
         return sum(self.counts)
 
+    def at_most(self, components: int) -> "Bands":
+        """The leading components of these bands."""
+        left, counts = components, []
+        for count in self.counts:
+            counts.append(min(count, left))
+            left -= counts[-1]
+        n16, n8, n4, n2 = counts
+        return Bands((n16, n8, n4, n2))
+
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's codes, without its scale."""

@@ -5,7 +5,9 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-PRESETS = ("lossless", "attentionpack")
+from apack_compile.preset_options import AttentionPackOptions, AVLOptions
+
+PRESETS = ("lossless", "attentionpack", "a-vl")
 COMPILE_MODES = ("auto", "inductor", "aot_eager", "eager", "none")
 DEFAULT_RATIO = 4.0
 MIN_TAIL_SLOTS = 32
@@ -15,18 +17,21 @@ MIN_TAIL_SLOTS = 32
 class AttentionPackConfig:
     """What `optimize` does to a model.
 
-    ratio: dense bytes over packed bytes, a finite number > 1 (bases shared by all requests). preset: "lossless", or
-    "attentionpack" (a basis per sequence; `ranks` per modality and stream, `tail_slots` newest tokens dense before they are
-    packed). One of ratio and preset; neither means ratio 4. compile: how decode is compiled. strict: raise when a site that
-    reads the packed cache is not rewritten. Raises ValueError naming the argument.
+    ratio: dense bytes over packed bytes, a finite number > 1 (bases shared by all requests). preset: "lossless",
+    "attentionpack" or "a-vl". One of ratio and preset; neither means ratio 4. For attentionpack: `ranks` per modality and
+    stream, for all layers or a list with one per packed layer; `tail_slots` newest tokens stay dense until they are packed
+    anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is compiled. strict: raise when a site that reads
+    the packed cache is not rewritten. Raises ValueError naming the argument.
     """
 
     ratio: float | None = None
     preset: str | None = None
-    ranks: dict[str, int] = field(
+    ranks: dict[str, int | list[int]] = field(
         default_factory=lambda: {"vision_key": 64, "vision_value": 64, "text_key": 64, "text_value": 64}
     )
     tail_slots: int = 64
+    attentionpack: AttentionPackOptions = field(default_factory=AttentionPackOptions)
+    a_vl: AVLOptions = field(default_factory=AVLOptions)
     quantize: str | None = None
     compile: str = "auto"
     strict: bool = False
@@ -43,9 +48,10 @@ class AttentionPackConfig:
         if self.compile not in COMPILE_MODES:
             raise ValueError(f"compile={self.compile!r} is not one of {', '.join(COMPILE_MODES)}")
         expected = {"vision_key", "vision_value", "text_key", "text_value"}
-        if set(self.ranks) != expected or any(not isinstance(r, int) or r < 1 for r in self.ranks.values()):
+        if set(self.ranks) != expected or not all(_are_ranks(ranks) for ranks in self.ranks.values()):
             raise ValueError(
-                f"ranks={self.ranks!r} must give a positive integer for each of {', '.join(sorted(expected))}"
+                f"ranks={self.ranks!r} must give a positive integer, or a list with one per packed layer, for each of "
+                f"{', '.join(sorted(expected))}"
             )
         if not isinstance(self.tail_slots, int) or self.tail_slots < MIN_TAIL_SLOTS:
             raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
@@ -70,8 +76,19 @@ class AttentionPackConfig:
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
             raise ValueError(f"a configuration is an object with {', '.join(sorted(known))}; got {values!r}")
+        for name, options in (("attentionpack", AttentionPackOptions), ("a_vl", AVLOptions)):
+            if name in values:
+                given, allowed = values[name], {f.name for f in fields(options)}
+                if not isinstance(given, dict) or set(given) - allowed:
+                    raise ValueError(f"{name} is an object with {', '.join(sorted(allowed))}; got {given!r}")
+                values[name] = options(**given)
         return cls(**values)
 
 
 def _is_ratio(ratio: object) -> bool:
     return isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and math.isfinite(ratio) and ratio > 1
+
+
+def _are_ranks(ranks: object) -> bool:
+    every = ranks if isinstance(ranks, list) and ranks else [ranks]
+    return all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in every)

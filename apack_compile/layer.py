@@ -5,8 +5,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from apack_compile.basis import fit, moments
-from apack_compile.codec import FLOAT16_MAX, Bands, StreamBasis, encode
-from apack_compile.kernels.layout import HELD, PACKED, TEXT, VISION, to_groups
+from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
+from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
+from apack_compile.layer_tiers import LayerTiers
 from apack_compile.plan import STREAMS, Plan
 from apack_compile.token_index import Assignment, Chunk, gather_tokens
 
@@ -18,8 +19,9 @@ class SharedIndex:
     """What all packed layers of a cache share: the plan, the slots' positions, and what the coming chunk is.
 
     positions: int32 `[B, slots]` of first, vision, text. capacity: logical length of what `unpack` returns. floor: first
-    position that can still be cropped. laid_out: the positions that layers have which the chunk being stored has not reached.
-    chunk, assignment: of the chunk being stored; None while tokens are only appended.
+    position that can still be cropped. steps: decode steps since the last layout; refreshed_at: tokens held at the last one.
+    laid_out: the positions that layers have which the chunk being stored has not reached. chunk, assignment: of the chunk being
+    stored; None while tokens are only appended.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,8 @@ class SharedIndex:
         self.chunk: Chunk | None = None
         self.assignment: Assignment | None = None
         self.spare = 0
+        self.steps = 0
+        self.refreshed_at = -1
 
 
 class CompactedLayer(CacheLayerMixin):
@@ -49,6 +53,7 @@ class CompactedLayer(CacheLayerMixin):
         self.bases: list[Tensor] = []
         self.bands: list[int] = []
         self.cursor: Tensor | None = None
+        self.tiers: LayerTiers | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -56,12 +61,19 @@ class CompactedLayer(CacheLayerMixin):
         """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
         if self.is_initialized and (torch.compiler.is_compiling() or self.index.chunk is None):
             torch.ops.apack.append.default(key_states, value_states, *self.append_state())
-            return torch.ops.apack.unpack.default(key_states, value_states, *self.state(), self.index.capacity)
+            return torch.ops.apack.unpack.default(
+                key_states, value_states, *self.state(), self.index.capacity, *self.tier_state()
+            )
         return self._store(key_states, value_states)
 
     def state(self) -> tuple:
         """The state arguments of `unpack` and `attend`."""
-        return self.dense, self.codes, self.bases, self.bands, self.index.positions, self.cursor
+        positions = self.index.positions if self.tiers is None else self.tiers.positions
+        return self.dense, self.codes, self.bases, self.bands, positions, self.cursor
+
+    def tier_state(self) -> tuple:
+        """The last arguments of `unpack` and `attend_tiers`; empty without tiers."""
+        return () if self.tiers is None else self.tiers.state(sum(self.bands[4:8]))
 
     def append_state(self) -> tuple:
         """The state arguments of `append`."""
@@ -90,13 +102,20 @@ class CompactedLayer(CacheLayerMixin):
         """Pack the tail: lay everything out anew with an empty chunk."""
         batch, heads, _, key_dim = self.dense[0].shape
         none = torch.empty(batch, heads, 0, key_dim, dtype=self.dtype, device=self.device)
+        known = None if self.tiers is None else self.tiers.vision_importance(int(self.cursor[HELD]))
+        was_settled = self.tiers is not None and self.tiers.settled
         self._store(none, none.new_empty(batch, heads, 0, self.dense[1].shape[3]))
+        if was_settled:
+            self.tiers.observe(known)
+            self.rank()
+            self.tiers.settled = True
 
     def _exact(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What is held, decoded, with the chunk exact at its end."""
         held = self.cursor + torch.tensor([key.shape[2], 0, 0], device=key.device)
         tokens = max(self.get_mask_sizes(key.shape[2])[0], int(held[HELD]))
-        state = (self.dense, self.codes, self.bases, self.bands, self.index.laid_out)
+        positions = self.index.laid_out if self.tiers is None else self.tiers.positions
+        state = (self.dense, self.codes, self.bases, self.bands, positions)
         return torch.ops.apack.unpack.default(key, value, *state, held, tokens)
 
     def check(self, key: Tensor, value: Tensor) -> None:
@@ -138,8 +157,11 @@ class CompactedLayer(CacheLayerMixin):
         for i, plan in enumerate(plans):
             x = to_groups((key_states, value_states)[i % 2][:, :, :0], self.index.plan.groups)
             codes, _ = encode(x, StreamBasis(*self.bases[3 * i : 3 * i + 3]), plan.bands)
+            codes = codes.to(dense_dtype) if plan.scope == "half" else codes
             self.codes += [codes, x.new_empty((*x.shape[:3],) if plan.token_scale else 0, dtype=torch.float16)]
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.device)
+        if self.index.plan.tiers is not None and self.tiers is None:
+            self.tiers = LayerTiers(self.index.plan.tiers, self.batch_size, self.device)
         self.is_initialized = True
 
     def _initial_basis(self, stream: int, states: Tensor) -> StreamBasis:
@@ -148,7 +170,7 @@ class CompactedLayer(CacheLayerMixin):
         if plan.scope == "model":
             return self.index.plan.bases[self.layer_idx][stream]
         empty = states.new_empty(0, dtype=torch.float32)
-        if plan.scope == "as_is":
+        if plan.scope in ("as_is", "half"):
             return StreamBasis(empty, empty, empty)
         batch, groups = states.shape[0], self.index.plan.groups
         width = states.shape[1] * states.shape[3] // groups
@@ -165,13 +187,13 @@ class CompactedLayer(CacheLayerMixin):
         x = to_groups(gather_tokens(states, index), self.index.plan.groups)
         bands = plan.bands
         if plan.scope == "sequence":
-            bands = Bands((min(bands.components, x.shape[2]), 0, 0, 0))
+            bands = bands.at_most(x.shape[2])
             spectrum = fit(moments(x, (index >= 0).to(torch.float32)), bands.components)
             self.bases[3 * stream : 3 * stream + 3] = spectrum.basis(bands, torch.float16)
             self.bands[4 * stream : 4 * stream + 4] = bands.counts
         basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
         codes, scale = encode(x, basis, bands, plan.token_scale)
-        return codes, scale
+        return (codes.to(self.codes[2 * stream].dtype) if plan.scope == "half" else codes), scale
 
     def _tail_then(self, states: Tensor, stream: int, held: int, packed: int) -> Tensor:
         """The tail's tokens, in order, then the chunk's."""
@@ -181,13 +203,17 @@ class CompactedLayer(CacheLayerMixin):
 
     def _lay_out(self, parts: list[Tensor], used: dict[int, int], end: int) -> None:
         """Put the tokens of `parts` (K, V) where the shared assignment says, behind the `used` slots of each segment."""
-        assignment = self.index.assignment
+        assignment, tiers = self.index.assignment, self.tiers
+        where = {VISION: assignment.vision, TEXT: assignment.text}
+        if tiers is not None and self.index.plan.per_sequence:
+            alive = tiers.alive(end)
+            where = {segment: torch.where(alive.gather(1, i.clamp_min(0)), i, -1) for segment, i in where.items()}
         for i, states in enumerate(parts):
             first = gather_tokens(states, assignment.first).to(self.dense[i].dtype)
             self.dense[i] = torch.cat([self.dense[i], first], dim=2)
         for i in range(4):
-            segment, index = (VISION, assignment.vision) if i < 2 else (TEXT, assignment.text)
-            codes, scale = self._pack(parts[i % 2], i, index)
+            segment = VISION if i < 2 else TEXT
+            codes, scale = self._pack(parts[i % 2], i, where[segment])
             if self.index.plan.per_sequence:
                 self.codes[2 * i] = codes
                 continue
@@ -201,11 +227,18 @@ class CompactedLayer(CacheLayerMixin):
             newest = states[:, :, states.shape[2] - assignment.tail :].to(tail.dtype)
             self.dense[2 + i] = tail.index_copy(2, ring, newest)
         self.cursor = torch.tensor([end, start, start - self.codes[4].shape[2]], device=self.device)
+        if tiers is not None:
+            if self.index.plan.per_sequence:
+                tiers.lay_out(self.index.positions, where, end)
+            else:
+                tiers.add_chunk(self.index.positions, used, end - parts[0].shape[2], end)
         self.grow(self.index.spare)
 
     def grow(self, slots: int) -> None:
         """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""
         if not self.index.plan.per_sequence:
+            if self.tiers is not None:
+                self.tiers.grow(self.codes[4].shape[2] + int(self.cursor[ORIGIN]), slots)
             for i in (4, 5, 6, 7):
                 if self.codes[i].dim() > 1:
                     shape = (*self.codes[i].shape[:2], slots, *self.codes[i].shape[3:])
@@ -214,8 +247,12 @@ class CompactedLayer(CacheLayerMixin):
 
     def mark_static(self) -> None:
         """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
-        for tensor in (*self.dense, *self.codes, *self.bases, self.cursor):
+        own = self.tiers.tensors() if self.tiers is not None else ()
+        for tensor in (*self.dense, *self.codes, *self.bases, self.cursor, *own):
             torch._dynamo.mark_static_address(tensor, guard=False)
+        for tensor in own:
+            if tensor.dim() > 1 and tensor.shape[1] > 2:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
         for tensor in (*self.dense[:2], *self.codes):
             if tensor.dim() > 1 and tensor.shape[2] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
@@ -246,7 +283,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget every token."""
-        self.dense, self.codes, self.bases, self.bands, self.cursor = [], [], [], [], None
+        self.dense, self.codes, self.bases, self.bands, self.cursor, self.tiers = [], [], [], [], None, None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -257,4 +294,36 @@ class CompactedLayer(CacheLayerMixin):
 
     def batched(self) -> list[list[Tensor]]:
         """The lists whose tensors have a row per sequence."""
-        return [self.dense, self.codes, self.bases] if self.index.plan.per_sequence else [self.dense, self.codes]
+        own = [] if self.tiers is None else self.tiers.batched()
+        return [self.dense, self.codes, *own, *([self.bases] if self.index.plan.per_sequence else [])]
+
+    @torch.no_grad()
+    def settle(self, attention: Tensor, recent: int) -> int:
+        """After a prefill: take importance from `attention` `[B, T]` by position, evict, and rank; newest tokens still croppable."""
+        tiers = self.tiers
+        tiers.observe(attention)
+        self.codes[:4] = tiers.evict_vision(self.codes[:4])
+        recent = self.prune_text(recent)
+        self.rank()
+        tiers.settled = True
+        self.mark_static()
+        return recent
+
+    @torch.no_grad()
+    def rank(self) -> None:
+        """Put the vision tokens in the order of their importance, in place."""
+        self.tiers.rank(self.codes[:4])
+
+    @torch.no_grad()
+    def prune_text(self, recent: int) -> int:
+        """Evict text by the plan's rule, in place where the slots stay as many; newest tokens that can be cropped after it."""
+        if self.tiers.plan.text is None:
+            return recent
+        packed, origin = self.cursor.tolist()[PACKED], int(self.cursor[ORIGIN])
+        kept, croppable = self.tiers.prune_text(self.codes[4:], packed, packed - origin)
+        if not self.tiers.settled:
+            slots = kept + self.codes[4].shape[2] - (packed - origin)
+            self.codes[4:] = [c[:, :, :slots].clone() if c.dim() > 1 else c for c in self.codes[4:]]
+            self.tiers.keep_text_slots(slots)
+        self.cursor[ORIGIN] = packed - kept
+        return min(recent, croppable)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from apack_compile.basis import Spectrum
 from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
+from apack_compile.preset_options import AttentionPackOptions, AVLOptions
+from apack_compile.tiers import TextEviction, TierPlan
 
 MODALITIES = ("vision", "text")
 STREAMS = ("key", "value")
@@ -24,7 +26,8 @@ TAIL_SIZES = (32, 16, 8)
 class StreamPlan:
     """How one stream of one modality is stored.
 
-    scope: "as_is" (untransformed, model dtype), "sequence" (a basis per sequence) or "model" (one basis for all requests).
+    scope: "as_is" (untransformed, model dtype), "half" (untransformed, 16 bits), "sequence" (a basis per sequence) or "model"
+    (one basis for all requests).
     """
 
     scope: str
@@ -52,7 +55,8 @@ class Plan:
     """A plan for one cache, with the model-scoped bases it needs.
 
     layers: plan of each packed layer, by its index in the model. tail_slots: newest tokens kept dense. first_tokens: tokens
-    at the start kept dense. groups: head groups. bases: vision K, vision V, text K, text V of each model-scoped layer.
+    at the start kept dense. groups: head groups. bases: vision K, vision V, text K, text V of each model-scoped layer. tiers:
+    what a step reads; None for all.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -61,11 +65,15 @@ class Plan:
     groups: int = 1
     bases: Mapping[int, tuple[StreamBasis, ...]] = field(default_factory=dict)
     separates_vision: bool = True
+    tiers: TierPlan | None = None
 
     @property
     def per_sequence(self) -> bool:
         """Whether bases are fitted for each sequence."""
         return any(stream.scope == "sequence" for layer in self.layers.values() for stream in layer.streams)
+
+
+Ranks = int | Sequence[int]
 
 
 def uniform_plan(layers: Sequence[int], streams: LayerPlan, tail_slots: int) -> Plan:
@@ -79,14 +87,45 @@ def lossless_plan(layers: Sequence[int]) -> Plan:
     return uniform_plan(layers, LayerPlan(kept, kept, kept, kept), tail_slots=0)
 
 
-def attentionpack_plan(layers: Sequence[int], ranks: Mapping[str, int], tail_slots: int) -> Plan:
-    """AttentionPack (arXiv 2603.23914), compaction: truncated SVD per sequence, modality and stream, in 16 bits."""
-    streams = [
-        StreamPlan("sequence", Bands((ranks[f"{modality}_{stream}"], 0, 0, 0)))
-        for modality in MODALITIES
-        for stream in STREAMS
-    ]
-    return uniform_plan(layers, LayerPlan(*streams), tail_slots)
+def attentionpack_plan(
+    layers: Sequence[int], ranks: Mapping[str, Ranks], tail_slots: int, options: AttentionPackOptions
+) -> Plan:
+    """AttentionPack (arXiv 2603.23914): truncated SVD per sequence, modality and stream; tiers of vision tokens by importance.
+
+    ranks: of each stream, for all layers or one per packed layer.
+    """
+    plans = {}
+    for i, layer in enumerate(layers):
+        streams = []
+        for modality in MODALITIES:
+            for stream in STREAMS:
+                given = ranks[f"{modality}_{stream}"]
+                rank = given if isinstance(given, int) else given[i]
+                streams.append(
+                    StreamPlan("sequence", Bands((rank, 0, 0, 0) if options.bits == 16 else (0, 0, rank, 0)))
+                )
+        plans[layer] = LayerPlan(*streams)
+    tiers = TierPlan(
+        full=options.full,
+        partial=options.partial,
+        kept=1 - options.evict,
+        refresh_every=options.refresh_every,
+        ema=(options.ema, 1 - options.ema) * 2,
+    )
+    return Plan(plans, tail_slots, tiers=tiers)
+
+
+def a_vl_plan(layers: Sequence[int], options: AVLOptions) -> Plan:
+    """A-VL (arXiv 2409.14846): 16-bit tokens; vision as core, secondary and evicted, text by first, newest and heavy hitters."""
+    kept = StreamPlan("half")
+    tiers = TierPlan(
+        attended=options.core,
+        kept=options.secondary,
+        refresh_every=options.core_every,
+        ema=(0.0, 1.0, 1.0, 1.0),
+        text=TextEviction(options.text_kept, options.text_first, options.text_heavy, options.text_every),
+    )
+    return Plan(dict.fromkeys(layers, LayerPlan(kept, kept, kept, kept)), tail_slots=0, first_tokens=0, tiers=tiers)
 
 
 def tail_slots_for(tokens: int, ratio: float) -> int:

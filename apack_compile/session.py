@@ -10,12 +10,21 @@ from torch import nn
 from transformers import CompileConfig
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.backend import make_backend
+from apack_compile.backend import StrictError, make_backend
 from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.calibration import Statistics, collect
 from apack_compile.config import AttentionPackConfig
 from apack_compile.modality import padding_of, vision_of
-from apack_compile.plan import Plan, attentionpack_plan, budget_key, budget_plan, largest_ratio, lossless_plan
+from apack_compile.plan import (
+    Plan,
+    a_vl_plan,
+    attentionpack_plan,
+    budget_key,
+    budget_plan,
+    largest_ratio,
+    lossless_plan,
+)
+from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
 FULL_ATTENTION = "full_attention"
@@ -35,7 +44,7 @@ class Session:
     plans: dict[tuple[int, float], Plan] = field(default_factory=dict)
     graphs: list[Any] = field(default_factory=list)
     quantized: int = 0
-    hook: Any = None
+    hooks: tuple[Any, ...] = ()
     compile_config: CompileConfig | None = None
     last_cache: Any = None
     last_held: tuple[dict[str, Any], list[str]] | None = None
@@ -50,7 +59,10 @@ class Session:
         if self.config.preset == "lossless":
             return lossless_plan(self.packed)
         if self.config.preset == "attentionpack":
-            return attentionpack_plan(self.packed, self.config.ranks, self.config.tail_slots)
+            config = self.config
+            return attentionpack_plan(self.packed, config.ranks, config.tail_slots, config.attentionpack)
+        if self.config.preset == "a-vl":
+            return a_vl_plan(self.packed, self.config.a_vl)
         if self.statistics is None:
             raise RuntimeError(
                 "ratio: no calibrated statistics yet; call the model itself, or calibrate(model, inputs) first"
@@ -162,6 +174,23 @@ def watch_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None
     cache = kwargs.get("past_key_values")
     if isinstance(cache, CompactedCache) and not (torch.compiler.is_compiling() and cache.is_filled):
         announce(model, cache, args, kwargs)
+        if not torch.compiler.is_compiling():
+            start_watching(cache)
+
+
+def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook, called after errors too: stop watching, and say which layers were not seen."""
+    cache = kwargs.get("past_key_values")
+    if torch.compiler.is_compiling() or not isinstance(cache, CompactedCache):
+        return
+    stop_watching(cache)
+    unseen = cache.unsettled() if cache.is_filled else []
+    if unseen:
+        session = session_of(model)
+        text = f"layers {', '.join(map(str, unseen))}: no scaled_dot_product_attention was seen; every token is kept and read"
+        if session is not None and session.config.strict:
+            raise StrictError(f"strict: {text}")
+        cache.note(text)
 
 
 @torch.compiler.disable

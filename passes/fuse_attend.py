@@ -27,13 +27,13 @@ class FuseAttend(Pass):
     def rewrite(self, graph: fx.Graph, matches: Sequence[Any]) -> int:
         """Put an `apack::attend` in each site's place; the unpack stays until dead code is removed."""
         for site in matches:
-            attend = torch.ops.apack.attend.default
             given = bind(site.unpack, default_overload(site.unpack))
             given |= {"query": site.query, "mask": site.mask, "bias": None, "scale": site.scale}
+            attend = torch.ops.apack.attend_tiers if given["tiers"] is not None else torch.ops.apack.attend
             # Cache state goes over by name: unpack and attend call it the same.
-            arguments = tuple(given[a.name] for a in attend._schema.arguments)
+            arguments = tuple(given[a.name] for a in attend.default._schema.arguments)
             with graph.inserting_before(site.node):
-                node = graph.call_function(attend, arguments)
+                node = graph.call_function(attend.default, arguments)
             # source_fn_stack would say that the node came from scaled_dot_product_attention.
             node.meta = {k: v for k, v in site.node.meta.items() if k != "source_fn_stack"}
             site.node.replace_all_uses_with(node)

@@ -16,7 +16,14 @@ from apack_compile.passes.nodes import op_name, same_sizes, shape, value_of
 UNPACK = "apack::unpack"
 # A key that comes out of one of these is a new key; a packed cache further back belongs to another attention.
 NEW_KEYS = {"linear", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "conv2d", "embedding"}
-NEW_KEYS |= {"layer_norm", "rms_norm", "scaled_dot_product_attention", "softmax", "apack::attend"}
+NEW_KEYS |= {
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "softmax",
+    "apack::attend",
+    "apack::attend_tiers",
+}
 
 # Without effect when shape, dtype and device stay.
 UNCHANGED = {"contiguous", "clone", "to", "type_as", "detach", "expand", "reshape", "view", "float", "half", "bfloat16"}

@@ -4,11 +4,22 @@ With K = mean + C diag(step) D, a score is `q . mean + ((q D.T) * step) . C`, an
 `(sum P) mean + ((P C) * step) D`: each coefficient is read once for all query heads, nothing is decompressed.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from apack_compile.codec import centered_levels
-from apack_compile.kernels.layout import HELD, PackedStream, packed_streams, stored_before, tail_positions, to_heads
+from apack_compile.kernels.layout import (
+    HELD,
+    TEXT,
+    VISION,
+    PackedStream,
+    packed_streams,
+    stored_before,
+    tail_positions,
+    to_heads,
+)
 
 
 def attend(
@@ -24,8 +35,18 @@ def attend(
     positions: list[Tensor],
     cursor: Tensor,
     scale: float | None,
+    vision_importance: Tensor | None = None,
+    text_importance: Tensor | None = None,
+    tiers: Tensor | None = None,
+    partial: int = 0,
+    ema: Sequence[float] | None = None,
 ) -> Tensor:
-    """Attention `[B, H_q, rows, D_v]` of `query` `[B, H_q, rows, D]` over stored and new tokens; a row that may attend nothing is 0."""
+    """Attention `[B, H_q, rows, D_v]` of `query` `[B, H_q, rows, D]` over stored and new tokens; a row that may attend nothing is 0.
+
+    tiers: int32 `[B, 2]`, how many leading vision slots are read with all value components (the others with the leading
+    `partial`), and how many are read at all. importance: float32 `[B, slots]`, updated with the mean over heads
+    of the newest query's attention a: `keep * importance + add * a` at the slots that were read; ema: vision's keep and add, text's.
+    """
     batch, heads, new_tokens, head_dim = key.shape
     rows = query.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -39,6 +60,8 @@ def attend(
     scores += [q @ dense[2].to(dtype).mT, q @ key.to(dtype).mT]
 
     where = [(p, stored_before(p, cursor, new_tokens)) for p in positions[: len(scores) - 2]]
+    if tiers is not None:
+        where[VISION] = (positions[VISION], where[VISION][1] & _leading(positions[VISION], tiers[:, 1]))
     ring = tail_positions(dense[2].shape[2], cursor).expand(batch, -1)
     where.append((ring, ring < cursor[HELD] - new_tokens))
     newest = (cursor[HELD] - new_tokens + torch.arange(new_tokens, device=key.device)).expand(batch, -1)
@@ -50,12 +73,27 @@ def attend(
     score = _masked(score, mask, bias, position, occupied, new_tokens, cursor)
     weights = _softmax(score).reshape(batch, heads, -1, score.shape[-1])
     parts = weights.split([s.shape[-1] for s in scores], dim=-1)
+    for segment, known in ((VISION, vision_importance), (TEXT, text_importance)):
+        if known is None or known.numel() == 0:
+            continue
+        # Heads may come as rows (grouped query), so the newest token is every `new_tokens`-th row.
+        newest_row = parts[segment].unflatten(2, (-1, new_tokens))[:, :, :, -1].flatten(1, 2).mean(1)
+        keep, add = ema[2 * segment - 2 : 2 * segment]
+        known.copy_(torch.where(where[segment][1], keep * known + add * newest_row.to(known.dtype), known))
 
     out = parts[0] @ _occupied_only(dense[1].to(dtype), where[0][1])
-    for part, stream, level in zip(parts[1:-2], packed[1::2], levels[1::2], strict=True):
+    for segment, (part, stream, level) in enumerate(zip(parts[1:-2], packed[1::2], levels[1::2], strict=True), VISION):
+        if tiers is not None and segment == VISION and level is not None and partial < level.shape[-1]:
+            full = _leading(positions[VISION], tiers[:, 0])[:, None, :, None]
+            level[..., partial:] = level[..., partial:].masked_fill(~full, 0.0)
         out = out + _packed_output(part, stream, level)
     out = out + parts[-2] @ _occupied_only(dense[3].to(dtype), where[-2][1]) + parts[-1] @ value.to(dtype)
     return out.reshape(batch, query.shape[1], rows, value.shape[-1]).to(query.dtype)
+
+
+def _leading(positions: Tensor, count: Tensor) -> Tensor:
+    """Which slots `[B, N]` are among the first `count` `[B]`."""
+    return torch.arange(positions.shape[1], device=positions.device) < count[:, None]
 
 
 def _occupied_only(values: Tensor, occupied: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Specification of `apack::unpack` in plain torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,16 @@ def unpack(
     positions: list[Tensor],
     cursor: Tensor,
     tokens: int,
+    vision_importance: Tensor | None = None,
+    text_importance: Tensor | None = None,
+    tiers: Tensor | None = None,
+    partial: int = 0,
+    ema: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K and V `[B, H_kv, tokens, D]` in `key`'s dtype, the newest tokens exact, zeros where no token is held."""
+    """K and V `[B, H_kv, tokens, D]` in `key`'s dtype, the newest tokens exact, zeros where no token is held.
+
+    Every stored token with all its bands: the tiers say what `attend`, which takes this call's place, reads.
+    """
     keys, values = (
         _restore(new, list(_decoded(stream, new, dense, codes, bases, bands)), positions, cursor, tokens)
         for stream, new in enumerate((key, value))
