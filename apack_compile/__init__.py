@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apack_compile.api import calibrate, new_cache, optimize, report, restore
+    from apack_compile.api import calibrate, new_cache, optimize, plan_for, report, restore
     from apack_compile.cache import CompactedCache
     from apack_compile.config import AttentionPackConfig
+    from apack_compile.plan import Plan
     from apack_compile.reporting import Report
 
 __version__ = "0.1.0"
@@ -14,14 +15,27 @@ __version__ = "0.1.0"
 _HOME = {
     "AttentionPackConfig": "config",
     "CompactedCache": "cache",
+    "Plan": "plan",
     "Report": "reporting",
     "calibrate": "api",
     "new_cache": "api",
     "optimize": "api",
+    "plan_for": "api",
     "report": "api",
     "restore": "api",
 }
-__all__ = ["AttentionPackConfig", "CompactedCache", "Report", "calibrate", "new_cache", "optimize", "report", "restore"]
+__all__ = [
+    "AttentionPackConfig",
+    "CompactedCache",
+    "Plan",
+    "Report",
+    "calibrate",
+    "new_cache",
+    "optimize",
+    "plan_for",
+    "report",
+    "restore",
+]
 
 
 def __getattr__(name: str) -> Any:
