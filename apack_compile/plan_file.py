@@ -66,7 +66,7 @@ def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
             if metadata[VERSION_KEY] != FORMAT_VERSION:
                 found = f"plan format {metadata[VERSION_KEY]!r}"
                 raise ValueError(f"{name}: {found}; apack-compile {__version__} reads format {FORMAT_VERSION!r}")
-            # Clones own their memory, whatever safetensors maps: bytes are counted by storage.
+            # Clones: safetensors maps the file, and writing into it would change the bases of a running model.
             return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{name}: not a whole safetensors file: {error}") from error

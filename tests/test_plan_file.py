@@ -186,8 +186,18 @@ def test_the_report_names_the_file_what_it_was_calibrated_on_and_other_versions(
     assert apack_compile.report(model).setting == "plan=Plan, not loaded from a file"
 
 
-def test_a_plan_can_be_moved_to_another_device(plan):
-    moved = plan.to(torch.device("meta"))
+def test_a_loaded_plan_does_not_change_with_its_file(plan, saved):
+    loaded = Plan.load(saved)
+    size = saved.stat().st_size
+    with saved.open("r+b") as file:
+        file.write(bytes(size))
+    assert_equal(loaded, plan)
+
+
+def test_the_bases_of_a_plan_move_to_the_device_of_the_model(plan, monkeypatch):
+    model = llama()
+    monkeypatch.setattr(LlamaForCausalLM, "device", torch.device("meta"))
+    moved = apack_compile.plan_for(apack_compile.optimize(model, plan=plan, compile="none"), 100)
     assert {tensor.device.type for bases in moved.bases.values() for basis in bases for tensor in basis} == {"meta"}
     assert moved.layers == plan.layers and moved.signature == plan.signature
 
