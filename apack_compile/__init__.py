@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apack_compile.api import calibrate, new_cache, optimize, report, restore
+    from apack_compile.api import calibrate, new_cache, optimize, plan_for, report, restore
     from apack_compile.cache import CompactedCache
     from apack_compile.config import AttentionPackConfig
+    from apack_compile.plan import Plan
     from apack_compile.preset_options import AttentionPackOptions, AVLOptions
     from apack_compile.reporting import Report
 
@@ -17,10 +18,12 @@ _HOME = {
     "AttentionPackConfig": "config",
     "AttentionPackOptions": "preset_options",
     "CompactedCache": "cache",
+    "Plan": "plan",
     "Report": "reporting",
     "calibrate": "api",
     "new_cache": "api",
     "optimize": "api",
+    "plan_for": "api",
     "report": "api",
     "restore": "api",
 }
@@ -29,10 +32,12 @@ __all__ = [
     "AttentionPackConfig",
     "AttentionPackOptions",
     "CompactedCache",
+    "Plan",
     "Report",
     "calibrate",
     "new_cache",
     "optimize",
+    "plan_for",
     "report",
     "restore",
 ]

@@ -1,4 +1,4 @@
-"""optimize, restore, calibrate, new_cache, report."""
+"""optimize, restore, calibrate, plan_for, new_cache, report."""
 
 import types
 import weakref
@@ -11,12 +11,15 @@ from torch import nn
 from apack_compile import quantize as quantization
 from apack_compile.cache import CompactedCache
 from apack_compile.config import AttentionPackConfig
+from apack_compile.plan import Plan
+from apack_compile.plan_check import check_plan
 from apack_compile.reporting import Report, build_report
 from apack_compile.session import (
     ATTRIBUTE,
     Session,
     check_ratio,
     compile_config_of,
+    describe,
     end_forward,
     layer_kinds,
     resolve_compile,
@@ -34,15 +37,19 @@ def optimize(
     *,
     ratio: float | None = None,
     preset: str | None = None,
+    plan: Plan | None = None,
     quantize: Any = None,
     compile: str = "auto",
     strict: bool = False,
 ) -> nn.Module:
     """Make `model.generate` use a packed KV cache; returns the same model.
 
-    Pass a config, or its fields. `quantize` is a torchao config or its short name ("int8wo"). A second call replaces the first,
-    except for what was calibrated: that belongs to the model. A call that raises (ValueError, ImportError) leaves it as it was.
+    Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. `quantize` is a torchao config
+    or its short name ("int8wo"). A second call replaces the first, except for what was calibrated: that belongs to the model. A
+    call that raises (ValueError, ImportError) leaves it as it was.
     """
+    if plan is not None:
+        _check_choice(plan, config=config, ratio=ratio, preset=preset)
     if config is None:
         name = quantize if isinstance(quantize, str) else None
         config = AttentionPackConfig(ratio=ratio, preset=preset, quantize=name, compile=compile, strict=strict)
@@ -51,7 +58,7 @@ def optimize(
     elif (ratio, preset, quantize, compile, strict) != (None, None, None, "auto", False):
         raise ValueError("config: pass either a config or the keyword arguments, not both")
     quantize = quantize if quantize is not None else config.quantize
-    session = _new_session(model, config)
+    session = _new_session(model, config, plan)
     previous = session_of(model)
     if previous is not None:
         session.statistics, session.calibrated_on = previous.statistics, previous.calibrated_on
@@ -81,10 +88,28 @@ def restore(model: nn.Module) -> nn.Module:
 def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> nn.Module:
     """Fit the bases that all requests share on model inputs (one dictionary or several); returns the model.
 
-    Raises ValueError when the model is not optimized or no input has a usable token.
+    Raises ValueError when the model is not optimized, was optimized with a plan, or no input has a usable token.
     """
-    _require_session(model).calibrate(model, inputs, "calibrate")
+    session = _require_session(model)
+    if session.plan is not None:
+        raise ValueError(
+            "model: optimized with a plan, which has its bases; call optimize(model, ratio=...) before calibrate"
+        )
+    session.calibrate(model, inputs, "calibrate")
     return model
+
+
+def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
+    """The plan that an optimized model uses for a prompt of `tokens` tokens, `vision_share` of them vision.
+
+    Raises ValueError for a bad argument or a model that is not optimized, RuntimeError where calibration is still to come.
+    """
+    session = _require_session(model)
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r} must be an integer >= 1")
+    if not isinstance(vision_share, (int, float)) or isinstance(vision_share, bool) or not 0 <= vision_share <= 1:
+        raise ValueError(f"vision_share={vision_share!r} must be a number from 0 to 1")
+    return session.plan_for(tokens, float(vision_share))
 
 
 def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> CompactedCache:
@@ -100,7 +125,16 @@ def report(model: nn.Module) -> Report:
     return build_report(model, _require_session(model))
 
 
-def _new_session(model: nn.Module, config: AttentionPackConfig) -> Session:
+def _check_choice(plan: Any, **others: Any) -> None:
+    """Raise ValueError for what is no plan, and for a plan next to another way to say what streams get."""
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan={plan!r} must be a Plan; Plan.load(path) reads one")
+    given = ", ".join(f"{name}={value!r}" for name, value in others.items() if value is not None)
+    if given:
+        raise ValueError(f"plan and {given} exclude each other; pass one of them")
+
+
+def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | None) -> Session:
     """A session for a model that can be optimized; raises ValueError for one that cannot."""
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
         raise ValueError(f"model: {type(model).__name__} has no generate(); pass a transformers generation model")
@@ -109,10 +143,24 @@ def _new_session(model: nn.Module, config: AttentionPackConfig) -> Session:
     kinds = layer_kinds(model)
     if not any(kind.reason is None for kind in kinds):
         raise ValueError(f"model: none of its {len(kinds)} layers can be packed ({kinds[0].reason})")
-    if config.ratio is not None:
+    signature = signature_of(model)
+    packed = [kind.layer for kind in kinds if kind.reason is None]
+    if plan is not None:
+        _check_plan_fits(plan, signature, packed)
+        plan = plan.to(model.device)
+    elif config.ratio is not None:
         check_ratio(config.ratio, model)
     inner, reason = resolve_compile(config.compile, model)
-    return Session(config, kinds, signature_of(model), inner, reason)
+    return Session(config, kinds, signature, inner, reason, plan)
+
+
+def _check_plan_fits(plan: Plan, signature: tuple, packed: list[int]) -> None:
+    """Raise ValueError for a plan that is not one for this model."""
+    check_plan(plan, "plan")
+    if plan.signature != signature:
+        raise ValueError(f"plan: made for {describe(plan.signature)}; the model has {describe(signature)}")
+    if sorted(plan.layers) != packed:
+        raise ValueError(f"plan: packs the layers {sorted(plan.layers)}; of this model {packed} are packed")
 
 
 def _install(model: nn.Module, session: Session) -> None:

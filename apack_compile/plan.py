@@ -1,8 +1,9 @@
 """Plans: how every stream is stored, and the bits each component gets for a byte budget."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,26 +52,55 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Where a plan comes from: what its bases were calibrated on, the versions that made it, the file it was loaded from."""
+
+    calibrated_on: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    path: str | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan for one cache, with the model-scoped bases it needs.
 
     layers: plan of each packed layer, by its index in the model. tail_slots: newest tokens kept dense. first_tokens: tokens
-    at the start kept dense. groups: head groups. bases: vision K, vision V, text K, text V of each model-scoped layer. tiers:
-    what a step reads; None for all.
+    at the start kept dense. groups: head groups. bases: vision K, vision V, text K, text V of each model-scoped layer.
+    signature: layers, KV heads, head_dim and dtype of the model it is for. tiers: what a step reads; None for all.
     """
 
     layers: Mapping[int, LayerPlan]
     tail_slots: int
     first_tokens: int = FIRST_TOKENS
     groups: int = 1
-    bases: Mapping[int, tuple[StreamBasis, ...]] = field(default_factory=dict)
+    bases: Mapping[int, tuple[StreamBasis, ...]] = field(default_factory=dict, repr=False)
     separates_vision: bool = True
     tiers: TierPlan | None = None
+    signature: tuple = ()
+    provenance: Provenance = Provenance()
 
     @property
     def per_sequence(self) -> bool:
         """Whether bases are fitted for each sequence."""
         return any(stream.scope == "sequence" for layer in self.layers.values() for stream in layer.streams)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write this plan to one file, whole or not at all; raises ValueError for a plan that no cache can use."""
+        from apack_compile.plan_file import save_plan
+
+        save_plan(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Plan":
+        """The plan of a file; raises FileNotFoundError, and ValueError for a file that does not hold a whole, usable plan."""
+        from apack_compile.plan_file import load_plan
+
+        return load_plan(path)
+
+    def to(self, device: torch.device) -> "Plan":
+        """This plan with its bases on a device."""
+        moved = {i: tuple(StreamBasis(*(t.to(device) for t in b)) for b in bases) for i, bases in self.bases.items()}
+        return replace(self, bases=moved)
 
 
 Ranks = int | Sequence[int]
@@ -87,8 +117,11 @@ def lossless_plan(layers: Sequence[int]) -> Plan:
     return uniform_plan(layers, LayerPlan(kept, kept, kept, kept), tail_slots=0)
 
 
+COMPACTION_ONLY = AttentionPackOptions(full=1.0, partial=1.0)
+
+
 def attentionpack_plan(
-    layers: Sequence[int], ranks: Mapping[str, Ranks], tail_slots: int, options: AttentionPackOptions
+    layers: Sequence[int], ranks: Mapping[str, Ranks], tail_slots: int, options: AttentionPackOptions = COMPACTION_ONLY
 ) -> Plan:
     """AttentionPack (arXiv 2603.23914): truncated SVD per sequence, modality and stream; tiers of vision tokens by importance.
 
@@ -105,6 +138,8 @@ def attentionpack_plan(
                     StreamPlan("sequence", Bands((rank, 0, 0, 0) if options.bits == 16 else (0, 0, rank, 0)))
                 )
         plans[layer] = LayerPlan(*streams)
+    if options == COMPACTION_ONLY:
+        return Plan(plans, tail_slots)
     tiers = TierPlan(
         full=options.full,
         partial=options.partial,

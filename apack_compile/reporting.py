@@ -1,11 +1,13 @@
 """What `report(model)` returns: every attention layer, every byte."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from apack_compile.plan import FIRST_TOKENS
+from apack_compile.plan_file import versions
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,25 @@ def build_report(model: nn.Module, session: Any) -> Report:
     graphs = tuple(record.to_dict() for record in session.graphs)
     held, cache_notes = session.held() or (None, [])
     rewritten, refused = sites_by_layer(session.graphs)
-    config = session.config
     return Report(
-        setting=f"preset={config.preset!r}" if config.preset else f"ratio={config.ratio:g}",
+        setting=setting_of(session),
         compile=session.inner or "none",
         compile_reason=session.inner_reason,
-        calibrated_on=session.calibrated_on,
+        calibrated_on=session.plan.provenance.calibrated_on if session.plan else session.calibrated_on,
         quantized_layers=session.quantized,
         layers=tuple(layer_line(kind, rewritten, refused, session.inner) for kind in session.kinds),
         graphs=graphs,
         bytes=held,
         notes=(*cache_notes, *notes_of(session, held)),
     )
+
+
+def setting_of(session: Any) -> str:
+    """What optimize was asked for."""
+    if session.plan is not None:
+        path = session.plan.provenance.path
+        return "plan=Plan, not loaded from a file" if path is None else f"plan=Plan.load({path!r})"
+    return f"preset={session.config.preset!r}" if session.config.preset else f"ratio={session.config.ratio:g}"
 
 
 def sites_by_layer(graphs: list[Any]) -> tuple[set[int], dict[int, str]]:
@@ -112,10 +121,19 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     notes = []
     if any(kind.reason is not None for kind in session.kinds):
         notes.append("layers with transformers' own cache are not compileable here: decode runs eagerly")
-    ratio = session.config.ratio
+    if session.plan is not None:
+        notes += version_notes(session.plan.provenance.versions)
+    ratio = session.ratio
     if held is not None and ratio is not None and held["ratio"] < 0.95 * ratio:
         notes.append(
             f"holds {held['ratio']:.2f}x, not {ratio:g}x: at {held['tokens']} tokens the first {FIRST_TOKENS} dense tokens, "
             f"the tail of {held['tail_slots']} and the free slots weigh too much"
         )
     return notes
+
+
+def version_notes(made_with: Mapping[str, str]) -> list[str]:
+    """A note where a plan was made with other versions than these."""
+    here = versions()
+    other = [f"{name} {made_with.get(name)}, here {here[name]}" for name in here if made_with.get(name) != here[name]]
+    return [f"the plan was made with other versions: {'; '.join(other)}"] if other else []

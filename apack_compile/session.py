@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from apack_compile.config import AttentionPackConfig
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import (
     Plan,
+    Provenance,
     a_vl_plan,
     attentionpack_plan,
     budget_key,
@@ -24,6 +25,7 @@ from apack_compile.plan import (
     largest_ratio,
     lossless_plan,
 )
+from apack_compile.plan_file import versions
 from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
@@ -32,13 +34,14 @@ FULL_ATTENTION = "full_attention"
 
 @dataclass
 class Session:
-    """Configuration, calibrated statistics, plans and sites of one optimized model."""
+    """Configuration, calibrated statistics, plans and sites of one optimized model; with `plan`, all prompts use that one."""
 
     config: AttentionPackConfig
     kinds: list[LayerKind]
     signature: tuple
     inner: str | None
     inner_reason: str
+    plan: Plan | None = None
     statistics: Statistics | None = None
     calibrated_on: str | None = None
     plans: dict[tuple[int, float], Plan] = field(default_factory=dict)
@@ -54,23 +57,35 @@ class Session:
         """Indices of the layers that are packed."""
         return [kind.layer for kind in self.kinds if kind.reason is None]
 
+    @property
+    def ratio(self) -> float | None:
+        """The ratio that plans are made for; None with a preset or a given plan."""
+        return self.config.ratio if self.plan is None else None
+
     def plan_for(self, tokens: int, vision_share: float) -> Plan:
         """The plan for a prompt of so many tokens, this share of them vision."""
+        if self.plan is not None:
+            return self.plan
         if self.config.preset == "lossless":
-            return lossless_plan(self.packed)
+            return self.signed(lossless_plan(self.packed))
         if self.config.preset == "attentionpack":
             config = self.config
-            return attentionpack_plan(self.packed, config.ranks, config.tail_slots, config.attentionpack)
+            plan = attentionpack_plan(self.packed, config.ranks, config.tail_slots, config.attentionpack)
+            return self.signed(plan)
         if self.config.preset == "a-vl":
-            return a_vl_plan(self.packed, self.config.a_vl)
+            return self.signed(a_vl_plan(self.packed, self.config.a_vl))
         if self.statistics is None:
             raise RuntimeError(
                 "ratio: no calibrated statistics yet; call the model itself, or calibrate(model, inputs) first"
             )
         key = budget_key(tokens, vision_share)
         if key not in self.plans:
-            self.plans[key] = budget_plan(self.statistics, self.config.ratio, *key)
+            self.plans[key] = self.signed(budget_plan(self.statistics, self.ratio, *key), self.calibrated_on)
         return self.plans[key]
+
+    def signed(self, plan: Plan, calibrated_on: str | None = None) -> Plan:
+        """A plan that says which model it is for and where it comes from."""
+        return replace(plan, signature=self.signature, provenance=Provenance(calibrated_on, versions()))
 
     def new_cache(self, model_config: Any, expected_tokens: int) -> CompactedCache:
         """An empty cache for one batch of sequences."""
@@ -96,7 +111,7 @@ class Session:
 
     def needs_calibration(self) -> bool:
         """Whether a plan needs statistics that are not there."""
-        return self.config.ratio is not None and self.statistics is None
+        return self.ratio is not None and self.statistics is None
 
 
 def session_of(model: nn.Module) -> Session | None:

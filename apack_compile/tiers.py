@@ -1,5 +1,6 @@
 """Tiers: which packed tokens a decode step reads, and how much of them; which are kept at all."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +39,15 @@ class TierPlan:
     ema: tuple[float, float, float, float] = (0.25, 0.75, 0.25, 0.75)
     text: TextEviction | None = None
 
-    @property
-    def evicts(self) -> bool:
-        """Whether tokens are dropped, or stored without being read: then nothing but `attend_tiers` reads the cache right."""
-        return self.kept < 1 or self.attended < 1 or self.text is not None
+    def __post_init__(self) -> None:
+        shares = {name: getattr(self, name) for name in ("full", "partial", "attended", "kept")}
+        for name, share in shares.items():
+            if not 0 <= share <= 1 or (share == 0 and name != "full"):
+                raise ValueError(f"tiers: {name}={share!r} must be > 0 and at most 1 (full may be 0)")
+        if self.refresh_every < 1 or (self.text is not None and self.text.every < 1):
+            raise ValueError(f"tiers: refresh_every={self.refresh_every!r} and text.every must be integers >= 1")
+        if len(self.ema) != 4 or not all(math.isfinite(weight) and weight >= 0 for weight in self.ema):
+            raise ValueError(f"tiers: ema={self.ema!r} must be four finite numbers >= 0")
 
     @property
     def revisits(self) -> bool:

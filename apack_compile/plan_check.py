@@ -1,0 +1,131 @@
+"""Whether a plan is one that a cache can use."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from apack_compile.codec import Bands, StreamBasis
+from apack_compile.config import MIN_TAIL_SLOTS
+from apack_compile.plan import MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
+
+SCOPES = ("as_is", "half", "sequence", "model")
+STREAM_NAMES = tuple(f"{modality}_{stream}" for modality in MODALITIES for stream in STREAMS)
+
+
+class Claim(NamedTuple):
+    """Something that must hold of a plan: whether it does, what it is about, what was found, what is allowed."""
+
+    holds: bool
+    about: str
+    found: Any
+    allowed: str
+
+
+def check_plan(plan: Plan, name: str) -> None:
+    """Raise ValueError, which starts with `name`, for a plan that no cache can use."""
+    for claim in claims(plan):
+        if not claim.holds:
+            raise ValueError(f"{name}: {claim.about} is {claim.found!r}, must be {claim.allowed}")
+
+
+def claims(plan: Plan) -> Iterator[Claim]:
+    """What must hold of a plan; a claim may rely on those before it."""
+    about_model = plan.signature
+    known = isinstance(about_model, tuple) and len(about_model) == 4 and isinstance(about_model[3], str)
+    known = known and all(is_count(number) and number > 0 for number in about_model[:3])
+    yield Claim(
+        known, "signature", about_model, "(layers, KV heads, head_dim, dtype), as apack_compile.plan_for gives it"
+    )
+    inside = bool(plan.layers) and all(is_count(layer) and layer < about_model[0] for layer in plan.layers)
+    yield Claim(inside, "layers", list(plan.layers), f"one or more of 0 to {about_model[0] - 1}")
+    yield Claim(is_count(plan.tail_slots), "tail_slots", plan.tail_slots, "an integer >= 0")
+    yield Claim(is_count(plan.first_tokens), "first_tokens", plan.first_tokens, "an integer >= 0")
+    yield Claim(is_count(plan.groups) and plan.groups > 0, "groups", plan.groups, "an integer >= 1")
+    yield Claim(isinstance(plan.separates_vision, bool), "separates_vision", plan.separates_vision, "True or False")
+    for layer, streams in plan.layers.items():
+        for name, stream in zip(STREAM_NAMES, streams.streams, strict=True):
+            yield from stream_claims(stream, f"layer {layer} {name}")
+    scopes = {stream.scope for streams in plan.layers.values() for stream in streams.streams}
+    yield Claim("sequence" not in scopes or len(scopes) == 1, "scope", sorted(scopes), "sequence for all or for none")
+    tail = plan.tail_slots >= MIN_TAIL_SLOTS or "sequence" not in scopes
+    yield Claim(tail, "tail_slots", plan.tail_slots, f">= {MIN_TAIL_SLOTS} where bases are fitted per sequence")
+    wanted = sorted(layer for layer, streams in plan.layers.items() if uses_bases(streams))
+    yield Claim(sorted(plan.bases) == wanted, "layers with bases", sorted(plan.bases), f"{wanted}")
+    for layer, bases in plan.bases.items():
+        yield Claim(len(bases) == 4, f"layer {layer} bases", len(bases), "four: " + ", ".join(STREAM_NAMES))
+        for name, stream, basis in zip(STREAM_NAMES, plan.layers[layer].streams, bases, strict=True):
+            yield from basis_claims(stream, basis, plan.groups, f"layer {layer} {name}")
+        for text, vision in zip(bases[2:], bases[:2], strict=True):
+            alike = 0 in (text.mean.numel(), vision.mean.numel()) or text.mean.shape == vision.mean.shape
+            yield Claim(
+                alike, f"layer {layer} mean of vision", shape_of(vision.mean), f"that of text, {shape_of(text.mean)}"
+            )
+
+
+def stream_claims(stream: StreamPlan, where: str) -> Iterator[Claim]:
+    """What must hold of a stream's plan by itself."""
+    yield Claim(stream.scope in SCOPES, f"{where} scope", stream.scope, f"one of {', '.join(SCOPES)}")
+    yield Claim(isinstance(stream.token_scale, bool), f"{where} token_scale", stream.token_scale, "True or False")
+    counts = stream.bands.counts
+    four = isinstance(counts, tuple) and len(counts) == 4 and all(is_count(count) for count in counts)
+    yield Claim(four, f"{where} bands", counts, "four integers >= 0")
+    if stream.scope in ("as_is", "half"):
+        yield Claim(not any(counts), f"{where} bands", counts, "(0, 0, 0, 0) where the stream is kept as it is")
+    else:
+        yield Claim(any(counts), f"{where} bands", counts, "at least one component")
+    if stream.scope == "sequence":
+        one = counts[1] == counts[3] == 0 and 0 in (counts[0], counts[2])
+        yield Claim(one, f"{where} bands", counts, "all 16-bit or all 4-bit components where bases are per sequence")
+    if stream.scope != "model":
+        yield Claim(not stream.token_scale, f"{where} token_scale", True, "False unless the basis is model-scoped")
+
+
+def basis_claims(stream: StreamPlan, basis: StreamBasis, groups: int, where: str) -> Iterator[Claim]:
+    """What must hold of a stream's basis: float32, finite, and of the shape that its bands need."""
+    for name, tensor in basis._asdict().items():
+        yield Claim(isinstance(tensor, torch.Tensor), f"{where} {name}", type(tensor).__name__, "a tensor")
+        yield Claim(tensor.dtype == torch.float32, f"{where} {name} dtype", tensor.dtype, "torch.float32")
+    if stream.scope != "model":
+        empty = not any(tensor.numel() for tensor in basis)
+        yield Claim(empty, f"{where} basis", [shape_of(t) for t in basis], f"empty for the scope {stream.scope}")
+        return
+    width = basis.mean.shape[-1] if basis.mean.dim() == 3 else 0
+    yield Claim(
+        width > 0 and basis.mean.shape[:2] == (1, groups),
+        f"{where} mean shape",
+        shape_of(basis.mean),
+        f"(1, {groups}, W)",
+    )
+    yield from shape_claims(stream.bands, basis, groups, width, where)
+    for name, tensor in basis._asdict().items():
+        yield Claim(bool(tensor.isfinite().all()), f"{where} {name}", "NaN or Inf somewhere", "finite")
+    yield Claim(bool((basis.step > 0).all()), f"{where} step", float(basis.step.min()), "> 0")
+
+
+def shape_claims(bands: Bands, basis: StreamBasis, groups: int, width: int, where: str) -> Iterator[Claim]:
+    """What must hold of the shapes of decoder and step."""
+    rank = bands.components
+    yield Claim(rank <= width, f"{where} bands", bands.counts, f"at most the basis' {width} components")
+    for name, tensor, shape in (
+        ("decoder", basis.decoder, (1, groups, rank, width)),
+        ("step", basis.step, (1, groups, rank)),
+    ):
+        yield Claim(
+            tensor.shape == shape, f"{where} {name} shape", shape_of(tensor), f"{shape} for the bands {bands.counts}"
+        )
+
+
+def uses_bases(streams: LayerPlan) -> bool:
+    """Whether a layer has a model-scoped stream."""
+    return any(stream.scope == "model" for stream in streams.streams)
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A shape that prints as a tuple."""
+    return tuple(tensor.shape)
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is an integer >= 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,170 @@
+"""A plan as one safetensors file (docs/format.md)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from apack_compile import __version__
+from apack_compile.codec import Bands, StreamBasis
+from apack_compile.plan import LayerPlan, Plan, Provenance, StreamPlan
+from apack_compile.plan_check import STREAM_NAMES, check_plan, uses_bases
+from apack_compile.tiers import TextEviction, TierPlan
+
+FORMAT_VERSION = "1"
+VERSION_KEY = "apack_plan"
+SCALARS = ("tail_slots", "first_tokens", "groups", "separates_vision")
+
+
+def save_plan(plan: Plan, path: str | os.PathLike) -> None:
+    """Write a plan to one file, whole or not at all; raises ValueError for a plan that no cache can use."""
+    check_plan(plan, "plan")
+    path = Path(path)
+    refuse_folder(path)
+    tensors = tensors_of(plan)
+    text = json.dumps(values_of(plan))
+    metadata = {VERSION_KEY: FORMAT_VERSION, "plan": text, "sha256": digest(text, tensors)}
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary = Path(folder) / "plan"
+        # Written here: safetensors' own save_file makes files that only their owner can read.
+        temporary.write_bytes(save(tensors, metadata))
+        os.replace(temporary, path)
+
+
+def load_plan(path: str | os.PathLike) -> Plan:
+    """Read a plan; raises FileNotFoundError, and ValueError for a file that does not hold a whole, usable plan."""
+    path = Path(path)
+    name = f"path={str(path)!r}"
+    refuse_folder(path)
+    metadata, tensors = read(path, name)
+    expected, found = metadata.get("sha256"), digest(metadata["plan"], tensors)
+    if found != expected:
+        raise ValueError(f"{name}: the checksum is {found}, must be {expected!r}: damaged, or changed by hand")
+    try:
+        plan = plan_of(json.loads(metadata["plan"]), tensors, str(path))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name}: not laid out as plan format {FORMAT_VERSION} says: {error!r}") from error
+    check_plan(plan, name)
+    return plan
+
+
+def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a plan file; raises ValueError for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if VERSION_KEY not in metadata or "plan" not in metadata:
+                raise ValueError(f"{name}: a safetensors file, but not one that Plan.save wrote")
+            if metadata[VERSION_KEY] != FORMAT_VERSION:
+                found = f"plan format {metadata[VERSION_KEY]!r}"
+                raise ValueError(f"{name}: {found}; apack-compile {__version__} reads format {FORMAT_VERSION!r}")
+            # Clones: safetensors maps the file, and writing into it would change the bases of a running model.
+            return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{name}: not a whole safetensors file: {error}") from error
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise ValueError for a path that is a folder."""
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder; a plan is one file")
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a plan file says."""
+    found = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def tensors_of(plan: Plan) -> dict[str, Tensor]:
+    """Every basis of a plan by name, copied: safetensors refuses tensors that share memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named(plan)}
+
+
+def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of every basis."""
+    for layer, bases in plan.bases.items():
+        for stream, basis in zip(STREAM_NAMES, bases, strict=True):
+            for name, tensor in basis._asdict().items():
+                yield f"layers.{layer}.{stream}.{name}", tensor
+
+
+def values_of(plan: Plan) -> dict[str, Any]:
+    """All of a plan but its bases, as JSON has it."""
+    layers = [
+        {"layer": layer}
+        | {
+            name: {"scope": stream.scope, "bands": list(stream.bands.counts), "token_scale": stream.token_scale}
+            for name, stream in zip(STREAM_NAMES, streams.streams, strict=True)
+        }
+        for layer, streams in sorted(plan.layers.items())
+    ]
+    return {
+        **{name: getattr(plan, name) for name in SCALARS},
+        "layers": layers,
+        "tiers": None if plan.tiers is None else asdict(plan.tiers) | {"ema": list(plan.tiers.ema)},
+        "signature": list(plan.signature),
+        "calibrated_on": plan.provenance.calibrated_on,
+        "versions": dict(plan.provenance.versions) or versions(),
+    }
+
+
+def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) -> Plan:
+    """The plan of a file's values and tensors; raises KeyError, TypeError or ValueError where they are laid out otherwise."""
+    layers = {
+        entry["layer"]: LayerPlan(**{name: stream_of(entry[name]) for name in STREAM_NAMES})
+        for entry in values["layers"]
+    }
+    bases = {
+        layer: tuple(
+            StreamBasis(*(tensors[f"layers.{layer}.{stream}.{name}"] for name in StreamBasis._fields))
+            for stream in STREAM_NAMES
+        )
+        for layer, streams in layers.items()
+        if uses_bases(streams)
+    }
+    provenance = Provenance(values["calibrated_on"], values["versions"], path)
+    if not isinstance(provenance.calibrated_on, str | None):
+        raise TypeError(f"calibrated_on is {provenance.calibrated_on!r}, must be a string or null")
+    if set(map(type, (*provenance.versions, *provenance.versions.values()))) != {str}:
+        raise TypeError(f"versions is {provenance.versions!r}, must be an object of strings")
+    scalars = {name: values[name] for name in SCALARS}
+    tiers = tiers_of(values["tiers"])
+    plan = Plan(
+        layers, bases=bases, tiers=tiers, signature=tuple(values["signature"]), provenance=provenance, **scalars
+    )
+    if values_of(plan) != values or set(tensors) != set(dict(named(plan))):
+        raise ValueError("it holds more than a plan, or one layer twice")
+    return plan
+
+
+def tiers_of(values: dict[str, Any] | None) -> TierPlan | None:
+    """Tiers from JSON."""
+    if values is None:
+        return None
+    text = None if values["text"] is None else TextEviction(**values["text"])
+    return TierPlan(**{**values, "ema": tuple(values["ema"]), "text": text})
+
+
+def stream_of(values: dict[str, Any]) -> StreamPlan:
+    """A stream's plan from JSON."""
+    return StreamPlan(values["scope"], Bands(tuple(values["bands"])), values["token_scale"])  # type: ignore[arg-type]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a plan is made with; what follows a plus sign names the build alone."""
+    found = {"apack_compile": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {name: str(version).split("+")[0] for name, version in found.items()}
