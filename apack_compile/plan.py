@@ -125,8 +125,11 @@ def attentionpack_plan(
 ) -> Plan:
     """AttentionPack (arXiv 2603.23914): truncated SVD per sequence, modality and stream; tiers of vision tokens by importance.
 
-    ranks: of each stream, for all layers or one per packed layer.
+    ranks: of each stream, for all layers or one per packed layer; raises ValueError where they are not as many.
     """
+    for name, given in ranks.items():
+        if not isinstance(given, int) and len(given) != len(layers):
+            raise ValueError(f"ranks: {name} has {len(given)} ranks, but {len(layers)} layers are packed")
     plans = {}
     for i, layer in enumerate(layers):
         streams = []
@@ -138,7 +141,7 @@ def attentionpack_plan(
                     StreamPlan("sequence", Bands((rank, 0, 0, 0) if options.bits == 16 else (0, 0, rank, 0)))
                 )
         plans[layer] = LayerPlan(*streams)
-    if options == COMPACTION_ONLY:
+    if options.evict == 0 and 1 in (options.full, options.partial):
         return Plan(plans, tail_slots)
     tiers = TierPlan(
         full=options.full,
