@@ -70,6 +70,11 @@ class CompactedCache(Cache):
         """Whether a prompt has been stored."""
         return all(layer.is_initialized for layer in self.packed_layers)
 
+    @property
+    def croppable(self) -> int:
+        """How many of the newest tokens `crop` can remove."""
+        return int(self.packed_layers[0].get_seq_length()) - self.index.floor if self.is_filled else 0
+
     def note(self, text: str) -> None:
         """Something the report must say, once."""
         if text not in self.notes:

@@ -114,11 +114,15 @@ def generate(model: Any, prompt: Prompt, cache: Any, **kwargs: Any) -> torch.Ten
     return out[0, ids.shape[1] :]
 
 
-def forget_question(cache: Any, prompt: Prompt) -> None:
-    """Takes a question and its answer off the cache, back to the pictures."""
+def forget_question(model: Any, prompt: Prompt, pixels: torch.Tensor, cache: Any, new_cache: Callable[[], Any]) -> Any:
+    """A cache of the pictures alone: the same one, cropped, or one read anew where the question's tokens moved others out."""
     extra = int(cache.get_seq_length()) - prompt.prefix_len
-    if extra > 0:
+    if extra > getattr(cache, "croppable", extra):
+        cache = new_cache()
+        read_pictures(model, prompt, pixels, cache)
+    elif extra > 0:
         cache.crop(-extra)
+    return cache
 
 
 def answer(model: Any, tokenizer: Any, prompt: Prompt, cache: Any) -> str:
@@ -140,7 +144,8 @@ def ask_all(
         images = len(group.pictures)
         prompts = [build_prompt(tokenizer, q.text, i, images) for i, q in enumerate(group.pictures[: group.asked])]
         pixels = load_pixels(group.pictures)
-        caches = {"dense": dense_cache(model), "packed": new_packed()}
+        makers = {"dense": lambda: dense_cache(model), "packed": new_packed}
+        caches = {name: new_cache() for name, new_cache in makers.items()}
         for cache in caches.values():
             read_pictures(model, prompts[0], pixels, cache)
         for i, prompt in enumerate(prompts):
@@ -153,8 +158,7 @@ def ask_all(
             results.rows.append(
                 Row(question, shown, answers["dense"], answers["packed"], said["dense"] == said["packed"])
             )
-            for cache in caches.values():
-                forget_question(cache, prompt)
+            caches = {n: forget_question(model, prompt, pixels, cache, makers[n]) for n, cache in caches.items()}
             advance()
     return results
 
@@ -186,15 +190,16 @@ def decode_time_ratio(
     """Median packed decode step over the median dense one, measured in turns after one warm-up each."""
     prompt = build_prompt(tokenizer, group.pictures[0].text, 0, len(group.pictures))
     pixels = load_pixels(group.pictures)
-    caches = {"dense": dense_cache(model), "packed": new_packed()}
+    makers = {"dense": lambda: dense_cache(model), "packed": new_packed}
+    caches = {name: new_cache() for name, new_cache in makers.items()}
     for cache in caches.values():
         read_pictures(model, prompt, pixels, cache)
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(rounds + 1):
-        for name, cache in caches.items():
+        for name, cache in list(caches.items()):
             clock = StepClock()
             generate(model, prompt, cache, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, streamer=clock)
-            forget_question(cache, prompt)
+            caches[name] = forget_question(model, prompt, pixels, cache, makers[name])
             if turn > 0:
                 seconds[name] += clock.steps()
     return median(seconds["packed"]) / median(seconds["dense"])
