@@ -33,25 +33,29 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
 
     tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for layers that are not packed, of what they
     hold). sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions.
-    model_bytes: model-scoped bases. ratio: dense_bytes / sequence_bytes.
+    model_bytes: model-scoped bases. captured: smallest share of a stream's variance that a shared basis kept (1 without any).
+    ratio: dense_bytes / sequence_bytes.
     """
     plan, packed = cache.index.plan, [layer for layer in cache.packed_layers if layer.is_initialized]
     model = [t for bases in plan.bases.values() for basis in bases for t in basis] if plan is not None else []
     own = [t for layer in cache.layers if layer not in cache.packed_layers for t in tensors_in(vars(layer))]
     sequence = [*cache.index.positions, *own, *tensors_in(cache.history)]
     dense = sum(t.numel() for t in own) * DENSE_ELEMENT_BYTES
+    shared = {t.untyped_storage().data_ptr() for t in model}
     tokens = 0
     for layer in packed:
         tokens = layer.batch_size * int(layer.get_seq_length())
         widths = layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
         dense += tokens * widths * DENSE_ELEMENT_BYTES
         held = [*layer.dense, *layer.codes, layer.cursor, *(layer.tiers.tensors() if layer.tiers is not None else ())]
-        sequence += held if model else [*held, *layer.bases]
+        own_bases = [t for t in layer.bases if t.untyped_storage().data_ptr() not in shared]
+        sequence += [*held, *own_bases]
     sequence_bytes = storage_bytes(sequence)
     return {
         "tokens": tokens,
         "dense_bytes": dense,
         "sequence_bytes": sequence_bytes,
         "model_bytes": storage_bytes(model),
+        "captured": 1 - max((fit.found for layer in packed for fit in layer.fits.values()), default=0.0),
         "ratio": dense / sequence_bytes if sequence_bytes else 1.0,
     }

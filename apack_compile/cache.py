@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -121,9 +122,23 @@ class CompactedCache(Cache):
         if layer.tiers is not None:
             self.last_update = (layer, key, value, self.index.chunk is not None)
         if layer is packed[-1]:
+            self._note_fits(packed)
             self._undo, self.index.laid_out = None, []
             self.index.chunk = self.index.assignment = None
         return out
+
+    def _note_fits(self, packed: list[CompactedLayer]) -> None:
+        """Say which shared bases did not fit this prompt."""
+        refitted = sum(len(layer.refitted) for layer in packed)
+        bad = sum(fit.is_bad for layer in packed for fit in layer.fits.values())
+        if refitted:
+            self.note(
+                f"{refitted} of {4 * len(packed)} shared bases did not fit this prompt: refitted, stored with the sequence"
+            )
+        if bad:
+            self.note(
+                f"{bad} of {4 * len(packed)} streams lose more than their calibration promised; calibrate on such inputs"
+            )
 
     def _check(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> None:
         """Raise ValueError unless the states fit what the cache holds and can be packed."""
@@ -393,5 +408,5 @@ class CompactedCache(Cache):
 
 
 def snapshot(holder: object) -> dict:
-    """Attributes of an object, its lists copied."""
-    return {name: list(value) if isinstance(value, list) else value for name, value in vars(holder).items()}
+    """Attributes of an object, its lists and dictionaries copied."""
+    return {name: copy(value) if isinstance(value, (list, dict)) else value for name, value in vars(holder).items()}

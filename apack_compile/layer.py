@@ -6,6 +6,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from apack_compile.basis import fit, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
+from apack_compile.drift import Fit, lost_share, refit
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
 from apack_compile.layer_tiers import LayerTiers
 from apack_compile.plan import STREAMS, Plan
@@ -13,6 +14,8 @@ from apack_compile.token_index import Assignment, Chunk, gather_tokens
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
 MAX_APPEND = 32
+# Fewer tokens do not tell whether a basis fits.
+MIN_WATCHED = 32
 
 
 class SharedIndex:
@@ -54,6 +57,9 @@ class CompactedLayer(CacheLayerMixin):
         self.bands: list[int] = []
         self.cursor: Tensor | None = None
         self.tiers: LayerTiers | None = None
+        # Of each stream with a shared basis: how it fitted this prompt, and how it would have where it was refitted.
+        self.fits: dict[int, Fit] = {}
+        self.refitted: dict[int, Fit] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -191,9 +197,27 @@ class CompactedLayer(CacheLayerMixin):
             spectrum = fit(moments(x, (index >= 0).to(torch.float32)), bands.components)
             self.bases[3 * stream : 3 * stream + 3] = spectrum.basis(bands, torch.float16)
             self.bands[4 * stream : 4 * stream + 4] = bands.counts
+        if plan.scope == "model":
+            self._watch_fit(x, index >= 0, stream)
         basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
         codes, scale = encode(x, basis, bands, plan.token_scale)
         return (codes.to(self.codes[2 * stream].dtype) if plan.scope == "half" else codes), scale
+
+    def _watch_fit(self, x: Tensor, real: Tensor, stream: int) -> None:
+        """Measure how well a shared basis codes tokens `[B, G, N, W_g]`; refit a bad one while nothing is stored with it."""
+        plan = self.index.plan.layers[self.layer_idx].streams[stream]
+        if plan.bands.components == 0 or int(real.sum()) < MIN_WATCHED:
+            return
+        basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
+        fitted = Fit(lost_share(x, real, basis, plan.bands, plan.token_scale), plan.expected_error)
+        if fitted.is_bad and self.codes[2 * stream].shape[2] == 0:
+            again = refit(x, real, plan.bands, basis)
+            after = Fit(lost_share(x, real, again, plan.bands, plan.token_scale), plan.expected_error)
+            if after.found < fitted.found:
+                self.bases[3 * stream : 3 * stream + 3] = again
+                self.refitted[stream] = fitted
+                fitted = after
+        self.fits[stream] = fitted
 
     def _tail_then(self, states: Tensor, stream: int, held: int, packed: int) -> Tensor:
         """The tail's tokens, in order, then the chunk's."""
@@ -284,6 +308,7 @@ class CompactedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self.dense, self.codes, self.bases, self.bands, self.cursor, self.tiers = [], [], [], [], None, None
+        self.fits, self.refitted = {}, {}
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

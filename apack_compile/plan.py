@@ -28,12 +28,13 @@ class StreamPlan:
     """How one stream of one modality is stored.
 
     scope: "as_is" (untransformed, model dtype), "half" (untransformed, 16 bits), "sequence" (a basis per sequence) or "model"
-    (one basis for all requests).
+    (one basis for all requests). expected_error: share of a stream's variance that coding loses on the calibration's tokens.
     """
 
     scope: str
     bands: Bands = field(default_factory=Bands)
     token_scale: bool = False
+    expected_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Plan:
     groups: int = 1
     bases: Mapping[int, tuple[StreamBasis, ...]] = field(default_factory=dict, repr=False)
     separates_vision: bool = True
-    tiers: TierPlan | None = None
     signature: tuple = ()
     provenance: Provenance = Provenance()
+    tiers: TierPlan | None = None
 
     @property
     def per_sequence(self) -> bool:
@@ -272,12 +273,23 @@ def budget_plan(
             source = modality if modality in share else "text"
             for stream in range(2):
                 bands = chosen[layer, source, stream]
-                streams.append(StreamPlan("model", bands, token_scale=True))
-                layer_bases.append(modalities[source][stream].spectrum.basis(bands))
+                spectrum = modalities[source][stream].spectrum
+                streams.append(StreamPlan("model", bands, True, expected_error(spectrum, bands)))
+                layer_bases.append(spectrum.basis(bands))
         layers[layer] = LayerPlan(*streams)
         bases[layer] = tuple(layer_bases)
     groups = groups_of(next(iter(statistics.values()))["text"][0])
     return Plan(layers, tail_slots, groups=groups, bases=bases, separates_vision=separates_vision)
+
+
+def expected_error(spectrum: Spectrum, bands: Bands) -> float:
+    """Share of a stream's variance that these bands lose, for Gaussian components."""
+    variance = spectrum.deviation.double().square().sum((0, 1))
+    lost = torch.tensor(
+        [GAUSSIAN_DISTORTION[bits] for bits in bands.widths], dtype=torch.float64, device=variance.device
+    )
+    kept = variance[: len(lost)]
+    return float((variance.sum() - kept.sum() + (kept * lost).sum()) / variance.sum())
 
 
 def width_of(statistics: StreamStatistics) -> int:

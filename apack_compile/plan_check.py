@@ -67,6 +67,9 @@ def stream_claims(stream: StreamPlan, where: str) -> Iterator[Claim]:
     """What must hold of a stream's plan by itself."""
     yield Claim(stream.scope in SCOPES, f"{where} scope", stream.scope, f"one of {', '.join(SCOPES)}")
     yield Claim(isinstance(stream.token_scale, bool), f"{where} token_scale", stream.token_scale, "True or False")
+    error = stream.expected_error
+    share = isinstance(error, (int, float)) and not isinstance(error, bool) and 0 <= error <= 1
+    yield Claim(share, f"{where} expected_error", error, "a number from 0 to 1")
     counts = stream.bands.counts
     four = isinstance(counts, tuple) and len(counts) == 4 and all(is_count(count) for count in counts)
     yield Claim(four, f"{where} bands", counts, "four integers >= 0")

@@ -107,7 +107,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
     layers = [
         {"layer": layer}
         | {
-            name: {"scope": stream.scope, "bands": list(stream.bands.counts), "token_scale": stream.token_scale}
+            name: {**vars(stream), "bands": list(stream.bands.counts)}
             for name, stream in zip(STREAM_NAMES, streams.streams, strict=True)
         }
         for layer, streams in sorted(plan.layers.items())
@@ -161,7 +161,7 @@ def tiers_of(values: dict[str, Any] | None) -> TierPlan | None:
 
 def stream_of(values: dict[str, Any]) -> StreamPlan:
     """A stream's plan from JSON."""
-    return StreamPlan(values["scope"], Bands(tuple(values["bands"])), values["token_scale"])  # type: ignore[arg-type]
+    return StreamPlan(**{**values, "bands": Bands(tuple(values["bands"]))})  # type: ignore[arg-type]
 
 
 def versions() -> dict[str, str]:

@@ -367,7 +367,7 @@ def stream_change(**changes):
         (stream_change(bands=[1, 2, 3]), "must be four integers >= 0"),
         (stream_change(scope="as_is", token_scale=False), "bands is .* kept as it is"),
         (stream_change(scope="as_is", token_scale=False, bands=[0] * 4), "basis is .* must be empty"),
-        (stream_change(scope="other"), "scope is 'other', must be one of as_is, sequence, model"),
+        (stream_change(scope="other"), "scope is 'other', must be one of as_is, half, sequence, model"),
         (stream_change(scope=["model"]), r"scope is \['model'\]"),
         (stream_change(token_scale=1), "token_scale is 1, must be True or False"),
         (lambda values: values.update(tail_slots=-1), "tail_slots is -1"),

@@ -1,5 +1,7 @@
 """Tiers: importance against float64, eviction, and positions that survive every permutation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache import CompactedCache, LayerKind
-from apack_compile.plan import a_vl_plan, attentionpack_plan
+from apack_compile.plan import Plan, a_vl_plan, attentionpack_plan
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
 from apack_compile.tiers import (
     TextEviction,
@@ -199,3 +201,23 @@ def test_attend_tiers_declares_what_it_does(preset):
 def test_tiers_that_make_no_sense_are_refused(change):
     with pytest.raises(ValueError, match=f"tiers: .*{next(iter(change))}"):
         TierPlan(**change)
+
+
+@pytest.mark.parametrize("preset", ("attentionpack", "a-vl"))
+def test_a_plan_with_tiers_survives_a_file(preset, tmp_path):
+    plan = (
+        attentionpack_plan([0, 1], RANKS, 32, AttentionPackOptions(evict=0.25, bits=4))
+        if preset == "attentionpack"
+        else a_vl_plan([0, 1], AVLOptions(core=0.2))
+    )
+    plan = replace(plan, signature=(2, HEADS, HEAD_DIM, "torch.float32"))
+    plan.save(tmp_path / "plan")
+    found = Plan.load(tmp_path / "plan")
+    assert (found.layers, found.tiers, found.tail_slots) == (plan.layers, plan.tiers, plan.tail_slots)
+
+
+def test_ranks_must_be_as_many_as_the_packed_layers():
+    with pytest.raises(ValueError, match="vision_key has 2 ranks, but 3 layers"):
+        attentionpack_plan([0, 1, 2], {**RANKS, "vision_key": [4, 4]}, 32)
+    plan = attentionpack_plan([0, 1], {**RANKS, "vision_key": [4, 7]}, 32)
+    assert [plan.layers[i].vision_key.bands.components for i in (0, 1)] == [4, 7]
