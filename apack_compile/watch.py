@@ -33,7 +33,7 @@ class AttentionWatch(TorchFunctionMode):
         if func is not torch.nn.functional.scaled_dot_product_attention or updated is None:
             return func(*args, **given)
         self.cache.last_update = None
-        named = {"attn_mask": None, "is_causal": False, "scale": None}
+        named: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None}
         named |= {**dict(zip(ARGUMENTS, args, strict=False)), **given}
         query, key = named["query"], named["key"]
         scale = query.shape[-1] ** -0.5 if named["scale"] is None else named["scale"]
