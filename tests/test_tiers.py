@@ -1,5 +1,6 @@
 """Tiers: importance against float64, eviction, and positions that survive every permutation."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -107,9 +108,7 @@ def test_text_keeps_first_newest_and_heavy_hitters(counts, share, first, heavy_s
     keep, recent = kept_text(importance, positions, positions >= 0, torch.tensor(counts), rule)
     for b, count in enumerate(counts):
         kept = sorted(positions[b, keep[b]].tolist())
-        budget = min(
-            max(-int(-share * count + 1e-9) if share * count % 1 < 1e-9 else int(share * count) + 1, first), count
-        )
+        budget = min(max(math.ceil(share * count - 1e-9), first), count)
         assert len(kept) == budget
         everything = [2 * i for i in range(count)]
         assert kept[: min(first, budget)] == everything[: min(first, budget)]
