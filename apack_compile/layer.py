@@ -322,6 +322,11 @@ class CompactedLayer(CacheLayerMixin):
         own = [] if self.tiers is None else self.tiers.batched()
         return [self.dense, self.codes, *own, *([self.bases] if self.index.plan.per_sequence else [])]
 
+    @property
+    def has_evicted(self) -> bool:
+        """Whether tokens were dropped."""
+        return self.tiers is not None and self.tiers.has_evicted
+
     @torch.no_grad()
     def settle(self, attention: Tensor, recent: int) -> int:
         """After a prefill: take importance from `attention` `[B, T]` by position, evict, and rank; newest tokens still croppable."""

@@ -213,12 +213,17 @@ def kl_by_layer(
     new_packed: Callable[[], Any],
     advance: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """KL(dense || packed) of the next token when only one layer's pictures are packed, mean over a question."""
+    """KL(dense || packed) of the next token when only one layer's pictures are packed, mean over a question.
+
+    Empty where layers evict tokens: what they hold cannot be put into a dense cache.
+    """
     prompt = build_prompt(tokenizer, group.pictures[0].text, 0, len(group.pictures))
     pixels = load_pixels(group.pictures)
     dense, packed = dense_cache(model), new_packed()
     read_pictures(model, prompt, pixels, dense)
     read_pictures(model, prompt, pixels, packed)
+    if any(isinstance(layer, CompactedLayer) and layer.has_evicted for layer in packed.layers):
+        return []
     states = [(layer.keys, layer.values) for layer in dense.layers]
     wanted = _question_logprobs(model, prompt, states)
     kls = []

@@ -43,7 +43,8 @@ def draw(path: Path, title: str, results: Results, summary: dict[str, Any], kls:
     )
     _draw_pictures(figure, upper, results.rows)
     _draw_bytes(figure.add_axes((0.125, 0.07, 0.33, 0.235)), summary)
-    _draw_kl(figure.add_axes((0.54, 0.085, 0.435, 0.22)), kls)
+    if kls:
+        _draw_kl(figure.add_axes((0.54, 0.085, 0.435, 0.22)), kls)
     figure.savefig(path)
 
 
