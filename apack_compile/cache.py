@@ -101,6 +101,7 @@ class CompactedCache(Cache):
         """Store the states of one layer; raises ValueError (cache unchanged) for states that cannot be packed."""
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompactedLayer):
+            self.last_update = None
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if torch.compiler.is_compiling() and layer.is_initialized:
             return layer.update(key_states, value_states)
