@@ -1,0 +1,89 @@
+"""kvpress beside the other systems, in an environment of its own: its pins exclude the transformers that this project needs.
+
+Prompts, scripts and the exact replies go to a folder as safetensors; `kvpress_worker.py` prefills with its presses, asks the same
+scripts and leaves bytes and distances as JSON.
+"""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from measure import Measured, Trial
+from replay import Distance, Reply
+from safetensors.torch import save_file
+from storage import Held
+from torch import nn
+
+WORKER = Path(__file__).with_name("kvpress_worker.py")
+KEPT = (2, 4, 8)
+# The presses that its leaderboard puts first among those that need no training, and SnapKV, which the field compares with.
+PRESSES = ("KVzip", "AdaKV + ExpectedAttention", "ExpectedAttention", "Compactor", "SnapKV")
+NO_KVPRESS = "pass --kvpress-python, an environment with kvpress"
+MASKED = "evicted by mask, counted as freed"
+
+
+@dataclass
+class PressJob:
+    """Trials written so far for the worker."""
+
+    python: Path
+    folder: Path
+    trials: list[dict[str, Any]] = field(default_factory=list)
+
+
+def add_trial(job: PressJob, trial: Trial, references: Sequence[Reply]) -> None:
+    """Write one trial and the exact replies to it."""
+    tensors = {"ids": trial.ids.contiguous()}
+    if trial.inputs is not None:
+        tensors |= {f"inputs.{name}": tensor.contiguous() for name, tensor in trial.inputs.items()}
+    scripts = []
+    for i, (script, reply) in enumerate(zip(trial.scripts, references, strict=True)):
+        for j, (chunk, wanted) in enumerate(zip(script.chunks, reply.log_probabilities, strict=True)):
+            tensors |= {f"chunk.{i}.{j}": chunk.clone(), f"wanted.{i}.{j}": wanted.contiguous()}
+        scripts.append({"chunks": len(script.chunks), "new_tokens": script.new_tokens})
+    save_file(tensors, job.folder / f"trial-{len(job.trials)}.safetensors")
+    job.trials.append({"dialect": trial.dialect, "scripts": scripts})
+
+
+def run_presses(job: PressJob, model: nn.Module, tokenizer: Any) -> list[list[Measured]]:
+    """Every press on every trial, in the trials' order; when the worker fails as a whole, its error as every row's reason."""
+    model.save_pretrained(job.folder / "model")
+    # KVzip would take the template's first tokens for part of every context
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(job.folder / "model")
+    settings = {"trials": job.trials, "presses": PRESSES, "kept": KEPT}
+    (job.folder / "job.json").write_text(json.dumps(settings))
+    command = [str(job.python), "-P", str(WORKER), str(job.folder)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        return [not_run(f"the worker failed: {reason}")] * len(job.trials)
+    return [
+        [_measured(one) for one in trial] for trial in json.loads((job.folder / "results.json").read_text())["trials"]
+    ]
+
+
+def not_run(reason: str) -> list[Measured]:
+    """A row per press that says why there are no figures."""
+    return [Measured(f"kvpress {press}", "", reason=reason) for press in PRESSES]
+
+
+def _measured(one: dict[str, Any]) -> Measured:
+    family, setting = f"kvpress {one['press']}", f"1/{one['kept']} kept"
+    if one["reason"] is not None:
+        return Measured(family, setting, reason=one["reason"])
+    distances = tuple(Distance(d["kl"], d["top1_equal"], tuple(d["new_ids"])) for d in one["distances"])
+    return Measured(family, setting, MASKED if one["masked"] else "", Held(**one["held"]), distances)
+
+
+def press_versions(python: Path) -> dict[str, str]:
+    """kvpress and its transformers in the other environment; raises CalledProcessError without them."""
+    code = (
+        "import json; from importlib.metadata import version as v;"
+        "print(json.dumps({'kvpress': v('kvpress'), 'kvpress_transformers': v('transformers')}))"
+    )
+    done = subprocess.run([str(python), "-P", "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
