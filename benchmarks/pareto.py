@@ -15,6 +15,8 @@ COLORS = ("#d1662b", "#1d8a4b", "#8b5bbf", "#b3892a", "#c03a6b", "#4f7f86", "#8a
 MARKERS = "osD^vP<>X*"
 RATIO_TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24)
 KL_FLOOR = 1e-6
+# Families whose points are variants, not a dial.
+POINTS = ("fp8", "turboquant")
 PANEL = (9.0, 4.3)
 
 
@@ -47,7 +49,8 @@ def _looks(families: Sequence[str]) -> dict[str, dict[str, object]]:
     others = [family for family in families if family not in (OURS, "dense")]
     for index, family in enumerate(others):
         look = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
-        looks[family] = {**look, "linewidth": 1.2, "markersize": 5, "zorder": 2, "alpha": 0.9}
+        line = {"linestyle": "none" if family in POINTS else "-", "linewidth": 1.2}
+        looks[family] = {**look, **line, "markersize": 5, "zorder": 2, "alpha": 0.9}
     looks["dense"] = {"color": MUTED, "marker": "|", "linewidth": 1.2, "markersize": 9, "zorder": 2}
     looks[OURS] = {"color": HIGHLIGHT, "marker": "o", "linewidth": 3, "markersize": 7.5, "zorder": 4}
     return looks

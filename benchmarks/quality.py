@@ -146,3 +146,8 @@ def packed_from(text: str) -> System:
     """A row of ours by its configuration in JSON."""
     options = json.loads(text)
     return packed("apack-compile, as configured", options.get("preset") or text, **options)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        typer.run(main)

@@ -3,12 +3,12 @@
 Needs torch alone: the worker that runs kvpress in another environment imports it too.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from storage import fork
 from torch import Tensor, nn
 
 
@@ -70,7 +70,7 @@ def replay_all(model: nn.Module, cache: Any, position: int, scripts: Sequence[Sc
     """Ask each script of a fresh copy of the cache, in turn."""
     for index, script in enumerate(scripts):
         last = index == len(scripts) - 1
-        yield replay(model, cache if last else copy.deepcopy(cache), position, script)
+        yield replay(model, cache if last else fork(cache), position, script)
 
 
 def distance(reference: Reply, reply: Reply) -> Distance:

@@ -1,5 +1,6 @@
 """Bytes that a cache holds, counted over its tensors; needs torch alone, as replay.py does."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,10 +47,10 @@ class HalfStates:
         return getattr(self.inner, name)
 
 
-def tensors_of(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Plain tensors reachable from an object through attributes and containers; wrapper subclasses are opened."""
+def tensors_of(value: Any, opens: bool = True, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Tensors reachable from an object through attributes and containers; wrapper subclasses as their parts, if `opens`."""
     seen = set() if seen is None else seen
-    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+    if isinstance(value, Tensor) and opens and is_traceable_wrapper_subclass(value):
         children = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
     elif isinstance(value, Tensor):
         yield value
@@ -65,7 +66,13 @@ def tensors_of(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     else:
         return
     for child in children:
-        yield from tensors_of(child, seen)
+        yield from tensors_of(child, opens, seen)
+
+
+def fork(cache: Any) -> Any:
+    """A copy that can be written to; quantized tensors, which are replaced and never written to, are shared."""
+    shared = {id(t): t for t in tensors_of(cache, opens=False) if is_traceable_wrapper_subclass(t)}
+    return copy.deepcopy(cache, shared)
 
 
 def bytes_of(value: Any) -> int:
