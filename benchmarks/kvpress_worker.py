@@ -22,7 +22,7 @@ from replay import Reply, Script, distance, replay
 from safetensors.torch import load_file
 from storage import HalfStates, Held
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import DynamicCache, LlamaForCausalLM, LlavaForConditionalGeneration
 
 SCORERS = {
     "AdaKV + ExpectedAttention": lambda ratio: AdaKVPress(ExpectedAttentionPress(ratio, epsilon=1e-2)),
@@ -166,7 +166,6 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     vision = LlavaForConditionalGeneration.from_pretrained(folder / "model").eval()
     models = {"vision": vision, "text": text_model(vision, folder / "model")}
-    AutoTokenizer.from_pretrained(folder / "model")
     results = []
     for index, trial in enumerate(job["trials"]):
         tensors, model, rows = load_file(folder / f"trial-{index}.safetensors"), models[trial["dialect"]], []
@@ -179,6 +178,7 @@ def main(folder: Path) -> None:
                     row["reason"] = f"{type(error).__name__}: {error}"
             rows.append(row)
         results.append(rows)
+        print(f"pressed {index + 1} of {len(job['trials'])}", flush=True)
     (folder / "results.json").write_text(json.dumps({"trials": results}))
 
 

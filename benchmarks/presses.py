@@ -6,6 +6,7 @@ scripts and leaves bytes and distances as JSON.
 
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ def run_presses(job: PressJob, model: nn.Module, tokenizer: Any) -> list[list[Me
     settings = {"trials": job.trials, "presses": PRESSES, "kept": KEPT}
     (job.folder / "job.json").write_text(json.dumps(settings))
     command = [str(job.python), "-P", str(WORKER), str(job.folder)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
         return [not_run(f"the worker failed: {reason}")] * len(job.trials)

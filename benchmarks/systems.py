@@ -18,18 +18,26 @@ from apack_compile import AttentionPackConfig
 
 OURS = "apack-compile"
 RANKS = (96, 48, 24)
+# QuantizedCache packs whole groups of tokens only; the rest of a prompt waits in its residual window, made wide enough for
+# the rest and a conversation (a window that overflows at an odd length raises).
+GROUP = 64
+RESIDUAL = 320
 States = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class System:
-    """One cache: family (a line of the plot), setting (a point of it), how an empty one is made, how a filled one is counted."""
+    """One cache: family (a line of the plot), setting (a point of it), how an empty one is made, how a filled one is counted.
+
+    grain: its first update takes a multiple of so many tokens.
+    """
 
     family: str
     setting: str
     make: Callable[[nn.Module], Any]
     held: Callable[[Any, int], Held]
     note: str = ""
+    grain: int = 1
 
 
 def dense_bytes(states: States) -> int:
@@ -42,8 +50,11 @@ def filled(system: System, model: nn.Module, states: States, vision: Tensor | No
     cache = system.make(model)
     if isinstance(cache, apack_compile.CompactedCache):
         cache.expect(vision, None)
-    for index, (key, value) in enumerate(states):
-        cache.update(key, value, index)
+    tokens = states[0][0].shape[2]
+    whole = tokens // system.grain * system.grain
+    for start, end in ((0, whole), (whole, tokens)):
+        for index, (key, value) in enumerate(states if start < end else []):
+            cache.update(key[:, :, start:end], value[:, :, start:end], index)
     return cache, system.held(cache, dense_bytes(states))
 
 
@@ -91,11 +102,18 @@ def quantized(backend: str, bits: int | None, **axes: int) -> System:
     """transformers' QuantizedCache; integers by group of 64, fp8 by tensor."""
 
     def make(model: nn.Module) -> HalfStates:
-        options = axes if bits is None else {"nbits": bits, **axes}
+        options = axes if bits is None else {"nbits": bits, "residual_length": RESIDUAL, "q_group_size": GROUP, **axes}
         return HalfStates(QuantizedCache(backend, model.config, **options))
 
     note = ", ".join(f"{name} {axis}" for name, axis in axes.items())
-    return System(backend, "scale per tensor" if bits is None else f"{bits} bit", make, all_tensors, note)
+    return System(
+        backend,
+        "scale per tensor" if bits is None else f"{bits} bit",
+        make,
+        all_tensors,
+        note,
+        1 if bits is None else GROUP,
+    )
 
 
 def fp8() -> System:
