@@ -80,11 +80,15 @@ def _measured(one: dict[str, Any]) -> Measured:
     return Measured(family, setting, MASKED if one["masked"] else "", Held(**one["held"]), distances)
 
 
-def press_versions(python: Path) -> dict[str, str]:
-    """kvpress and its transformers in the other environment; raises CalledProcessError without them."""
+def press_versions(python: Path | None) -> tuple[dict[str, str], str | None]:
+    """kvpress and its transformers in the other environment, or the reason why the presses cannot run."""
+    if python is None:
+        return {}, NO_KVPRESS
     code = (
         "import json; from importlib.metadata import version as v;"
         "print(json.dumps({'kvpress': v('kvpress'), 'kvpress_transformers': v('transformers')}))"
     )
-    done = subprocess.run([str(python), "-P", "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    done = subprocess.run([str(python), "-P", "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {}, (done.stderr.strip().splitlines() or ["it does not start"])[-1]
+    return json.loads(done.stdout), None

@@ -8,29 +8,52 @@ fails is listed with its reason.
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
-import text_quality
 import torch
 import typer
-import vision_quality
-from harness import Row, print_table, write_json
+from harness import print_table, write_json
 from measure import Measured, Prompt, Trial, measure
-from presses import NO_KVPRESS, PressJob, add_trial, not_run, press_versions, run_presses
-from systems import System, dense_system, own_systems, packed, peer_systems
+from peers import peer_systems
+from presses import PressJob, add_trial, not_run, press_versions, run_presses
+from systems import System, dense_system, own_systems, packed
+from tables import draw_all, shown, tables_of
+from text_quality import PLACES, TextOptions, text_prompts
+from torch import nn
+from vision_quality import turn_prompts, vision_prompts
 
 from apack_compile.demo.assets import load_model, load_tokenizer
 
 RATIOS, PEER_RATIOS = (4.0, 6.0, 8.0), (2.0, 4.0, 6.0, 8.0, 16.0)
 NEEDLE_IMAGES = 16
+QUICK_QUESTIONS = 16
 Results = list[tuple[Trial, list[Measured]]]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a run measures; it goes into the JSON."""
+
+    text: bool
+    vision: bool
+    needle: bool
+    turns: bool
+    continuation: bool
+    ratios: tuple[float, ...]
+    prefixes: tuple[int, ...]
+    scored: int
+    images: tuple[int, ...]
+    questions: int
+    places: tuple[int, ...]
+    conversations: int
+
+
 def measure_all(
-    model: torch.nn.Module, prompts: Iterable[Prompt], systems: Sequence[System], job: PressJob | None
+    model: nn.Module, prompts: Iterable[Prompt], systems: Sequence[System], job: PressJob | None
 ) -> Results:
     """Every prompt over every system; trials are left for the presses where there is a job."""
     results: Results = []
@@ -66,80 +89,66 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="Draw ratio against quality here (PNG).")] = None,
 ) -> None:
     """Measure the quality of packed caches and their peers."""
-    text, vision = text or continuation, vision or needle
-    if not (text or vision or turns):
+    wanted = Wanted(
+        text=text or continuation,
+        vision=vision or needle,
+        needle=needle,
+        turns=turns,
+        continuation=continuation,
+        ratios=tuple(ratio or (PEER_RATIOS if peers else RATIOS)),
+        prefixes=tuple(prefix),
+        scored=scored,
+        images=tuple(dict.fromkeys([*images, *([NEEDLE_IMAGES] if needle else [])])),
+        questions=QUICK_QUESTIONS if quick else questions,
+        places=PLACES[:1] if quick else PLACES,
+        conversations=1 if quick else 4,
+    )
+    if not (wanted.text or wanted.vision or wanted.turns):
         raise typer.BadParameter("choose what to measure: --text, --vision, --needle, --turns or --continuation")
     model, tokenizer = load_model(), load_tokenizer()
-    ratios = ratio or (PEER_RATIOS if peers else RATIOS)
     extra = [packed_from(options) for options in config or []]
-    systems = [dense_system(), *own_systems(ratios), *extra, *(peer_systems() if peers else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        job = PressJob(kvpress_python, Path(folder)) if kvpress_python is not None else None
-        benches: dict[str, Results] = {}
-        if text:
-            places = text_quality.PLACES[:1] if quick else text_quality.PLACES
-            options = text_quality.TextOptions(tuple(prefix), scored, places, continuation)
-            benches["text"] = measure_all(model, text_quality.text_prompts(model, tokenizer, options), systems, job)
-        if vision:
-            chosen = tuple(dict.fromkeys([*images, *([NEEDLE_IMAGES] if needle else [])]))
-            options = vision_quality.VisionOptions(chosen, 16 if quick else questions)
-            prompts = vision_quality.vision_prompts(model, tokenizer, options)
-            benches["vision"] = measure_all(model, prompts, systems, job)
-        if turns:
-            prompts = vision_quality.turn_prompts(model, tokenizer, 1 if quick else 4)
-            benches["turns"] = measure_all(model, prompts, systems, job)
-        if peers or job is not None:
-            found = iter(run_presses(job, model, tokenizer) if job is not None else repeat(not_run(NO_KVPRESS)))
-            benches = {name: [(t, [*m, *next(found)]) for t, m in results] for name, results in benches.items()}
+    systems = [dense_system(), *own_systems(wanted.ratios), *extra, *(peer_systems() if peers else [])]
+    benches, versions = run(model, tokenizer, systems, wanted, kvpress_python, peers)
     tables = tables_of(tokenizer, benches, continuation, needle)
     for (_, title), rows in tables.items():
         print_table(title, [shown(row) for row in rows])
     if json_path is not None:
         rows = [{"bench": bench, **row} for (bench, _), rows in tables.items() for row in rows]
-        settings = {"command": sys.argv[1:], **(press_versions(kvpress_python) if kvpress_python is not None else {})}
-        write_json(json_path, rows, settings)
+        write_json(json_path, rows, {**asdict(wanted), **versions})
     if plot is not None:
         draw_all(plot, tables)
 
 
-def tables_of(
-    tokenizer: Any, benches: dict[str, Results], continuation: bool, needle: bool
-) -> dict[tuple[str, str], list[Row]]:
-    """Tables by bench and title."""
-    tables: dict[tuple[str, str], list[Row]] = {}
-    if "text" in benches:
-        results = benches["text"]
-        tables["text-place", "KL against the dense cache, by place"] = text_quality.text_rows(results)
-        tables["text", "mean over places"] = text_quality.text_means(results)
-        if continuation:
-            tables["continuation", "KL over a greedy continuation"] = text_quality.continuation_rows(results)
-    if "vision" in benches:
-        results = benches["vision"]
-        tables["vision", "questions about pictures"] = vision_quality.vision_rows(tokenizer, results, False)
-        if needle:
-            rows = vision_quality.vision_rows(tokenizer, results, True)
-            tables["needle", "by the position of the picture asked about"] = rows
-    if "turns" in benches:
-        tables["turns", "KL over the turns of a conversation"] = vision_quality.turn_rows(benches["turns"])
-    return tables
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    systems: Sequence[System],
+    wanted: Wanted,
+    kvpress_python: Path | None,
+    peers: bool,
+) -> tuple[dict[str, Results], dict[str, str]]:
+    """Results by bench, and versions of the presses' environment."""
+    versions, reason = press_versions(kvpress_python)
+    benches: dict[str, Results] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = PressJob(kvpress_python, Path(folder)) if reason is None else None
+        for bench, prompts in prompts_of(model, tokenizer, wanted).items():
+            benches[bench] = measure_all(model, prompts, systems, job)
+        if not peers and job is None:
+            return benches, versions
+        found = iter(run_presses(job, model, tokenizer) if job is not None else repeat(not_run(reason)))
+        return {name: [(t, [*m, *next(found)]) for t, m in results] for name, results in benches.items()}, versions
 
 
-def shown(row: Row) -> Row:
-    """A row as it is printed: the reason in the note's place, decoded copies left to the JSON."""
-    kept = {name: value for name, value in row.items() if name not in ("reason", "note", "decoded_bytes")}
-    return {**kept, "note": (row["reason"] or row.get("note", ""))[:60]}
-
-
-def draw_all(path: Path, tables: dict[tuple[str, str], list[Row]]) -> None:
-    """A picture for text and one for pictures; both were measured: each with its name behind the path's stem."""
-    from pareto import draw
-
-    pictures = {bench: rows for (bench, _), rows in tables.items() if bench in ("text", "vision")}
-    for bench, rows in pictures.items():
-        unit = "tokens" if bench == "text" else "pictures"
-        titles = {row[unit]: f"{row[unit]:,} {unit if row[unit] > 1 else unit[:-1]}" for row in rows}
-        target = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{bench}")
-        draw(target, [{**row, "panel": row[unit]} for row in rows], titles)
+def prompts_of(model: nn.Module, tokenizer: Any, wanted: Wanted) -> dict[str, Iterator[Prompt]]:
+    """Prompts by bench, made as they are asked for."""
+    text = TextOptions(wanted.prefixes, wanted.scored, wanted.places, wanted.continuation)
+    prompts = {
+        "text": text_prompts(model, tokenizer, text) if wanted.text else None,
+        "vision": vision_prompts(model, tokenizer, wanted.images, wanted.questions) if wanted.vision else None,
+        "turns": turn_prompts(model, tokenizer, wanted.conversations) if wanted.turns else None,
+    }
+    return {name: some for name, some in prompts.items() if some is not None}
 
 
 def packed_from(text: str) -> System:

@@ -1,7 +1,6 @@
 """Quality on pictures: the demo's model, pictures read into a cache first, each question asked from a copy of it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +20,6 @@ TURN_PICTURES = 4
 TURNS = 8
 
 
-@dataclass(frozen=True)
-class VisionOptions:
-    """Pictures per prompt and questions for each of these."""
-
-    images: tuple[int, ...]
-    questions: int
-
-
 def calibrate_on_pictures(model: nn.Module, tokenizer: Any, images: int) -> None:
     """Calibrate as the demo does."""
     apack_compile.optimize(model, compile="none")
@@ -42,12 +33,12 @@ def picture_prompt(model: nn.Module, prefix: Tensor, pictures: Sequence[Question
     return prompt_of(model, Trial("vision", labels, prefix[0], inputs=inputs, vision=vision))
 
 
-def vision_prompts(model: nn.Module, tokenizer: Any, options: VisionOptions) -> Iterator[Prompt]:
+def vision_prompts(model: nn.Module, tokenizer: Any, sizes: Sequence[int], questions: int) -> Iterator[Prompt]:
     """Prompts with one question per picture; the model is calibrated for each number of pictures before its first."""
     groups = load_questions("test", SEED)
-    for images in options.images:
+    for images in sizes:
         calibrate_on_pictures(model, tokenizer, images)
-        for start in range(0, options.questions, images):
+        for start in range(0, questions, images):
             pictures = [group[0] for group in groups[start : start + images]]
             prompts = [build_prompt(tokenizer, picture.text, i, images) for i, picture in enumerate(pictures)]
             labels = {"pictures": images, "answers": [picture.answer for picture in pictures]}
