@@ -18,10 +18,9 @@ class Trial:
     """A prompt and what is asked of it.
 
     ids: `[T]`. inputs: further inputs of its prefill. vision: bool `[1, T]`, which tokens are a picture's. labels: what a row says
-    about the trial. dialect: "text" or "vision", which model a press needs.
+    about the trial.
     """
 
-    dialect: str
     labels: dict[str, Any]
     ids: Tensor
     scripts: tuple[Script, ...] = ()

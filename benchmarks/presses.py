@@ -1,7 +1,7 @@
 """kvpress beside the other systems, in an environment of its own: its pins exclude the transformers that this project needs.
 
-Prompts, scripts and the exact replies go to a folder as safetensors; `kvpress_worker.py` prefills with its presses, asks the same
-scripts and leaves bytes and distances as JSON.
+The language model, prompts (with pictures: as embeddings), scripts and the exact replies go to a folder; `kvpress_worker.py`
+prefills with its presses, asks the same scripts and leaves bytes and distances as JSON.
 """
 
 import json
@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import Measured, Trial
 from replay import Distance, Reply
 from safetensors.torch import save_file
 from storage import Held
-from torch import nn
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 WORKER = Path(__file__).with_name("kvpress_worker.py")
 KEPT = (2, 4, 8)
@@ -35,23 +37,47 @@ class PressJob:
     trials: list[dict[str, Any]] = field(default_factory=list)
 
 
-def add_trial(job: PressJob, trial: Trial, references: Sequence[Reply]) -> None:
+def embeddings_of(model: nn.Module, trial: Trial) -> Tensor:
+    """What the language model reads of a prompt with pictures, `[1, T, hidden]`."""
+    read: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
+        read.append(kwargs["inputs_embeds"])
+
+    hook = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        model(input_ids=trial.ids[None], logits_to_keep=1, use_cache=False, **trial.inputs)
+    finally:
+        hook.remove()
+    return read[0]
+
+
+def language_model(model: nn.Module) -> LlamaForCausalLM:
+    """The demo model's language model alone, over the same weights."""
+    with torch.device("meta"):
+        alone = LlamaForCausalLM(model.config.text_config)
+    alone.model, alone.lm_head = model.model.language_model, model.lm_head
+    alone.generation_config = model.generation_config
+    return alone
+
+
+def add_trial(job: PressJob, model: nn.Module, trial: Trial, references: Sequence[Reply]) -> None:
     """Write one trial and the exact replies to it."""
     tensors = {"ids": trial.ids.contiguous()}
     if trial.inputs is not None:
-        tensors |= {f"inputs.{name}": tensor.contiguous() for name, tensor in trial.inputs.items()}
+        tensors["embeddings"] = embeddings_of(model, trial).contiguous()
     scripts = []
     for i, (script, reply) in enumerate(zip(trial.scripts, references, strict=True)):
         for j, (chunk, wanted) in enumerate(zip(script.chunks, reply.log_probabilities, strict=True)):
             tensors |= {f"chunk.{i}.{j}": chunk.clone(), f"wanted.{i}.{j}": wanted.contiguous()}
         scripts.append({"chunks": len(script.chunks), "new_tokens": script.new_tokens})
     save_file(tensors, job.folder / f"trial-{len(job.trials)}.safetensors")
-    job.trials.append({"dialect": trial.dialect, "scripts": scripts})
+    job.trials.append({"scripts": scripts})
 
 
 def run_presses(job: PressJob, model: nn.Module, tokenizer: Any) -> list[list[Measured]]:
     """Every press on every trial, in the trials' order; when the worker fails as a whole, its error as every row's reason."""
-    model.save_pretrained(job.folder / "model")
+    language_model(model).save_pretrained(job.folder / "model")
     # KVzip would take the template's first tokens for part of every context
     tokenizer.chat_template = None
     tokenizer.save_pretrained(job.folder / "model")

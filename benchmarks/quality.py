@@ -60,7 +60,7 @@ def measure_all(
     for prompt in prompts:
         references = prompt.ask(model, prompt.trial.scripts)
         if job is not None:
-            add_trial(job, prompt.trial, references)
+            add_trial(job, model, prompt.trial, references)
         results.append((prompt.trial, measure(model, prompt, references, systems)))
         print(f"measured {prompt.trial.labels}", file=sys.stderr, flush=True)
     return results

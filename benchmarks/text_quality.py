@@ -54,7 +54,7 @@ def text_prompts(model: nn.Module, tokenizer: Any, options: TextOptions) -> Iter
         calibrate_on_text(model, ids, prefix + options.scored)
         for place in options.places:
             labels = {"tokens": prefix, "place": place}
-            prompt = prompt_of(model, Trial("text", labels, ids[place : place + prefix]))
+            prompt = prompt_of(model, Trial(labels, ids[place : place + prefix]))
             following = ids[place + prefix : place + prefix + options.scored]
             scripts = [Script((following,))]
             if options.continuation:

@@ -30,7 +30,7 @@ def picture_prompt(model: nn.Module, prefix: Tensor, pictures: Sequence[Question
     """A prefilled prompt that ends behind its last picture."""
     inputs = {"pixel_values": load_pixels(pictures)}
     vision = vision_of(model.config, {"input_ids": prefix})
-    return prompt_of(model, Trial("vision", labels, prefix[0], inputs=inputs, vision=vision))
+    return prompt_of(model, Trial(labels, prefix[0], inputs=inputs, vision=vision))
 
 
 def vision_prompts(model: nn.Module, tokenizer: Any, sizes: Sequence[int], questions: int) -> Iterator[Prompt]:
