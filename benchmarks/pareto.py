@@ -13,7 +13,7 @@ from systems import OURS
 INK, MUTED, GRID, HIGHLIGHT = "#1f2430", "#7a8190", "#e3e6ec", "#2f6fde"
 COLORS = ("#d1662b", "#1d8a4b", "#8b5bbf", "#b3892a", "#c03a6b", "#4f7f86", "#8a6d5a", "#5f6b85", "#7fa03c", "#a14a3a")
 MARKERS = "osD^vP<>X*"
-RATIO_TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24)
+RATIO_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24)
 KL_FLOOR = 1e-6
 # Families whose points are variants, not a dial.
 POINTS = ("fp8", "turboquant")
@@ -38,8 +38,16 @@ def draw(path: Path, rows: Sequence[Row], titles: dict[str, str]) -> None:
         _panel(axes[0], chosen, looks, "kl", f"{title}: KL to the dense cache, nats a token")
         if two:
             _panel(axes[1], chosen, looks, "accuracy", f"{title}: right answers")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.lines if line.get_label() in looks}
+    figure.legend(
+        list(lines.values()),
+        list(lines),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
     figure.savefig(path)
 
 
@@ -51,7 +59,6 @@ def _looks(families: Sequence[str]) -> dict[str, dict[str, object]]:
         look = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
         line = {"linestyle": "none" if family in POINTS else "-", "linewidth": 1.2}
         looks[family] = {**look, **line, "markersize": 5, "zorder": 2, "alpha": 0.9}
-    looks["dense"] = {"color": MUTED, "marker": "|", "linewidth": 1.2, "markersize": 9, "zorder": 2}
     looks[OURS] = {"color": HIGHLIGHT, "marker": "o", "linewidth": 3, "markersize": 7.5, "zorder": 4}
     return looks
 
@@ -60,7 +67,7 @@ def _panel(axes: Axes, rows: Sequence[Row], looks: dict[str, dict[str, object]],
     dense = next((row[name] for row in rows if row["system"] == "dense"), None)
     for family in dict.fromkeys(row["system"] for row in rows):
         points = sorted((row["held_ratio"], row[name]) for row in rows if row["system"] == family)
-        if family == "dense" and name == "kl":
+        if family == "dense":
             continue
         shown = [max(value, KL_FLOOR) if name == "kl" else value for _, value in points]
         axes.plot([ratio for ratio, _ in points], shown, label=family, **looks[family])
@@ -68,9 +75,9 @@ def _panel(axes: Axes, rows: Sequence[Row], looks: dict[str, dict[str, object]],
         axes.set_yscale("log")
     elif dense is not None:
         axes.axhline(dense, color=MUTED, linewidth=1, linestyle=":", zorder=1)
-        axes.text(
-            0.99, dense, "dense", color=MUTED, size=9, ha="right", va="bottom", transform=axes.get_yaxis_transform()
-        )
+        place = {"ha": "left", "va": "bottom", "transform": axes.get_yaxis_transform()}
+        axes.text(0.01, dense, "dense", color=MUTED, size=9, **place)
+        axes.set_ylim(-0.03, 1.0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.set_xscale("log")
     axes.set_xticks(RATIO_TICKS, [f"{tick:g}x" for tick in RATIO_TICKS])
