@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 WORKER = Path(__file__).with_name("kvpress_worker.py")
-KEPT = (2, 4, 8)
+KEPT = (2, 4, 8, 16)
 # The presses that its leaderboard puts first among those that need no training, and SnapKV, which the field compares with.
 PRESSES = ("KVzip", "AdaKV + ExpectedAttention", "ExpectedAttention", "Compactor", "SnapKV")
 NO_KVPRESS = "pass --kvpress-python, an environment with kvpress"
