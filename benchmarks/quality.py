@@ -1,119 +1,162 @@
-"""Quality of the packed cache against the dense one.
+"""Rate and distortion: what a small KV cache costs in quality, ours beside what else can be had.
 
-`python benchmarks/quality.py --text`: SmolLM2-135M on a long English text that ships with Python (pydoc_data.topics). At each place
-a prefix is prefilled once, exactly; its keys and values go into a packed cache, and the next tokens are scored in one chunk
-over the dense and over the packed cache. Prints the mean KL divergence (nats a token) with the bytes held. Bases are calibrated on
-other places of the text.
+`python benchmarks/quality.py --text`: KL against the dense cache on long text. `--vision`: answers and KL about pictures. `--peers`
+adds the other systems (benchmarks/requirements-peers.txt), `--kvpress-python` the presses. A system that is not installed or
+fails is listed with its reason.
 """
 
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from harness import Row, print_table, write_json
-from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from harness import print_table, write_json
+from measure import Measured, Prompt, Trial, measure
+from peers import peer_systems
+from presses import PressJob, add_trial, not_run, press_versions, run_presses
+from systems import System, dense_system, own_systems, packed
+from tables import draw_all, shown, tables_of
+from text_quality import PLACES, TextOptions, text_prompts
+from torch import nn
+from vision_quality import turn_prompts, vision_prompts
 
-import apack_compile
 from apack_compile.demo.assets import load_model, load_tokenizer
 
-PLACES = (2_000, 30_000, 45_000)
-CALIBRATION_PLACES = (60_000, 75_000, 90_000)
-CHUNK = 1_024
+RATIOS, PEER_RATIOS = (4.0, 6.0, 8.0), (2.0, 4.0, 6.0, 8.0, 16.0)
+NEEDLE_IMAGES = 16
+QUICK_QUESTIONS = 16
+Results = list[tuple[Trial, list[Measured]]]
 
 
-def prefill(model: torch.nn.Module, ids: Tensor) -> DynamicCache:
-    """A dense cache of the tokens `[T]`."""
-    cache = DynamicCache(config=model.config.get_text_config())
-    for chunk in ids[None].split(CHUNK, dim=1):
-        model(input_ids=chunk, past_key_values=cache, logits_to_keep=1)
-    return cache
+@dataclass(frozen=True)
+class Wanted:
+    """What a run measures; it goes into the JSON."""
+
+    text: bool
+    vision: bool
+    needle: bool
+    turns: bool
+    continuation: bool
+    ratios: tuple[float, ...]
+    prefixes: tuple[int, ...]
+    scored: int
+    images: tuple[int, ...]
+    questions: int
+    places: tuple[int, ...]
+    conversations: int
 
 
-def packed_copy(model: torch.nn.Module, dense: DynamicCache) -> apack_compile.CompactedCache:
-    """A packed cache of what a dense one holds."""
-    cache = apack_compile.new_cache(model, 8)
-    for index, layer in enumerate(dense.layers):
-        cache.update(layer.keys, layer.values, index)
-    return cache
-
-
-def log_probabilities(model: torch.nn.Module, ids: Tensor, cache: torch.nn.Module) -> Tensor:
-    """Log-probabilities `[n, vocabulary]` after each of the tokens `[n]`."""
-    return model(input_ids=ids[None], past_key_values=cache).logits[0].float().log_softmax(-1)
-
-
-def text_rows(ratios: list[float], prefix: int, scored: int) -> list[Row]:
-    """One row per ratio and place, and the mean over places."""
-    model, tokenizer = load_model(), load_tokenizer()
-    ids = torch.tensor(tokenizer("\n".join(topics.values())).input_ids)
-    apack_compile.optimize(model, ratio=ratios[0], compile="none")
-    length = prefix + scored
-    apack_compile.calibrate(
-        model, [{"input_ids": ids[None, start : start + length], "logits_to_keep": 1} for start in CALIBRATION_PLACES]
-    )
-    rows: list[Row] = []
-    for place in PLACES:
-        dense = prefill(model, ids[place : place + prefix])
-        following = ids[place + prefix : place + length]
-        packed = {}
-        for ratio in ratios:
-            apack_compile.optimize(model, ratio=ratio, compile="none")
-            packed[ratio] = packed_copy(model, dense)
-        reference = log_probabilities(model, following, dense)
-        for ratio in ratios:
-            held = packed[ratio].report()
-            scores = log_probabilities(model, following, packed[ratio])
-            kl = (reference.exp() * (reference - scores)).sum(-1).mean().item()
-            agree = (reference.argmax(-1) == scores.argmax(-1)).float().mean().item()
-            rows.append(
-                {
-                    "ratio": ratio,
-                    "place": place,
-                    "tokens": prefix,
-                    "kl": kl,
-                    "top1_equal": agree,
-                    "held_ratio": held["ratio"],
-                    "sequence_bytes": held["sequence_bytes"],
-                    "model_bytes": held["model_bytes"],
-                }
-            )
-    return rows
-
-
-def mean_rows(rows: list[Row]) -> list[Row]:
-    """Means over places, one row per ratio."""
-    return [
-        {
-            "ratio": ratio,
-            **{
-                key: sum(row[key] for row in rows if row["ratio"] == ratio) / sum(row["ratio"] == ratio for row in rows)
-                for key in ("kl", "top1_equal", "held_ratio")
-            },
-        }
-        for ratio in dict.fromkeys(row["ratio"] for row in rows)
-    ]
+def measure_all(
+    model: nn.Module, prompts: Iterable[Prompt], systems: Sequence[System], job: PressJob | None
+) -> Results:
+    """Every prompt over every system; trials are left for the presses where there is a job."""
+    results: Results = []
+    for prompt in prompts:
+        references = prompt.ask(model, prompt.trial.scripts)
+        if job is not None:
+            add_trial(job, model, prompt.trial, references)
+        results.append((prompt.trial, measure(model, prompt, references, systems)))
+        print(f"measured {prompt.trial.labels}", file=sys.stderr, flush=True)
+    return results
 
 
 def main(
-    text: Annotated[bool, typer.Option("--text", help="SmolLM2 on long text.")] = False,
-    ratio: Annotated[list[float], typer.Option(help="Ratios to measure.")] = [4.0, 6.0, 8.0],  # noqa: B006
-    prefix: Annotated[int, typer.Option(help="Tokens before the scored ones.")] = 6_144,
+    text: Annotated[bool, typer.Option("--text", help="Long text.")] = False,
+    vision: Annotated[bool, typer.Option("--vision", help="Questions about pictures.")] = False,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Answers by the position of the picture asked about.")
+    ] = False,
+    turns: Annotated[bool, typer.Option("--turns", help="KL over the turns of a conversation.")] = False,
+    continuation: Annotated[
+        bool, typer.Option("--continuation", help="KL over 200 greedy tokens, by quarter.")
+    ] = False,
+    ratio: Annotated[list[float] | None, typer.Option(help="Ratios of ours; 4, 6, 8 (with peers 2 to 16).")] = None,
+    config: Annotated[list[str] | None, typer.Option(help="A row more: a configuration as JSON.")] = None,
+    prefix: Annotated[list[int], typer.Option(help="Tokens before the scored ones.")] = [6_144],  # noqa: B006
     scored: Annotated[int, typer.Option(help="Scored tokens.")] = 192,
-    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    images: Annotated[list[int], typer.Option(help="Pictures per prompt.")] = [1, 4, 16],  # noqa: B006
+    questions: Annotated[int, typer.Option(help="Questions for each number of pictures.")] = 48,
+    peers: Annotated[bool, typer.Option("--peers", help="Other systems too.")] = False,
+    kvpress_python: Annotated[Path | None, typer.Option(help="Python of an environment with kvpress.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One place, 16 questions, one conversation.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw ratio against quality here (PNG).")] = None,
 ) -> None:
-    """Measure the packed cache's quality."""
-    if not text:
-        raise typer.BadParameter("choose what to measure: --text")
-    with torch.no_grad():
-        rows = text_rows(ratio, prefix, scored)
-    print_table("KL against the dense cache, by place", rows)
-    print_table("mean over places", mean_rows(rows))
-    if json is not None:
-        write_json(json, rows)
+    """Measure the quality of packed caches and their peers."""
+    wanted = Wanted(
+        text=text or continuation,
+        vision=vision or needle,
+        needle=needle,
+        turns=turns,
+        continuation=continuation,
+        ratios=tuple(ratio or (PEER_RATIOS if peers else RATIOS)),
+        prefixes=tuple(prefix),
+        scored=scored,
+        images=tuple(dict.fromkeys([*images, *([NEEDLE_IMAGES] if needle else [])])),
+        questions=QUICK_QUESTIONS if quick else questions,
+        places=PLACES[:1] if quick else PLACES,
+        conversations=1 if quick else 4,
+    )
+    if not (wanted.text or wanted.vision or wanted.turns):
+        raise typer.BadParameter("choose what to measure: --text, --vision, --needle, --turns or --continuation")
+    model, tokenizer = load_model(), load_tokenizer()
+    extra = [packed_from(options) for options in config or []]
+    systems = [dense_system(), *own_systems(wanted.ratios), *extra, *(peer_systems() if peers else [])]
+    benches, versions = run(model, tokenizer, systems, wanted, kvpress_python, peers)
+    tables = tables_of(tokenizer, benches, continuation, needle)
+    for (_, title), rows in tables.items():
+        print_table(title, [shown(row) for row in rows])
+    if json_path is not None:
+        rows = [{"bench": bench, **row} for (bench, _), rows in tables.items() for row in rows]
+        write_json(json_path, rows, {**asdict(wanted), **versions})
+    if plot is not None:
+        draw_all(plot, tables)
+
+
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    systems: Sequence[System],
+    wanted: Wanted,
+    kvpress_python: Path | None,
+    peers: bool,
+) -> tuple[dict[str, Results], dict[str, str]]:
+    """Results by bench, and versions of the presses' environment."""
+    versions, reason = press_versions(kvpress_python)
+    benches: dict[str, Results] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = PressJob(kvpress_python, Path(folder)) if reason is None else None
+        for bench, prompts in prompts_of(model, tokenizer, wanted).items():
+            benches[bench] = measure_all(model, prompts, systems, job)
+        if not peers and job is None:
+            return benches, versions
+        found = iter(run_presses(job, model, tokenizer) if job is not None else repeat(not_run(reason)))
+        return {name: [(t, [*m, *next(found)]) for t, m in results] for name, results in benches.items()}, versions
+
+
+def prompts_of(model: nn.Module, tokenizer: Any, wanted: Wanted) -> dict[str, Iterator[Prompt]]:
+    """Prompts by bench, made as they are asked for."""
+    text = TextOptions(wanted.prefixes, wanted.scored, wanted.places, wanted.continuation)
+    prompts = {
+        "text": text_prompts(model, tokenizer, text) if wanted.text else None,
+        "vision": vision_prompts(model, tokenizer, wanted.images, wanted.questions) if wanted.vision else None,
+        "turns": turn_prompts(model, tokenizer, wanted.conversations) if wanted.turns else None,
+    }
+    return {name: some for name, some in prompts.items() if some is not None}
+
+
+def packed_from(text: str) -> System:
+    """A row of ours by its configuration in JSON."""
+    options = json.loads(text)
+    return packed("apack-compile, as configured", options.get("preset") or text, **options)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with torch.no_grad():
+        typer.run(main)

@@ -1,0 +1,107 @@
+"""The caches that are measured: how each is made, filled from dense keys and values, and counted.
+
+A row more is one `System` more: `make` gives an empty cache for the model, `held` counts a filled one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from storage import HalfStates, Held, bytes_of
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+import apack_compile
+from apack_compile import AttentionPackConfig
+
+OURS = "apack-compile"
+RANKS = (96, 48, 24)
+States = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class System:
+    """One cache: family (a line of the plot), setting (a point of it), how an empty one is made, how a filled one is counted.
+
+    grain: its first update takes a multiple of so many tokens.
+    """
+
+    family: str
+    setting: str
+    make: Callable[[nn.Module], Any]
+    held: Callable[[Any, int], Held]
+    note: str = ""
+    grain: int = 1
+
+
+def dense_bytes(states: States) -> int:
+    """Bytes of the keys and values `[B, H_kv, T, D]` in 16 bits."""
+    return sum(2 * (key.numel() + value.numel()) for key, value in states)
+
+
+def filled(system: System, model: nn.Module, states: States, vision: Tensor | None) -> tuple[Any, Held]:
+    """A cache of the dense states, `vision` `[1, T]` telling which tokens are a picture's, and its bytes."""
+    cache = system.make(model)
+    if isinstance(cache, apack_compile.CompactedCache):
+        cache.expect(vision, None)
+    tokens = states[0][0].shape[2]
+    whole = tokens // system.grain * system.grain
+    for start, end in ((0, whole), (whole, tokens)):
+        for index, (key, value) in enumerate(states if start < end else []):
+            cache.update(key[:, :, start:end], value[:, :, start:end], index)
+    return cache, system.held(cache, dense_bytes(states))
+
+
+def dense_cache(model: nn.Module) -> DynamicCache:
+    """transformers' dense cache."""
+    return DynamicCache(config=model.config.get_text_config())
+
+
+def all_tensors(cache: Any, dense: int) -> Held:
+    """Every tensor of the cache."""
+    return Held(bytes_of(cache), dense)
+
+
+def own_report(cache: Any, dense: int) -> Held:
+    """What a packed cache reports."""
+    report = cache.report()
+    return Held(report["sequence_bytes"], dense, report["model_bytes"])
+
+
+def packed(family: str, setting: str, **options: Any) -> System:
+    """A packed cache by the fields of its configuration; one that this version does not know fails when it is made."""
+
+    def make(model: nn.Module) -> Any:
+        apack_compile.optimize(model, AttentionPackConfig(compile="none", **options))
+        return apack_compile.new_cache(model, 8)
+
+    return System(family, setting, make, own_report)
+
+
+def own_systems(ratios: Sequence[float]) -> list[System]:
+    """Our budget plan at each ratio."""
+    return [packed(OURS, f"ratio {ratio:g}", ratio=ratio) for ratio in ratios]
+
+
+def attentionpack_systems() -> list[System]:
+    """The paper's truncated SVD per sequence."""
+    streams = ("vision_key", "vision_value", "text_key", "text_value")
+    return [
+        packed("AttentionPack", f"rank {rank}", preset="attentionpack", ranks=dict.fromkeys(streams, rank))
+        for rank in RANKS
+    ]
+
+
+def dense_system() -> System:
+    """The dense cache in 16 bits."""
+    return System("dense", "float16", lambda model: HalfStates(dense_cache(model)), all_tensors)
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, ids: Tensor, chunk: int, **inputs: Any) -> States:
+    """Exact keys and values of the tokens `[T]`, read in chunks."""
+    cache = dense_cache(model)
+    for part in ids[None].split(chunk, dim=1):
+        model(input_ids=part, past_key_values=cache, logits_to_keep=1, **inputs)
+    return [(layer.keys, layer.values) for layer in cache.layers]
