@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from replay import Distance, Reply, Script, distance, mean, replay_all
 from storage import Held
-from systems import System, all_tensors, dense_cache, filled, prefill
+from systems import System, all_tensors, dense_cache, filled, prefill, read
 from torch import Tensor, nn
 
 CHUNK = 1_024
@@ -73,7 +73,10 @@ def measure(model: nn.Module, prompt: Prompt, references: Sequence[Reply], syste
 def _measure(model: nn.Module, prompt: Prompt, references: Sequence[Reply], system: System) -> Measured:
     trial = prompt.trial
     try:
-        cache, held = filled(system, model, prompt.states, trial.vision)
+        if system.reads_prompt:
+            cache, held = read(system, model, trial.ids, prompt.states, **(trial.inputs or {}))
+        else:
+            cache, held = filled(system, model, prompt.states, trial.vision)
         replies = replay_all(model, cache, len(trial.ids), trial.scripts)
         distances = tuple(distance(*pair) for pair in zip(references, replies, strict=True))
     # a peer may raise anything; the table says what it was

@@ -2,7 +2,7 @@
 
 from fp8 import Fp8Layer
 from storage import HalfStates, Held, bytes_of
-from systems import System, all_tensors, attentionpack_systems, dense_cache
+from systems import System, all_tensors, dense_cache
 from torch import nn
 from transformers.cache_utils import Cache, QuantizedCache
 
@@ -65,7 +65,6 @@ def turboquant_held(cache: HalfStates, dense: int) -> Held:
 def peer_systems() -> list[System]:
     """What else can be had for transformers; axes are the best ones of those that a backend offers, for its bits, on text."""
     return [
-        *attentionpack_systems(),
         fp8(),
         quantized("fp8", None),
         *(quantized("hqq", bits, axis_key=1, axis_value=1) for bits in (8, 4)),

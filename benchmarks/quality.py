@@ -20,7 +20,7 @@ from harness import print_table, write_json
 from measure import Measured, Prompt, Trial, measure
 from peers import peer_systems
 from presses import PressJob, add_trial, not_run, press_versions, run_presses
-from systems import System, dense_system, own_systems, packed
+from systems import System, a_vl_systems, attentionpack_systems, dense_system, own_systems, packed
 from tables import draw_all, shown, tables_of
 from text_quality import PLACES, TextOptions, text_prompts
 from torch import nn
@@ -83,6 +83,7 @@ def main(
     images: Annotated[list[int], typer.Option(help="Pictures per prompt.")] = [1, 4, 16],  # noqa: B006
     questions: Annotated[int, typer.Option(help="Questions for each number of pictures.")] = 48,
     peers: Annotated[bool, typer.Option("--peers", help="Other systems too.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="The published presets too (also with --peers).")] = False,
     kvpress_python: Annotated[Path | None, typer.Option(help="Python of an environment with kvpress.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One place, 16 questions, one conversation.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
@@ -107,7 +108,8 @@ def main(
         raise typer.BadParameter("choose what to measure: --text, --vision, --needle, --turns or --continuation")
     model, tokenizer = load_model(), load_tokenizer()
     extra = [packed_from(options) for options in config or []]
-    systems = [dense_system(), *own_systems(wanted.ratios), *extra, *(peer_systems() if peers else [])]
+    published = [*attentionpack_systems(), *a_vl_systems()] if presets or peers else []
+    systems = [dense_system(), *own_systems(wanted.ratios), *extra, *published, *(peer_systems() if peers else [])]
     benches, versions = run(model, tokenizer, systems, wanted, kvpress_python, peers)
     tables = tables_of(tokenizer, benches, continuation, needle)
     for (_, title), rows in tables.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 import apack_compile
-from apack_compile import AttentionPackConfig
+from apack_compile import AttentionPackConfig, AttentionPackOptions, AVLOptions
 
 OURS = "apack-compile"
 RANKS = (96, 48, 24)
@@ -24,7 +24,8 @@ States = Sequence[tuple[Tensor, Tensor]]
 class System:
     """One cache: family (a line of the plot), setting (a point of it), how an empty one is made, how a filled one is counted.
 
-    grain: its first update takes a multiple of so many tokens.
+    grain: its first update takes a multiple of so many tokens. reads_prompt: the model reads the prompt into it, because it needs
+    to see the attention; the others are filled with the dense states.
     """
 
     family: str
@@ -33,6 +34,7 @@ class System:
     held: Callable[[Any, int], Held]
     note: str = ""
     grain: int = 1
+    reads_prompt: bool = False
 
 
 def dense_bytes(states: States) -> int:
@@ -53,6 +55,14 @@ def filled(system: System, model: nn.Module, states: States, vision: Tensor | No
     return cache, system.held(cache, dense_bytes(states))
 
 
+@torch.no_grad()
+def read(system: System, model: nn.Module, ids: Tensor, states: States, **inputs: Any) -> tuple[Any, Held]:
+    """A cache that the model itself filled with the tokens `[T]`, and its bytes."""
+    cache = system.make(model)
+    model(input_ids=ids[None], past_key_values=cache, logits_to_keep=1, **inputs)
+    return cache, system.held(cache, dense_bytes(states))
+
+
 def dense_cache(model: nn.Module) -> DynamicCache:
     """transformers' dense cache."""
     return DynamicCache(config=model.config.get_text_config())
@@ -69,14 +79,14 @@ def own_report(cache: Any, dense: int) -> Held:
     return Held(report["sequence_bytes"], dense, report["model_bytes"])
 
 
-def packed(family: str, setting: str, **options: Any) -> System:
+def packed(family: str, setting: str, reads_prompt: bool = False, **options: Any) -> System:
     """A packed cache by the fields of its configuration; one that this version does not know fails when it is made."""
 
     def make(model: nn.Module) -> Any:
         apack_compile.optimize(model, AttentionPackConfig(compile="none", **options))
         return apack_compile.new_cache(model, 8)
 
-    return System(family, setting, make, own_report)
+    return System(family, setting, make, own_report, reads_prompt=reads_prompt)
 
 
 def own_systems(ratios: Sequence[float]) -> list[System]:
@@ -85,12 +95,22 @@ def own_systems(ratios: Sequence[float]) -> list[System]:
 
 
 def attentionpack_systems() -> list[System]:
-    """The paper's truncated SVD per sequence."""
+    """AttentionPack as published, at several ranks; the same with 4-bit coefficients, and with eviction too."""
     streams = ("vision_key", "vision_value", "text_key", "text_value")
-    return [
-        packed("AttentionPack", f"rank {rank}", preset="attentionpack", ranks=dict.fromkeys(streams, rank))
-        for rank in RANKS
-    ]
+
+    def system(rank: int, name: str = "", **options: Any) -> System:
+        config = {"ranks": dict.fromkeys(streams, rank), "attentionpack": AttentionPackOptions(**options)}
+        return packed("AttentionPack", f"rank {rank}{name}", True, preset="attentionpack", **config)
+
+    four_bit = [system(rank, " + 4 bit", bits=4) for rank in (144, *RANKS[:2])]
+    return [*map(system, RANKS), *four_bit, system(RANKS[0], " + 4 bit + eviction", bits=4, evict=0.5)]
+
+
+def a_vl_systems() -> list[System]:
+    """A-VL as published, and keeping half as much."""
+    half = AVLOptions(core=0.15, secondary=0.25, text_kept=0.25)
+    settings = {"core 30 %, stored 50 %": AVLOptions(), "core 15 %, stored 25 %": half}
+    return [packed("A-VL", name, True, preset="a-vl", a_vl=options) for name, options in settings.items()]
 
 
 def dense_system() -> System:
