@@ -1,8 +1,13 @@
-"""The rate-distortion picture: bytes held against KL or accuracy, one line per family of caches."""
+"""The rate-distortion picture: bytes held against KL or accuracy, one line per family of caches.
 
+`python benchmarks/pareto.py RESULTS.json PICTURE.png` draws what quality.py wrote.
+"""
+
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
 from harness import Row
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,6 +23,17 @@ KL_FLOOR = 1e-6
 # Families whose points are variants, not a dial.
 POINTS = ("fp8", "turboquant")
 PANEL = (9.0, 4.3)
+
+
+def draw_all(path: Path, rows: Sequence[Row]) -> None:
+    """A picture of the text rows and one of the vision rows; where there are both, each has its name behind the path's stem."""
+    pictures = {bench: [row for row in rows if row["bench"] == bench] for bench in ("text", "vision")}
+    pictures = {bench: chosen for bench, chosen in pictures.items() if chosen}
+    for bench, chosen in pictures.items():
+        unit = "tokens" if bench == "text" else "pictures"
+        titles = {row[unit]: f"{row[unit]:,} {unit if row[unit] > 1 else unit[:-1]}" for row in chosen}
+        target = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{bench}")
+        draw(target, [{**row, "panel": row[unit]} for row in chosen], titles)
 
 
 def draw(path: Path, rows: Sequence[Row], titles: dict[str, str]) -> None:
@@ -91,3 +107,12 @@ def _panel(axes: Axes, rows: Sequence[Row], looks: dict[str, dict[str, object]],
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def main(results: Path, picture: Path) -> None:
+    """Draw the rows of a results file."""
+    draw_all(picture, json.loads(results.read_text())["rows"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -21,7 +21,7 @@ from measure import Measured, Prompt, Trial, measure
 from peers import peer_systems
 from presses import PressJob, add_trial, not_run, press_versions, run_presses
 from systems import System, a_vl_systems, attentionpack_systems, dense_system, own_systems, packed
-from tables import draw_all, shown, tables_of
+from tables import shown, tables_of
 from text_quality import PLACES, TextOptions, text_prompts
 from torch import nn
 from vision_quality import turn_prompts, vision_prompts
@@ -114,11 +114,14 @@ def main(
     tables = tables_of(tokenizer, benches, continuation, needle)
     for (_, title), rows in tables.items():
         print_table(title, [shown(row) for row in rows])
+    rows = [{"bench": bench, **row} for (bench, _), table in tables.items() for row in table]
     if json_path is not None:
-        rows = [{"bench": bench, **row} for (bench, _), rows in tables.items() for row in rows]
         write_json(json_path, rows, {**asdict(wanted), **versions})
     if plot is not None:
-        draw_all(plot, tables)
+        # matplotlib is needed for a picture alone
+        from pareto import draw_all
+
+        draw_all(plot, rows)
 
 
 def run(

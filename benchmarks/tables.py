@@ -1,7 +1,6 @@
 """From what was measured to tables and pictures."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from harness import Row
@@ -38,15 +37,3 @@ def shown(row: Row) -> Row:
     """A row as it is printed: the reason in the note's place, decoded copies left to the JSON."""
     kept = {name: value for name, value in row.items() if name not in ("reason", "note", "decoded_bytes")}
     return {**kept, "note": (row["reason"] or row.get("note", ""))[:60]}
-
-
-def draw_all(path: Path, tables: dict[tuple[str, str], list[Row]]) -> None:
-    """A picture for text and one for pictures; both were measured: each with its name behind the path's stem."""
-    from pareto import draw
-
-    pictures = {bench: rows for (bench, _), rows in tables.items() if bench in ("text", "vision")}
-    for bench, rows in pictures.items():
-        unit = "tokens" if bench == "text" else "pictures"
-        titles = {row[unit]: f"{row[unit]:,} {unit if row[unit] > 1 else unit[:-1]}" for row in rows}
-        target = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{bench}")
-        draw(target, [{**row, "panel": row[unit]} for row in rows], titles)
