@@ -55,6 +55,9 @@ class AttentionPackConfig:
             )
         if not isinstance(self.tail_slots, int) or self.tail_slots < MIN_TAIL_SLOTS:
             raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
+        for name, options in (("attentionpack", AttentionPackOptions), ("a_vl", AVLOptions)):
+            if not isinstance(getattr(self, name), options):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {options.__name__}")
         if self.quantize is not None and not isinstance(self.quantize, str):
             raise ValueError(
                 f"quantize={self.quantize!r}: a config holds the short name; pass torchao objects to optimize"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from apack_compile.basis import fit, moments
+from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
 from apack_compile.drift import Fit, lost_share, refit
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
@@ -195,6 +195,9 @@ class CompactedLayer(CacheLayerMixin):
         if plan.scope == "sequence":
             bands = bands.at_most(x.shape[2])
             spectrum = fit(moments(x, (index >= 0).to(torch.float32)), bands.components)
+            if bands.components > bands.counts[0]:
+                # a Gaussian's steps clip a sequence's outliers, which costs more than all else
+                spectrum = fit_steps(spectrum, x, token_scale=False)
             self.bases[3 * stream : 3 * stream + 3] = spectrum.basis(bands, torch.float16)
             self.bands[4 * stream : 4 * stream + 4] = bands.counts
         if plan.scope == "model":

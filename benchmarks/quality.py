@@ -5,7 +5,6 @@ adds the other systems (benchmarks/requirements-peers.txt), `--kvpress-python` t
 fails is listed with its reason.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from text_quality import PLACES, TextOptions, text_prompts
 from torch import nn
 from vision_quality import turn_prompts, vision_prompts
 
+from apack_compile import AttentionPackConfig
 from apack_compile.demo.assets import load_model, load_tokenizer
 
 RATIOS, PEER_RATIOS = (4.0, 6.0, 8.0), (2.0, 4.0, 6.0, 8.0, 16.0)
@@ -158,8 +158,9 @@ def prompts_of(model: nn.Module, tokenizer: Any, wanted: Wanted) -> dict[str, It
 
 def packed_from(text: str) -> System:
     """A row of ours by its configuration in JSON."""
-    options = json.loads(text)
-    return packed("apack-compile, as configured", options.get("preset") or text, **options)
+    config = AttentionPackConfig.from_json(text)
+    options = {name: value for name, value in vars(config).items() if name != "compile"}
+    return packed("apack-compile, as configured", text, reads_prompt=config.ratio is None, **options)
 
 
 if __name__ == "__main__":
