@@ -106,10 +106,10 @@ def collect(
 
 def add_observation(running: Running, seen: Observation, config: Any, batch: Mapping[str, Any], groups: int) -> None:
     """Add one input's states and gradients to the streams they belong to."""
+    keys = next(iter(seen.states.values()))[0]
+    usable = {modality: flags for modality, flags in usable_tokens(config, batch, keys).items() if bool(flags.any())}
     for layer, both in seen.states.items():
-        for modality, chosen in usable_tokens(config, batch, both[0]).items():
-            if not bool(chosen.any()):
-                continue
+        for modality, chosen in usable.items():
             for stream, states in enumerate(both):
                 moments = running.setdefault((layer, modality, stream), RunningMoments())
                 moments.add(to_groups(states, groups).transpose(0, 1)[:, chosen])

@@ -352,8 +352,8 @@ class CompactedLayer(CacheLayerMixin):
         """Evict text by the plan's rule, in place where the slots stay as many; newest tokens that can be cropped after it."""
         if self.tiers.plan.text is None:
             return recent
-        packed, origin = self.cursor.tolist()[PACKED], int(self.cursor[ORIGIN])
-        kept, croppable = self.tiers.prune_text(self.codes[4:], packed, packed - origin)
+        _, packed, origin = self.cursor.tolist()
+        kept, croppable = self.tiers.prune_text(self.codes[4:], packed)
         if not self.tiers.settled:
             slots = kept + self.codes[4].shape[2] - (packed - origin)
             self.codes[4:] = [c[:, :, :slots].clone() if c.dim() > 1 else c for c in self.codes[4:]]

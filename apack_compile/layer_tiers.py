@@ -1,12 +1,13 @@
 """The tiers of one layer: where its packed tokens are, how important they are, and how many of them a step reads."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from apack_compile.kernels.layout import TEXT, VISION
-from apack_compile.tiers import TierPlan, at_positions, by_importance, kept_text, share_of, to_positions
+from apack_compile.tiers import ROUNDING, TierPlan, at_positions, by_importance, kept_text, share_of, to_positions
 from apack_compile.token_index import extended
 
 
@@ -50,7 +51,7 @@ class LayerTiers:
 
     def state(self, components: int) -> tuple:
         """The last arguments of `attend_tiers`, for values of so many components."""
-        partial = max(-int(-self.plan.partial * components // 1), 1)
+        partial = max(math.ceil(self.plan.partial * components - ROUNDING), 1)
         return *self.importance, self.read, partial, list(self.plan.ema)
 
     def alive(self, end: int) -> Tensor:
@@ -131,7 +132,7 @@ class LayerTiers:
         """Read every vision slot at the next step."""
         self.read.fill_(self.positions[VISION].shape[1])
 
-    def prune_text(self, codes: list[Tensor], packed: int, used: int) -> tuple[int, int]:
+    def prune_text(self, codes: list[Tensor], packed: int) -> tuple[int, int]:
         """Move the kept text tokens, in order of position, to the front, in place: slots used after it, newest ones contiguous.
 
         A row that keeps fewer leaves the leading slots empty, so that the newest tokens have the same slots in every row.

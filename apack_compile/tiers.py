@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Shares are rounded up, but 0.3 * 10 is 3.
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class TextEviction:
@@ -56,8 +59,8 @@ class TierPlan:
 
 
 def share_of(count: Tensor, share: float) -> Tensor:
-    """That share of some counts, rounded up; exact for products such as 0.3 * 10."""
-    return (count.double() * share - 1e-9).ceil().to(torch.int32)
+    """That share of some counts, rounded up."""
+    return (count.double() * share - ROUNDING).ceil().to(torch.int32)
 
 
 def newest_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, row: Tensor) -> Tensor:
