@@ -61,7 +61,8 @@ def optimize(
     session = _new_session(model, config, plan)
     previous = session_of(model)
     if previous is not None:
-        session.statistics, session.calibrated_on = previous.statistics, previous.calibrated_on
+        for name in ("statistics", "turn", "turn_reason", "calibrated_on"):
+            setattr(session, name, getattr(previous, name))
     if quantize is not None:
         torchao_config = quantization.resolve(quantize)
         if previous is not None and previous.quantized:

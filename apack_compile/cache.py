@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from apack_compile.accounting import cache_report
 from apack_compile.layer import MAX_APPEND, CompactedLayer, SharedIndex
 from apack_compile.plan import Plan, spare_slots
+from apack_compile.rotary import rotary_start, turns_of_blocks
 from apack_compile.token_index import Chunk, assign, extended, positions_of, without_bad_bargains
 
 Planner = Callable[[int, float], Plan]
@@ -124,7 +125,7 @@ class CompactedCache(Cache):
             self.last_update = (layer, key, value, self.index.chunk is not None)
         if layer is packed[-1]:
             self._note_fits(packed)
-            self._undo, self.index.laid_out = None, []
+            self._undo, self.index.laid_out, self.index.laid_out_turns = None, [], []
             self.index.chunk = self.index.assignment = None
         return out
 
@@ -187,6 +188,8 @@ class CompactedCache(Cache):
         """Assign the chunk's tokens to slots and update the shared positions."""
         plan, index, first = self.index.plan, self.index, self.packed_layers[0]
         tokens = vision.shape[1]
+        if not held:
+            index.start = rotary_start(padding)
         self._extend_history(held)
         if not plan.separates_vision and bool(vision.any()):
             self.note("the calibration inputs held no vision tokens: vision tokens are stored with the text bases")
@@ -217,11 +220,11 @@ class CompactedCache(Cache):
         start = held + tokens - assignment.tail
         index.floor = held + tokens - assignment.recent
         new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
-        index.laid_out = index.positions
+        index.laid_out, index.laid_out_turns = index.positions, index.turns
         index.positions = [torch.cat(pair, 1) for pair in zip(kept, new, strict=True)]
         if not plan.per_sequence and plan.tiers is None:
             index.positions[2] = extended(index.positions[2], start, index.spare)
-        self._mark_positions()
+        self._follow_positions()
         # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
         if tokens > MAX_APPEND or held + tokens > index.capacity:
             index.capacity = max(index.capacity, self._capacity(held + tokens))
@@ -234,9 +237,18 @@ class CompactedCache(Cache):
         """Logical length to offer when `tokens` tokens are held."""
         return -(-(tokens + max(self.expected_tokens, MAX_APPEND)) // CAPACITY_GRAIN) * CAPACITY_GRAIN
 
+    def _follow_positions(self) -> None:
+        """Turns of the slots as they are now."""
+        index = self.index
+        if index.plan.turn is not None:
+            index.turns = [
+                turns_of_blocks(positions, index.start, index.plan.turn) for positions in index.positions[1:]
+            ]
+        self._mark_positions()
+
     def _mark_positions(self) -> None:
         """As the layers do with their tensors: static addresses, any number of slots."""
-        for position in self.index.positions:
+        for position in (*self.index.positions, *self.index.turns):
             torch._dynamo.mark_static_address(position, guard=False)
             if position.shape[1] > 1:
                 torch._dynamo.maybe_mark_dynamic(position, 1)
@@ -264,7 +276,7 @@ class CompactedCache(Cache):
         grown = max(missing, self._spare(held))
         slots, origin = packed[0].codes[4].shape[2], int(packed[0].cursor[2])
         index.positions[2] = extended(index.positions[2], slots + origin, grown)
-        self._mark_positions()
+        self._follow_positions()
         for layer in packed:
             layer.grow(grown)
 
@@ -388,10 +400,15 @@ class CompactedCache(Cache):
         packed = [layer for layer in self.packed_layers if layer.is_initialized]
         if not packed:
             return
-        for tensors in (self.index.positions, *(tensors for layer in packed for tensors in layer.batched())):
+        for tensors in (
+            self.index.positions,
+            self.index.turns,
+            *(tensors for layer in packed for tensors in layer.batched()),
+        ):
             tensors[:] = [change(tensor) if tensor.dim() > 1 else tensor for tensor in tensors]
         if self.history is not None:
             self.history = tuple(change(flags) for flags in self.history)
+        self.index.start = change(self.index.start)
         for layer in packed:
             layer.batch_size = layer.dense[0].shape[0]
             layer.mark_static()

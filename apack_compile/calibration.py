@@ -10,9 +10,12 @@ from torch import Tensor
 
 from apack_compile.basis import Moments, Spectrum, fit, fit_steps
 from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.turns import turned
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import FIRST_TOKENS, MODALITIES, StreamStatistics
+from apack_compile.rotary import KeyTurn, rotary_start, turns_at
 from apack_compile.sensitivity import Observation, observe
+from apack_compile.token_index import compact
 
 # Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/quality.md).
 SAMPLE_TOKENS = 2_048
@@ -75,8 +78,9 @@ def collect(
     layers: Iterable[int],
     inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     groups: int = 1,
+    turn: KeyTurn | None = None,
 ) -> Statistics:
-    """Statistics of the given layers, by modality, over model inputs (dictionaries with at least `input_ids`).
+    """Statistics of the given layers, by modality, over model inputs (dictionaries with at least `input_ids`); keys turned back.
 
     Raises ValueError when no input has a usable token (padding and the first tokens are left out).
     """
@@ -84,7 +88,7 @@ def collect(
     layers = list(layers)
     running: Running = {}
     for batch in batches:
-        add_observation(running, observe(model, batch, layers), model.config, batch, groups)
+        add_observation(running, observe(model, batch, layers), model.config, batch, groups, turn)
     if not running:
         raise ValueError(
             f"inputs: {len(batches)} calibration inputs hold no usable token (only padding or first tokens)"
@@ -104,18 +108,42 @@ def collect(
     }
 
 
-def add_observation(running: Running, seen: Observation, config: Any, batch: Mapping[str, Any], groups: int) -> None:
+def add_observation(
+    running: Running,
+    seen: Observation,
+    config: Any,
+    batch: Mapping[str, Any],
+    groups: int,
+    turn: KeyTurn | None = None,
+) -> None:
     """Add one input's states and gradients to the streams they belong to."""
     keys = next(iter(seen.states.values()))[0]
     usable = {modality: flags for modality, flags in usable_tokens(config, batch, keys).items() if bool(flags.any())}
+    padding = padding_of(batch, keys.shape[2])
+    start = 0 if padding is None else rotary_start(padding)
+    turns = {} if turn is None else {name: turns_of_tokens(flags, start, turn) for name, flags in usable.items()}
+
+    def still(states: Tensor, stream: int, modality: str) -> Tensor:
+        if stream or not turns:
+            return states
+        return turned(states, turns[modality][:, None, : states.shape[2]], back=True)
+
     for layer, both in seen.states.items():
         for modality, chosen in usable.items():
             for stream, states in enumerate(both):
                 moments = running.setdefault((layer, modality, stream), RunningMoments())
-                moments.add(to_groups(states, groups).transpose(0, 1)[:, chosen])
+                moments.add(to_groups(still(states, stream, modality), groups).transpose(0, 1)[:, chosen])
                 for gradient in seen.gradients[layer][stream] if seen.queries else ():
                     cached = chosen[:, : gradient.shape[2]]
+                    gradient = still(gradient, stream, modality)
                     moments.add_gradients(to_groups(gradient, groups).transpose(0, 1)[:, cached], seen.queries)
+
+
+def turns_of_tokens(flags: Tensor, start: Tensor, turn: KeyTurn) -> Tensor:
+    """Turns `[B, T, 2, P]` of the tokens that are flagged `[B, T]`, stored in order; anything for the others."""
+    slot = (flags.cumsum(1) - 1).clamp_min(0)
+    anchors = compact(flags).gather(1, slot // turn.block * turn.block)
+    return turns_at(anchors - start, turn.frequencies)
 
 
 def finish_all(running: Running) -> dict[StreamKey, StreamStatistics]:

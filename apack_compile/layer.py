@@ -1,5 +1,7 @@
 """One layer of the packed cache."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -8,6 +10,7 @@ from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
 from apack_compile.drift import Fit, lost_share, refit
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
+from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
 from apack_compile.plan import STREAMS, Plan
 from apack_compile.token_index import Assignment, Chunk, gather_tokens
@@ -16,6 +19,8 @@ from apack_compile.token_index import Assignment, Chunk, gather_tokens
 MAX_APPEND = 32
 # Fewer tokens do not tell whether a basis fits.
 MIN_WATCHED = 32
+# The key streams among vision K, vision V, text K, text V.
+KEYS = (0, 2)
 
 
 class SharedIndex:
@@ -23,14 +28,19 @@ class SharedIndex:
 
     positions: int32 `[B, slots]` of first, vision, text. capacity: logical length of what `unpack` returns. floor: first
     position that can still be cropped. steps: decode steps since the last layout; refreshed_at: tokens held at the last one.
-    laid_out: the positions that layers have which the chunk being stored has not reached. chunk, assignment: of the chunk being
+    turns: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are turned back; empty where they are not.
+    start: `[B, 1]`, the position whose rotary angle is 0. laid_out, laid_out_turns: what layers have which the chunk being
+    stored has not reached. chunk, assignment: of the chunk being
     stored; None while tokens are only appended.
     """
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
         self.positions: list[Tensor] = []
+        self.turns: list[Tensor] = []
+        self.start: Tensor | None = None
         self.laid_out: list[Tensor] = []
+        self.laid_out_turns: list[Tensor] = []
         self.capacity = 0
         self.floor = 0
         self.chunk: Chunk | None = None
@@ -66,9 +76,11 @@ class CompactedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
         if self.is_initialized and (torch.compiler.is_compiling() or self.index.chunk is None):
-            torch.ops.apack.append.default(key_states, value_states, *self.append_state())
+            torch.ops.apack.append.default(
+                key_states, value_states, *self.append_state(), **self.turn_state(text_only=True)
+            )
             return torch.ops.apack.unpack.default(
-                key_states, value_states, *self.state(), self.index.capacity, *self.tier_state()
+                key_states, value_states, *self.state(), self.index.capacity, *self.tier_state(), **self.turn_state()
             )
         return self._store(key_states, value_states)
 
@@ -80,6 +92,14 @@ class CompactedLayer(CacheLayerMixin):
     def tier_state(self) -> tuple:
         """The last arguments of `unpack` and `attend_tiers`; empty without tiers."""
         return () if self.tiers is None else self.tiers.state(sum(self.bands[4:8]))
+
+    def turn_state(self, turns: list[Tensor] | None = None, text_only: bool = False) -> dict[str, Any]:
+        """The arguments that say how packed keys were turned back; empty where they were not."""
+        turns = self.index.turns if turns is None else turns
+        if not turns:
+            return {}
+        named = {"text_turns": turns[1], "block": self.index.plan.turn.block}
+        return named if text_only else {"vision_turns": turns[0], **named}
 
     def append_state(self) -> tuple:
         """The state arguments of `append`."""
@@ -122,7 +142,8 @@ class CompactedLayer(CacheLayerMixin):
         tokens = max(self.get_mask_sizes(key.shape[2])[0], int(held[HELD]))
         positions = self.index.laid_out if self.tiers is None else self.tiers.positions
         state = (self.dense, self.codes, self.bases, self.bands, positions)
-        return torch.ops.apack.unpack.default(key, value, *state, held, tokens)
+        turns = self.turn_state(self.index.laid_out_turns)
+        return torch.ops.apack.unpack.default(key, value, *state, held, tokens, **turns)
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise ValueError for states that cannot be packed."""
@@ -187,10 +208,18 @@ class CompactedLayer(CacheLayerMixin):
             torch.zeros(batch, groups, width, **half), torch.zeros(shape, **half), empty.new_ones(shape[:3])
         )
 
-    def _pack(self, states: Tensor, stream: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and token scales of chunk states `[B, H_kv, n, D]` at `index` `[B, N]`; a sequence basis is fitted on the way."""
+    def _pack(self, states: Tensor, stream: int, index: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
+        """Codes and token scales of chunk states `[B, H_kv, n, D]` at `index` `[B, N]`, for the slots from `first_slot` on.
+
+        A sequence basis is fitted on the way.
+        """
         plan = self.index.plan.layers[self.layer_idx].streams[stream]
-        x = to_groups(gather_tokens(states, index), self.index.plan.groups)
+        tokens = gather_tokens(states, index)
+        if stream in KEYS and self.index.turns:
+            slots = torch.arange(first_slot, first_slot + tokens.shape[2], device=tokens.device)
+            turns = turns_of_slots(self.index.turns[stream // 2], self.index.plan.turn.block, slots)[:, None]
+            tokens = turned(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), turns, back=True)
+        x = to_groups(tokens, self.index.plan.groups)
         bands = plan.bands
         if plan.scope == "sequence":
             bands = bands.at_most(x.shape[2])
@@ -240,7 +269,7 @@ class CompactedLayer(CacheLayerMixin):
             self.dense[i] = torch.cat([self.dense[i], first], dim=2)
         for i in range(4):
             segment = VISION if i < 2 else TEXT
-            codes, scale = self._pack(parts[i % 2], i, where[segment])
+            codes, scale = self._pack(parts[i % 2], i, where[segment], used[segment])
             if self.index.plan.per_sequence:
                 self.codes[2 * i] = codes
                 continue

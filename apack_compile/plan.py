@@ -11,6 +11,7 @@ from torch import Tensor
 from apack_compile.basis import Spectrum
 from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
+from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
 MODALITIES = ("vision", "text")
@@ -67,7 +68,8 @@ class Plan:
 
     layers: plan of each packed layer, by its index in the model. tail_slots: newest tokens kept dense. first_tokens: tokens
     at the start kept dense. groups: head groups. bases: vision K, vision V, text K, text V of each model-scoped layer.
-    signature: layers, KV heads, head_dim and dtype of the model it is for. tiers: what a step reads; None for all.
+    signature: layers, KV heads, head_dim and dtype of the model it is for. tiers: what a step reads; None for all. turn: how packed
+    keys were turned back; None for keys stored as they come.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -79,6 +81,7 @@ class Plan:
     signature: tuple = ()
     provenance: Provenance = Provenance()
     tiers: TierPlan | None = None
+    turn: KeyTurn | None = None
 
     @property
     def per_sequence(self) -> bool:
@@ -101,7 +104,8 @@ class Plan:
     def to(self, device: torch.device) -> "Plan":
         """This plan with its bases on a device."""
         moved = {i: tuple(StreamBasis(*(t.to(device) for t in b)) for b in bases) for i, bases in self.bases.items()}
-        return replace(self, bases=moved)
+        turn = None if self.turn is None else replace(self.turn, frequencies=self.turn.frequencies.to(device))
+        return replace(self, bases=moved, turn=turn)
 
 
 Ranks = int | Sequence[int]
@@ -238,18 +242,20 @@ def budget_plan(
     tokens: int,
     vision_share: float,
     element_bytes: int = 2,
+    turn: KeyTurn | None = None,
 ) -> Plan:
     """The plan that holds prompts of about `tokens` tokens, `vision_share` of them vision, at `ratio`.
 
-    `statistics[layer][modality]` are the key's and the value's. The budget is what a 16-bit dense cache takes, divided by
-    the ratio, less what stays dense: the first tokens, the tail, and the shared positions.
+    `statistics[layer][modality]` are the key's and the value's, of keys turned back by `turn`. The budget is what a 16-bit dense
+    cache takes, divided by the ratio, less what stays dense: the first tokens, the tail, and the shared positions and turns.
     """
     tail_slots = tail_slots_for(tokens, ratio)
     separates_vision = all("vision" in layer for layer in statistics.values())
     share = {"vision": vision_share, "text": 1 - vision_share} if separates_vision else {"text": 1.0}
     dense_bits = sum(8 * element_bytes * width_of(s) for layer in statistics.values() for s in layer["text"])
     packed_tokens = max(tokens - FIRST_TOKENS - tail_slots, 1) + spare_slots(tokens) // 2
-    fixed = (FIRST_TOKENS + tail_slots) * dense_bits + 32 * tokens
+    shared_bits = 32 + (0 if turn is None else 64 * len(turn.frequencies) / turn.block)
+    fixed = (FIRST_TOKENS + tail_slots) * dense_bits + shared_bits * tokens
     scale_bits = 16 * sum(len(layer["text"]) * groups_of(layer["text"][0]) for layer in statistics.values())
     budget = (tokens * dense_bits / ratio - fixed) / packed_tokens - scale_bits
     if tokens * dense_bits / ratio <= fixed:
@@ -279,7 +285,7 @@ def budget_plan(
         layers[layer] = LayerPlan(*streams)
         bases[layer] = tuple(layer_bases)
     groups = groups_of(next(iter(statistics.values()))["text"][0])
-    return Plan(layers, tail_slots, groups=groups, bases=bases, separates_vision=separates_vision)
+    return Plan(layers, tail_slots, groups=groups, bases=bases, separates_vision=separates_vision, turn=turn)
 
 
 def expected_error(spectrum: Spectrum, bands: Bands) -> float:

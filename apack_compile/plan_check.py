@@ -8,6 +8,7 @@ import torch
 from apack_compile.codec import Bands, StreamBasis
 from apack_compile.config import MIN_TAIL_SLOTS
 from apack_compile.plan import MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
+from apack_compile.rotary import KeyTurn
 
 SCOPES = ("as_is", "half", "sequence", "model")
 STREAM_NAMES = tuple(f"{modality}_{stream}" for modality in MODALITIES for stream in STREAMS)
@@ -61,6 +62,21 @@ def claims(plan: Plan) -> Iterator[Claim]:
             yield Claim(
                 alike, f"layer {layer} mean of vision", shape_of(vision.mean), f"that of text, {shape_of(text.mean)}"
             )
+    if plan.turn is not None:
+        yield from turn_claims(plan.turn, about_model[2])
+        yield Claim(plan.tiers is None, "turn", "given", "null where there are tiers: they move tokens between blocks")
+        yield Claim(scopes <= {"model"}, "turn", "given", "null unless all bases are model-scoped")
+
+
+def turn_claims(turn: KeyTurn, head_dim: int) -> Iterator[Claim]:
+    """What must hold of the way keys are turned back."""
+    yield Claim(is_count(turn.block) and turn.block > 0, "turn block", turn.block, "an integer >= 1")
+    frequencies = turn.frequencies
+    yield Claim(isinstance(frequencies, torch.Tensor), "turn frequencies", type(frequencies).__name__, "a tensor")
+    yield Claim(frequencies.dtype == torch.float32, "turn frequencies dtype", frequencies.dtype, "torch.float32")
+    fits = frequencies.dim() == 1 and 0 < 2 * len(frequencies) <= head_dim
+    yield Claim(fits, "turn frequencies shape", shape_of(frequencies), f"(P,) with 1 <= P <= {head_dim // 2}")
+    yield Claim(bool(frequencies.isfinite().all()), "turn frequencies", "NaN or Inf somewhere", "finite")
 
 
 def stream_claims(stream: StreamPlan, where: str) -> Iterator[Claim]:

@@ -19,10 +19,12 @@ from apack_compile import __version__
 from apack_compile.codec import Bands, StreamBasis
 from apack_compile.plan import LayerPlan, Plan, Provenance, StreamPlan
 from apack_compile.plan_check import STREAM_NAMES, check_plan, uses_bases
+from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 VERSION_KEY = "apack_plan"
+FREQUENCIES = "turn.frequencies"
 SCALARS = ("tail_slots", "first_tokens", "groups", "separates_vision")
 
 
@@ -90,12 +92,14 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def tensors_of(plan: Plan) -> dict[str, Tensor]:
-    """Every basis of a plan by name, copied: safetensors refuses tensors that share memory."""
+    """Every tensor of a plan by name, copied: safetensors refuses tensors that share memory."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named(plan)}
 
 
 def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of every basis."""
+    """Names and tensors of every basis, and of the turn."""
+    if plan.turn is not None:
+        yield FREQUENCIES, plan.turn.frequencies
     for layer, bases in plan.bases.items():
         for stream, basis in zip(STREAM_NAMES, bases, strict=True):
             for name, tensor in basis._asdict().items():
@@ -103,7 +107,7 @@ def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
 
 
 def values_of(plan: Plan) -> dict[str, Any]:
-    """All of a plan but its bases, as JSON has it."""
+    """All of a plan but its tensors, as JSON has it."""
     layers = [
         {"layer": layer}
         | {
@@ -116,6 +120,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in SCALARS},
         "layers": layers,
         "tiers": None if plan.tiers is None else asdict(plan.tiers) | {"ema": list(plan.tiers.ema)},
+        "turn": None if plan.turn is None else {"block": plan.turn.block},
         "signature": list(plan.signature),
         "calibrated_on": plan.provenance.calibrated_on,
         "versions": dict(plan.provenance.versions) or versions(),
@@ -142,9 +147,15 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
     if set(map(type, (*provenance.versions, *provenance.versions.values()))) != {str}:
         raise TypeError(f"versions is {provenance.versions!r}, must be an object of strings")
     scalars = {name: values[name] for name in SCALARS}
-    tiers = tiers_of(values["tiers"])
+    turn = None if values["turn"] is None else KeyTurn(tensors[FREQUENCIES], values["turn"]["block"])
     plan = Plan(
-        layers, bases=bases, tiers=tiers, signature=tuple(values["signature"]), provenance=provenance, **scalars
+        layers,
+        bases=bases,
+        tiers=tiers_of(values["tiers"]),
+        turn=turn,
+        signature=tuple(values["signature"]),
+        provenance=provenance,
+        **scalars,
     )
     if values_of(plan) != values or set(tensors) != set(dict(named(plan))):
         raise ValueError("it holds more than a plan, or one layer twice")

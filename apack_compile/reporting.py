@@ -28,6 +28,7 @@ class Report:
     compile: str
     compile_reason: str
     calibrated_on: str | None
+    keys: str
     quantized_layers: int
     layers: tuple[LayerLine, ...]
     graphs: tuple[dict[str, Any], ...]
@@ -42,6 +43,8 @@ class Report:
         lines = [f"apack-compile: {self.setting}; decode: {self.compile} ({self.compile_reason})"]
         if self.calibrated_on:
             lines.append(f"bases calibrated on: {self.calibrated_on}")
+        if self.keys:
+            lines.append(f"packed keys: {self.keys}")
         if self.quantized_layers:
             lines.append(f"torchao-quantized linear layers: {self.quantized_layers}")
         lines.append(f"{'layer':>5}  {'kind':<20} {'status':<10} reason")
@@ -66,6 +69,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         compile=session.inner or "none",
         compile_reason=session.inner_reason,
         calibrated_on=session.plan.provenance.calibrated_on if session.plan else session.calibrated_on,
+        keys=keys_of(session),
         quantized_layers=session.quantized,
         layers=tuple(layer_line(kind, rewritten, refused, session.inner) for kind in session.kinds),
         graphs=graphs,
@@ -80,6 +84,16 @@ def setting_of(session: Any) -> str:
         path = session.plan.provenance.path
         return "plan=Plan, not loaded from a file" if path is None else f"plan=Plan.load({path!r})"
     return f"preset={session.config.preset!r}" if session.config.preset else f"ratio={session.config.ratio:g}"
+
+
+def keys_of(session: Any) -> str:
+    """How keys are packed: turned back or as they come, and why; empty where there is no choice or it is still open."""
+    if session.plan is None:
+        return session.turn_reason if session.ratio is not None else ""
+    turn = session.plan.turn
+    return (
+        "stored as they are, says the plan" if turn is None else f"turned back to the start of their {turn.block} slots"
+    )
 
 
 def sites_by_layer(graphs: list[Any]) -> tuple[set[int], dict[int, str]]:

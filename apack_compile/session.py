@@ -26,6 +26,7 @@ from apack_compile.plan import (
     lossless_plan,
 )
 from apack_compile.plan_file import versions
+from apack_compile.rotary import KeyTurn, find_turn
 from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
@@ -43,6 +44,8 @@ class Session:
     inner_reason: str
     plan: Plan | None = None
     statistics: Statistics | None = None
+    turn: KeyTurn | None = None
+    turn_reason: str = ""
     calibrated_on: str | None = None
     plans: dict[tuple[int, float], Plan] = field(default_factory=dict)
     graphs: list[Any] = field(default_factory=list)
@@ -80,7 +83,9 @@ class Session:
             )
         key = budget_key(tokens, vision_share)
         if key not in self.plans:
-            self.plans[key] = self.signed(budget_plan(self.statistics, self.ratio, *key), self.calibrated_on)
+            self.plans[key] = self.signed(
+                budget_plan(self.statistics, self.ratio, *key, turn=self.turn), self.calibrated_on
+            )
         return self.plans[key]
 
     def signed(self, plan: Plan, calibrated_on: str | None = None) -> Plan:
@@ -94,7 +99,10 @@ class Session:
 
     def calibrate(self, model: nn.Module, inputs: Any, source: str) -> None:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""
-        self.statistics = collect(model, self.packed, inputs)
+        batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        turn, reason = find_turn(model, self.packed, batches[0]) if batches else (None, "")
+        self.statistics = collect(model, self.packed, batches, turn=turn)
+        self.turn, self.turn_reason = turn, reason
         self.calibrated_on = source
         self.plans = {}
 

@@ -16,17 +16,20 @@ STATE = "Tensor[] dense, Tensor[] codes, Tensor[] bases, int[] bands, Tensor[] p
 OPTIONAL_TIERS = (
     "Tensor? vision_importance=None, Tensor? text_importance=None, Tensor? tiers=None, int partial=0, float[]? ema=None"
 )
+TURNS = "*, Tensor? vision_turns=None, Tensor? text_turns=None, int block=0"
 TIERS = "Tensor(a!) vision_importance, Tensor(b!) text_importance, Tensor tiers, int partial, float[] ema"
 ATTEND = f"Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, {STATE}, float? scale"
 
 LIBRARY.define(
-    "append(Tensor key, Tensor value, Tensor(a!)[] stores, Tensor[] bases, int[] bands, Tensor(b!) cursor) -> ()",
+    "append(Tensor key, Tensor value, Tensor(a!)[] stores, Tensor[] bases, int[] bands, Tensor(b!) cursor, "
+    "*, Tensor? text_turns=None, int block=0) -> ()",
     tags=TAGS,
 )
 LIBRARY.define(
-    f"unpack(Tensor key, Tensor value, {STATE}, SymInt tokens, {OPTIONAL_TIERS}) -> (Tensor, Tensor)", tags=TAGS
+    f"unpack(Tensor key, Tensor value, {STATE}, SymInt tokens, {OPTIONAL_TIERS}, {TURNS}) -> (Tensor, Tensor)",
+    tags=TAGS,
 )
-LIBRARY.define(f"attend({ATTEND}) -> Tensor", tags=TAGS)
+LIBRARY.define(f"attend({ATTEND}, {TURNS}) -> Tensor", tags=TAGS)
 # An operation of its own: one that writes, and is given nothing to write to, does not get through Inductor.
 LIBRARY.define(f"attend_tiers({ATTEND}, {TIERS}) -> Tensor", tags=TAGS)
 LIBRARY.impl("append", append, "CompositeExplicitAutograd")
@@ -36,12 +39,14 @@ LIBRARY.impl("attend_tiers", attend, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("apack::append", lib=LIBRARY)
-def _append_fake(key, value, stores, bases, bands, cursor) -> None:
+def _append_fake(key, value, stores, bases, bands, cursor, **turns) -> None:
     return None
 
 
 @torch.library.register_fake("apack::unpack", lib=LIBRARY)
-def _unpack_fake(key, value, dense, codes, bases, bands, positions, cursor, tokens, *tiers) -> tuple[Tensor, Tensor]:
+def _unpack_fake(
+    key, value, dense, codes, bases, bands, positions, cursor, tokens, *tiers, **turns
+) -> tuple[Tensor, Tensor]:
     return (
         key.new_empty((key.shape[0], key.shape[1], tokens, key.shape[3])),
         value.new_empty((value.shape[0], value.shape[1], tokens, value.shape[3])),
@@ -50,5 +55,5 @@ def _unpack_fake(key, value, dense, codes, bases, bands, positions, cursor, toke
 
 @torch.library.register_fake("apack::attend", lib=LIBRARY)
 @torch.library.register_fake("apack::attend_tiers", lib=LIBRARY)
-def _attend_fake(query, key, value, *state_and_tiers) -> Tensor:
+def _attend_fake(query, key, value, *state_and_tiers, **turns) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

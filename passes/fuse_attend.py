@@ -31,9 +31,11 @@ class FuseAttend(Pass):
             given |= {"query": site.query, "mask": site.mask, "bias": None, "scale": site.scale}
             attend = torch.ops.apack.attend_tiers if given["tiers"] is not None else torch.ops.apack.attend
             # Cache state goes over by name: unpack and attend call it the same.
-            arguments = tuple(given[a.name] for a in attend.default._schema.arguments)
+            named = {a.name: a.kwarg_only for a in attend.default._schema.arguments}
+            arguments = tuple(given[name] for name, by_name in named.items() if not by_name)
+            options = {name: given[name] for name, by_name in named.items() if by_name and given[name] is not None}
             with graph.inserting_before(site.node):
-                node = graph.call_function(attend.default, arguments)
+                node = graph.call_function(attend.default, arguments, options)
             # source_fn_stack would say that the node came from scaled_dot_product_attention.
             node.meta = {k: v for k, v in site.node.meta.items() if k != "source_fn_stack"}
             site.node.replace_all_uses_with(node)

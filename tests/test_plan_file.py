@@ -18,7 +18,7 @@ import apack_compile
 from apack_compile import AttentionPackConfig, Plan
 from apack_compile.codec import Bands, StreamBasis
 from apack_compile.plan import LayerPlan, Provenance, StreamPlan, attentionpack_plan, lossless_plan
-from apack_compile.plan_file import digest, tensors_of, values_of, versions
+from apack_compile.plan_file import FORMAT_VERSION, digest, tensors_of, values_of, versions
 
 IMAGE = 9
 RATIO = 3
@@ -68,7 +68,12 @@ def saved(plan, tmp_path) -> Path:
 
 
 def assert_equal(found: Plan, expected: Plan) -> None:
-    assert replace(found, bases={}, provenance=Provenance()) == replace(expected, bases={}, provenance=Provenance())
+    others = {"bases": {}, "provenance": Provenance(), "turn": None}
+    assert replace(found, **others) == replace(expected, **others)
+    assert (found.turn is None) == (expected.turn is None)
+    if expected.turn is not None:
+        assert found.turn.block == expected.turn.block
+        assert torch.equal(found.turn.frequencies, expected.turn.frequencies)
     assert found.provenance.calibrated_on == expected.provenance.calibrated_on
     assert set(found.bases) == set(expected.bases)
     for layer, bases in expected.bases.items():
@@ -78,7 +83,7 @@ def assert_equal(found: Plan, expected: Plan) -> None:
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a basis owns no more than it needs"
 
 
-def write(path: Path, values: dict, tensors: dict[str, torch.Tensor], version: str = "1") -> None:
+def write(path: Path, values: dict, tensors: dict[str, torch.Tensor], version: str = FORMAT_VERSION) -> None:
     """A file whose checksum is right, whatever it says."""
     text = json.dumps(values)
     save_file(tensors, path, {"apack_plan": version, "plan": text, "sha256": digest(text, tensors)})
@@ -312,8 +317,8 @@ def test_a_foreign_file_is_refused(tmp_path, content):
 
 
 def test_a_file_of_another_format_version_is_refused(plan, tmp_path):
-    write(tmp_path / "plan", values_of(plan), tensors_of(plan), version="2")
-    with pytest.raises(ValueError, match=r"path='.*': plan format '2'; apack-compile .* reads format '1'"):
+    write(tmp_path / "plan", values_of(plan), tensors_of(plan), version="1")
+    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads format '2'"):
         Plan.load(tmp_path / "plan")
 
 
@@ -377,10 +382,14 @@ def stream_change(**changes):
         (lambda values: values.update(separates_vision="no"), "separates_vision is 'no'"),
         (lambda values: values.update(signature=[2, 2, 16]), "signature is"),
         (lambda values: values.update(signature=[1, 2, 16, "torch.float32"]), r"layers is \[0, 1\], must be .* 0 to 0"),
-        (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 1"),
-        (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 1"),
-        (lambda values: values["layers"].pop(), "not laid out as plan format 1 says: .*more than a plan"),
-        (lambda values: values.pop("groups"), "not laid out as plan format 1 says: KeyError"),
+        (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 2"),
+        (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 2"),
+        (lambda values: values["turn"].update(block=0), "turn block is 0, must be an integer >= 1"),
+        (lambda values: values["turn"].update(block="32"), "turn block is '32'"),
+        (lambda values: values.update(turn=None), "more than a plan"),
+        (lambda values: values["turn"].pop("block"), "not laid out"),
+        (lambda values: values["layers"].pop(), "not laid out as plan format 2 says: .*more than a plan"),
+        (lambda values: values.pop("groups"), "not laid out as plan format 2 says: KeyError"),
         (lambda values: values.update(more=1), "more than a plan"),
         (lambda values: values.update(layers=None), "not laid out"),
         (lambda values: values.update(versions=[]), "not laid out"),

@@ -5,15 +5,23 @@ from torch import Tensor
 
 from apack_compile.codec import encode
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, PackedStream, packed_streams, to_groups
+from apack_compile.kernels.turns import turned, turns_of_slots
 
 
 def append(
-    key: Tensor, value: Tensor, stores: list[Tensor], bases: list[Tensor], bands: list[int], cursor: Tensor
+    key: Tensor,
+    value: Tensor,
+    stores: list[Tensor],
+    bases: list[Tensor],
+    bands: list[int],
+    cursor: Tensor,
+    text_turns: Tensor | None = None,
+    block: int = 0,
 ) -> None:
     """Append `[B, H_kv, n, D]` tokens in place; see docs/architecture.md for the layout.
 
-    Tokens enter the tail, a ring. Those it pushes out, oldest first, are encoded into the text slots. Raises IndexError when
-    there is no slot left for one of them.
+    Tokens enter the tail, a ring. Those it pushes out, oldest first, are encoded into the text slots, keys turned back by
+    `text_turns` `[B, blocks, 2, P]` of their block of slots. Raises IndexError when there is no slot left for one of them.
     """
     new_tokens = key.shape[2]
     tails, packed = stores[:2], packed_streams(stores[2:], bases, bands)
@@ -29,9 +37,14 @@ def append(
         raise IndexError(
             f"append: {new_tokens} new tokens, but the cache has no free slot left; call cache.reserve first"
         )
-    for states, tail, stream in zip((key, value), tails, packed or (None, None), strict=True):
-        if stream is not None and capacity and new_tokens:
-            _push_out(states, tail, stream, pushed, any_pushed, text_slot, held)
+    for i, (states, tail) in enumerate(zip((key, value), tails, strict=True)):
+        if packed and capacity and new_tokens:
+            leaving = _leaving(states, tail, pushed, held)
+            if i == 0 and text_turns is not None:
+                target = text_slot.clamp(0, capacity - 1)
+                exact = leaving.to(torch.promote_types(leaving.dtype, torch.float32))
+                leaving = turned(exact, turns_of_slots(text_turns, block, target)[:, None], back=True)
+            _push_out(leaving, packed[i], any_pushed, text_slot)
     kept = min(new_tokens, slots)
     if kept:
         ring_slot = (held + torch.arange(new_tokens - kept, new_tokens, device=key.device)) % slots
@@ -41,20 +54,16 @@ def append(
     cursor[HELD] = held + new_tokens
 
 
-def _push_out(
-    states: Tensor,
-    tail: Tensor,
-    stream: PackedStream,
-    pushed: Tensor,
-    any_pushed: Tensor,
-    text_slot: Tensor,
-    held: Tensor,
-) -> None:
-    """Encode the tokens at positions `pushed`, from the tail or from the new ones, into their text slots."""
+def _leaving(states: Tensor, tail: Tensor, pushed: Tensor, held: Tensor) -> Tensor:
+    """The tokens at positions `pushed`, from the tail or from the new ones."""
     slots = tail.shape[2]
     source = torch.where(pushed < held, pushed % max(slots, 1), slots + pushed - held)
     source = source.clamp(0, slots + states.shape[2] - 1)
-    leaving = torch.cat([tail.to(states.dtype), states], dim=2).index_select(2, source)
+    return torch.cat([tail.to(states.dtype), states], dim=2).index_select(2, source)
+
+
+def _push_out(leaving: Tensor, stream: PackedStream, any_pushed: Tensor, text_slot: Tensor) -> None:
+    """Encode tokens into their text slots."""
     codes, scale = encode(to_groups(leaving, stream.groups), stream.basis, stream.bands, stream.scale.numel() > 0)
     target = text_slot.clamp(0, stream.codes.shape[2] - 1)
     for store, new in ((stream.codes, codes), (stream.scale, scale)):

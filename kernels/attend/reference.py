@@ -5,6 +5,7 @@ With K = mean + C diag(step) D, a score is `q . mean + ((q D.T) * step) . C`, an
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from apack_compile.kernels.layout import (
     tail_positions,
     to_heads,
 )
+from apack_compile.kernels.turns import turned
 
 
 def attend(
@@ -40,12 +42,16 @@ def attend(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
+    vision_turns: Tensor | None = None,
+    text_turns: Tensor | None = None,
+    block: int = 0,
 ) -> Tensor:
     """Attention `[B, H_q, rows, D_v]` of `query` `[B, H_q, rows, D]` over stored and new tokens; a row that may attend nothing is 0.
 
     tiers: int32 `[B, 2]`, how many leading vision slots are read with all value components (the others with the leading
     `partial`), and how many are read at all. importance: float32 `[B, slots]`, updated with the mean over heads
     of the newest query's attention a: `keep * importance + add * a` at the slots that were read; ema: vision's keep and add, text's.
+    turns: float32 `[B, blocks, 2, P]`, by which the stored keys of each `block` of slots were turned back; None for not turned.
     """
     batch, heads, new_tokens, head_dim = key.shape
     rows = query.shape[2]
@@ -56,7 +62,11 @@ def attend(
 
     scores = [q @ dense[0].to(dtype).mT]
     levels = [None if s.as_is else centered_levels(s.codes, s.bands, dtype) for s in packed]
-    scores += [_packed_scores(q, s, c) for s, c in zip(packed[::2], levels[::2], strict=True)]
+    for stream, level, turns in zip(packed[::2], levels[::2], (vision_turns, text_turns), strict=False):
+        if turns is None:
+            scores.append(_packed_scores(q, stream, level))
+        else:
+            scores.append(_relative_scores(q, stream, level, turns, block))
     scores += [q @ dense[2].to(dtype).mT, q @ key.to(dtype).mT]
 
     where = [(p, stored_before(p, cursor, new_tokens)) for p in positions[: len(scores) - 2]]
@@ -116,6 +126,18 @@ def _packed_scores(q: Tensor, stream: PackedStream, levels: Tensor | None) -> Te
         scores = scores * stream.scale.to(q.dtype)[:, :, None]
     offset = (grouped @ mean[..., None]).flatten(2, 3)
     return (scores + offset).unflatten(2, (per_group, -1)).flatten(1, 2)
+
+
+def _relative_scores(q: Tensor, stream: PackedStream, levels: Tensor | None, turns: Tensor, block: int) -> Tensor:
+    """Scores `[B, H, Q, N]` against keys that were turned back block by block: a query is turned back alike."""
+    slots = stream.codes.shape[2]
+    scores = []
+    for i, start in enumerate(range(0, slots, block)):
+        part = slice(start, min(start + block, slots))
+        within = replace(stream, codes=stream.codes[:, :, part], scale=stream.scale[..., part])
+        back = turned(q, turns[:, i, None, None], back=True)
+        scores.append(_packed_scores(back, within, None if levels is None else levels[:, :, part]))
+    return torch.cat(scores, dim=-1) if scores else q.new_empty((*q.shape[:3], 0))
 
 
 def _packed_output(weights: Tensor, stream: PackedStream, levels: Tensor | None) -> Tensor:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from apack_compile.codec import decode
-from apack_compile.kernels.layout import HELD, packed_streams, stored_before, tail_positions, to_heads
+from apack_compile.kernels.layout import (
+    HELD,
+    packed_streams,
+    stored_before,
+    tail_positions,
+    to_heads,
+)
+from apack_compile.kernels.turns import turned, turns_of_slots
 
 
 def unpack(
@@ -24,24 +31,38 @@ def unpack(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
+    vision_turns: Tensor | None = None,
+    text_turns: Tensor | None = None,
+    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """K and V `[B, H_kv, tokens, D]` in `key`'s dtype, the newest tokens exact, zeros where no token is held.
 
-    Every stored token with all its bands: the tiers say what `attend`, which takes this call's place, reads.
+    Every stored token with all its bands: the tiers say what `attend`, which takes this call's place, reads. turns: float32
+    `[B, blocks, 2, P]`, by which the stored keys of each block of slots were turned back; None for keys stored as they came.
     """
-    keys, values = (
-        _restore(new, list(_decoded(stream, new, dense, codes, bases, bands)), positions, cursor, tokens)
-        for stream, new in enumerate((key, value))
-    )
-    return keys, values
+    keys = list(_decoded(0, key, dense, codes, bases, bands, (vision_turns, text_turns), block))
+    values = list(_decoded(1, value, dense, codes, bases, bands, (None, None), block))
+    return _restore(key, keys, positions, cursor, tokens), _restore(value, values, positions, cursor, tokens)
 
 
-def _decoded(stream: int, new: Tensor, dense, codes, bases, bands) -> Iterator[Tensor]:
+def _decoded(
+    stream: int,
+    new: Tensor,
+    dense: list[Tensor],
+    codes: list[Tensor],
+    bases: list[Tensor],
+    bands: list[int],
+    turns: tuple[Tensor | None, Tensor | None],
+    block: int,
+) -> Iterator[Tensor]:
     """Decoded segments `[B, H, N, D]` of one stream: first, vision, text, tail."""
     yield dense[stream].to(new.dtype)
-    for packed in packed_streams(codes, bases, bands)[stream::2]:
-        x = decode(packed.codes, packed.scale, packed.basis, packed.bands, new.dtype)
-        yield to_heads(x, new.shape[1])
+    for packed, by in zip(packed_streams(codes, bases, bands)[stream::2], turns, strict=False):
+        dtype = new.dtype if by is None else torch.promote_types(new.dtype, torch.float32)
+        x = to_heads(decode(packed.codes, packed.scale, packed.basis, packed.bands, dtype), new.shape[1])
+        if by is not None:
+            x = turned(x, turns_of_slots(by, block, torch.arange(x.shape[2], device=x.device))[:, None])
+        yield x.to(new.dtype)
     yield dense[2 + stream].to(new.dtype)
 
 

@@ -19,7 +19,7 @@ IDENTITY = StreamBasis(torch.empty(0), torch.empty(0), torch.empty(0))
 
 @dataclass(frozen=True)
 class Shape:
-    """What a state looks like; `chunks` are appended after `laid_out` tokens, the last one is the newest."""
+    """What a state looks like; `chunks` are appended after `laid_out` tokens, the last one is the newest; block 0: keys as they come."""
 
     batch: int = 2
     heads: int = 2
@@ -35,6 +35,7 @@ class Shape:
     padding: bool = True
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    block: int = 0
 
 
 @dataclass
@@ -53,6 +54,7 @@ class State:
     real: Tensor
     generator: torch.Generator
     packed: int
+    turned: dict
 
     @property
     def stored(self) -> tuple:
@@ -61,6 +63,10 @@ class State:
     @property
     def appended(self) -> tuple:
         return self.dense[2:] + self.codes[4:], self.bases[6:], self.bands[8:], self.cursor
+
+    @property
+    def turned_text(self) -> dict:
+        return {name: value for name, value in self.turned.items() if name != "vision_turns"}
 
     @property
     def held(self) -> int:
@@ -72,6 +78,45 @@ def padded_indices(flags: Tensor) -> Tensor:
     rows = [row.nonzero().flatten() for row in flags]
     most = max(len(row) for row in rows)
     return torch.stack([torch.nn.functional.pad(row, (0, most - len(row)), value=-1) for row in rows])
+
+
+def turn_tables(shape: Shape, index: list[Tensor], generator: torch.Generator) -> dict:
+    """Random turns for the blocks of slots of vision and text; none when the shape has no block."""
+    if not shape.block:
+        return {}
+    pairs = int(torch.randint(1, shape.head_dim // 2 + 1, (), generator=generator))
+    angles = [
+        torch.rand(shape.batch, (count.shape[1] + shape.spare) // shape.block + 1, pairs, generator=generator) * 7
+        for count in index[1:]
+    ]
+    vision, text = (torch.stack([a.cos(), a.sin()], dim=2).to(shape.dtype) for a in angles)
+    return {"vision_turns": vision, "text_turns": text, "block": shape.block}
+
+
+def rotation(turns: dict, segment: str, batch: int, slot: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[P]` of one slot."""
+    return turns[f"{segment}_turns"][batch, slot // turns["block"]]
+
+
+def rotated(x: Tensor, by: tuple[Tensor, Tensor], sign: int) -> Tensor:
+    """Heads `[H, D]` turned pair by pair."""
+    x, pairs = x.clone(), len(by[0])
+    for i in range(pairs):
+        one, other = x[:, i].clone(), x[:, i + pairs].clone()
+        x[:, i] = one * by[0][i] - sign * other * by[1][i]
+        x[:, i + pairs] = other * by[0][i] + sign * one * by[1][i]
+    return x
+
+
+def each_slot(x: Tensor, turns: dict, segment: str, slots: list[int], sign: int) -> Tensor:
+    """Keys `[B, H, n, D]` of the given slots, turned one by one."""
+    if not turns:
+        return x
+    x = x.clone()
+    for b in range(len(x)):
+        for i, slot in enumerate(slots):
+            x[b, :, i] = rotated(x[b, :, i], rotation(turns, segment, b, slot), sign)
+    return x
 
 
 def build(shape: Shape) -> State:
@@ -92,10 +137,13 @@ def build(shape: Shape) -> State:
     dense = [gathered(x, index[0]) for x in tokens]
     dense += [x.new_zeros(batch, shape.heads, shape.tail, shape.head_dim) for x in tokens]
     codes, bases, bands = [], [], []
+    turns = turn_tables(shape, index, generator)
     expected = [torch.where(first[:, None, :, None], x, 0) for x in tokens]
     for i in range(4):
         segment = 1 + i // 2
-        x = to_groups(gathered(tokens[i % 2], index[segment]), shape.groups)
+        x, slots = gathered(tokens[i % 2], index[segment]), list(range(index[segment].shape[1]))
+        by = {} if i % 2 else turns
+        x = to_groups(each_slot(x, by, ("vision", "text")[i // 2], slots, -1), shape.groups)
         count = Bands(shape.bands[i])
         if shape.scope == "as is":
             basis, count = IDENTITY, Bands()
@@ -106,6 +154,7 @@ def build(shape: Shape) -> State:
             basis = fit(moments(sample)).basis(count)
         stored, scale = encode(x, basis, count, shape.token_scale)
         decoded = to_heads(decode(stored, scale, basis, count, shape.dtype), shape.heads)
+        decoded = each_slot(decoded, by, ("vision", "text")[i // 2], slots, 1)
         for b in range(batch):
             for slot, position in enumerate(index[segment][b].tolist()):
                 if position >= 0:
@@ -123,14 +172,14 @@ def build(shape: Shape) -> State:
     positions = [p.to(torch.int32) for p in positions]
     cursor = torch.tensor([n, n, n - index[2].shape[1]])
     none = tokens[0][:, :, :0]
-    return State(none, none, dense, codes, bases, bands, positions, cursor, expected, real, generator, n)
+    return State(none, none, dense, codes, bases, bands, positions, cursor, expected, real, generator, n, turns)
 
 
 def append(state: State, shape: Shape, count: int) -> None:
     """Append `count` random tokens, and to the dense model as well."""
     size = (shape.batch, shape.heads, count, shape.head_dim)
     state.key, state.value = (torch.randn(size, generator=state.generator).to(shape.dtype) for _ in range(2))
-    APPEND(state.key, state.value, *state.appended)
+    APPEND(state.key, state.value, *state.appended, **state.turned_text)
     held, packed = state.held, int(state.cursor[1])
     for i, new in enumerate((state.key, state.value)):
         exact = torch.cat([state.expected[i], new], dim=2)
@@ -140,8 +189,12 @@ def append(state: State, shape: Shape, count: int) -> None:
                 StreamBasis(*state.bases[6 + 3 * i : 9 + 3 * i]),
                 Bands(tuple(state.bands[8 + 4 * i : 12 + 4 * i])),
             )
-            coded = encode(to_groups(exact[:, :, pushed], shape.groups), basis, bands, shape.token_scale)
-            exact[:, :, pushed] = to_heads(decode(*coded, basis, bands, shape.dtype), shape.heads).clone()
+            by = {} if i else state.turned
+            slots = [position - int(state.cursor[2]) for position in range(pushed.start, pushed.stop)]
+            leaving = each_slot(exact[:, :, pushed], by, "text", slots, -1)
+            coded = encode(to_groups(leaving, shape.groups), basis, bands, shape.token_scale)
+            back = to_heads(decode(*coded, basis, bands, shape.dtype), shape.heads).clone()
+            exact[:, :, pushed] = each_slot(back, by, "text", slots, 1)
         state.expected[i] = exact
     state.packed = packed
     state.real = torch.nn.functional.pad(state.real, (0, held - state.real.shape[1]), value=True)
@@ -198,6 +251,7 @@ def shapes(draw) -> Shape:
         token_scale=draw(st.booleans()),
         padding=draw(st.booleans()),
         seed=draw(st.integers(0, 10**6)),
+        block=draw(st.sampled_from((0, 1, 4, 7))),
     )
 
 
@@ -206,7 +260,7 @@ def shapes(draw) -> Shape:
 def test_unpack_returns_every_token_where_it_was(shape, more):
     state = filled(shape)
     tokens = state.held + more
-    unpacked = UNPACK(state.key, state.value, *state.stored, tokens)
+    unpacked = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
     for got, expected, new in zip(unpacked, state.expected, (state.key, state.value), strict=True):
         n = new.shape[2]
         assert got.shape == (shape.batch, shape.heads, tokens, shape.head_dim)
@@ -217,7 +271,7 @@ def test_unpack_returns_every_token_where_it_was(shape, more):
         assert torch.equal(got[:, :, packed : state.held], expected[:, :, packed:])
         # a float16 band near a tie may round by one unit when a token is encoded with others
         torch.testing.assert_close(got[:, :, : state.held - n], expected[:, :, : state.held - n], atol=3e-3, rtol=2e-3)
-        if shape.scope == "as is":
+        if shape.scope == "as is" and not shape.block:
             assert torch.equal(got[:, :, : state.held], expected)
 
 
@@ -230,7 +284,7 @@ def test_attend_is_attention_over_the_unpacked_tokens(shape, data):
     grouped = data.draw(st.booleans())
     heads, rows = (shape.heads, share * n) if grouped else (shape.heads * share, n)
     query = torch.randn(shape.batch, heads, rows, shape.head_dim, generator=state.generator, dtype=torch.float64)
-    key, value = UNPACK(state.key, state.value, *state.stored, tokens)
+    key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
     mask, added = None, torch.zeros((), dtype=torch.float64)
     allowed = allowed_by(state, tokens, rows)
     kind = data.draw(st.sampled_from(("none", "bool", "float", "infinite")))
@@ -250,28 +304,30 @@ def test_attend_is_attention_over_the_unpacked_tokens(shape, data):
         bias[:, ::5] = float("-inf")
         added = added + bias[:, None, None]
     scale = data.draw(st.sampled_from((None, 0.3)))
-    out = ATTEND(query, state.key, state.value, mask, bias, *state.stored, scale)
+    out = ATTEND(query, state.key, state.value, mask, bias, *state.stored, scale, **state.turned)
     torch.testing.assert_close(out, attention(query, key, value, allowed, added, scale), atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("scope", ("model", "sequence", "as is"))
-@pytest.mark.parametrize("groups", (1, 2))
-def test_attend_is_no_further_from_float64_than_attention_in_the_same_dtype(dtype, scope, groups):
+@pytest.mark.parametrize(("groups", "block"), ((1, 0), (2, 0), (1, 16)))
+def test_attend_is_no_further_from_float64_than_attention_in_the_same_dtype(dtype, scope, groups, block):
     worst_own, worst_plain, largest = 0.0, 0.0, 0.0
     for seed in range(4):
         bands = ((16, 0, 16, 0), (0, 0, 32, 0), (0, 16, 0, 16), (0, 0, 16, 16))
         if groups == 2:
             bands = tuple(tuple(count // 2 for count in b) for b in bands)
-        shape = Shape(head_dim=20, groups=groups, laid_out=111, bands=bands, scope=scope, dtype=dtype, seed=seed)
+        shape = Shape(
+            head_dim=20, groups=groups, laid_out=111, bands=bands, scope=scope, dtype=dtype, seed=seed, block=block
+        )
         state = filled(shape)
         query = torch.randn(2, 6, 1, 20, generator=state.generator).to(dtype)
-        exact = UNPACK(state.key.double(), state.value.double(), *state.stored, state.held)
-        rounded = UNPACK(state.key, state.value, *state.stored, state.held)
+        exact = UNPACK(state.key.double(), state.value.double(), *state.stored, state.held, **state.turned)
+        rounded = UNPACK(state.key, state.value, *state.stored, state.held, **state.turned)
         allowed = allowed_by(state, state.held, 1)
         reference = attention(query.double(), *exact, allowed, 0.0, None)
         plain = attention(query, *rounded, allowed, 0.0, None)
-        own = ATTEND(query, state.key, state.value, None, None, *state.stored, None)
+        own = ATTEND(query, state.key, state.value, None, None, *state.stored, None, **state.turned)
         assert own.dtype == dtype
         worst_own = max(worst_own, float((own.double() - reference).abs().max()))
         worst_plain = max(worst_plain, float((plain.double() - reference).abs().max()))
@@ -285,7 +341,7 @@ def test_a_row_that_may_attend_nothing_gives_zeros():
     query = torch.randn(2, 4, 2, 5, dtype=torch.float64)
     mask = torch.ones(2, 1, 2, state.held, dtype=torch.bool)
     mask[1, :, 0] = False
-    out = ATTEND(query, state.key, state.value, mask, None, *state.stored, None)
+    out = ATTEND(query, state.key, state.value, mask, None, *state.stored, None, **state.turned)
     assert not out[1, :, 0].any()
     assert out[1, :, 1].all() and out[0].all()
 
@@ -299,8 +355,8 @@ def test_what_lies_in_unused_slots_never_shows(shape, poison):
     state = filled(replace(shape, bands=bands))
     n = state.key.shape[2]
     query = torch.randn(shape.batch, shape.heads, n, shape.head_dim, generator=state.generator, dtype=torch.float64)
-    before = ATTEND(query, state.key, state.value, None, None, *state.stored, None)
-    clean = UNPACK(state.key, state.value, *state.stored, state.held)
+    before = ATTEND(query, state.key, state.value, None, None, *state.stored, None, **state.turned)
+    clean = UNPACK(state.key, state.value, *state.stored, state.held, **state.turned)
     empty = state.positions[0] < 0
     ring = torch.full((shape.tail,), True)
     ring[torch.arange(int(state.cursor[1]), state.held) % max(shape.tail, 1)] = False
@@ -312,8 +368,10 @@ def test_what_lies_in_unused_slots_never_shows(shape, poison):
             where = state.positions[1 + i // 4]
             unused = (where < 0) | (where >= state.cursor[1])
             state.codes[i].masked_fill_(unused[:, None, :, None], 0xFF)
-    assert torch.equal(ATTEND(query, state.key, state.value, None, None, *state.stored, None), before)
-    for got, expected in zip(UNPACK(state.key, state.value, *state.stored, state.held), clean, strict=True):
+    assert torch.equal(ATTEND(query, state.key, state.value, None, None, *state.stored, None, **state.turned), before)
+    for got, expected in zip(
+        UNPACK(state.key, state.value, *state.stored, state.held, **state.turned), clean, strict=True
+    ):
         assert torch.equal(got, expected)
 
 
@@ -324,9 +382,9 @@ def test_appending_at_once_equals_appending_one_by_one(shape):
     at_once, one_by_one = build(shape), build(shape)
     size = (shape.batch, shape.heads, total, shape.head_dim)
     key, value = (torch.randn(size, generator=at_once.generator, dtype=torch.float64) for _ in range(2))
-    APPEND(key, value, *at_once.appended)
+    APPEND(key, value, *at_once.appended, **at_once.turned_text)
     for i in range(total):
-        APPEND(key[:, :, i : i + 1], value[:, :, i : i + 1], *one_by_one.appended)
+        APPEND(key[:, :, i : i + 1], value[:, :, i : i + 1], *one_by_one.appended, **one_by_one.turned_text)
     assert torch.equal(at_once.cursor, one_by_one.cursor)
     none = key[:, :, :0]
     both = [UNPACK(none, none, *state.stored, at_once.held) for state in (at_once, one_by_one)]
@@ -362,6 +420,7 @@ OPCHECK_SHAPES = (
     Shape(dtype=torch.float32),
     Shape(batch=1, heads=1, head_dim=7, tail=0, chunks=(1,), bands=((3, 0, 4, 0),) * 4, dtype=torch.bfloat16),
     Shape(batch=3, heads=4, groups=4, head_dim=6, bands=((0, 2, 3, 1),) * 4, chunks=(2, 5), dtype=torch.float64),
+    Shape(chunks=(9, 1), block=4, dtype=torch.bfloat16),
     Shape(scope="as is", chunks=(1,), tail=0, dtype=torch.float32),
     Shape(scope="sequence", token_scale=False, chunks=(3,), dtype=torch.bfloat16),
 )
@@ -370,13 +429,13 @@ OPCHECK_SHAPES = (
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
 def test_append_declares_what_it_does(shape):
     state = filled(shape)
-    torch.library.opcheck(APPEND.default, (state.key, state.value, *state.appended))
+    torch.library.opcheck(APPEND.default, (state.key, state.value, *state.appended), state.turned_text)
 
 
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
 def test_unpack_declares_what_it_does(shape):
     state = filled(shape)
-    torch.library.opcheck(UNPACK.default, (state.key, state.value, *state.stored, state.held + 3))
+    torch.library.opcheck(UNPACK.default, (state.key, state.value, *state.stored, state.held + 3), state.turned)
 
 
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
@@ -386,5 +445,7 @@ def test_attend_declares_what_it_does(shape):
     query = torch.randn(shape.batch, 2 * shape.heads, n, shape.head_dim).to(shape.dtype)
     mask = torch.rand(1, 1, n, state.held) < 0.7
     bias = torch.randn(shape.batch, state.held)
-    torch.library.opcheck(ATTEND.default, (query, state.key, state.value, None, None, *state.stored, None))
-    torch.library.opcheck(ATTEND.default, (query, state.key, state.value, mask, bias, *state.stored, 0.4))
+    torch.library.opcheck(
+        ATTEND.default, (query, state.key, state.value, None, None, *state.stored, None), state.turned
+    )
+    torch.library.opcheck(ATTEND.default, (query, state.key, state.value, mask, bias, *state.stored, 0.4), state.turned)

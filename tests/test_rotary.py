@@ -1,0 +1,163 @@
+"""Relative keys: which models' keys turn as we know it, and what turning them back does to a cache."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2VLTextConfig,
+    StableLmConfig,
+)
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+
+import apack_compile
+from apack_compile.calibration import collect, turns_of_tokens
+from apack_compile.kernels.turns import turned, turns_of_slots
+from apack_compile.rotary import BLOCK, KeyTurn, find_turn, rotary_start, turns_at, turns_of_blocks
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def model_of(config: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if isinstance(config, Qwen2VLTextConfig):
+        return Qwen2VLTextModel(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def prompt(tokens: int = 300, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(10, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("config", "pairs"),
+    [
+        (LlamaConfig(**SIZES), 8),
+        (LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 8),
+        (StableLmConfig(**SIZES, partial_rotary_factor=0.25), 2),
+    ],
+    ids=("whole head", "scaled", "part of a head"),
+)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, dtype):
+    turn, reason = find_turn(model_of(config).to(dtype), [0, 1], {"input_ids": prompt()})
+    assert turn is not None and turn.frequencies.shape == (pairs,), reason
+    assert turn.frequencies.dtype == torch.float32
+    assert "inv_freq" in reason
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4), "no rotary frequencies"),
+        (CohereConfig(**SIZES), "do not turn by .*inv_freq alone"),
+        (
+            Qwen2VLTextConfig(
+                **SIZES, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+            ),
+            "several coordinates",
+        ),
+    ],
+    ids=("no rotary embedding", "interleaved pairs", "several coordinates"),
+)
+def test_keys_that_turn_otherwise_are_left_with_a_reason(config, why):
+    turn, reason = find_turn(model_of(config), [0, 1], {"input_ids": prompt()})
+    assert turn is None and re.search(why, reason)
+
+
+@given(st.integers(1, 3), st.integers(0, 9), st.integers(1, 5), st.integers(1, 4))
+def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs):
+    generator = torch.Generator().manual_seed(slots)
+    positions = torch.randint(0, 5000, (batch, slots), generator=generator, dtype=torch.int32)
+    turn = KeyTurn(torch.rand(pairs, generator=generator), block)
+    start = torch.zeros(batch, 1, dtype=torch.int64)
+    turns = turns_of_slots(turns_of_blocks(positions, start, turn), block, torch.arange(slots))
+    keys, query = (torch.randn(batch, slots, 2 * pairs + 3, generator=generator).double() for _ in range(2))
+    back = turned(keys, turns, back=True)
+    torch.testing.assert_close(turned(back, turns), keys, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        (turned(query, turns, back=True) * back).sum(-1), (query * keys).sum(-1), atol=1e-5, rtol=0
+    )
+    if slots:
+        expected = turns_at(positions[:, :1] - start, turn.frequencies)
+        torch.testing.assert_close(turns[:, : min(block, slots)], expected.expand(-1, min(block, slots), -1, -1))
+
+
+def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
+    flags = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < 0.4
+    turn, start = KeyTurn(torch.tensor([1.0, 0.01]), 16), torch.tensor([[0], [3], [7]])
+    by_token = turns_of_tokens(flags, start, turn)
+    for row in range(3):
+        positions = flags[row].nonzero().flatten()[None].to(torch.int32)
+        blocks = turns_of_blocks(positions, start[row : row + 1], turn)
+        expected = turns_of_slots(blocks, turn.block, torch.arange(positions.shape[1]))[0]
+        assert torch.equal(by_token[row][flags[row]], expected)
+
+
+def test_fewer_components_explain_keys_that_are_turned_back():
+    model, inputs = model_of(LlamaConfig(**SIZES)), {"input_ids": prompt(600)}
+    turn, _ = find_turn(model, [0, 1], inputs)
+    plain, relative = (collect(model, [0, 1], inputs, turn=t) for t in (None, turn))
+    for layer in range(2):
+        shares = []
+        for statistics in (plain, relative):
+            variance = statistics[layer]["text"][0].spectrum.deviation.square().flatten()
+            shares.append(float(variance[:8].sum() / variance.sum()))
+        assert shares[1] > shares[0] + 0.05
+        values = [s[layer]["text"][1].spectrum.deviation for s in (plain, relative)]
+        assert torch.equal(*values)
+
+
+def held_by(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Codes of the text keys of each layer."""
+    cache = apack_compile.new_cache(model, 8)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache)
+    assert cache.index.plan.turn.block == BLOCK
+    return [layer.codes[4:6] for layer in cache.packed_layers]
+
+
+def test_left_padding_does_not_change_what_is_stored():
+    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=3, compile="none")
+    apack_compile.calibrate(model, {"input_ids": prompt(300, seed=1)})
+    ids = prompt(300)
+    padded, mask = torch.nn.functional.pad(ids, (37, 0)), torch.ones(1, 337, dtype=torch.int64)
+    mask[:, :37] = 0
+    assert rotary_start(mask == 0).item() == 37
+    for (codes, _), (expected, _) in zip(held_by(model, padded, mask), held_by(model, ids, mask[:, 37:]), strict=True):
+        slots = 300 - 4
+        different = (codes[:, :, :slots] != expected[:, :, :slots]).float().mean()
+        assert different < 0.01, "a code near a tie may differ"
+
+
+def test_the_report_says_how_keys_are_packed_and_optimize_again_keeps_it():
+    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=3, compile="none")
+    assert apack_compile.report(model).keys == ""
+    apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
+    said = apack_compile.report(model).keys
+    assert said.startswith("turned back to the start of their 32 slots, by") and said in str(
+        apack_compile.report(model)
+    )
+    apack_compile.optimize(model, ratio=4, compile="none")
+    assert apack_compile.report(model).keys == said
+    assert apack_compile.plan_for(model, 300).turn is not None
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    assert apack_compile.report(model).keys == "" and apack_compile.plan_for(model, 300).turn is None
+    gpt = apack_compile.optimize(model_of(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)), ratio=3)
+    apack_compile.calibrate(gpt, {"input_ids": prompt(seed=1)})
+    assert apack_compile.report(gpt).keys == "stored as they are: the model has no rotary frequencies"
