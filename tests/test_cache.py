@@ -15,8 +15,10 @@ from apack_compile.basis import fit, moments
 from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.codec import Bands
 from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.turns import turned
 from apack_compile.layer import MAX_APPEND
 from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, budget_plan, lossless_plan
+from apack_compile.rotary import KeyTurn, turns_at
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
 WIDTH = HEADS * HEAD_DIM
@@ -30,19 +32,23 @@ def states_of(tokens: Tensor, layer: int, stream: int, dtype: torch.dtype) -> Te
     return x.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2).to(dtype)
 
 
-def model_plan(tail_slots: int, groups: int = 1) -> Plan:
+def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None) -> Plan:
     """Model-scoped bases that keep every direction the tokens have, in 8 bits."""
+
+    def seen(layer: int, stream: int) -> Tensor:
+        states = states_of(sample, layer, stream, torch.float32)
+        return states if stream or turn is None else turned(states, turns_at(torch.arange(400), turn.frequencies))
+
     width = WIDTH // groups
     bands = Bands((0, width, 0, 0))
     stream = StreamPlan("model", bands, token_scale=True)
     sample = torch.randn(1, 400, RANK, generator=torch.Generator().manual_seed(5))
     bases = {}
     for layer in range(LAYERS):
-        spectra = [fit(moments(to_groups(states_of(sample, layer, i % 2, torch.float32), groups))) for i in range(4)]
+        spectra = [fit(moments(to_groups(seen(layer, i % 2), groups))) for i in range(4)]
         bases[layer] = tuple(spectrum.basis(bands) for spectrum in spectra)
-    return Plan(
-        {i: LayerPlan(stream, stream, stream, stream) for i in range(LAYERS)}, tail_slots, groups=groups, bases=bases
-    )
+    layers = {i: LayerPlan(stream, stream, stream, stream) for i in range(LAYERS)}
+    return Plan(layers, tail_slots, groups=groups, bases=bases, turn=turn)
 
 
 RANKS = {f"{modality}_{stream}": RANK for modality in ("vision", "text") for stream in ("key", "value")}
@@ -50,6 +56,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "lossless": lambda: lossless_plan(range(LAYERS)),
     "no tail": lambda: model_plan(0),
     "tail": lambda: model_plan(8, groups=2),
+    "relative": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4)),
     "sequence": lambda: attentionpack_plan(range(LAYERS), RANKS, tail_slots=MAX_APPEND),
 }
 
@@ -145,7 +152,7 @@ def unpacked(cache: CompactedCache) -> list[tuple[Tensor, Tensor]]:
     found = []
     for layer in cache.packed_layers:
         none = torch.empty(layer.batch_size, layer.num_heads, 0, HEAD_DIM, dtype=layer.dtype)
-        found.append(torch.ops.apack.unpack(none, none, *layer.state(), int(layer.get_seq_length())))
+        found.append(torch.ops.apack.unpack(none, none, *layer.state(), int(layer.get_seq_length()), **layer.turn_state()))
     return found
 
 
@@ -351,7 +358,7 @@ def test_crop_gives_back_the_newest_tokens_only(plan):
     assert int(pair.cache.get_seq_length()) == 43
     pair.cache.crop(-3)
     assert int(pair.cache.get_seq_length()) == 40
-    if plan != "tail":
+    if plan not in ("tail", "relative"):
         assert same_tokens(pair.cache, before)
 
 
