@@ -465,3 +465,21 @@ def test_a_reset_cache_holds_the_next_prompt_like_a_new_one():
     fresh.feed(50)
     assert same_tokens(pair.cache, fresh.cache)
     assert pair.cache.report() == fresh.cache.report()
+
+
+@pytest.mark.parametrize("change", ("reorder", "select", "repeat"))
+def test_rows_with_other_padding_keep_their_turns(change):
+    pair = Pair("relative", batch=3)
+    pair.feed(30, padding=torch.arange(30) < torch.tensor([[0], [7], [19]]))
+    rows = {"reorder": [2, 0, 0], "select": [2, 1], "repeat": [0, 0, 1, 1, 2, 2]}[change]
+    if change == "reorder":
+        pair.cache.reorder_cache(torch.tensor(rows))
+    elif change == "select":
+        pair.cache.batch_select_indices(torch.tensor(rows))
+    else:
+        pair.cache.batch_repeat_interleave(2)
+    pair.change(lambda x: x[rows], lambda x: x[rows])
+    pair.check()
+    for _ in range(60):
+        pair.feed(1)
+    pair.check()
