@@ -470,7 +470,9 @@ def test_a_reset_cache_holds_the_next_prompt_like_a_new_one():
 @pytest.mark.parametrize("change", ("reorder", "select", "repeat"))
 def test_rows_with_other_padding_keep_their_turns(change):
     pair = Pair("relative", batch=3)
-    pair.feed(30, padding=torch.arange(30) < torch.tensor([[0], [7], [19]]))
+    padding = torch.arange(30) < torch.tensor([[0], [7], [19]])
+    vision = torch.rand(3, 30, generator=pair.generator) < torch.tensor([[0.2], [0.5], [0.8]])
+    pair.feed(30, vision=vision & ~padding, padding=padding)
     rows = {"reorder": [2, 0, 0], "select": [2, 1], "repeat": [0, 0, 1, 1, 2, 2]}[change]
     if change == "reorder":
         pair.cache.reorder_cache(torch.tensor(rows))
