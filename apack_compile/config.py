@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
+from apack_compile.rotary import BLOCK
 
 PRESETS = ("lossless", "attentionpack", "a-vl")
 COMPILE_MODES = ("auto", "inductor", "aot_eager", "eager", "none")
@@ -18,7 +19,8 @@ class AttentionPackConfig:
     """What `optimize` does to a model.
 
     ratio: dense bytes over packed bytes, a finite number > 1 (bases shared by all requests). preset: "lossless",
-    "attentionpack" or "a-vl". One of ratio and preset; neither means ratio 4. For attentionpack: `ranks` per modality and
+    "attentionpack" or "a-vl". One of ratio and preset; neither means ratio 4. key_block: with a ratio, packed keys are turned back
+    to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. For attentionpack: `ranks` per modality and
     stream, for all layers or a list with one per packed layer; `tail_slots` newest tokens stay dense until they are packed
     anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is compiled. strict: raise when a site that reads
     the packed cache is not rewritten. Raises ValueError naming the argument.
@@ -30,6 +32,7 @@ class AttentionPackConfig:
         default_factory=lambda: {"vision_key": 64, "vision_value": 64, "text_key": 64, "text_value": 64}
     )
     tail_slots: int = 64
+    key_block: int = BLOCK
     attentionpack: AttentionPackOptions = field(default_factory=AttentionPackOptions)
     a_vl: AVLOptions = field(default_factory=AVLOptions)
     quantize: str | None = None
@@ -55,6 +58,8 @@ class AttentionPackConfig:
             )
         if not isinstance(self.tail_slots, int) or self.tail_slots < MIN_TAIL_SLOTS:
             raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
+        if not isinstance(self.key_block, int) or isinstance(self.key_block, bool) or self.key_block < 0:
+            raise ValueError(f"key_block={self.key_block!r} must be an integer >= 0")
         for name, options in (("attentionpack", AttentionPackOptions), ("a_vl", AVLOptions)):
             if not isinstance(getattr(self, name), options):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {options.__name__}")

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.kernels.turns import turned
 
-# Slots that share an anchor. Fewer serve the basis better, and cost a query more turns (docs/quality.md).
+# Slots that share an anchor by default. Fewer serve the basis better, and cost a query more turns (docs/quality.md).
 BLOCK = 32
 PROBE_TOKENS = 32
 # Largest relative difference of keys that are the same key turned; rounding to bfloat16 over many layers stays below.
@@ -31,7 +31,7 @@ class KeyTurn:
     """
 
     frequencies: Tensor
-    block: int = BLOCK
+    block: int
 
 
 def turns_at(anchors: Tensor, frequencies: Tensor) -> Tensor:
@@ -54,12 +54,16 @@ def rotary_start(padding: Tensor) -> Tensor:
     return (~padding).to(torch.uint8).argmax(1, keepdim=True)
 
 
-def find_turn(model: nn.Module, layers: Iterable[int], batch: Mapping[str, Any]) -> tuple[KeyTurn | None, str]:
+def find_turn(
+    model: nn.Module, layers: Iterable[int], batch: Mapping[str, Any], block: int
+) -> tuple[KeyTurn | None, str]:
     """How the keys of these layers turn, or None; and why.
 
     In a prompt of one repeated token all values are the same, so every position has the same hidden state, and keys differ by
     their rotation alone. The frequencies are those of the model's own buffers that explain it in every layer.
     """
+    if block == 0:
+        return None, "stored as they are: key_block=0"
     if "mrope_section" in str(model.config.get_text_config(decoder=True).to_dict()):
         return None, "stored as they are: positions of vision tokens have several coordinates"
     known = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq") and buffer.dim() == 1}
@@ -70,7 +74,7 @@ def find_turn(model: nn.Module, layers: Iterable[int], batch: Mapping[str, Any])
     best = min(found, key=lambda name: found[name])
     if not found[best] < TURN_TOLERANCE:
         return None, f"stored as they are: they do not turn by {best} alone (relative difference {found[best]:.2g})"
-    return KeyTurn(known[best].float().clone()), f"turned back to the start of their {BLOCK} slots, by {best}"
+    return KeyTurn(known[best].float().clone(), block), f"turned back to the start of their {block} slots, by {best}"
 
 
 def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[str, Any]) -> list[Tensor]:

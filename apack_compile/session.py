@@ -100,7 +100,7 @@ class Session:
     def calibrate(self, model: nn.Module, inputs: Any, source: str) -> None:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        turn, reason = find_turn(model, self.packed, batches[0]) if batches else (None, "")
+        turn, reason = find_turn(model, self.packed, batches[0], self.config.key_block) if batches else (None, "")
         self.statistics = collect(model, self.packed, batches, turn=turn)
         self.turn, self.turn_reason = turn, reason
         self.calibrated_on = source

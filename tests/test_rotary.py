@@ -17,6 +17,7 @@ from transformers import (
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 import apack_compile
+from apack_compile import AttentionPackConfig
 from apack_compile.calibration import collect, turns_of_tokens
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.rotary import BLOCK, KeyTurn, find_turn, rotary_start, turns_at, turns_of_blocks
@@ -55,7 +56,7 @@ def prompt(tokens: int = 300, rows: int = 1, seed: int = 0) -> torch.Tensor:
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, dtype):
-    turn, reason = find_turn(model_of(config).to(dtype), [0, 1], {"input_ids": prompt()})
+    turn, reason = find_turn(model_of(config).to(dtype), [0, 1], {"input_ids": prompt()}, BLOCK)
     assert turn is not None and turn.frequencies.shape == (pairs,), reason
     assert turn.frequencies.dtype == torch.float32
     assert "inv_freq" in reason
@@ -76,7 +77,7 @@ def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, dtype):
     ids=("no rotary embedding", "interleaved pairs", "several coordinates"),
 )
 def test_keys_that_turn_otherwise_are_left_with_a_reason(config, why):
-    turn, reason = find_turn(model_of(config), [0, 1], {"input_ids": prompt()})
+    turn, reason = find_turn(model_of(config), [0, 1], {"input_ids": prompt()}, BLOCK)
     assert turn is None and re.search(why, reason)
 
 
@@ -111,7 +112,7 @@ def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
 
 def test_fewer_components_explain_keys_that_are_turned_back():
     model, inputs = model_of(LlamaConfig(**SIZES)), {"input_ids": prompt(600)}
-    turn, _ = find_turn(model, [0, 1], inputs)
+    turn, _ = find_turn(model, [0, 1], inputs, BLOCK)
     plain, relative = (collect(model, [0, 1], inputs, turn=t) for t in (None, turn))
     for layer in range(2):
         shares = []
@@ -158,6 +159,13 @@ def test_the_report_says_how_keys_are_packed_and_optimize_again_keeps_it():
     assert apack_compile.plan_for(model, 300).turn is not None
     apack_compile.optimize(model, preset="lossless", compile="none")
     assert apack_compile.report(model).keys == "" and apack_compile.plan_for(model, 300).turn is None
+    other = AttentionPackConfig(ratio=4, key_block=0, compile="none")
+    apack_compile.optimize(model, other)
+    with pytest.raises(RuntimeError, match="no calibrated statistics"):
+        apack_compile.plan_for(model, 300)
+    apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
+    assert apack_compile.report(model).keys == "stored as they are: key_block=0"
+    assert apack_compile.plan_for(model, 300).turn is None
     gpt = apack_compile.optimize(model_of(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)), ratio=3)
     apack_compile.calibrate(gpt, {"input_ids": prompt(seed=1)})
     assert apack_compile.report(gpt).keys == "stored as they are: the model has no rotary frequencies"
