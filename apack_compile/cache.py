@@ -195,7 +195,7 @@ class CompactedCache(Cache):
             self.note("the calibration inputs held no vision tokens: vision tokens are stored with the text bases")
             vision = torch.zeros_like(vision)
         packed, origin = (int(first.cursor[1]), int(first.cursor[2])) if held else (0, 0)
-        if plan.per_sequence:
+        if plan.per_request:
             if self.history is not None:
                 past = (past[:, :held] for past in self.history)
                 vision, padding = (torch.cat([old, new], 1) for old, new in zip(past, (vision, padding), strict=True))
@@ -222,7 +222,7 @@ class CompactedCache(Cache):
         new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
         index.laid_out, index.laid_out_turns = index.positions, index.turns
         index.positions = [torch.cat(pair, 1) for pair in zip(kept, new, strict=True)]
-        if not plan.per_sequence and plan.tiers is None:
+        if not plan.per_request and plan.tiers is None:
             index.positions[2] = extended(index.positions[2], start, index.spare)
         self._follow_positions()
         # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
@@ -265,7 +265,7 @@ class CompactedCache(Cache):
         missing = tokens - packed[0].free_slots()
         if missing <= 0:
             return
-        if index.plan.per_sequence:
+        if index.plan.per_request:
             batch = packed[0].batch_size
             none = torch.zeros(batch, 0, dtype=torch.bool, device=packed[0].device)
             self._plan_chunk(none, none, held, packed[0].num_heads * packed[0].dense[0].shape[3])

@@ -12,7 +12,7 @@ from apack_compile.drift import Fit, lost_share, refit
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
-from apack_compile.plan import STREAMS, Plan
+from apack_compile.plan import FITTED_SCOPES, STREAMS, Plan
 from apack_compile.token_index import Assignment, Chunk, gather_tokens
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
@@ -115,7 +115,7 @@ class CompactedLayer(CacheLayerMixin):
         held, packed, origin = self.cursor.tolist()
         end = held + key.shape[2]
         out = (key, value) if fresh else self._exact(key, value)
-        if self.index.plan.per_sequence:
+        if self.index.plan.per_request:
             self.lazy_initialization(key, value)
             parts, used = [states[:, :, :end] for states in out], {VISION: 0, TEXT: 0}
         else:
@@ -199,7 +199,7 @@ class CompactedLayer(CacheLayerMixin):
         empty = states.new_empty(0, dtype=torch.float32)
         if plan.scope in ("as_is", "half"):
             return StreamBasis(empty, empty, empty)
-        batch, groups = states.shape[0], self.index.plan.groups
+        batch, groups = 1 if plan.scope == "batch" else states.shape[0], self.index.plan.groups
         width = states.shape[1] * states.shape[3] // groups
         rank = plan.bands.components
         shape = (batch, groups, rank, width)
@@ -211,7 +211,7 @@ class CompactedLayer(CacheLayerMixin):
     def _pack(self, states: Tensor, stream: int, index: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
         """Codes and token scales of chunk states `[B, H_kv, n, D]` at `index` `[B, N]`, for the slots from `first_slot` on.
 
-        A sequence basis is fitted on the way.
+        A basis of a sequence or batch is fitted on the way.
         """
         plan = self.index.plan.layers[self.layer_idx].streams[stream]
         tokens = gather_tokens(states, index)
@@ -221,12 +221,15 @@ class CompactedLayer(CacheLayerMixin):
             tokens = turned(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), turns, back=True)
         x = to_groups(tokens, self.index.plan.groups)
         bands = plan.bands
-        if plan.scope == "sequence":
-            bands = bands.at_most(x.shape[2])
-            spectrum = fit(moments(x, (index >= 0).to(torch.float32)), bands.components)
+        if plan.scope in FITTED_SCOPES:
+            sample, real = x, index >= 0
+            if plan.scope == "batch":
+                sample, real = x.transpose(0, 1).flatten(1, 2)[None], real.reshape(1, -1)
+            bands = bands.at_most(sample.shape[2])
+            spectrum = fit(moments(sample, real.to(torch.float32)), bands.components)
             if bands.components > bands.counts[0]:
                 # a Gaussian's steps clip a sequence's outliers, which costs more than all else
-                spectrum = fit_steps(spectrum, x, token_scale=False)
+                spectrum = fit_steps(spectrum, sample, token_scale=False)
             self.bases[3 * stream : 3 * stream + 3] = spectrum.basis(bands, torch.float16)
             self.bands[4 * stream : 4 * stream + 4] = bands.counts
         if plan.scope == "model":
@@ -261,7 +264,7 @@ class CompactedLayer(CacheLayerMixin):
         """Put the tokens of `parts` (K, V) where the shared assignment says, behind the `used` slots of each segment."""
         assignment, tiers = self.index.assignment, self.tiers
         where = {VISION: assignment.vision, TEXT: assignment.text}
-        if tiers is not None and self.index.plan.per_sequence:
+        if tiers is not None and self.index.plan.per_request:
             alive = tiers.alive(end)
             where = {segment: torch.where(alive.gather(1, i.clamp_min(0)), i, -1) for segment, i in where.items()}
         for i, states in enumerate(parts):
@@ -270,7 +273,7 @@ class CompactedLayer(CacheLayerMixin):
         for i in range(4):
             segment = VISION if i < 2 else TEXT
             codes, scale = self._pack(parts[i % 2], i, where[segment], used[segment])
-            if self.index.plan.per_sequence:
+            if self.index.plan.per_request:
                 self.codes[2 * i] = codes
                 continue
             self.codes[2 * i] = torch.cat([self.codes[2 * i][:, :, : used[segment]], codes], dim=2)
@@ -284,7 +287,7 @@ class CompactedLayer(CacheLayerMixin):
             self.dense[2 + i] = tail.index_copy(2, ring, newest)
         self.cursor = torch.tensor([end, start, start - self.codes[4].shape[2]], device=self.device)
         if tiers is not None:
-            if self.index.plan.per_sequence:
+            if self.index.plan.per_request:
                 tiers.lay_out(self.index.positions, where, end)
             else:
                 tiers.add_chunk(self.index.positions, used, end - parts[0].shape[2], end)
@@ -292,7 +295,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def grow(self, slots: int) -> None:
         """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""
-        if not self.index.plan.per_sequence:
+        if not self.index.plan.per_request:
             if self.tiers is not None:
                 self.tiers.grow(self.codes[4].shape[2] + int(self.cursor[ORIGIN]), slots)
             for i in (4, 5, 6, 7):
@@ -317,7 +320,7 @@ class CompactedLayer(CacheLayerMixin):
         """Tokens that can be appended before the layer must grow or be packed anew."""
         held, packed, origin = self.cursor.tolist()
         room = self.dense[2].shape[2] - (held - packed)
-        return room if self.index.plan.per_sequence else room + self.codes[4].shape[2] - (packed - origin)
+        return room if self.index.plan.per_request else room + self.codes[4].shape[2] - (packed - origin)
 
     def get_seq_length(self) -> Tensor | int:
         """Tokens held: 0, or a 0-d tensor (a Python int would recompile at every step)."""
@@ -352,7 +355,11 @@ class CompactedLayer(CacheLayerMixin):
     def batched(self) -> list[list[Tensor]]:
         """The lists whose tensors have a row per sequence."""
         own = [] if self.tiers is None else self.tiers.batched()
-        return [self.dense, self.codes, *own, *([self.bases] if self.index.plan.per_sequence else [])]
+        return [self.dense, self.codes, *own, *([self.bases] if self._own_bases() else [])]
+
+    def _own_bases(self) -> bool:
+        """Whether each row has bases of its own."""
+        return any(stream.scope == "sequence" for stream in self.index.plan.layers[self.layer_idx].streams)
 
     @property
     def has_evicted(self) -> bool:

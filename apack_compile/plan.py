@@ -17,6 +17,8 @@ from apack_compile.tiers import TextEviction, TierPlan
 MODALITIES = ("vision", "text")
 STREAMS = ("key", "value")
 FIRST_TOKENS = 4
+# Scopes whose bases are fitted to what a cache holds, and stored with it.
+FITTED_SCOPES = ("sequence", "batch")
 # Components come in runs of this many: the tile a kernel reads.
 BAND_GRAIN = 16
 # The tail of newest tokens may take this share of the budget, in tokens of these sizes.
@@ -28,8 +30,8 @@ TAIL_SIZES = (32, 16, 8)
 class StreamPlan:
     """How one stream of one modality is stored.
 
-    scope: "as_is" (untransformed, model dtype), "half" (untransformed, 16 bits), "sequence" (a basis per sequence) or "model"
-    (one basis for all requests). expected_error: share of a stream's variance that coding loses on the calibration's tokens.
+    scope: "as_is" (untransformed, model dtype), "half" (untransformed, 16 bits), "sequence" (a basis per sequence), "batch"
+    (one for all rows of a batch) or "model" (one for all requests). expected_error: share of a stream's variance that coding loses on the calibration's tokens.
     """
 
     scope: str
@@ -84,9 +86,9 @@ class Plan:
     turn: KeyTurn | None = None
 
     @property
-    def per_sequence(self) -> bool:
-        """Whether bases are fitted for each sequence."""
-        return any(stream.scope == "sequence" for layer in self.layers.values() for stream in layer.streams)
+    def per_request(self) -> bool:
+        """Whether bases are fitted to the tokens of each cache."""
+        return any(stream.scope in FITTED_SCOPES for layer in self.layers.values() for stream in layer.streams)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write this plan to one file, whole or not at all; raises ValueError for a plan that no cache can use."""
@@ -128,7 +130,7 @@ COMPACTION_ONLY = AttentionPackOptions(full=1.0, partial=1.0)
 def attentionpack_plan(
     layers: Sequence[int], ranks: Mapping[str, Ranks], tail_slots: int, options: AttentionPackOptions = COMPACTION_ONLY
 ) -> Plan:
-    """AttentionPack (arXiv 2603.23914): truncated SVD per sequence, modality and stream; tiers of vision tokens by importance.
+    """AttentionPack (arXiv 2603.23914): truncated SVD per sequence (or batch), modality and stream; tiers of vision tokens by importance.
 
     ranks: of each stream, for all layers or one per packed layer; raises ValueError where they are not as many.
     """
@@ -143,7 +145,7 @@ def attentionpack_plan(
                 given = ranks[f"{modality}_{stream}"]
                 rank = given if isinstance(given, int) else given[i]
                 streams.append(
-                    StreamPlan("sequence", Bands((rank, 0, 0, 0) if options.bits == 16 else (0, 0, rank, 0)))
+                    StreamPlan(options.basis, Bands((rank, 0, 0, 0) if options.bits == 16 else (0, 0, rank, 0)))
                 )
         plans[layer] = LayerPlan(*streams)
     if options.evict == 0 and 1 in (options.full, options.partial):

@@ -7,10 +7,10 @@ import torch
 
 from apack_compile.codec import Bands, StreamBasis
 from apack_compile.config import MIN_TAIL_SLOTS
-from apack_compile.plan import MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
+from apack_compile.plan import FITTED_SCOPES, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.rotary import KeyTurn
 
-SCOPES = ("as_is", "half", "sequence", "model")
+SCOPES = ("as_is", "half", *FITTED_SCOPES, "model")
 STREAM_NAMES = tuple(f"{modality}_{stream}" for modality in MODALITIES for stream in STREAMS)
 
 
@@ -48,9 +48,11 @@ def claims(plan: Plan) -> Iterator[Claim]:
         for name, stream in zip(STREAM_NAMES, streams.streams, strict=True):
             yield from stream_claims(stream, f"layer {layer} {name}")
     scopes = {stream.scope for streams in plan.layers.values() for stream in streams.streams}
-    yield Claim("sequence" not in scopes or len(scopes) == 1, "scope", sorted(scopes), "sequence for all or for none")
-    tail = plan.tail_slots >= MIN_TAIL_SLOTS or "sequence" not in scopes
-    yield Claim(tail, "tail_slots", plan.tail_slots, f">= {MIN_TAIL_SLOTS} where bases are fitted per sequence")
+    fitted = sorted(scopes.intersection(FITTED_SCOPES))
+    alike = not fitted or len(scopes) == 1
+    yield Claim(alike, "scope", sorted(scopes), f"{' or '.join(fitted)} for all or for none")
+    tail = plan.tail_slots >= MIN_TAIL_SLOTS or not fitted
+    yield Claim(tail, "tail_slots", plan.tail_slots, f">= {MIN_TAIL_SLOTS} where bases are fitted to each cache")
     wanted = sorted(layer for layer, streams in plan.layers.items() if uses_bases(streams))
     yield Claim(sorted(plan.bases) == wanted, "layers with bases", sorted(plan.bases), f"{wanted}")
     for layer, bases in plan.bases.items():
@@ -93,9 +95,11 @@ def stream_claims(stream: StreamPlan, where: str) -> Iterator[Claim]:
         yield Claim(not any(counts), f"{where} bands", counts, "(0, 0, 0, 0) where the stream is kept as it is")
     else:
         yield Claim(any(counts), f"{where} bands", counts, "at least one component")
-    if stream.scope == "sequence":
+    if stream.scope in FITTED_SCOPES:
         one = counts[1] == counts[3] == 0 and 0 in (counts[0], counts[2])
-        yield Claim(one, f"{where} bands", counts, "all 16-bit or all 4-bit components where bases are per sequence")
+        yield Claim(
+            one, f"{where} bands", counts, "all 16-bit or all 4-bit components where bases are fitted to each cache"
+        )
     if stream.scope != "model":
         yield Claim(not stream.token_scale, f"{where} token_scale", True, "False unless the basis is model-scoped")
 

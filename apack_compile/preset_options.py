@@ -9,7 +9,7 @@ class AttentionPackOptions:
 
     full: share of vision tokens whose values are read at full rank; the others at the leading `partial` share of it. ema: weight
     of the old importance. refresh_every: decode steps between two choices. evict: share of vision tokens dropped after
-    prefill. bits: 16, or 4 for quantized coefficients. Raises ValueError naming the argument.
+    prefill. bits: 16, or 4 for quantized coefficients. basis: "sequence" as published, or "batch" for one that all rows share. Raises ValueError naming the argument.
     """
 
     full: float = 0.25
@@ -18,6 +18,7 @@ class AttentionPackOptions:
     refresh_every: int = 1
     evict: float = 0.0
     bits: int = 16
+    basis: str = "sequence"
 
     def __post_init__(self) -> None:
         for name in ("full", "partial", "ema", "evict"):
@@ -27,6 +28,8 @@ class AttentionPackOptions:
         _check_steps("attentionpack", "refresh_every", self.refresh_every)
         if self.bits not in (4, 16):
             raise ValueError(f"attentionpack: bits={self.bits!r} must be 4 or 16")
+        if self.basis not in ("sequence", "batch"):
+            raise ValueError(f"attentionpack: basis={self.basis!r} must be 'sequence' or 'batch'")
 
 
 @dataclass(frozen=True)

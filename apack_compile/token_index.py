@@ -77,14 +77,15 @@ def extended(positions: Tensor, start: int, count: int) -> Tensor:
 def without_bad_bargains(assignment: Assignment, plan: Plan, width: int) -> Assignment:
     """Leave a modality dense, behind the first tokens, where its own bases would cost more than packing saves.
 
-    Per row and stream, rank r and N tokens of width W: packed r (N + W), dense N W.
+    Per row and stream, rank r and N tokens of width W: packed r (N + W), dense N W; rows that share a basis share its r W.
     """
     streams = next(iter(plan.layers.values())).streams
     for i, modality in enumerate(("vision", "text")):
         index: Tensor = getattr(assignment, modality)
         tokens = index.shape[1]
+        basis_width = width / len(index) if streams[2 * i].scope == "batch" else width
         rank = sum(stream.bands.components for stream in streams[2 * i : 2 * i + 2]) / 2
-        if tokens and rank * (tokens + width) >= tokens * width:
+        if tokens and rank * (tokens + basis_width) >= tokens * width:
             first = torch.cat([assignment.first, index], dim=1)
             assignment = replace(assignment, first=first, **{modality: index[:, :0]})
     return assignment

@@ -18,6 +18,7 @@ from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.layer import MAX_APPEND
 from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, budget_plan, lossless_plan
+from apack_compile.preset_options import AttentionPackOptions
 from apack_compile.rotary import KeyTurn, turns_at
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
@@ -57,6 +58,9 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "no tail": lambda: model_plan(0),
     "tail": lambda: model_plan(8, groups=2),
     "relative": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4)),
+    "batch": lambda: attentionpack_plan(
+        range(LAYERS), RANKS, MAX_APPEND, AttentionPackOptions(1.0, 1.0, basis="batch")
+    ),
     "sequence": lambda: attentionpack_plan(range(LAYERS), RANKS, tail_slots=MAX_APPEND),
 }
 
@@ -152,7 +156,9 @@ def unpacked(cache: CompactedCache) -> list[tuple[Tensor, Tensor]]:
     found = []
     for layer in cache.packed_layers:
         none = torch.empty(layer.batch_size, layer.num_heads, 0, HEAD_DIM, dtype=layer.dtype)
-        found.append(torch.ops.apack.unpack(none, none, *layer.state(), int(layer.get_seq_length()), **layer.turn_state()))
+        found.append(
+            torch.ops.apack.unpack(none, none, *layer.state(), int(layer.get_seq_length()), **layer.turn_state())
+        )
     return found
 
 
@@ -328,6 +334,18 @@ def test_a_plan_from_statistics_holds_its_tokens(statistics_of):
     report = cache.report()
     assert report["sequence_bytes"] + report["model_bytes"] == walked_bytes(cache)
     assert report["model_bytes"] > 0 and report["ratio"] == report["dense_bytes"] / report["sequence_bytes"]
+
+
+def test_rows_that_share_a_basis_hold_it_once():
+    own, shared = Pair("sequence", batch=3), Pair("batch", batch=3)
+    for pair in (own, shared):
+        pair.feed(120)
+        pair.check()
+    mean, decoder, step = 2 * WIDTH, 2 * RANK * WIDTH, 4 * RANK
+    empty_vision = mean
+    saved = 2 * LAYERS * 2 * (mean + decoder + step + empty_vision)
+    assert own.cache.report()["sequence_bytes"] - shared.cache.report()["sequence_bytes"] == saved
+    assert all(len(b) == 1 for layer in shared.cache.packed_layers for b in layer.bases[6:])
 
 
 def test_a_full_tail_of_a_sequence_basis_is_packed_anew():

@@ -137,7 +137,7 @@ def test_statistics_without_vision_put_every_token_with_the_text(statistics_of):
 
 def test_the_bases_of_a_plan_have_the_components_of_its_bands(statistics_of):
     plan = budget_plan(statistics_of(3, 4, 10, groups=2), 5.0, 4000, 0.5)
-    assert plan.groups == 2 and not plan.per_sequence
+    assert plan.groups == 2 and not plan.per_request
     for layer, streams in plan.layers.items():
         for stream, basis in zip(streams.streams, plan.bases[layer], strict=True):
             assert stream.scope == "model" and stream.token_scale
@@ -166,10 +166,10 @@ def test_the_tail_is_a_small_share_of_the_budget():
 def test_presets_say_what_they_keep():
     ranks = {"vision_key": 3, "vision_value": 4, "text_key": 5, "text_value": 6}
     plan = attentionpack_plan([0, 2], ranks, tail_slots=64)
-    assert plan.per_sequence and plan.tail_slots == 64 and plan.first_tokens == FIRST_TOKENS
+    assert plan.per_request and plan.tail_slots == 64 and plan.first_tokens == FIRST_TOKENS
     assert [s.bands for s in plan.layers[2].streams] == [Bands((r, 0, 0, 0)) for r in (3, 4, 5, 6)]
     lossless = lossless_plan([0, 1])
-    assert not lossless.per_sequence and not lossless.bases
+    assert not lossless.per_request and not lossless.bases
     assert {s.scope for layer in lossless.layers.values() for s in layer.streams} == {"as_is"}
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
 from apack_compile.codec import Bands, StreamBasis
-from apack_compile.plan import LayerPlan, Provenance, StreamPlan, attentionpack_plan, lossless_plan
+from apack_compile.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan, attentionpack_plan, lossless_plan
 from apack_compile.plan_file import FORMAT_VERSION, digest, tensors_of, values_of, versions
 
 IMAGE = 9
@@ -94,7 +94,7 @@ COUNTS = st.tuples(*[st.integers(0, 2)] * 4).filter(any)
 
 @st.composite
 def plans(draw) -> Plan:
-    scope = draw(st.sampled_from(("as_is", "model", "mixed", "sequence")))
+    scope = draw(st.sampled_from(("as_is", "model", "mixed", "sequence", "batch")))
     groups, width = draw(st.integers(1, 3)), 8
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
 
@@ -104,7 +104,7 @@ def plans(draw) -> Plan:
         if own == "as_is":
             return StreamPlan(own), empty
         bands = Bands(draw(COUNTS)) if own == "model" else Bands((draw(st.integers(1, 9)), 0, 0, 0))
-        if own == "sequence":
+        if own in FITTED_SCOPES:
             return StreamPlan(own, bands), empty
         shapes = (1, groups, width), (1, groups, bands.components, width), (1, groups, bands.components)
         basis = StreamBasis(*(torch.rand(shape, generator=generator) + 0.1 for shape in shapes))
@@ -118,7 +118,7 @@ def plans(draw) -> Plan:
             bases[layer] = tuple(basis for _, basis in streams)
     return Plan(
         layers,
-        draw(st.integers(32 if scope == "sequence" else 0, 64)),
+        draw(st.integers(32 if scope in FITTED_SCOPES else 0, 64)),
         draw(st.integers(0, 8)),
         groups,
         bases,
@@ -372,7 +372,7 @@ def stream_change(**changes):
         (stream_change(bands=[1, 2, 3]), "must be four integers >= 0"),
         (stream_change(scope="as_is", token_scale=False), "bands is .* kept as it is"),
         (stream_change(scope="as_is", token_scale=False, bands=[0] * 4), "basis is .* must be empty"),
-        (stream_change(scope="other"), "scope is 'other', must be one of as_is, half, sequence, model"),
+        (stream_change(scope="other"), "scope is 'other', must be one of as_is, half, sequence, batch, model"),
         (stream_change(scope=["model"]), r"scope is \['model'\]"),
         (stream_change(token_scale=1), "token_scale is 1, must be True or False"),
         (lambda values: values.update(tail_slots=-1), "tail_slots is -1"),

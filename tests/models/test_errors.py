@@ -160,6 +160,12 @@ def test_without_torchao_the_error_says_what_to_install(monkeypatch):
         resolve("int8wo")
 
 
+@pytest.mark.parametrize("block", (-1, 1.5, True, "32"))
+def test_a_bad_block_of_keys_is_named(block):
+    with pytest.raises(ValueError, match=f"key_block={block!r} must be an integer >= 0"):
+        AttentionPackConfig(key_block=block)
+
+
 def test_a_config_goes_to_json_and_back():
     config = AttentionPackConfig(
         preset="attentionpack", ranks=dict.fromkeys(AttentionPackConfig().ranks, 32), strict=True
