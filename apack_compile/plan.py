@@ -31,7 +31,8 @@ class StreamPlan:
     """How one stream of one modality is stored.
 
     scope: "as_is" (untransformed, model dtype), "half" (untransformed, 16 bits), "sequence" (a basis per sequence), "batch"
-    (one for all rows of a batch) or "model" (one for all requests). expected_error: share of a stream's variance that coding loses on the calibration's tokens.
+    (one for all rows of a batch) or "model" (one for all requests). expected_error: share of a stream's variance that
+    coding loses on the calibration's tokens.
     """
 
     scope: str

@@ -9,7 +9,8 @@ class AttentionPackOptions:
 
     full: share of vision tokens whose values are read at full rank; the others at the leading `partial` share of it. ema: weight
     of the old importance. refresh_every: decode steps between two choices. evict: share of vision tokens dropped after
-    prefill. bits: 16, or 4 for quantized coefficients. basis: "sequence" as published, or "batch" for one that all rows share. Raises ValueError naming the argument.
+    prefill. bits: 16, or 4 for quantized coefficients. basis: "sequence" as published, or "batch" for one that all
+    rows share. Raises ValueError naming the argument.
     """
 
     full: float = 0.25
