@@ -19,11 +19,11 @@ class AttentionPackConfig:
     """What `optimize` does to a model.
 
     ratio: dense bytes over packed bytes, a finite number > 1 (bases shared by all requests). preset: "lossless",
-    "attentionpack" or "a-vl". One of ratio and preset; neither means ratio 4. key_block: with a ratio, packed keys are turned back
-    to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. For
-    attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer; `tail_slots` newest tokens
-    stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is compiled. strict: raise when a site that reads
-    the packed cache is not rewritten. Raises ValueError naming the argument.
+    "attentionpack" or "a-vl". One of ratio and preset; neither means ratio 4. key_block: with a ratio, packed keys are turned
+    back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. For
+    attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer; `tail_slots` newest
+    tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is
+    compiled. strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming the argument.
     """
 
     ratio: float | None = None
