@@ -11,6 +11,8 @@ from apack_compile.codec import GAUSSIAN_STEP, WIDTHS, Bands, StreamBasis
 EIGH_MAX_WIDTH = 2048
 SUBSPACE_ITERATIONS = 4
 OVERSAMPLING = 8
+# Components get their bits in runs of this many: the tile a kernel reads.
+BAND_GRAIN = 16
 STEP_FACTORS = (0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 
@@ -99,6 +101,30 @@ def fit(stats: Moments, rank: int | None = None) -> Spectrum:
     floor = torch.finfo(torch.float32).eps * magnitude + torch.finfo(torch.float32).tiny ** 0.5
     deviation = torch.maximum(variance.sqrt(), floor[..., None])
     return Spectrum(stats.mean, rows, deviation, {bits: deviation * step for bits, step in GAUSSIAN_STEP.items()})
+
+
+def mixed(spectrum: Spectrum) -> Spectrum:
+    """The same spectrum with each whole run of components mixed by a Hadamard matrix; what is left over stays.
+
+    Components of a run have about the same variance and the same bits, but heavy tails, which clip: their sums and differences are
+    closer to Gaussian (QuaRot, arXiv 2404.00456, mixes whole heads for the same reason).
+    """
+    runs, size = spectrum.rows.shape[2] // BAND_GRAIN, BAND_GRAIN
+    mixing = hadamard(size).to(spectrum.rows)
+    rows, deviation = spectrum.rows.clone(), spectrum.deviation.clone()
+    whole = rows[:, :, : runs * size].unflatten(2, (runs, size))
+    rows[:, :, : runs * size] = (mixing @ whole).flatten(2, 3)
+    variance = deviation[:, :, : runs * size].square().unflatten(2, (runs, size)).mean(-1, keepdim=True)
+    deviation[:, :, : runs * size] = variance.sqrt().expand(-1, -1, -1, size).flatten(2, 3)
+    return Spectrum(spectrum.mean, rows, deviation, {bits: deviation * step for bits, step in GAUSSIAN_STEP.items()})
+
+
+def hadamard(size: int) -> Tensor:
+    """Orthonormal Hadamard matrix `[size, size]` of a power of two (Sylvester's construction)."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix / size**0.5
 
 
 def fit_steps(spectrum: Spectrum, sample: Tensor, token_scale: bool) -> Spectrum:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apack_compile.basis import Moments, Spectrum, fit, fit_steps
+from apack_compile.basis import Moments, Spectrum, fit, fit_steps, mixed
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.modality import padding_of, vision_of
@@ -186,4 +186,4 @@ def finish_spectrum(running: RunningMoments) -> Spectrum:
     """Spectrum of a stream, with steps that serve an even sample of its tokens best."""
     sample = torch.cat(running.sample, dim=1)
     sample = sample[:, :: max(sample.shape[1] // SAMPLE_TOKENS, 1)]
-    return fit_steps(fit(running.finish()), sample[None], token_scale=True)
+    return fit_steps(mixed(fit(running.finish())), sample[None], token_scale=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apack_compile.basis import fit, fit_steps, moments
+from apack_compile.basis import fit, fit_steps, mixed, moments
 from apack_compile.codec import Bands, StreamBasis, decode, encode
 
 # A prompt may lose this many times what the calibration's tokens lose, and this share more, before its basis is refitted.
@@ -40,6 +40,6 @@ def lost_share(x: Tensor, real: Tensor, basis: StreamBasis, bands: Bands, token_
 def refit(x: Tensor, real: Tensor, bands: Bands, like: StreamBasis) -> StreamBasis:
     """A basis of the tokens `[B, G, N, W_g]` of all rows, in the shapes and dtypes of `like`."""
     pooled = x.transpose(0, 1).flatten(1, 2)[:, real.flatten()][None]
-    spectrum = fit_steps(fit(moments(pooled)), pooled.float(), token_scale=True)
+    spectrum = fit_steps(mixed(fit(moments(pooled))), pooled.float(), token_scale=True)
     basis = spectrum.basis(bands)
     return StreamBasis(*(new.to(old.dtype) for new, old in zip(basis, like, strict=True)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from apack_compile.basis import Spectrum
+from apack_compile.basis import BAND_GRAIN, Spectrum
 from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
 from apack_compile.rotary import KeyTurn
@@ -19,8 +19,6 @@ STREAMS = ("key", "value")
 FIRST_TOKENS = 4
 # Scopes whose bases are fitted to what a cache holds, and stored with it.
 FITTED_SCOPES = ("sequence", "batch")
-# Components come in runs of this many: the tile a kernel reads.
-BAND_GRAIN = 16
 # The tail of newest tokens may take this share of the budget, in tokens of these sizes.
 TAIL_SHARE = 0.06
 TAIL_SIZES = (32, 16, 8)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apack_compile import basis as basis_module
-from apack_compile.basis import fit, fit_steps, moments, principal_rows
+from apack_compile.basis import BAND_GRAIN, fit, fit_steps, hadamard, mixed, moments, principal_rows
 from apack_compile.codec import (
     FLOAT16_MAX,
     WIDTHS,
@@ -272,3 +272,33 @@ def test_a_token_scale_serves_tokens_of_very_different_size():
         return (decoded - y).norm(dim=-1) / (y - basis.mean[:, :, None]).norm(dim=-1)
 
     assert relative_error(True).median() < 0.2 < relative_error(False).median()
+
+
+@given(st.integers(1, 50), st.integers(1, 2), st.integers(0, 99))
+def test_mixed_components_span_the_same_runs(width, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, groups, 3 * width, width, generator=generator) * torch.logspace(0, -1, width)
+    plain = fit(moments(x))
+    found = mixed(plain)
+    identity = torch.eye(width).expand(1, groups, -1, -1)
+    torch.testing.assert_close(found.rows @ found.rows.mT, identity, atol=1e-5, rtol=0)
+    whole = width // BAND_GRAIN * BAND_GRAIN
+    assert torch.equal(found.rows[:, :, whole:], plain.rows[:, :, whole:])
+    assert torch.equal(found.deviation[:, :, whole:], plain.deviation[:, :, whole:])
+    for start in range(0, whole, BAND_GRAIN):
+        run = slice(start, start + BAND_GRAIN)
+        spans = [s.rows[:, :, run].mT @ s.rows[:, :, run] for s in (plain, found)]
+        torch.testing.assert_close(spans[0], spans[1], atol=1e-5, rtol=0)
+        energy = [s.deviation[:, :, run].square().sum(-1) for s in (plain, found)]
+        torch.testing.assert_close(energy[0], energy[1])
+
+
+def test_mixing_spreads_heavy_tails():
+    torch.testing.assert_close(hadamard(BAND_GRAIN) @ hadamard(BAND_GRAIN).T, torch.eye(BAND_GRAIN))
+    generator = torch.Generator().manual_seed(0)
+    heavy = torch.randn(1, 1, 4000, 32, generator=generator) * torch.randn(1, 1, 4000, 32, generator=generator).exp()
+    bands, errors = Bands((0, 0, 0, 32)), []
+    for spectrum in (fit(moments(heavy)), mixed(fit(moments(heavy)))):
+        basis = fit_steps(spectrum, heavy, True).basis(bands)
+        errors.append(float((decode(*encode(heavy, basis, bands, True), basis, bands) - heavy).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
