@@ -6,6 +6,7 @@
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.attend import cpu
 from apack_compile.kernels.append.reference import append
 from apack_compile.kernels.attend.reference import attend
 from apack_compile.kernels.unpack.reference import unpack
@@ -33,6 +34,8 @@ LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
 LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
 LIBRARY.impl("attend_tiers", attend, "CompositeExplicitAutograd")
+LIBRARY.impl("attend", cpu.attend, "CPU")
+LIBRARY.impl("attend_tiers", cpu.attend, "CPU")
 
 
 @torch.library.register_fake("apack::append", lib=LIBRARY)

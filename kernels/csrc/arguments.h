@@ -1,0 +1,44 @@
+// What Python passes: every field takes eight bytes, in this order (kernels/attend/cpu.py, kernels/append/cpu.py).
+#pragma once
+
+#include <stdint.h>
+
+namespace {
+
+enum { FIRST = 0, VISION = 1, TEXT = 2, TAIL = 3, NEW = 4 };
+
+// One stream of one segment: packed codes, or heads as they are. Strides in elements.
+struct Source {
+    const void *data;
+    int64_t dtype, batch_stride, group_stride, token_stride, groups;
+    const uint16_t *scale;
+    const void *mean, *decoder;
+    const float *step;
+    int64_t basis_dtype, basis_batch, bands[4];
+};
+
+struct Segment {
+    int64_t slots;
+    const int32_t *positions;
+    float *importance;
+    double keep, add;
+    Source key, value;
+};
+
+struct Attend {
+    int64_t threads, batch, heads, query_heads, rows, new_tokens, head_dim, value_dim;
+    const void *query;
+    int64_t query_dtype, query_strides[3];
+    double scale;
+    void *out;
+    const int64_t *cursor;
+    const void *mask;
+    int64_t mask_is_bool, mask_strides[3], mask_length;
+    const float *bias;
+    int64_t bias_length;
+    const int32_t *tiers;
+    int64_t partial;
+    Segment segments[5];
+};
+
+}  // namespace

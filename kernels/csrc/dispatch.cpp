@@ -1,0 +1,35 @@
+// The functions that Python calls, for the processor at hand.
+#include <stdint.h>
+
+#include "arguments.h"
+
+extern "C" {
+
+int64_t apack_attend_baseline(const void *);
+#if defined(__x86_64__)
+int64_t apack_attend_avx2(const void *);
+int64_t apack_attend_avx512(const void *);
+#endif
+
+// 0: any processor, 1: AVX2, 2: AVX-512.
+int64_t apack_instruction_set() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+    return 0;
+}
+
+// Words of eight bytes in the arguments.
+int64_t apack_attend_words() { return sizeof(Attend) / 8; }
+
+// Attention as `set` says; 0, or 1 where memory ran out.
+int64_t apack_attend(const void *arguments, int64_t set) {
+#if defined(__x86_64__)
+    if (set == 2) return apack_attend_avx512(arguments);
+    if (set == 1) return apack_attend_avx2(arguments);
+#endif
+    return apack_attend_baseline(arguments);
+}
+}
