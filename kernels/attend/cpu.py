@@ -1,7 +1,8 @@
 """`apack::attend` and `apack::attend_tiers` on CPUs: addresses and strides for the compiled operation (kernels/csrc/attend.h)."""
 
-import struct
 from collections.abc import Sequence
+from operator import is_
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -9,13 +10,11 @@ from torch import Tensor
 from apack_compile.kernels.attend.reference import attend as reference
 from apack_compile.kernels.native import DTYPES, INSTRUCTION_SET, LIBRARY
 
-# kernels/csrc/arguments.h
-SOURCE = "16q"
-SEGMENT = f"3q2d{SOURCE}{SOURCE}"
-ARGUMENTS = struct.Struct(f"=13qd12q{SEGMENT * 5}")
-NO_SOURCE = (0, 0, 0, 0, 0, 1) + (0,) * 10
+# kernels/csrc/arguments.h: Attend, Segment
+ARGUMENTS = Struct("=13qd12qq2dq2d10q")
+SEGMENT = Struct("=2q16q16q")
 NO_BASIS = (0,) * 10
-MAX_HEAD_DIM = 2048
+NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
 
 
 def attend(
@@ -49,71 +48,110 @@ def attend(
     batch, heads, new_tokens, head_dim = key.shape
     _, query_heads, rows, _ = query.shape
     value_dim = value.shape[3]
-    held: list[Tensor] = []  # copies that must outlive the call
-
-    def rowwise(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        if (dtype is not None and x.dtype != dtype) or x.stride(-1) != 1:
-            x = x.to(dtype).contiguous()
-            held.append(x)
-        return x
-
-    def plain(x: Tensor) -> int:
-        if not x.is_contiguous():
-            x = x.contiguous()
-            held.append(x)
-        return x.data_ptr()
-
-    def as_they_are(x: Tensor) -> tuple:
-        if x.stride(3) != 1 or x.dtype not in DTYPES:
-            x = x.float().contiguous()
-            held.append(x)
-        return (x.data_ptr(), DTYPES[x.dtype], *x.stride()[:3], x.shape[1], *NO_BASIS)
-
-    def stream(i: int) -> tuple:
-        x = codes[2 * i]
-        if x.dtype != torch.uint8:
-            return as_they_are(x)
-        token_scale, (mean, decoder, step) = codes[2 * i + 1], bases[3 * i : 3 * i + 3]
-        if x.stride(3) != 1:
-            x = x.contiguous()
-            held.append(x)
-        return (
-            x.data_ptr(), 3, *x.stride()[:3], x.shape[1],
-            plain(token_scale) if token_scale.numel() else 0,
-            plain(mean), plain(decoder), plain(step), DTYPES[mean.dtype], mean.shape[0], *bands[4 * i : 4 * i + 4],
-        )  # fmt: skip
-
-    def segment(i: int) -> tuple:
-        x = codes[4 * i - 4]
-        return x.shape[2], plain(positions[i])
-
+    state, _copies = packed_state(dense, codes, bases, bands, positions, cursor)
+    query, key, value = with_rows(query), with_rows(key), with_rows(value)
     out = query.new_empty((batch, query_heads, rows, value_dim))
-    query = rowwise(query)
     masked = (0, 0, 0, 0, 0, 0)
     if mask is not None:
-        mask = rowwise(mask, torch.bool if mask.dtype == torch.bool else torch.float32)
-        strides = (s if n > 1 else 0 for n, s in zip(mask.shape[:3], mask.stride(), strict=False))
-        masked = (mask.data_ptr(), int(mask.dtype == torch.bool), *strides, mask.shape[3])
+        is_bool = mask.dtype == torch.bool
+        mask = (mask if is_bool else mask.float()).contiguous()
+        shape, strides = mask.shape, mask.stride()
+        over_batch, over_heads, over_rows = (s if n > 1 else 0 for n, s in zip(shape[:3], strides[:3], strict=True))
+        masked = (mask.data_ptr(), is_bool, over_batch, over_heads, over_rows, shape[3])
     biased = (0, 0)
     if bias is not None:
-        bias = rowwise(bias, torch.float32).contiguous()
+        bias = bias.float().contiguous()
         biased = (bias.data_ptr(), bias.shape[1])
-    keep_add = ema or (0.0,) * 4
-    importance = [
-        0 if x is None or x.numel() == 0 else plain(x) for x in (vision_importance, text_importance)
-    ]
-    words = [
+    importance = (0, 0.0, 0.0, 0, 0.0, 0.0)
+    if tiers is not None:
+        tiers = tiers.contiguous()
+        vision, text = (x.data_ptr() if x is not None and x.numel() else 0 for x in (vision_importance, text_importance))
+        importance = (vision, *ema[:2], text, *ema[2:])
+    arguments = ARGUMENTS.pack(
         torch.get_num_threads(), batch, heads, query_heads, rows, new_tokens, head_dim, value_dim,
         query.data_ptr(), DTYPES[query.dtype], *query.stride()[:3],
         head_dim**-0.5 if scale is None else scale,
-        out.data_ptr(), cursor.data_ptr(), *masked, *biased,
-        0 if tiers is None else plain(tiers), partial,
-        dense[0].shape[2], plain(positions[0]), 0, 0.0, 0.0, *as_they_are(dense[0]), *as_they_are(dense[1]),
-        *segment(1), importance[0], *keep_add[:2], *stream(0), *stream(1),
-        *segment(2), importance[1], *keep_add[2:4], *stream(2), *stream(3),
-        dense[2].shape[2], 0, 0, 0.0, 0.0, *as_they_are(dense[2]), *as_they_are(dense[3]),
-        new_tokens, 0, 0, 0.0, 0.0, *as_they_are(key), *as_they_are(value),
-    ]  # fmt: skip
-    if LIBRARY.apack_attend(ARGUMENTS.pack(*words), INSTRUCTION_SET):
+        out.data_ptr(), cursor.data_ptr(), *masked, *biased, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
+        key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *key.stride()[:3], DTYPES[value.dtype], *value.stride()[:3],
+    )  # fmt: skip
+    if LIBRARY.apack_attend(arguments, state, INSTRUCTION_SET):
         raise MemoryError("attend: no memory for its scratch space")
     return out
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """The same values with rows that are contiguous, in a dtype that the compiled operation reads."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    return x if x.dtype in DTYPES else x.float()
+
+
+def packed_state(
+    dense: list[Tensor],
+    codes: list[Tensor],
+    bases: list[Tensor],
+    bands: list[int],
+    positions: list[Tensor],
+    cursor: Tensor,
+) -> tuple[bytes, object]:
+    """`State` of kernels/csrc/arguments.h, and what keeps its addresses valid.
+
+    A layer's tensors stay the same for many steps, so its state is kept with its cursor as long as they are the very same ones.
+    """
+    tensors = (*dense, *codes, *bases, *positions)
+    kept = getattr(cursor, "_apack_state", None)
+    if kept is not None and len(kept[0]) == len(tensors) and all(map(is_, kept[0], tensors)) and kept[1] == bands:
+        return kept[2], kept
+    copies: list[Tensor] = []
+    segments = [dense_segment(dense[0], dense[1], positions[0], copies)]
+    for i in range(2):
+        if 4 * i < len(codes):
+            keys, values = (packed_source(codes, bases, bands, j, copies) for j in (2 * i, 2 * i + 1))
+            where = plain(positions[1 + i], copies).data_ptr()
+            segments.append(SEGMENT.pack(codes[4 * i].shape[2], where, *keys, *values))
+        else:
+            segments.append(NO_SEGMENT)
+    segments.append(dense_segment(dense[2], dense[3], None, copies))
+    state = b"".join(segments)
+    if not copies:
+        cursor._apack_state = (tensors, list(bands), state)  # type: ignore[attr-defined]
+    return state, (tensors, copies)
+
+
+def plain(x: Tensor, copies: list[Tensor]) -> Tensor:
+    """A contiguous tensor; a copy is noted, because it must outlive the call and cannot serve another one."""
+    if not x.is_contiguous():
+        x = x.contiguous()
+        copies.append(x)
+    return x
+
+
+def dense_segment(key: Tensor, value: Tensor, positions: Tensor | None, copies: list[Tensor]) -> bytes:
+    """Segment of heads as they are, `[B, H_kv, slots, D]` each."""
+    where = 0 if positions is None else plain(positions, copies).data_ptr()
+    return SEGMENT.pack(key.shape[2], where, *as_is_source(key, copies), *as_is_source(value, copies))
+
+
+def as_is_source(x: Tensor, copies: list[Tensor]) -> tuple[int, ...]:
+    """Source of tokens as they are: `[B, G, slots, W_g]`."""
+    readable = with_rows(x)
+    if readable is not x:
+        copies.append(readable)
+    return (readable.data_ptr(), DTYPES[readable.dtype], *readable.stride()[:3], x.shape[1], *NO_BASIS)
+
+
+def packed_source(
+    codes: list[Tensor], bases: list[Tensor], bands: list[int], stream: int, copies: list[Tensor]
+) -> tuple[int, ...]:
+    """Source of one stream of the flat lists."""
+    x, token_scale = codes[2 * stream : 2 * stream + 2]
+    if x.dtype != torch.uint8:
+        return as_is_source(x, copies)
+    mean, decoder, step = (plain(t, copies) for t in bases[3 * stream : 3 * stream + 3])
+    x = plain(x, copies)
+    scale = plain(token_scale, copies).data_ptr() if token_scale.numel() else 0
+    pointers = (mean.data_ptr(), decoder.data_ptr(), step.data_ptr())
+    return (
+        x.data_ptr(), DTYPES[x.dtype], *x.stride()[:3], x.shape[1],
+        scale, *pointers, DTYPES[mean.dtype], mean.shape[0], *bands[4 * stream : 4 * stream + 4],
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-// What Python passes: every field takes eight bytes, in this order (kernels/attend/cpu.py, kernels/append/cpu.py).
+// What Python passes: every field takes eight bytes, in this order (kernels/native.py, kernels/attend/cpu.py).
 #pragma once
 
 #include <stdint.h>
@@ -20,9 +20,18 @@ struct Source {
 struct Segment {
     int64_t slots;
     const int32_t *positions;
-    float *importance;
-    double keep, add;
     Source key, value;
+};
+
+// What stays where it is from step to step.
+struct State {
+    Segment segments[4];
+};
+
+// Importance of a segment's slots, and how the newest token's attention goes into it; null where nothing needs it.
+struct Importance {
+    float *known;
+    double keep, add;
 };
 
 struct Attend {
@@ -38,7 +47,9 @@ struct Attend {
     int64_t bias_length;
     const int32_t *tiers;
     int64_t partial;
-    Segment segments[5];
+    Importance importance[2];
+    const void *key, *value;
+    int64_t key_dtype, key_strides[3], value_dtype, value_strides[3];
 };
 
 }  // namespace

@@ -63,8 +63,9 @@ struct Item {
     float *top, *total, *sums;  // [M], [M], [M][width]
 };
 
-struct Plan {
+struct Work {
     const Attend *a;
+    Segment segments[5];
     int share, R, per_head_newest;            // query heads of a KV head, their rows, and how many of these are the newest token
     int used[5];                              // slots that any sequence reads, by segment
     Columns key[2], value[2], partial[2];     // of vision and text
@@ -72,46 +73,45 @@ struct Plan {
     float *query;                             // [B][H][R][D], scaled
     float *latent[2], *offset[2];             // [B][H][R][columns], [B][H][R]
     float *top, *inverse;                     // [B][H][R]
-    float *newest[2];                         // [B][H][per_head_newest][slots], scores of the newest token
+    float *newest[2];                         // [B][H][per_head_newest][used], scores of the newest token
+    float *holds[5], *added[5];               // [B][used]: 1 where a slot is read, else 0; what is added to its score
+    int32_t *position[5];                     // [B][used], -1 where a slot is not read
     Item *items;
     int item_count, first_item[3], parts[3];  // of dense, vision, text
 };
 
-struct Scratch {
-    float tile[TILE + LANES], score[1];
-};
+inline float *known_importance(const Work &w, int segment) {
+    return segment == VISION || segment == TEXT ? w.a->importance[segment - 1].known : nullptr;
+}
 
 inline int kind_of(int segment) { return segment == VISION ? 1 : segment == TEXT ? 2 : 0; }
 
-inline int heads_per_group(const Attend &a, int kind) { return kind == 0 ? 1 : (int)(a.heads / a.segments[kind].key.groups); }
-
-inline int64_t end_of_packed(const Attend &a) {
-    int64_t before = a.cursor[0] - a.new_tokens;
-    return a.cursor[1] < before ? a.cursor[1] : before;
-}
+inline int heads_per_group(const Work &w, int kind) { return kind == 0 ? 1 : (int)(w.a->heads / w.segments[kind].key.groups); }
 
 // Position of a slot, or -1 where it holds no token that is read.
-inline int64_t position_of(const Attend &a, int segment, int64_t b, int64_t slot) {
-    int64_t before = a.cursor[0] - a.new_tokens;
+inline int64_t position_of(const Work &w, int segment, int64_t b, int64_t slot) {
+    const Attend &a = *w.a;
+    int64_t before = a.cursor[0] - a.new_tokens, packed = a.cursor[1];
     if (segment == NEW) return before + slot;
-    const Segment &s = a.segments[segment];
+    const Segment &s = w.segments[segment];
     if (segment == TAIL) {
-        int64_t offset = (slot - a.cursor[1]) % s.slots, p = a.cursor[1] + (offset < 0 ? offset + s.slots : offset);
-        return p < before ? p : -1;
+        int64_t offset = (slot - packed) % s.slots, position = packed + (offset < 0 ? offset + s.slots : offset);
+        return position < before ? position : -1;
     }
     if (segment == VISION && a.tiers && slot >= a.tiers[2 * b + 1]) return -1;
-    int64_t p = s.positions[b * s.slots + slot];
-    return p < end_of_packed(a) ? p : -1;
+    int64_t position = s.positions[b * s.slots + slot];
+    return position < (packed < before ? packed : before) ? position : -1;
 }
 
-inline int used_slots(const Attend &a, int segment) {
-    int64_t n = a.segments[segment].slots;
+inline int used_slots(const Work &w, int segment) {
+    const Attend &a = *w.a;
+    int64_t n = w.segments[segment].slots;
     if (segment == TAIL || segment == NEW) return (int)n;
     int64_t used = 0;
     for (int64_t b = 0; b < a.batch; ++b) {
         int64_t last = n;
         if (segment == VISION && a.tiers && a.tiers[2 * b + 1] < last) last = a.tiers[2 * b + 1];
-        while (last > used && position_of(a, segment, b, last - 1) < 0) --last;
+        while (last > used && position_of(w, segment, b, last - 1) < 0) --last;
         if (last > used) used = last;
     }
     return (int)used;
@@ -129,70 +129,81 @@ struct Arena {
 };
 
 // Lays out all scratch memory; with a null arena only its size is counted.
-inline void lay_out(Plan &p, Arena &arena) {
-    const Attend &a = *p.a;
-    int64_t rows = a.batch * a.heads * p.R;
-    p.query = arena.floats(rows * a.head_dim);
+inline void lay_out(Work &w, Arena &arena) {
+    const Attend &a = *w.a;
+    int64_t rows = a.batch * a.heads * w.R;
+    w.query = arena.floats(rows * a.head_dim);
     for (int i = 0; i < 2; ++i) {
-        const Source &key = a.segments[VISION + i].key;
-        bool reads = p.used[VISION + i] && is_packed(key);
-        p.latent[i] = arena.floats(reads ? rows * p.key[i].count : 0);
-        p.offset[i] = arena.floats(reads ? rows : 0);
-        p.newest[i] = arena.floats(
-            a.segments[VISION + i].importance ? a.batch * a.heads * p.per_head_newest * p.used[VISION + i] : 0);
+        const Source &key = w.segments[VISION + i].key;
+        bool reads = w.used[VISION + i] && is_packed(key);
+        w.latent[i] = arena.floats(reads ? rows * w.key[i].count : 0);
+        w.offset[i] = arena.floats(reads ? rows : 0);
+        w.newest[i] = arena.floats(
+            a.importance[i].known ? a.batch * a.heads * w.per_head_newest * w.used[VISION + i] : 0);
     }
-    p.top = arena.floats(rows);
-    p.inverse = arena.floats(rows);
-    p.items = (Item *)arena.take(p.item_count * sizeof(Item));
+    for (int i = 0; i < 5; ++i) {
+        int64_t slots = a.batch * round_up(w.used[i], BLOCK);
+        w.holds[i] = arena.floats(slots);
+        w.added[i] = arena.floats(slots);
+        w.position[i] = (int32_t *)arena.take(slots * sizeof(int32_t));
+    }
+    w.top = arena.floats(rows);
+    w.inverse = arena.floats(rows);
+    w.items = (Item *)arena.take(w.item_count * sizeof(Item));
     int at = 0;
     for (int kind = 0; kind < 3; ++kind) {
-        p.first_item[kind] = at;
-        int per_group = heads_per_group(a, kind), groups = (int)a.heads / per_group, M = per_group * p.R;
+        w.first_item[kind] = at;
+        int per_group = heads_per_group(w, kind), groups = (int)a.heads / per_group, M = per_group * w.R;
         for (int b = 0; b < a.batch; ++b)
             for (int g = 0; g < groups; ++g)
-                for (int i = 0; i < p.parts[kind]; ++i, ++at) {
-                    float *floats = arena.floats(2 * M + (int64_t)M * p.width[kind]);
+                for (int i = 0; i < w.parts[kind]; ++i, ++at) {
+                    float *floats = arena.floats(2 * M + (int64_t)M * w.width[kind]);
                     if (!arena.at) continue;
-                    int64_t used = p.used[kind];
-                    int begin = round_up(used * i / p.parts[kind], BLOCK), end = round_up(used * (i + 1) / p.parts[kind], BLOCK);
-                    p.items[at] = Item{kind, b, g, begin, end < used ? end : (int)used, floats, floats + M, floats + 2 * M};
+                    int64_t used = w.used[kind];
+                    int begin = round_up(used * i / w.parts[kind], BLOCK), end = round_up(used * (i + 1) / w.parts[kind], BLOCK);
+                    w.items[at] = Item{kind, b, g, begin, end < used ? end : (int)used, floats, floats + M, floats + 2 * M};
                 }
     }
 }
 
-inline Plan plan_of(const Attend &a) {
-    Plan p = {};
-    p.a = &a;
-    p.share = (int)(a.query_heads / a.heads);
-    p.R = (int)(p.share * a.rows);
-    p.per_head_newest = a.new_tokens ? p.R / (int)a.new_tokens : 0;
-    for (int i = 0; i < 5; ++i) p.used[i] = a.segments[i].slots ? used_slots(a, i) : 0;
-    p.width[0] = (int)a.value_dim;
-    p.parts[0] = 1;
+inline Work work_of(const Attend &a, const State &state) {
+    Work w = {};
+    w.a = &a;
+    memcpy(w.segments, state.segments, sizeof state);
+    Segment &fresh = w.segments[NEW];
+    fresh.slots = a.new_tokens;
+    fresh.key = Source{a.key, a.key_dtype, a.key_strides[0], a.key_strides[1], a.key_strides[2], a.heads, 0, 0, 0, 0, 0, 0, {}};
+    fresh.value = Source{a.value, a.value_dtype, a.value_strides[0], a.value_strides[1], a.value_strides[2], a.heads, 0, 0, 0, 0, 0, 0, {}};
+    w.share = (int)(a.query_heads / a.heads);
+    w.R = (int)(w.share * a.rows);
+    w.per_head_newest = a.new_tokens ? w.R / (int)a.new_tokens : 0;
+    for (int i = 0; i < 5; ++i) w.used[i] = w.segments[i].slots ? used_slots(w, i) : 0;
+    w.width[0] = (int)a.value_dim;
+    w.parts[0] = 1;
     for (int i = 0; i < 2; ++i) {
-        const Segment &s = a.segments[VISION + i];
+        const Segment &s = w.segments[VISION + i];
         int groups = s.slots ? (int)s.key.groups : 1;
         if (s.slots) {
-            p.key[i] = columns_of(s.key, components_of(s.key));
-            p.value[i] = columns_of(s.value, components_of(s.value));
-            p.partial[i] = columns_of(s.value, i == 0 && a.tiers ? a.partial : components_of(s.value));
+            w.key[i] = columns_of(s.key, components_of(s.key));
+            w.value[i] = columns_of(s.value, components_of(s.value));
+            w.partial[i] = columns_of(s.value, i == 0 && a.tiers ? a.partial : components_of(s.value));
         }
-        p.width[1 + i] = is_packed(s.value) ? p.value[i].count : heads_per_group(a, 1 + i) ? (int)a.value_dim : 0;
+        w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;
         int wanted = (int)(a.threads == 1 ? 1 : (4 * a.threads + a.batch * groups - 1) / (a.batch * groups));
-        int most = (p.used[VISION + i] + MIN_PART - 1) / MIN_PART;
-        p.parts[1 + i] = wanted < most ? wanted : most;
+        int most = (w.used[VISION + i] + MIN_PART - 1) / MIN_PART;
+        w.parts[1 + i] = wanted < most ? wanted : most;
     }
     for (int kind = 0; kind < 3; ++kind)
-        p.item_count += (int)(a.batch * (a.heads / heads_per_group(a, kind)) * p.parts[kind]);
-    return p;
+        w.item_count += (int)(a.batch * (a.heads / heads_per_group(w, kind)) * w.parts[kind]);
+    return w;
 }
 
 // Rows of one head's queries, scaled, as floats.
-inline void load_queries(const Plan &p, int64_t b, int64_t head) {
-    const Attend &a = *p.a;
-    float *out = p.query + (b * a.heads + head) * p.R * a.head_dim;
-    for (int i = 0; i < p.R; ++i) {
-        int64_t at = b * a.query_strides[0] + (head * p.share + i / a.rows) * a.query_strides[1] + i % a.rows * a.query_strides[2];
+inline void load_queries(const Work &w, int64_t b, int64_t head) {
+    const Attend &a = *w.a;
+    float *out = w.query + (b * a.heads + head) * w.R * a.head_dim;
+    for (int i = 0; i < w.R; ++i) {
+        int64_t at = b * a.query_strides[0] + (head * w.share + i / a.rows) * a.query_strides[1] + i % a.rows * a.query_strides[2];
         for (int64_t d = 0; d < a.head_dim; ++d) out[i * a.head_dim + d] = load_element(a.query, a.query_dtype, at + d) * (float)a.scale;
     }
 }
@@ -205,15 +216,15 @@ inline const float *basis_row(const Source &s, const void *data, int64_t at, int
 }
 
 // Scores are `latent . levels + offset` for queries projected into the key's components.
-inline void project_queries(const Plan &p, int kind, int64_t b, int64_t head, float *tile) {
-    const Attend &a = *p.a;
-    const Source &s = a.segments[kind].key;
-    const Columns &columns = p.key[kind - 1];
-    int D = (int)a.head_dim, per_group = heads_per_group(a, kind), r = components_of(s);
+__attribute__((noinline)) void project_queries(const Work &w, int kind, int64_t b, int64_t head, float *tile) {
+    const Attend &a = *w.a;
+    const Source &s = w.segments[kind].key;
+    const Columns &columns = w.key[kind - 1];
+    int D = (int)a.head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
     int64_t group = head / per_group, W = per_group * D, row = b * a.heads + head;
     int64_t at = (s.basis_batch == 1 ? 0 : b) * s.groups + group, inside = head % per_group * D;
-    const float *query = p.query + row * p.R * D;
-    float *latent = p.latent[kind - 1] + row * p.R * columns.count;
+    const float *query = w.query + row * w.R * D;
+    float *latent = w.latent[kind - 1] + row * w.R * columns.count;
     const int most = TILE / round_up(D, LANES) & ~3;
     for (const Band &band : columns.band) {
         const float *step = s.step + at * r + band.component;
@@ -222,66 +233,67 @@ inline void project_queries(const Plan &p, int kind, int64_t b, int64_t head, fl
             int64_t from = (at * r + band.component + c) * W + inside;
             float *out = latent + band.column + c;
             if (s.basis_dtype == FLOAT32) {
-                dots(query, D, p.R, (const float *)s.decoder + from, W, n, D, out, columns.count, false);
+                dots(query, D, w.R, (const float *)s.decoder + from, W, n, D, out, columns.count, false);
             } else {
                 for (int i = 0; i < n; ++i) convert_row(tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
-                dots(query, D, p.R, tile, D, n, D, out, columns.count, false);
+                dots(query, D, w.R, tile, D, n, D, out, columns.count, false);
             }
         }
-        for (int m = 0; m < p.R; ++m)
+        for (int m = 0; m < w.R; ++m)
             for (int c = 0; c < band.columns; ++c) {
                 float *x = latent + (int64_t)m * columns.count + band.column + c;
                 *x = c < band.count ? *x * step[c] : 0.0f;
             }
     }
     const float *mean = basis_row(s, s.mean, at * W + inside, D, tile);
-    for (int m = 0; m < p.R; ++m) {
+    for (int m = 0; m < w.R; ++m) {
         float offset = 0;
         for (int d = 0; d < D; ++d) offset += query[m * D + d] * mean[d];
-        p.offset[kind - 1][row * p.R + m] = offset;
+        w.offset[kind - 1][row * w.R + m] = offset;
     }
 }
 
-// Tokens of a packed stream as floats, columns [first, first + count): tile[token][column].
+// A packed stream of one head group: its first code, the last address where a row may be read with a vector to spare.
 struct Packed {
-    const uint8_t *base, *last;  // the group's first code, and the last address where a row may be read with a vector to spare
+    const uint8_t *base, *last;
     int64_t stride, bytes;
-    const uint16_t *scale;
 };
 
-inline Packed packed_of(const Attend &a, const Source &s, int64_t b, int64_t group, int64_t slots, int64_t bytes) {
+inline Packed packed_of(const Work &w, const Source &s, int64_t b, int64_t group, int64_t slots, int64_t bytes) {
     const uint8_t *data = (const uint8_t *)s.data;
-    const uint8_t *end = data + (a.batch - 1) * s.batch_stride + (s.groups - 1) * s.group_stride + (slots - 1) * s.token_stride + bytes;
-    return Packed{data + b * s.batch_stride + group * s.group_stride, end - bytes - 16, s.token_stride, bytes,
-                  s.scale ? s.scale + (b * s.groups + group) * slots : nullptr};
+    const uint8_t *end = data + (w.a->batch - 1) * s.batch_stride + (s.groups - 1) * s.group_stride + (slots - 1) * s.token_stride + bytes;
+    return Packed{data + b * s.batch_stride + group * s.group_stride, end - bytes - LANES, s.token_stride, bytes};
 }
 
-inline void unpack_tile(const Packed &s, const Columns &columns, int first, int count, int token, int tokens, const float *holds,
-                        float *tile, uint8_t *row_copy) {
-    for (int t = 0; t < tokens; ++t, tile += count) {
+template <int BITS>
+inline void unpack_rows(const Packed &s, const Band &band, int from, int columns, int token, int tokens, const float *holds, float *tile,
+                        int64_t stride, uint8_t *row_copy) {
+    const uint8_t *row = s.base + token * s.stride;
+    for (int t = 0; t < tokens; ++t, tile += stride, row += s.stride) {
         if (holds && holds[t] <= 0) {
-            memset(tile, 0, count * sizeof *tile);
-            continue;
-        }
-        const uint8_t *row = s.base + (token + t) * s.stride;
-        if (row > s.last) {
+            memset(tile, 0, columns * sizeof *tile);
+        } else if (row > s.last) {
             memcpy(row_copy, row, s.bytes);
-            row = row_copy;
+            unpack_band<BITS>(tile, row_copy + band.byte, from, columns, band.count);
+        } else {
+            unpack_band<BITS>(tile, row + band.byte, from, columns, band.count);
         }
-        for (const Band &band : columns.band) {
-            int low = first > band.column ? first : band.column, end = band.column + band.columns;
-            int n = (first + count < end ? first + count : end) - low;
-            if (n <= 0) continue;
-            float *out = tile + low - first;
-            const uint8_t *codes = row + band.byte;
-            int from = low - band.column;
-            switch (band.bits) {
-                case 16: unpack_band<16>(out, codes, from, n, band.count); break;
-                case 8: unpack_band<8>(out, codes, from, n, band.count); break;
-                case 4: unpack_band<4>(out, codes, from, n, band.count); break;
-                case 2: unpack_band<2>(out, codes, from, n, band.count); break;
-            }
-            for (int c = band.count - from; c < n; ++c) out[c] = 0;
+    }
+}
+
+// Columns [first, first + count) of tokens as floats, tile[token][column]; zeros where a slot is not held.
+__attribute__((noinline)) void unpack_tile(const Packed &s, const Columns &columns, int first, int count, int token, int tokens,
+                                           const float *holds, float *tile, uint8_t *row_copy) {
+    for (const Band &band : columns.band) {
+        int low = first > band.column ? first : band.column, end = band.column + band.columns;
+        int n = (first + count < end ? first + count : end) - low, from = low - band.column;
+        float *out = tile + low - first;
+        if (n <= 0) continue;
+        switch (band.bits) {
+            case 16: unpack_rows<16>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
+            case 8: unpack_rows<8>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
+            case 4: unpack_rows<4>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
+            case 2: unpack_rows<2>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
         }
     }
 }
@@ -292,15 +304,15 @@ struct Local {
 };
 
 // Scores of one block against keys.
-inline void score_block(const Plan &p, const Item &item, int segment, int token, int tokens, const Local &local) {
-    const Attend &a = *p.a;
-    const Segment &s = a.segments[segment];
-    int kind = kind_of(segment), per_group = heads_per_group(a, kind), M = per_group * p.R, D = (int)a.head_dim;
+__attribute__((noinline)) void score_block(const Work &w, const Item &item, int segment, int token, int tokens, const Local &local) {
+    const Attend &a = *w.a;
+    const Segment &s = w.segments[segment];
+    int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.head_dim;
     int64_t first_head = (int64_t)item.b * a.heads + item.group * per_group;
     if (is_packed(s.key)) {
-        const Columns &columns = p.key[kind - 1];
-        Packed packed = packed_of(a, s.key, item.b, item.group, s.slots, columns.bytes);
-        const float *latent = p.latent[kind - 1] + first_head * p.R * columns.count;
+        const Columns &columns = w.key[kind - 1];
+        Packed packed = packed_of(w, s.key, item.b, item.group, s.slots, columns.bytes);
+        const float *latent = w.latent[kind - 1] + first_head * w.R * columns.count;
         int wide = columns.count < KEY_COLUMNS ? columns.count : KEY_COLUMNS;
         int step = wide ? (TILE / wide & ~3) : BLOCK;
         if (step > BLOCK) step = BLOCK;
@@ -316,19 +328,19 @@ inline void score_block(const Plan &p, const Item &item, int segment, int token,
         return;
     }
     for (int h = 0; h < per_group; ++h) {
-        const float *query = p.query + (first_head + h) * p.R * D;
-        float *score = local.score + (int64_t)h * p.R * BLOCK;
+        const float *query = w.query + (first_head + h) * w.R * D;
+        float *score = local.score + (int64_t)h * w.R * BLOCK;
         int head = item.group * per_group + h, source_heads = (int)(a.heads / s.key.groups), step = TILE / D & ~3;
         if (s.key.dtype == FLOAT32) {
             const float *row = (const float *)dense_row(s.key, item.b, head, token, source_heads, D);
-            dots(query, D, p.R, row, s.key.token_stride, tokens, D, score, BLOCK, false);
+            dots(query, D, w.R, row, s.key.token_stride, tokens, D, score, BLOCK, false);
             continue;
         }
         for (int t = 0; t < tokens; t += step) {
             int n = tokens - t < step ? tokens - t : step;
             for (int i = 0; i < n; ++i)
                 convert_row(local.tile + i * D, dense_row(s.key, item.b, head, token + t + i, source_heads, D), s.key.dtype, D);
-            dots(query, D, p.R, local.tile, D, n, D, score + t, BLOCK, false);
+            dots(query, D, w.R, local.tile, D, n, D, score + t, BLOCK, false);
         }
     }
 }
@@ -336,8 +348,8 @@ inline void score_block(const Plan &p, const Item &item, int segment, int token,
 // What all heads of a block share: whether a slot is read, what is added to its score, the scales of its key and value.
 struct Slots {
     float holds[BLOCK], added[BLOCK], key_scale[BLOCK], value_scale[BLOCK];
-    int64_t position[BLOCK];
-    bool any, all;
+    const int32_t *position;
+    bool all;
 };
 
 inline float mask_at(const Attend &a, int64_t b, int64_t head, int64_t row, int64_t position, bool &hidden) {
@@ -353,48 +365,55 @@ inline float mask_at(const Attend &a, int64_t b, int64_t head, int64_t row, int6
 
 inline bool mask_is_shared(const Attend &a) { return !a.mask_strides[1] && !a.mask_strides[2]; }
 
-inline void read_slots(const Plan &p, const Item &item, int segment, int token, int tokens, Slots &slots) {
-    const Attend &a = *p.a;
-    const Segment &s = a.segments[segment];
-    slots.any = false;
-    slots.all = tokens == BLOCK;
+// Slots [begin, begin + BLOCK) of a segment: which are read, and what mask and bias add to all heads' scores.
+__attribute__((noinline)) void find_slots(const Work &w, int segment, int64_t b, int begin) {
+    const Attend &a = *w.a;
+    int64_t at = b * round_up(w.used[segment], BLOCK) + begin;
     for (int t = 0; t < BLOCK; ++t) {
-        int64_t position = t < tokens ? position_of(a, segment, item.b, token + t) : -1;
-        bool holds = position >= 0;
+        int64_t position = begin + t < w.used[segment] ? position_of(w, segment, b, begin + t) : -1;
+        bool hidden = position < 0;
         float added = 0;
-        if (holds && a.mask && mask_is_shared(a)) {
-            bool hidden;
-            added = mask_at(a, item.b, 0, 0, position, hidden);
-            holds = !hidden;
-        }
-        if (holds && a.bias) added += a.bias[item.b * a.bias_length + (position < a.bias_length ? position : a.bias_length - 1)];
-        slots.position[t] = position;
-        slots.holds[t] = holds;
-        slots.added[t] = added;
-        slots.any |= holds;
-        slots.all &= holds;
+        if (!hidden && a.mask && mask_is_shared(a)) added = mask_at(a, b, 0, 0, position, hidden);
+        if (!hidden && a.bias) added += a.bias[b * a.bias_length + (position < a.bias_length ? position : a.bias_length - 1)];
+        w.position[segment][at + t] = (int32_t)position;
+        w.holds[segment][at + t] = !hidden;
+        w.added[segment][at + t] = added;
     }
+}
+
+// False where none of the block's slots is read.
+__attribute__((noinline)) bool read_slots(const Work &w, const Item &item, int segment, int token, int tokens, Slots &slots) {
+    const Segment &s = w.segments[segment];
+    int64_t at = (int64_t)item.b * round_up(w.used[segment], BLOCK) + token;
+    memset(slots.holds, 0, sizeof slots.holds);
+    memcpy(slots.holds, w.holds[segment] + at, tokens * sizeof(float));
+    memcpy(slots.added, w.added[segment] + at, tokens * sizeof(float));
+    memset(slots.added + tokens, 0, (BLOCK - tokens) * sizeof(float));
+    slots.position = w.position[segment] + at;
+    float held = 0;
+    for (int t = 0; t < BLOCK; ++t) held += slots.holds[t];
+    slots.all = held == BLOCK;
+    if (held == 0) return false;
     const Source *sources[2] = {&s.key, &s.value};
     float *scales[2] = {slots.key_scale, slots.value_scale};
     for (int i = 0; i < 2; ++i) {
         const Source &source = *sources[i];
-        const uint16_t *scale = is_packed(source) && source.scale ? source.scale + (item.b * source.groups + item.group) * s.slots + token : nullptr;
-        if (scale) convert_row(scales[i], scale, FLOAT16, tokens);
-        for (int t = scale ? tokens : 0; t < BLOCK; ++t) scales[i][t] = 1;
-        for (int t = 0; t < tokens; ++t)
-            if (slots.holds[t] <= 0) scales[i][t] = 0;
+        bool scaled = is_packed(source) && source.scale;
+        if (scaled) convert_row(scales[i], source.scale + (item.b * source.groups + item.group) * s.slots + token, FLOAT16, tokens);
+        for (int t = scaled ? tokens : 0; t < BLOCK; ++t) scales[i][t] = 1;
     }
+    return true;
 }
 
 // Scores of one row become weights relative to its maximum so far; what the sums held before is scaled to it.
-inline void weigh_scores(const Plan &p, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens,
+__attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens,
                          int width) {
-    const Attend &a = *p.a;
-    int kind = kind_of(segment), per_group = heads_per_group(a, kind), i = m % p.R, row = i % (int)a.rows;
-    int64_t head = (int64_t)item.b * a.heads + item.group * per_group + m / p.R;
+    const Attend &a = *w.a;
+    int kind = kind_of(segment), per_group = heads_per_group(w, kind), i = m % w.R, row = i % (int)a.rows;
+    int64_t head = (int64_t)item.b * a.heads + item.group * per_group + m / w.R;
     bool causal = segment == NEW && !a.mask && a.rows == a.new_tokens;
     bool own_mask = a.mask && !mask_is_shared(a);
-    Vec offset = broadcast(is_packed(a.segments[segment].key) ? p.offset[kind - 1][head * p.R + i] : 0.0f);
+    Vec offset = broadcast(is_packed(w.segments[segment].key) ? w.offset[kind - 1][head * w.R + i] : 0.0f);
     Vec top = broadcast(-INFINITY), hidden = broadcast(-INFINITY);
     bool nan = false;
     for (int t = 0; t < BLOCK; t += LANES) {
@@ -405,7 +424,7 @@ inline void weigh_scores(const Plan &p, const Item &item, int segment, int m, fl
                 bool out = causal && j > row;
                 float more = 0;
                 if (own_mask && slots.holds[j] > 0)
-                    more = mask_at(a, item.b, (item.group * per_group + m / p.R) * p.share + i / a.rows, row, slots.position[j], out);
+                    more = mask_at(a, item.b, (item.group * per_group + m / w.R) * w.share + i / a.rows, row, slots.position[j], out);
                 score[j] = out ? -INFINITY : score[j] + more;
             }
             x = load(score + t);
@@ -415,8 +434,8 @@ inline void weigh_scores(const Plan &p, const Item &item, int segment, int m, fl
         top = maximum(top, x);
         nan |= any_nan(x);
     }
-    if (kind && a.segments[segment].importance && i % a.new_tokens == a.new_tokens - 1) {
-        float *newest = p.newest[kind - 1] + (head * p.per_head_newest + i / a.new_tokens) * p.used[segment];
+    if (known_importance(w, segment) && i % a.new_tokens == a.new_tokens - 1) {
+        float *newest = w.newest[kind - 1] + (head * w.per_head_newest + i / a.new_tokens) * w.used[segment];
         memcpy(newest + token, score, tokens * sizeof *score);
     }
     float best = largest(top);
@@ -444,37 +463,37 @@ inline void weigh_scores(const Plan &p, const Item &item, int segment, int m, fl
     item.total[m] += sum(total);
 }
 
-inline void sum_values(const Plan &p, const Item &item, int segment, int token, int tokens, const Slots &slots, const Local &local) {
-    const Attend &a = *p.a;
-    const Segment &s = a.segments[segment];
-    int kind = kind_of(segment), per_group = heads_per_group(a, kind), M = per_group * p.R, D = (int)a.value_dim;
+__attribute__((noinline)) void sum_values(const Work &w, const Item &item, int segment, int token, int tokens, const Slots &slots, const Local &local) {
+    const Attend &a = *w.a;
+    const Segment &s = w.segments[segment];
+    int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.value_dim;
     if (is_packed(s.value)) {
         if (s.value.scale)
             for (int m = 0; m < M; ++m)
                 for (int t = 0; t < BLOCK; t += LANES) {
                     float *weight = local.score + m * BLOCK + t;
-                    store(weight, scaled(load(weight), load(slots.value_scale + t)));
+                    store(weight, select_positive(load(slots.holds + t), scaled(load(weight), load(slots.value_scale + t)), zero()));
                 }
         bool partial = segment == VISION && a.tiers && token >= a.tiers[2 * item.b];
-        const Columns &columns = partial ? p.partial[kind - 1] : p.value[kind - 1];
+        const Columns &columns = partial ? w.partial[kind - 1] : w.value[kind - 1];
         const float *holds = slots.all ? nullptr : slots.holds;
-        Packed packed = packed_of(a, s.value, item.b, item.group, s.slots, columns.bytes);
+        Packed packed = packed_of(w, s.value, item.b, item.group, s.slots, columns.bytes);
         // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
         for (int i = 0; i < 4; ++i) {
             Band band = columns.band[i];
-            int full = p.value[kind - 1].band[i].column;
+            int full = w.value[kind - 1].band[i].column;
             for (int c = 0; c < band.columns; c += VALUE_COLUMNS) {
                 int width = band.columns - c < VALUE_COLUMNS ? band.columns - c : VALUE_COLUMNS;
                 unpack_tile(packed, columns, band.column + c, width, token, tokens, holds, local.tile, local.row);
-                weigh(local.score, BLOCK, M, local.tile, width, width, tokens, item.sums + full + c, p.width[kind]);
+                weigh(local.score, BLOCK, M, local.tile, width, width, tokens, item.sums + full + c, w.width[kind]);
             }
         }
         return;
     }
     for (int h = 0; h < per_group; ++h) {
         int head = item.group * per_group + h, source_heads = (int)(a.heads / s.value.groups), step = TILE / D;
-        const float *weight = local.score + (int64_t)h * p.R * BLOCK;
-        float *sums = item.sums + (int64_t)h * p.R * D;
+        const float *weight = local.score + (int64_t)h * w.R * BLOCK;
+        float *sums = item.sums + (int64_t)h * w.R * D;
         bool direct = s.value.dtype == FLOAT32 && slots.all;
         for (int t = 0; t < tokens; t += direct ? tokens : step) {
             const float *rows = (const float *)dense_row(s.value, item.b, head, token + t, source_heads, D);
@@ -489,72 +508,71 @@ inline void sum_values(const Plan &p, const Item &item, int segment, int token, 
                 rows = local.tile;
                 stride = D;
             }
-            weigh(weight + t, BLOCK, p.R, rows, stride, D, n, sums, D);
+            weigh(weight + t, BLOCK, w.R, rows, stride, D, n, sums, D);
         }
     }
 }
 
 // No attention of the newest token to a block.
-inline void hide_block(const Plan &p, const Item &item, int segment, int token, int tokens) {
-    if (!p.a->segments[segment].importance) return;
-    int rows = heads_per_group(*p.a, segment) * p.per_head_newest;
-    float *newest = p.newest[segment - 1] + ((int64_t)item.b * p.a->heads * p.per_head_newest + item.group * rows) * p.used[segment];
+inline void hide_block(const Work &w, const Item &item, int segment, int token, int tokens) {
+    if (!known_importance(w, segment)) return;
+    int rows = heads_per_group(w, segment) * w.per_head_newest;
+    float *newest = w.newest[segment - 1] + ((int64_t)item.b * w.a->heads * w.per_head_newest + item.group * rows) * w.used[segment];
     for (int i = 0; i < rows; ++i)
-        for (int t = 0; t < tokens; ++t) newest[(int64_t)i * p.used[segment] + token + t] = -INFINITY;
+        for (int t = 0; t < tokens; ++t) newest[(int64_t)i * w.used[segment] + token + t] = -INFINITY;
 }
 
-inline void run_part(const Plan &p, const Item &item, int segment, int begin, int end, const Local &local) {
-    const Attend &a = *p.a;
-    int kind = kind_of(segment), M = heads_per_group(a, kind) * p.R;
+inline void run_part(const Work &w, const Item &item, int segment, int begin, int end, const Local &local) {
+    const Attend &a = *w.a;
+    int kind = kind_of(segment), M = heads_per_group(w, kind) * w.R;
     Slots slots;
     int tokens;
     for (int token = begin; token < end; token += tokens) {
         tokens = end - token < BLOCK ? end - token : BLOCK;
         if (segment == VISION && a.tiers && token < a.tiers[2 * item.b] && a.tiers[2 * item.b] < token + tokens)
             tokens = a.tiers[2 * item.b] - token;
-        read_slots(p, item, segment, token, tokens, slots);
-        if (!slots.any) {
-            hide_block(p, item, segment, token, tokens);
+        if (!read_slots(w, item, segment, token, tokens, slots)) {
+            hide_block(w, item, segment, token, tokens);
             continue;
         }
-        score_block(p, item, segment, token, tokens, local);
-        for (int m = 0; m < M; ++m) weigh_scores(p, item, segment, m, local.score + m * BLOCK, slots, token, tokens, p.width[kind]);
-        sum_values(p, item, segment, token, tokens, slots, local);
+        score_block(w, item, segment, token, tokens, local);
+        for (int m = 0; m < M; ++m) weigh_scores(w, item, segment, m, local.score + m * BLOCK, slots, token, tokens, w.width[kind]);
+        sum_values(w, item, segment, token, tokens, slots, local);
     }
 }
 
-inline void run_item(const Plan &p, const Item &item, const Local &local) {
-    int M = heads_per_group(*p.a, item.segment) * p.R;
+inline void run_item(const Work &w, const Item &item, const Local &local) {
+    int M = heads_per_group(w, item.segment) * w.R;
     for (int m = 0; m < M; ++m) item.top[m] = -INFINITY, item.total[m] = 0;
-    memset(item.sums, 0, (size_t)M * p.width[item.segment] * sizeof(float));
-    if (item.segment != 0) return run_part(p, item, item.segment, item.begin, item.end, local);
+    memset(item.sums, 0, (size_t)M * w.width[item.segment] * sizeof(float));
+    if (item.segment != 0) return run_part(w, item, item.segment, item.begin, item.end, local);
     const int dense[3] = {FIRST, TAIL, NEW};
-    for (int segment : dense) run_part(p, item, segment, 0, p.used[segment], local);
+    for (int segment : dense) run_part(w, item, segment, 0, w.used[segment], local);
 }
 
 // Merge the parts of one head's rows, decode, and write the output.
-inline void finish_head(const Plan &p, int64_t b, int64_t head, float *out, float *latent, float *tile) {
-    const Attend &a = *p.a;
-    int R = p.R, D = (int)a.value_dim;
+__attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t head, float *out, float *latent, float *tile) {
+    const Attend &a = *w.a;
+    int R = w.R, D = (int)a.value_dim;
     int64_t row = (b * a.heads + head) * R;
-    float *top = p.top + row, *inverse = p.inverse + row;
+    float *top = w.top + row, *inverse = w.inverse + row;
     const Item *items[3];
     int at[3];
     for (int kind = 0; kind < 3; ++kind) {
-        int per_group = heads_per_group(a, kind), groups = (int)a.heads / per_group;
-        items[kind] = p.items + p.first_item[kind] + (b * groups + head / per_group) * p.parts[kind];
+        int per_group = heads_per_group(w, kind), groups = (int)a.heads / per_group;
+        items[kind] = w.items + w.first_item[kind] + (b * groups + head / per_group) * w.parts[kind];
         at[kind] = (int)(head % per_group) * R;
     }
     for (int m = 0; m < R; ++m) {
         top[m] = -INFINITY;
         for (int kind = 0; kind < 3; ++kind)
-            for (int i = 0; i < p.parts[kind]; ++i) {
+            for (int i = 0; i < w.parts[kind]; ++i) {
                 float other = items[kind][i].top[at[kind] + m];
                 if (!(other <= top[m])) top[m] = other;
             }
         float total = 0;
         for (int kind = 0; kind < 3; ++kind)
-            for (int i = 0; i < p.parts[kind]; ++i) {
+            for (int i = 0; i < w.parts[kind]; ++i) {
                 float other = items[kind][i].top[at[kind] + m];
                 if (other > -INFINITY) total += items[kind][i].total[at[kind] + m] * expf(other - top[m]);
             }
@@ -562,17 +580,17 @@ inline void finish_head(const Plan &p, int64_t b, int64_t head, float *out, floa
     }
     memset(out, 0, (size_t)R * D * sizeof *out);
     for (int kind = 0; kind < 3; ++kind) {
-        if (!p.parts[kind]) continue;
-        const Source &s = a.segments[kind].value;
+        if (!w.parts[kind]) continue;
+        const Source &s = w.segments[kind].value;
         bool packed = kind && is_packed(s);
-        int width = p.width[kind];
+        int width = w.width[kind];
         float *to = packed ? latent : out;
         if (packed) memset(latent, 0, (size_t)R * width * sizeof *latent);
-        int per_group = heads_per_group(a, kind);
+        int per_group = heads_per_group(w, kind);
         int64_t basis = packed ? (s.basis_batch == 1 ? 0 : b) * s.groups + head / per_group : 0;
         int64_t W = (int64_t)per_group * D, inside = head % per_group * D;
         const float *mean = packed ? basis_row(s, s.mean, basis * W + inside, D, tile) : nullptr;
-        for (int i = 0; i < p.parts[kind]; ++i)
+        for (int i = 0; i < w.parts[kind]; ++i)
             for (int m = 0; m < R; ++m) {
                 const Item &item = items[kind][i];
                 float other = item.top[at[kind] + m];
@@ -584,7 +602,7 @@ inline void finish_head(const Plan &p, int64_t b, int64_t head, float *out, floa
                 for (int d = 0; packed && d < D; ++d) out[m * D + d] += part * mean[d];
             }
         if (!packed) continue;
-        const Columns &columns = p.value[kind - 1];
+        const Columns &columns = w.value[kind - 1];
         int r = components_of(s), most = TILE / D;
         for (const Band &band : columns.band) {
             const float *step = s.step + basis * r + band.component;
@@ -604,84 +622,104 @@ inline void finish_head(const Plan &p, int64_t b, int64_t head, float *out, floa
         }
     }
     for (int m = 0; m < R; ++m) {
-        int64_t to = ((b * a.query_heads + head * p.share + m / a.rows) * a.rows + m % a.rows) * D;
+        int64_t to = ((b * a.query_heads + head * w.share + m / a.rows) * a.rows + m % a.rows) * D;
         for (int d = 0; d < D; ++d) store_element(a.out, a.query_dtype, to + d, out[m * D + d]);
     }
 }
 
 // The newest token's attention, averaged over heads, into the importance of slots [begin, end).
-inline void update_importance(const Plan &p, int segment, int64_t b, int begin, int end) {
-    const Attend &a = *p.a;
-    const Segment &s = a.segments[segment];
-    int rows = (int)a.heads * p.per_head_newest;
+__attribute__((noinline)) void update_importance(const Work &w, int segment, int64_t b, int begin, int end) {
+    const Attend &a = *w.a;
+    const Importance &importance = a.importance[segment - 1];
+    int rows = (int)a.heads * w.per_head_newest;
     for (int token = begin; token < end; token += LANES) {
         int n = end - token < LANES ? end - token : LANES;
         Vec attention = zero();
         for (int i = 0; i < rows; ++i) {
-            int64_t row = b * rows + i, at = (b * a.heads + i / p.per_head_newest) * p.R + i % p.per_head_newest * a.new_tokens + a.new_tokens - 1;
-            if (p.top[at] == -INFINITY) continue;
-            Vec score = load_some(p.newest[segment - 1] + row * p.used[segment] + token, n);
-            attention = fma(exp_of(add(score, broadcast(-p.top[at]))), broadcast(p.inverse[at]), attention);
+            int64_t row = b * rows + i, at = (b * a.heads + i / w.per_head_newest) * w.R + i % w.per_head_newest * a.new_tokens + a.new_tokens - 1;
+            if (w.top[at] == -INFINITY) continue;
+            Vec score = load_some(w.newest[segment - 1] + row * w.used[segment] + token, n);
+            attention = fma(exp_of(add(score, broadcast(-w.top[at]))), broadcast(w.inverse[at]), attention);
         }
         float found[LANES];
         store(found, attention);
         for (int t = 0; t < n; ++t) {
-            float *known = s.importance + b * s.slots + token + t;
-            if (position_of(a, segment, b, token + t) >= 0) *known = s.keep * *known + s.add * (found[t] / rows);
+            float *known = importance.known + b * w.segments[segment].slots + token + t;
+            if (position_of(w, segment, b, token + t) >= 0) *known = (float)(importance.keep * *known + importance.add * (found[t] / rows));
         }
     }
 }
 
+// Memory that the calling thread keeps for its next call: fresh pages would cost more than a short attention.
+inline char *scratch(size_t bytes) {
+    struct Kept {
+        char *memory = nullptr;
+        size_t bytes = 0;
+        ~Kept() { free(memory); }
+    };
+    static thread_local Kept kept;
+    if (bytes > kept.bytes) {
+        free(kept.memory);
+        kept.memory = (char *)aligned_alloc(64, bytes);
+        kept.bytes = kept.memory ? bytes : 0;
+    }
+    return kept.memory;
+}
+
 // 0, or 1 where memory ran out.
-inline int run_attend(const Attend &a) {
-    Plan p = plan_of(a);
+inline int run_attend(const Attend &a, const State &state) {
+    Work w = work_of(a, state);
     Arena count = {};
-    lay_out(p, count);
-    int most_rows = p.R, most_width = (int)a.value_dim;
+    lay_out(w, count);
+    int most_rows = w.R, most_width = (int)a.value_dim;
     int64_t most_bytes = 0;
     for (int kind = 1; kind < 3; ++kind) {
-        if (!p.parts[kind]) continue;
-        int M = heads_per_group(a, kind) * p.R;
+        if (!w.parts[kind]) continue;
+        int M = heads_per_group(w, kind) * w.R;
         most_rows = M > most_rows ? M : most_rows;
-        most_width = p.width[kind] > most_width ? p.width[kind] : most_width;
-        int64_t key = p.key[kind - 1].bytes, value = p.value[kind - 1].bytes, more = key > value ? key : value;
+        most_width = w.width[kind] > most_width ? w.width[kind] : most_width;
+        int64_t key = w.key[kind - 1].bytes, value = w.value[kind - 1].bytes, more = key > value ? key : value;
         most_bytes = more > most_bytes ? more : most_bytes;
     }
-    int64_t score = (int64_t)most_rows * BLOCK, merged = (int64_t)p.R * (most_width + a.value_dim);
+    int64_t score = (int64_t)most_rows * BLOCK, merged = (int64_t)w.R * (most_width + a.value_dim);
     int64_t local = TILE + LANES + score + merged + most_bytes / 4 + 32;
     size_t each = (size_t)(local * sizeof(float) + 63) / 64 * 64;
-    char *memory = (char *)aligned_alloc(64, count.size + each * a.threads);
+    char *memory = scratch(count.size + each * a.threads);
     if (!memory) return 1;
     Arena arena = {memory, 0};
-    lay_out(p, arena);
+    lay_out(w, arena);
     int64_t pairs = a.batch * a.heads;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         float *own = (float *)(memory + count.size + each * omp_get_thread_num());
         Local local = {own, own + TILE + LANES, nullptr};
-        float *latent = local.score + score, *out = latent + (int64_t)p.R * most_width;
-        local.row = (uint8_t *)(out + p.R * a.value_dim);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < pairs; ++i) {
-            load_queries(p, i / a.heads, i % a.heads);
-            for (int kind = 1; kind < 3; ++kind)
-                if (p.used[kind] && is_packed(a.segments[kind].key)) project_queries(p, kind, i / a.heads, i % a.heads, local.tile);
+        float *latent = local.score + score, *out = latent + (int64_t)w.R * most_width;
+        local.row = (uint8_t *)(out + w.R * a.value_dim);
+        for (int segment = 0; segment < 5; ++segment) {
+            int64_t blocks = round_up(w.used[segment], BLOCK) / BLOCK;
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < a.batch * blocks; ++i) find_slots(w, segment, i / blocks, (int)(i % blocks) * BLOCK);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int i = p.item_count - 1; i >= 0; --i) run_item(p, p.items[i], local);
+        for (int64_t i = 0; i < pairs; ++i) {
+            load_queries(w, i / a.heads, i % a.heads);
+            for (int kind = 1; kind < 3; ++kind)
+                if (w.used[kind] && is_packed(w.segments[kind].key)) project_queries(w, kind, i / a.heads, i % a.heads, local.tile);
+        }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < pairs; ++i) finish_head(p, i / a.heads, i % a.heads, out, latent, local.tile);
+        for (int i = w.item_count - 1; i >= 0; --i) run_item(w, w.items[i], local);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < pairs; ++i) finish_head(w, i / a.heads, i % a.heads, out, latent, local.tile);
         for (int segment = VISION; segment <= TEXT; ++segment) {
-            if (!a.segments[segment].importance) continue;
-            int64_t pieces = (p.used[segment] + 255) / 256;
+            if (!known_importance(w, segment)) continue;
+            int64_t pieces = (w.used[segment] + 255) / 256;
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < a.batch * pieces; ++i) {
-                int begin = (int)(i % pieces) * 256, end = begin + 256 < p.used[segment] ? begin + 256 : p.used[segment];
-                update_importance(p, segment, i / pieces, begin, end);
+                int begin = (int)(i % pieces) * 256, end = begin + 256 < w.used[segment] ? begin + 256 : w.used[segment];
+                update_importance(w, segment, i / pieces, begin, end);
             }
         }
     }
-    free(memory);
     return 0;
 }
 

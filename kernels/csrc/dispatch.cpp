@@ -5,10 +5,10 @@
 
 extern "C" {
 
-int64_t apack_attend_baseline(const void *);
+int64_t apack_attend_baseline(const void *, const void *);
 #if defined(__x86_64__)
-int64_t apack_attend_avx2(const void *);
-int64_t apack_attend_avx512(const void *);
+int64_t apack_attend_avx2(const void *, const void *);
+int64_t apack_attend_avx512(const void *, const void *);
 #endif
 
 // 0: any processor, 1: AVX2, 2: AVX-512.
@@ -21,15 +21,16 @@ int64_t apack_instruction_set() {
     return 0;
 }
 
-// Words of eight bytes in the arguments.
-int64_t apack_attend_words() { return sizeof(Attend) / 8; }
+// Bytes of the arguments and of the state, so that Python can tell whether it lays them out alike.
+int64_t apack_attend_bytes() { return sizeof(Attend); }
+int64_t apack_state_bytes() { return sizeof(State); }
 
 // Attention as `set` says; 0, or 1 where memory ran out.
-int64_t apack_attend(const void *arguments, int64_t set) {
+int64_t apack_attend(const void *arguments, const void *state, int64_t set) {
 #if defined(__x86_64__)
-    if (set == 2) return apack_attend_avx512(arguments);
-    if (set == 1) return apack_attend_avx2(arguments);
+    if (set == 2) return apack_attend_avx512(arguments, state);
+    if (set == 1) return apack_attend_avx2(arguments, state);
 #endif
-    return apack_attend_baseline(arguments);
+    return apack_attend_baseline(arguments, state);
 }
 }

@@ -289,22 +289,19 @@ inline int round_up(int64_t n, int to) { return (int)((n + to - 1) / to * to); }
 // Columns [column, column + columns) of a band's levels, less their middle, as floats; may read LANES bytes past its last code.
 template <int BITS>
 inline void unpack_band(float *out, const uint8_t *codes, int column, int columns, int count) {
-    for (int c = column; c < column + columns; c += LANES, out += LANES) {
+    codes += column * BITS / 8;
+    int whole = BITS < 16 || column + columns <= count ? columns : columns - LANES, c = 0;
+#pragma GCC unroll 2
+    for (; c < whole; c += LANES) {
         const uint8_t *p = codes + c * BITS / 8;
-        if (BITS == 16) {
-            if (c + LANES <= count) {
-                store(out, from_half(p));
-            } else {
-                for (int i = 0; i < LANES; ++i) {
-                    uint16_t h = 0;
-                    if (c + i < count) memcpy(&h, p + 2 * i, 2);
-                    out[i] = half_to_float(h);
-                }
-            }
-        } else {
-            store(out, BITS == 8 ? from_byte(p) : BITS == 4 ? from_nibbles(p) : from_crumbs(p));
-        }
+        store(out + c, BITS == 16 ? from_half(p) : BITS == 8 ? from_byte(p) : BITS == 4 ? from_nibbles(p) : from_crumbs(p));
     }
+    for (; c < columns; ++c) {
+        uint16_t h = 0;
+        if (column + c < count) memcpy(&h, codes + 2 * c, 2);
+        out[c] = half_to_float(h);
+    }
+    for (c = count - column; c < columns; ++c) out[c] = 0;
 }
 
 // A row of n elements as floats.
@@ -368,17 +365,20 @@ inline void dot_tile(const float *a, int64_t lda, const float *const b[4], int k
 }
 
 // out[m][n] (+)= a[m] . b[n]; writes whole fours of n, reads no row past the last.
-inline void dots(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo,
+__attribute__((noinline)) void dots(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo,
                  bool adds) {
     for (int j = 0; j < n; j += 4) {
         const float *at[4];
         for (int i = 0; i < 4; ++i) at[i] = b + (j + i < n ? j + i : n - 1) * ldb;
-        int m = 0;
-        for (; m + ROWS <= rows; m += ROWS) dot_tile<ROWS>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds);
-        switch (rows - m) {
-            case 3: dot_tile<3>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
-            case 2: dot_tile<2>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
-            case 1: dot_tile<1>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+        for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
+            int now = (rows - m + left - 1) / left;  // rows are shared out evenly: 3 + 3 + 3 rather than 4 + 4 + 1
+            switch (now) {
+                case 4: dot_tile<4>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+                case 3: dot_tile<3>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+                case 2: dot_tile<2>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+                case 1: dot_tile<1>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+            }
+            m += now;
         }
     }
 }
@@ -434,13 +434,16 @@ inline void weigh_rows(const float *a, int64_t lda, const float *b, int64_t ldb,
 }
 
 // out[m][:n] += sum over k of a[m][k] b[k][:n].
-inline void weigh(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
-    int m = 0;
-    for (; m + ROWS <= rows; m += ROWS) weigh_rows<ROWS>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo);
-    switch (rows - m) {
-        case 3: weigh_rows<3>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
-        case 2: weigh_rows<2>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
-        case 1: weigh_rows<1>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+__attribute__((noinline)) void weigh(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
+    for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
+        int now = (rows - m + left - 1) / left;
+        switch (now) {
+            case 4: weigh_rows<4>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+            case 3: weigh_rows<3>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+            case 2: weigh_rows<2>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+            case 1: weigh_rows<1>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+        }
+        m += now;
     }
 }
 
