@@ -1,19 +1,13 @@
 """`apack::attend` and `apack::attend_tiers` on CPUs: addresses and strides for the compiled operation (kernels/csrc/attend.h)."""
 
 from collections.abc import Sequence
-from operator import is_
-from struct import Struct
 
 import torch
 from torch import Tensor
 
 from apack_compile.kernels.attend.reference import attend as reference
-from apack_compile.kernels.native import DTYPES, INSTRUCTION_SET, LIBRARY
+from apack_compile.kernels.native import ATTEND, COMPILED, DTYPES, INSTRUCTION_SET, NO_BASIS, SEGMENT, Kept
 
-# kernels/csrc/arguments.h: Attend, Segment
-ARGUMENTS = Struct("=13qd12qq2dq2d10q")
-SEGMENT = Struct("=2q16q16q")
-NO_BASIS = (0,) * 10
 NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
 
 
@@ -67,14 +61,14 @@ def attend(
         tiers = tiers.contiguous()
         vision, text = (x.data_ptr() if x is not None and x.numel() else 0 for x in (vision_importance, text_importance))
         importance = (vision, *ema[:2], text, *ema[2:])
-    arguments = ARGUMENTS.pack(
+    arguments = ATTEND.pack(
         torch.get_num_threads(), batch, heads, query_heads, rows, new_tokens, head_dim, value_dim,
         query.data_ptr(), DTYPES[query.dtype], *query.stride()[:3],
         head_dim**-0.5 if scale is None else scale,
         out.data_ptr(), cursor.data_ptr(), *masked, *biased, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
         key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *key.stride()[:3], DTYPES[value.dtype], *value.stride()[:3],
     )  # fmt: skip
-    if LIBRARY.apack_attend(arguments, state, INSTRUCTION_SET):
+    if COMPILED.apack_attend(arguments, state, INSTRUCTION_SET):
         raise MemoryError("attend: no memory for its scratch space")
     return out
 
@@ -100,8 +94,8 @@ def packed_state(
     """
     tensors = (*dense, *codes, *bases, *positions)
     kept = getattr(cursor, "_apack_state", None)
-    if kept is not None and len(kept[0]) == len(tensors) and all(map(is_, kept[0], tensors)) and kept[1] == bands:
-        return kept[2], kept
+    if kept is not None and kept.matches(tensors, bands):
+        return kept.state, kept
     copies: list[Tensor] = []
     segments = [dense_segment(dense[0], dense[1], positions[0], copies)]
     for i in range(2):
@@ -114,7 +108,7 @@ def packed_state(
     segments.append(dense_segment(dense[2], dense[3], None, copies))
     state = b"".join(segments)
     if not copies:
-        cursor._apack_state = (tensors, list(bands), state)  # type: ignore[attr-defined]
+        cursor._apack_state = Kept(tensors, tuple(bands), state)  # type: ignore[attr-defined]
     return state, (tensors, copies)
 
 

@@ -52,4 +52,21 @@ struct Attend {
     int64_t key_dtype, key_strides[3], value_dtype, value_strides[3];
 };
 
+// K or V of an append: the new tokens, the tail, and the text stream that takes what leaves it.
+struct Side {
+    const void *fresh;
+    int64_t dtype, strides[3], width;
+    const void *tail;
+    int64_t tail_dtype, tail_strides[3];
+    Source packed;
+};
+
+// unit: deviations that a step is of a Gaussian at a token scale of one, by band width (apack_compile/codec.py, token_scales).
+struct Append {
+    int64_t threads, batch, heads, new_tokens, tail_slots, capacity;
+    int64_t *cursor;
+    double unit[4], least_scale, greatest_half;
+    Side sides[2];
+};
+
 }  // namespace

@@ -5,10 +5,10 @@
 // run in parallel and merge by their maxima; only then are the sums decoded.
 #pragma once
 
-#include <stdlib.h>
-
 #include "arguments.h"
-#include "vector.h"
+#include "codes.h"
+#include "products.h"
+#include "scratch.h"
 
 namespace {
 
@@ -17,39 +17,6 @@ constexpr int TILE = 8192;           // floats of unpacked codes held at once: 3
 constexpr int KEY_COLUMNS = 512;     // columns of a tile of keys
 constexpr int VALUE_COLUMNS = 128;   // of values
 constexpr int MIN_PART = 256;        // tokens that are worth a part of their own
-
-// Where the components of a band lie in a tile: whole vectors of columns.
-struct Band {
-    int bits, count, columns, column, component;
-    int64_t byte;
-};
-
-struct Columns {
-    Band band[4];
-    int count;
-    int64_t bytes;
-};
-
-inline Columns columns_of(const Source &s, int64_t components) {
-    static const int widths[4] = {16, 8, 4, 2};
-    Columns c = {};
-    int component = 0;
-    int64_t byte = 0;
-    for (int i = 0; i < 4; ++i) {
-        int stored = (int)s.bands[i];
-        int count = (int)(component + stored <= components ? stored : components > component ? components - component : 0);
-        c.band[i] = Band{widths[i], count, round_up(count, LANES), c.count, component, byte};
-        c.count += c.band[i].columns;
-        component += stored;
-        byte += ((int64_t)stored * widths[i] + 7) / 8;
-    }
-    c.bytes = byte;
-    return c;
-}
-
-inline int components_of(const Source &s) { return (int)(s.bands[0] + s.bands[1] + s.bands[2] + s.bands[3]); }
-
-inline bool is_packed(const Source &s) { return s.dtype == UINT8; }
 
 // A dense source's row of one token and head; `width` values a head.
 inline const void *dense_row(const Source &s, int64_t b, int64_t head, int64_t token, int64_t per_group, int64_t width) {
@@ -253,51 +220,6 @@ __attribute__((noinline)) void project_queries(const Work &w, int kind, int64_t 
     }
 }
 
-// A packed stream of one head group: its first code, the last address where a row may be read with a vector to spare.
-struct Packed {
-    const uint8_t *base, *last;
-    int64_t stride, bytes;
-};
-
-inline Packed packed_of(const Work &w, const Source &s, int64_t b, int64_t group, int64_t slots, int64_t bytes) {
-    const uint8_t *data = (const uint8_t *)s.data;
-    const uint8_t *end = data + (w.a->batch - 1) * s.batch_stride + (s.groups - 1) * s.group_stride + (slots - 1) * s.token_stride + bytes;
-    return Packed{data + b * s.batch_stride + group * s.group_stride, end - bytes - LANES, s.token_stride, bytes};
-}
-
-template <int BITS>
-inline void unpack_rows(const Packed &s, const Band &band, int from, int columns, int token, int tokens, const float *holds, float *tile,
-                        int64_t stride, uint8_t *row_copy) {
-    const uint8_t *row = s.base + token * s.stride;
-    for (int t = 0; t < tokens; ++t, tile += stride, row += s.stride) {
-        if (holds && holds[t] <= 0) {
-            memset(tile, 0, columns * sizeof *tile);
-        } else if (row > s.last) {
-            memcpy(row_copy, row, s.bytes);
-            unpack_band<BITS>(tile, row_copy + band.byte, from, columns, band.count);
-        } else {
-            unpack_band<BITS>(tile, row + band.byte, from, columns, band.count);
-        }
-    }
-}
-
-// Columns [first, first + count) of tokens as floats, tile[token][column]; zeros where a slot is not held.
-__attribute__((noinline)) void unpack_tile(const Packed &s, const Columns &columns, int first, int count, int token, int tokens,
-                                           const float *holds, float *tile, uint8_t *row_copy) {
-    for (const Band &band : columns.band) {
-        int low = first > band.column ? first : band.column, end = band.column + band.columns;
-        int n = (first + count < end ? first + count : end) - low, from = low - band.column;
-        float *out = tile + low - first;
-        if (n <= 0) continue;
-        switch (band.bits) {
-            case 16: unpack_rows<16>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
-            case 8: unpack_rows<8>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
-            case 4: unpack_rows<4>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
-            case 2: unpack_rows<2>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
-        }
-    }
-}
-
 struct Local {
     float *tile, *score;      // [TILE], [M][BLOCK]
     uint8_t *row;             // one token's codes and a vector
@@ -311,7 +233,7 @@ __attribute__((noinline)) void score_block(const Work &w, const Item &item, int 
     int64_t first_head = (int64_t)item.b * a.heads + item.group * per_group;
     if (is_packed(s.key)) {
         const Columns &columns = w.key[kind - 1];
-        Packed packed = packed_of(w, s.key, item.b, item.group, s.slots, columns.bytes);
+        Packed packed = packed_of(s.key, a.batch, item.b, item.group, s.slots, columns.bytes);
         const float *latent = w.latent[kind - 1] + first_head * w.R * columns.count;
         int wide = columns.count < KEY_COLUMNS ? columns.count : KEY_COLUMNS;
         int step = wide ? (TILE / wide & ~3) : BLOCK;
@@ -477,7 +399,7 @@ __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int s
         bool partial = segment == VISION && a.tiers && token >= a.tiers[2 * item.b];
         const Columns &columns = partial ? w.partial[kind - 1] : w.value[kind - 1];
         const float *holds = slots.all ? nullptr : slots.holds;
-        Packed packed = packed_of(w, s.value, item.b, item.group, s.slots, columns.bytes);
+        Packed packed = packed_of(s.value, a.batch, item.b, item.group, s.slots, columns.bytes);
         // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
         for (int i = 0; i < 4; ++i) {
             Band band = columns.band[i];
@@ -648,22 +570,6 @@ __attribute__((noinline)) void update_importance(const Work &w, int segment, int
             if (position_of(w, segment, b, token + t) >= 0) *known = (float)(importance.keep * *known + importance.add * (found[t] / rows));
         }
     }
-}
-
-// Memory that the calling thread keeps for its next call: fresh pages would cost more than a short attention.
-inline char *scratch(size_t bytes) {
-    struct Kept {
-        char *memory = nullptr;
-        size_t bytes = 0;
-        ~Kept() { free(memory); }
-    };
-    static thread_local Kept kept;
-    if (bytes > kept.bytes) {
-        free(kept.memory);
-        kept.memory = (char *)aligned_alloc(64, bytes);
-        kept.bytes = kept.memory ? bytes : 0;
-    }
-    return kept.memory;
 }
 
 // 0, or 1 where memory ran out.

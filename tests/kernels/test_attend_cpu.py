@@ -15,9 +15,9 @@ from apack_compile.kernels import native
 from apack_compile.kernels.attend import cpu
 from apack_compile.kernels.attend.reference import attend as reference
 
-pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason=f"the compiled operations are {native.STATUS}")
+pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
 
-SETS = range(native.INSTRUCTION_SET + 1) if native.LIBRARY is not None else ()
+SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
 NOT_A_NUMBER = {torch.float32: float("nan"), torch.bfloat16: float("nan"), torch.float16: float("nan")}
 
 
