@@ -5,6 +5,7 @@
 #include "codes.h"
 #include "products.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace {
 
@@ -158,19 +159,17 @@ inline int run_append(const Append &a) {
             l.coefficients[i] = at + sizes[i][0];
             at += sizes[i][0] + sizes[i][1];
         }
+        Team team = {};
 #pragma omp parallel num_threads(threads) if (threads > 1)
         for (int i = 0; i < 2; ++i) {
             const Source &s = a.sides[i].packed;
             int64_t groups = a.batch * s.groups, pieces = is_packed(s) ? (components_of(s) + COMPONENTS - 1) / COMPONENTS : 0;
-#pragma omp for
-            for (int64_t g = 0; g < groups; ++g) center(l, i, g / s.groups, g % s.groups);
-#pragma omp for
-            for (int64_t j = 0; j < groups * pieces; ++j) {
-                int64_t g = j / pieces;
-                project(l, i, g / s.groups, g % s.groups, j % pieces * COMPONENTS, memory + each * omp_get_thread_num());
-            }
-#pragma omp for
-            for (int64_t g = 0; g < (pieces ? groups : 0); ++g) quantize(l, i, g / s.groups, g % s.groups);
+            float *row = memory + each * omp_get_thread_num();
+            team.share(3 * i, groups, [&](int64_t g) { center(l, i, g / s.groups, g % s.groups); });
+            team.share(3 * i + 1, groups * pieces, [&](int64_t j) {
+                project(l, i, j / pieces / s.groups, j / pieces % s.groups, j % pieces * COMPONENTS, row);
+            });
+            team.share(3 * i + 2, pieces ? groups : 0, [&](int64_t g) { quantize(l, i, g / s.groups, g % s.groups); });
         }
     }
     int64_t kept = a.new_tokens < a.tail_slots ? a.new_tokens : a.tail_slots;

@@ -9,6 +9,7 @@
 #include "codes.h"
 #include "products.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace {
 
@@ -17,6 +18,7 @@ constexpr int TILE = 8192;           // floats of unpacked codes held at once: 3
 constexpr int KEY_COLUMNS = 512;     // columns of a tile of keys
 constexpr int VALUE_COLUMNS = 128;   // of values
 constexpr int MIN_PART = 256;        // tokens that are worth a part of their own
+constexpr int PIECE = 512;           // slots of a task that does little for each
 
 // A dense source's row of one token and head; `width` values a head.
 inline const void *dense_row(const Source &s, int64_t b, int64_t head, int64_t token, int64_t per_group, int64_t width) {
@@ -572,6 +574,8 @@ __attribute__((noinline)) void update_importance(const Work &w, int segment, int
     }
 }
 
+inline int64_t pieces_of(int used) { return (used + PIECE - 1) / PIECE; }
+
 // 0, or 1 where memory ran out.
 inline int run_attend(const Attend &a, const State &state) {
     Work w = work_of(a, state);
@@ -594,36 +598,43 @@ inline int run_attend(const Attend &a, const State &state) {
     if (!memory) return 1;
     Arena arena = {memory, 0};
     lay_out(w, arena);
-    int64_t pairs = a.batch * a.heads;
+    int64_t pairs = a.batch * a.heads, slot_tasks = 0;
+    for (int segment = 0; segment < 5; ++segment) slot_tasks += a.batch * pieces_of(w.used[segment]);
+    Team team = {};
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
         float *own = (float *)(memory + count.size + each * omp_get_thread_num());
         Local local = {own, own + TILE + LANES, nullptr};
         float *latent = local.score + score, *out = latent + (int64_t)w.R * most_width;
         local.row = (uint8_t *)(out + w.R * a.value_dim);
-        for (int segment = 0; segment < 5; ++segment) {
-            int64_t blocks = round_up(w.used[segment], BLOCK) / BLOCK;
-#pragma omp for schedule(static) nowait
-            for (int64_t i = 0; i < a.batch * blocks; ++i) find_slots(w, segment, i / blocks, (int)(i % blocks) * BLOCK);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < pairs; ++i) {
-            load_queries(w, i / a.heads, i % a.heads);
-            for (int kind = 1; kind < 3; ++kind)
-                if (w.used[kind] && is_packed(w.segments[kind].key)) project_queries(w, kind, i / a.heads, i % a.heads, local.tile);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int i = w.item_count - 1; i >= 0; --i) run_item(w, w.items[i], local);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < pairs; ++i) finish_head(w, i / a.heads, i % a.heads, out, latent, local.tile);
+        auto prepare = [&](int64_t i) {
+            if (i < pairs) {
+                load_queries(w, i / a.heads, i % a.heads);
+                for (int kind = 1; kind < 3; ++kind)
+                    if (w.used[kind] && is_packed(w.segments[kind].key)) project_queries(w, kind, i / a.heads, i % a.heads, local.tile);
+                return;
+            }
+            i -= pairs;
+            for (int segment = 0; segment < 5; ++segment) {
+                int64_t pieces = pieces_of(w.used[segment]);
+                if (i < a.batch * pieces) {
+                    int begin = (int)(i % pieces) * PIECE, used = round_up(w.used[segment], BLOCK);
+                    for (int t = begin; t < begin + PIECE && t < used; t += BLOCK) find_slots(w, segment, i / pieces, t);
+                    return;
+                }
+                i -= a.batch * pieces;
+            }
+        };
+        team.share(0, pairs + slot_tasks, prepare);
+        team.share(1, w.item_count, [&](int64_t i) { run_item(w, w.items[w.item_count - 1 - i], local); });
+        team.share(2, pairs, [&](int64_t i) { finish_head(w, i / a.heads, i % a.heads, out, latent, local.tile); });
         for (int segment = VISION; segment <= TEXT; ++segment) {
             if (!known_importance(w, segment)) continue;
-            int64_t pieces = (w.used[segment] + 255) / 256;
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < a.batch * pieces; ++i) {
-                int begin = (int)(i % pieces) * 256, end = begin + 256 < w.used[segment] ? begin + 256 : w.used[segment];
+            int64_t pieces = pieces_of(w.used[segment]);
+            team.share(2 + segment, a.batch * pieces, [&](int64_t i) {
+                int begin = (int)(i % pieces) * PIECE, end = begin + PIECE < w.used[segment] ? begin + PIECE : w.used[segment];
                 update_importance(w, segment, i / pieces, begin, end);
-            }
+            });
         }
     }
     return 0;
