@@ -5,7 +5,7 @@ references serve the CPU, and the report says so. The functions take addresses o
 """
 
 import ctypes
-import platform
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from operator import is_
 from pathlib import Path
@@ -32,9 +32,8 @@ def find_library() -> Path | None:
     return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()), None)
 
 
-def load_library() -> tuple[ctypes.CDLL | None, str]:
+def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
     """The compiled operations, or None; and which they are, or why there are none."""
-    path = find_library()
     if path is None:
         return None, "not built"
     try:
@@ -47,7 +46,7 @@ def load_library() -> tuple[ctypes.CDLL | None, str]:
     return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}"
 
 
-COMPILED, STATUS = load_library()
+COMPILED, STATUS = load_library(find_library())
 INSTRUCTION_SET = COMPILED.apack_instruction_set() if COMPILED is not None else 0
 
 
@@ -59,15 +58,15 @@ class Kept:
 
     __slots__ = ("bands", "state", "tensors")
 
-    def __init__(self, tensors: tuple[Tensor, ...] = (), bands: tuple[int, ...] = (), state: Any = None) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...] = (), bands: Sequence[int] = (), state: Any = None) -> None:
         self.tensors = tensors
-        self.bands = bands
+        self.bands = list(bands)
         self.state = state
 
     def matches(self, tensors: tuple[Tensor, ...], bands: list[int]) -> bool:
         """Whether these are the very tensors."""
         kept = self.tensors
-        return len(kept) == len(tensors) and all(map(is_, kept, tensors)) and self.bands == tuple(bands)
+        return len(kept) == len(tensors) and all(map(is_, kept, tensors)) and self.bands == bands
 
     def __deepcopy__(self, memo: dict) -> "Kept":
         return Kept()

@@ -21,7 +21,7 @@ def append(
     tensors = (*stores, *bases)
     kept = getattr(cursor, "_apack_append", None)
     if kept is None or not kept.matches(tensors, bands):
-        kept = Kept(tensors, tuple(bands), append_state(stores, bases, bands))
+        kept = Kept(tensors, bands, append_state(stores, bases, bands))
         cursor._apack_append = kept  # type: ignore[attr-defined]
     state = kept.state
     if state is None or key.dtype not in DTYPES or value.dtype not in DTYPES:

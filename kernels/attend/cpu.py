@@ -8,6 +8,8 @@ from torch import Tensor
 from apack_compile.kernels.attend.reference import attend as reference
 from apack_compile.kernels.native import ATTEND, COMPILED, DTYPES, INSTRUCTION_SET, NO_BASIS, SEGMENT, Kept
 
+# a head's row must fit into a tile, kernels/csrc/attend.h
+MAX_HEAD_DIM = 2_048
 NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
 
 
@@ -30,11 +32,11 @@ def attend(
     partial: int = 0,
     ema: Sequence[float] | None = None,
 ) -> Tensor:
-    """As the reference, in float32 inside; queries in float64 are the reference's.
+    """As the reference, in float32 inside; queries in float64 and heads wider than 2,048 are the reference's.
 
-    Raises MemoryError when there is none for its scratch space.
+    Raises ValueError for importance that is not contiguous, MemoryError when there is no memory for scratch space.
     """
-    if query.dtype == torch.float64:
+    if query.dtype == torch.float64 or max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
         return reference(
             query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
             vision_importance, text_importance, tiers, partial, ema,
@@ -43,34 +45,44 @@ def attend(
     _, query_heads, rows, _ = query.shape
     value_dim = value.shape[3]
     state, _copies = packed_state(dense, codes, bases, bands, positions, cursor)
-    query, key, value = with_rows(query), with_rows(key), with_rows(value)
+    strides = query.stride(), key.stride(), value.stride()
+    if not all(s[3] == 1 and x.dtype in DTYPES for s, x in zip(strides, (query, key, value), strict=True)):
+        query, key, value = with_rows(query), with_rows(key), with_rows(value)
+        strides = query.stride(), key.stride(), value.stride()
     out = query.new_empty((batch, query_heads, rows, value_dim))
-    masked = (0, 0, 0, 0, 0, 0)
+    masked: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if mask is not None:
         is_bool = mask.dtype == torch.bool
         mask = (mask if is_bool else mask.float()).contiguous()
-        shape, strides = mask.shape, mask.stride()
-        over_batch, over_heads, over_rows = (s if n > 1 else 0 for n, s in zip(shape[:3], strides[:3], strict=True))
-        masked = (mask.data_ptr(), is_bool, over_batch, over_heads, over_rows, shape[3])
-    biased = (0, 0)
+        steps = (s if n > 1 else 0 for n, s in zip(mask.shape[:3], mask.stride()[:3], strict=True))
+        masked = (mask.data_ptr(), is_bool, *steps, mask.shape[3])
+    biased: tuple[int, int] = (0, 0)
     if bias is not None:
         bias = bias.float().contiguous()
         biased = (bias.data_ptr(), bias.shape[1])
     importance = (0, 0.0, 0.0, 0, 0.0, 0.0)
     if tiers is not None:
         tiers = tiers.contiguous()
-        vision, text = (x.data_ptr() if x is not None and x.numel() else 0 for x in (vision_importance, text_importance))
-        importance = (vision, *ema[:2], text, *ema[2:])
+        importance = (written(vision_importance), *ema[:2], written(text_importance), *ema[2:])
     arguments = ATTEND.pack(
         torch.get_num_threads(), batch, heads, query_heads, rows, new_tokens, head_dim, value_dim,
-        query.data_ptr(), DTYPES[query.dtype], *query.stride()[:3],
+        query.data_ptr(), DTYPES[query.dtype], *strides[0][:3],
         head_dim**-0.5 if scale is None else scale,
         out.data_ptr(), cursor.data_ptr(), *masked, *biased, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
-        key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *key.stride()[:3], DTYPES[value.dtype], *value.stride()[:3],
+        key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *strides[1][:3], DTYPES[value.dtype], *strides[2][:3],
     )  # fmt: skip
     if COMPILED.apack_attend(arguments, state, INSTRUCTION_SET):
         raise MemoryError("attend: no memory for its scratch space")
     return out
+
+
+def written(importance: Tensor | None) -> int:
+    """Address of importance `[B, slots]`, 0 where nothing needs it; raises ValueError where rows do not follow one another."""
+    if importance is None or importance.numel() == 0:
+        return 0
+    if not importance.is_contiguous():
+        raise ValueError(f"importance: strides {importance.stride()} must be those of a contiguous tensor")
+    return importance.data_ptr()
 
 
 def with_rows(x: Tensor) -> Tensor:
@@ -108,7 +120,7 @@ def packed_state(
     segments.append(dense_segment(dense[2], dense[3], None, copies))
     state = b"".join(segments)
     if not copies:
-        cursor._apack_state = Kept(tensors, tuple(bands), state)  # type: ignore[attr-defined]
+        cursor._apack_state = Kept(tensors, bands, state)  # type: ignore[attr-defined]
     return state, (tensors, copies)
 
 

@@ -293,15 +293,30 @@ inline bool mask_is_shared(const Attend &a) { return !a.mask_strides[1] && !a.ma
 __attribute__((noinline)) void find_slots(const Work &w, int segment, int64_t b, int begin) {
     const Attend &a = *w.a;
     int64_t at = b * round_up(w.used[segment], BLOCK) + begin;
+    int32_t *position = w.position[segment] + at;
+    float *holds = w.holds[segment] + at, *added = w.added[segment] + at;
+    const Segment &s = w.segments[segment];
+    int end = w.used[segment] - begin < BLOCK ? w.used[segment] - begin : BLOCK;
+    if (segment == TAIL || segment == NEW) {
+        for (int t = 0; t < end; ++t) position[t] = (int32_t)position_of(w, segment, b, begin + t);
+    } else {
+        int64_t before = a.cursor[0] - a.new_tokens, limit = a.cursor[1] < before ? a.cursor[1] : before;
+        const int32_t *stored = s.positions + b * s.slots + begin, most = (int32_t)limit;
+        int read = segment == VISION && a.tiers ? a.tiers[2 * b + 1] - begin : BLOCK;
+        for (int t = 0; t < end; ++t) position[t] = stored[t] < most && t < read ? stored[t] : -1;
+    }
+    for (int t = end; t < BLOCK; ++t) position[t] = -1;
     for (int t = 0; t < BLOCK; ++t) {
-        int64_t position = begin + t < w.used[segment] ? position_of(w, segment, b, begin + t) : -1;
-        bool hidden = position < 0;
-        float added = 0;
-        if (!hidden && a.mask && mask_is_shared(a)) added = mask_at(a, b, 0, 0, position, hidden);
-        if (!hidden && a.bias) added += a.bias[b * a.bias_length + (position < a.bias_length ? position : a.bias_length - 1)];
-        w.position[segment][at + t] = (int32_t)position;
-        w.holds[segment][at + t] = !hidden;
-        w.added[segment][at + t] = added;
+        holds[t] = position[t] >= 0 ? 1.0f : 0.0f;
+        added[t] = 0;
+    }
+    if (!a.bias && !(a.mask && mask_is_shared(a))) return;
+    for (int t = 0; t < end; ++t) {
+        if (position[t] < 0) continue;
+        bool hidden = false;
+        if (a.mask && mask_is_shared(a)) added[t] = mask_at(a, b, 0, 0, position[t], hidden);
+        if (hidden) holds[t] = 0;
+        else if (a.bias) added[t] += a.bias[b * a.bias_length + (position[t] < a.bias_length ? position[t] : a.bias_length - 1)];
     }
 }
 

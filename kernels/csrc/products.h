@@ -12,11 +12,18 @@ constexpr int ROWS = 4, VECTORS = 4;
 constexpr int ROWS = 2, VECTORS = 4;
 #endif
 
-#if defined(APACK_AVX512) || defined(APACK_AVX2)
 // Sums of four vectors, side by side.
+#if defined(APACK_AVX512)
 inline void store_sums(float *out, const Vec *x) {
-    __m128 a = fold(x[0]), b = fold(x[1]), c = fold(x[2]), d = fold(x[3]);
-    _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d)));
+    Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    _mm_storeu_ps(out, fold(_mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))));
+}
+#elif defined(APACK_AVX2)
+inline void store_sums(float *out, const Vec *x) {
+    _mm_storeu_ps(out, fold(_mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]))));
 }
 #else
 inline void store_sums(float *out, const Vec *x) {

@@ -247,7 +247,9 @@ def test_wide_streams_run_in_several_tiles(width, instructions, monkeypatch):
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
     heads = width // 4
     bands = ((16, 48, 400, 600), (64, 0, 0, 1000), (0, 600, 0, 0), (0, 0, 800, 0))
-    case = Case(heads=heads, share=1, head_dim=4, value_dim=4, vision=70, text=130, bands=bands, tiers=True, partial=200)
+    case = Case(
+        heads=heads, share=1, head_dim=4, value_dim=4, vision=70, text=130, bands=bands, tiers=True, partial=200
+    )
     assert_close_to_float64(case, build(case))
 
 
