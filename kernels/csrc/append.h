@@ -150,26 +150,28 @@ inline int run_append(const Append &a) {
             widest = W > widest ? W : widest;
         }
         int threads = products > WORTH_THREADS ? (int)a.threads : 1;
-        int64_t rows = sizes[0][0] + sizes[0][1] + sizes[1][0] + sizes[1][1], each = round_up(widest, LANES);
+        int64_t rows = Team::bytes(threads) / sizeof(float) + sizes[0][0] + sizes[0][1] + sizes[1][0] + sizes[1][1], each = round_up(widest, LANES);
         float *memory = (float *)scratch((size_t)round_up((rows + each * threads) * (int64_t)sizeof(float), 64));
         if (!memory) return 1;
-        float *at = memory + each * threads;
+        float *at = memory + each * threads + Team::bytes(threads) / sizeof(float);
         for (int i = 0; i < 2; ++i) {
             l.centered[i] = at;
             l.coefficients[i] = at + sizes[i][0];
             at += sizes[i][0] + sizes[i][1];
         }
-        Team team = {};
+        Team team = {threads, (Counter *)memory, {}};
+        memset((void *)team.next, 0, Team::bytes(threads));
 #pragma omp parallel num_threads(threads) if (threads > 1)
         for (int i = 0; i < 2; ++i) {
             const Source &s = a.sides[i].packed;
             int64_t groups = a.batch * s.groups, pieces = is_packed(s) ? (components_of(s) + COMPONENTS - 1) / COMPONENTS : 0;
-            float *row = memory + each * omp_get_thread_num();
-            team.share(3 * i, groups, [&](int64_t g) { center(l, i, g / s.groups, g % s.groups); });
-            team.share(3 * i + 1, groups * pieces, [&](int64_t j) {
+            int thread = omp_get_thread_num();
+            float *row = memory + Team::bytes(threads) / sizeof(float) + each * thread;
+            team.share(3 * i, thread, groups, [&](int64_t g) { center(l, i, g / s.groups, g % s.groups); });
+            team.share(3 * i + 1, thread, groups * pieces, [&](int64_t j) {
                 project(l, i, j / pieces / s.groups, j / pieces % s.groups, j % pieces * COMPONENTS, row);
             });
-            team.share(3 * i + 2, pieces ? groups : 0, [&](int64_t g) { quantize(l, i, g / s.groups, g % s.groups); });
+            team.share(3 * i + 2, thread, pieces ? groups : 0, [&](int64_t g) { quantize(l, i, g / s.groups, g % s.groups); });
         }
     }
     int64_t kept = a.new_tokens < a.tail_slots ? a.new_tokens : a.tail_slots;

@@ -46,6 +46,7 @@ struct Work {
     float *holds[5], *added[5];               // [B][used]: 1 where a slot is read, else 0; what is added to its score
     int32_t *position[5];                     // [B][used], -1 where a slot is not read
     Item *items;
+    int *order;                               // items, those of the same heads side by side
     int item_count, first_item[3], parts[3];  // of dense, vision, text
 };
 
@@ -119,6 +120,7 @@ inline void lay_out(Work &w, Arena &arena) {
     w.top = arena.floats(rows);
     w.inverse = arena.floats(rows);
     w.items = (Item *)arena.take(w.item_count * sizeof(Item));
+    w.order = (int *)arena.take(w.item_count * sizeof(int));
     int at = 0;
     for (int kind = 0; kind < 3; ++kind) {
         w.first_item[kind] = at;
@@ -591,6 +593,19 @@ __attribute__((noinline)) void update_importance(const Work &w, int segment, int
 
 inline int64_t pieces_of(int used) { return (used + PIECE - 1) / PIECE; }
 
+// Items of all kinds by how far on their heads are, so that a thread's part of the items has the heads of its part of the queries.
+inline void order_items(const Work &w) {
+    int64_t at[3] = {0, 0, 0}, count[3];
+    for (int kind = 0; kind < 3; ++kind)
+        count[kind] = w.a->batch * (w.a->heads / heads_per_group(w, kind)) * w.parts[kind];
+    for (int i = 0; i < w.item_count; ++i) {
+        int next = -1;
+        for (int kind = 0; kind < 3; ++kind)
+            if (at[kind] < count[kind] && (next < 0 || (2 * at[kind] + 1) * count[next] < (2 * at[next] + 1) * count[kind])) next = kind;
+        w.order[i] = w.first_item[next] + (int)at[next]++;
+    }
+}
+
 // 0, or 1 where memory ran out.
 inline int run_attend(const Attend &a, const State &state) {
     Work w = work_of(a, state);
@@ -609,16 +624,19 @@ inline int run_attend(const Attend &a, const State &state) {
     int64_t score = (int64_t)most_rows * BLOCK, merged = (int64_t)w.R * (most_width + a.value_dim);
     int64_t local = TILE + LANES + score + merged + most_bytes / 4 + 32;
     size_t each = (size_t)(local * sizeof(float) + 63) / 64 * 64;
-    char *memory = scratch(count.size + each * a.threads);
+    char *memory = scratch(count.size + each * a.threads + Team::bytes(a.threads));
     if (!memory) return 1;
     Arena arena = {memory, 0};
     lay_out(w, arena);
     int64_t pairs = a.batch * a.heads, slot_tasks = 0;
     for (int segment = 0; segment < 5; ++segment) slot_tasks += a.batch * pieces_of(w.used[segment]);
-    Team team = {};
+    Team team = {(int)a.threads, (Counter *)(memory + count.size + each * a.threads), {}};
+    memset((void *)team.next, 0, Team::bytes(a.threads));
+    order_items(w);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     {
-        float *own = (float *)(memory + count.size + each * omp_get_thread_num());
+        int thread = omp_get_thread_num();
+        float *own = (float *)(memory + count.size + each * thread);
         Local local = {own, own + TILE + LANES, nullptr};
         float *latent = local.score + score, *out = latent + (int64_t)w.R * most_width;
         local.row = (uint8_t *)(out + w.R * a.value_dim);
@@ -640,13 +658,13 @@ inline int run_attend(const Attend &a, const State &state) {
                 i -= a.batch * pieces;
             }
         };
-        team.share(0, pairs + slot_tasks, prepare);
-        team.share(1, w.item_count, [&](int64_t i) { run_item(w, w.items[w.item_count - 1 - i], local); });
-        team.share(2, pairs, [&](int64_t i) { finish_head(w, i / a.heads, i % a.heads, out, latent, local.tile); });
+        team.share(0, thread, pairs + slot_tasks, prepare);
+        team.share(1, thread, w.item_count, [&](int64_t i) { run_item(w, w.items[w.order[i]], local); });
+        team.share(2, thread, pairs, [&](int64_t i) { finish_head(w, i / a.heads, i % a.heads, out, latent, local.tile); });
         for (int segment = VISION; segment <= TEXT; ++segment) {
             if (!known_importance(w, segment)) continue;
             int64_t pieces = pieces_of(w.used[segment]);
-            team.share(2 + segment, a.batch * pieces, [&](int64_t i) {
+            team.share(2 + segment, thread, a.batch * pieces, [&](int64_t i) {
                 int begin = (int)(i % pieces) * PIECE, end = begin + PIECE < w.used[segment] ? begin + PIECE : w.used[segment];
                 update_importance(w, segment, i / pieces, begin, end);
             });
