@@ -36,18 +36,25 @@ def attend(
 
     Raises ValueError for importance that is not contiguous, MemoryError when there is no memory for scratch space.
     """
-    if query.dtype == torch.float64 or max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+    batch, heads, new_tokens, head_dim = key.shape
+    _, query_heads, rows, _ = query.shape
+    value_dim = value.shape[3]
+    if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM:
         return reference(
             query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
             vision_importance, text_importance, tiers, partial, ema,
         )  # fmt: skip
-    batch, heads, new_tokens, head_dim = key.shape
-    _, query_heads, rows, _ = query.shape
-    value_dim = value.shape[3]
     state, _copies = packed_state(dense, codes, bases, bands, positions, cursor)
+    kinds = query.dtype, key.dtype, value.dtype
     strides = query.stride(), key.stride(), value.stride()
-    if not all(s[3] == 1 and x.dtype in DTYPES for s, x in zip(strides, (query, key, value), strict=True)):
+    if not (
+        strides[0][3] == strides[1][3] == strides[2][3] == 1
+        and kinds[0] in DTYPES
+        and kinds[1] in DTYPES
+        and kinds[2] in DTYPES
+    ):
         query, key, value = with_rows(query), with_rows(key), with_rows(value)
+        kinds = query.dtype, key.dtype, value.dtype
         strides = query.stride(), key.stride(), value.stride()
     out = query.new_empty((batch, query_heads, rows, value_dim))
     masked: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
@@ -60,16 +67,16 @@ def attend(
     if bias is not None:
         bias = bias.float().contiguous()
         biased = (bias.data_ptr(), bias.shape[1])
-    importance = (0, 0.0, 0.0, 0, 0.0, 0.0)
+    importance: tuple[float, ...] = (0, 0.0, 0.0, 0, 0.0, 0.0)
     if tiers is not None:
         tiers = tiers.contiguous()
         importance = (written(vision_importance), *ema[:2], written(text_importance), *ema[2:])
     arguments = ATTEND.pack(
         torch.get_num_threads(), batch, heads, query_heads, rows, new_tokens, head_dim, value_dim,
-        query.data_ptr(), DTYPES[query.dtype], *strides[0][:3],
+        query.data_ptr(), DTYPES[kinds[0]], *strides[0][:3],
         head_dim**-0.5 if scale is None else scale,
         out.data_ptr(), cursor.data_ptr(), *masked, *biased, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
-        key.data_ptr(), value.data_ptr(), DTYPES[key.dtype], *strides[1][:3], DTYPES[value.dtype], *strides[2][:3],
+        key.data_ptr(), value.data_ptr(), DTYPES[kinds[1]], *strides[1][:3], DTYPES[kinds[2]], *strides[2][:3],
     )  # fmt: skip
     if COMPILED.apack_attend(arguments, state, INSTRUCTION_SET):
         raise MemoryError("attend: no memory for its scratch space")
