@@ -35,14 +35,17 @@ def attend(
     text_turns: Tensor | None = None,
     block: int = 0,
 ) -> Tensor:
-    """As the reference, in float32 inside; queries in float64 and heads wider than 2,048 are the reference's.
+    """As the reference, in float32 inside; queries in float64, heads wider than 2,048 and relative keys
+    that are kept as they are get the reference.
 
     Raises ValueError for importance that is not contiguous, MemoryError when there is no memory for scratch space.
     """
     batch, heads, new_tokens, head_dim = key.shape
     _, query_heads, rows, _ = query.shape
     value_dim = value.shape[3]
-    if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM:
+    turned = (i for i, turns in enumerate((vision_turns, text_turns)) if turns is not None and 4 * i < len(codes))
+    turned_as_is = any(codes[4 * i].dtype != torch.uint8 for i in turned)
+    if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM or turned_as_is:
         return reference(
             query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
             vision_importance, text_importance, tiers, partial, ema, vision_turns, text_turns, block,

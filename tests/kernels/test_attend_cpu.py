@@ -46,20 +46,23 @@ class Case:
     empty: float = 0.2
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    block: int = 0
 
 
 @dataclass
 class Call:
-    """Arguments of attend, in order."""
+    """Arguments of attend, in order; turns by name."""
 
     arguments: list
     tiers: list
+    turns: dict
 
     def copy(self, dtype: torch.dtype | None = None) -> "Call":
         """The same call on its own memory; with `dtype`, query in that dtype (which is the one the reference computes in)."""
         query, *others = self.arguments
         query = query.clone() if dtype is None else query.to(dtype)
-        return Call([query, *(_clone(x) for x in others)], [_clone(x) for x in self.tiers])
+        turns = {name: _clone(x) for name, x in self.turns.items()}
+        return Call([query, *(_clone(x) for x in others)], [_clone(x) for x in self.tiers], turns)
 
 
 def _clone(x):
@@ -138,16 +141,22 @@ def build(case: Case) -> Call:
     if case.bias:
         bias = normal(batch, length).masked_fill(chance(0.2, batch, length), float("-inf"))
     arguments = [query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, None]
+    turns: dict = {}
+    if case.block and None not in (case.bands[0], case.bands[2]):
+        pairs = max(case.head_dim // 3, 1)
+        angles = [normal(batch, slots // case.block + 1, pairs) for slots in (case.vision, case.text)]
+        vision_turns, text_turns = (torch.stack([a.cos(), a.sin()], 2) for a in angles)
+        turns = {"vision_turns": vision_turns, "text_turns": text_turns, "block": case.block}
     if not case.tiers:
-        return Call(arguments, [])
+        return Call(arguments, [], turns)
     read = torch.randint(0, case.vision + 1, (batch, 2), generator=g).sort(1).values.to(torch.int32)
     importance = [torch.rand(batch, p.shape[1], generator=g) for p in positions[1:]]
-    return Call(arguments, [*importance, read, case.partial, [0.25, 0.75, 1.0, 1.0]])
+    return Call(arguments, [*importance, read, case.partial, [0.25, 0.75, 1.0, 1.0]], turns)
 
 
 def run(function, call: Call) -> list[Tensor]:
     """Output and importance after it."""
-    return [function(*call.arguments, *call.tiers), *(x for x in call.tiers[:2])]
+    return [function(*call.arguments, *call.tiers, **call.turns), *(x for x in call.tiers[:2])]
 
 
 def without_garbage(call: Call) -> Call:
@@ -209,6 +218,7 @@ def cases(draw) -> Case:
         empty=draw(st.sampled_from((0.0, 0.2, 1.0))),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
         seed=draw(st.integers(0, 10**6)),
+        block=draw(st.sampled_from((0, 0, 1, 16, 32, 50, 64, 256))),
     )
 
 
@@ -248,7 +258,16 @@ def test_wide_streams_run_in_several_tiles(width, instructions, monkeypatch):
     heads = width // 4
     bands = ((16, 48, 400, 600), (64, 0, 0, 1000), (0, 600, 0, 0), (0, 0, 800, 0))
     case = Case(
-        heads=heads, share=1, head_dim=4, value_dim=4, vision=70, text=130, bands=bands, tiers=True, partial=200
+        heads=heads,
+        share=1,
+        head_dim=4,
+        value_dim=4,
+        vision=70,
+        text=130,
+        bands=bands,
+        tiers=True,
+        partial=200,
+        block=48,
     )
     assert_close_to_float64(case, build(case))
 
@@ -258,7 +277,7 @@ def test_the_number_of_threads_changes_no_more_than_rounding(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert_close_to_float64(case := Case(vision=900, text=2100, tiers=True), build(case))
+        assert_close_to_float64(case := Case(vision=900, text=2100, tiers=True, block=32), build(case))
     finally:
         torch.set_num_threads(before)
 
@@ -274,7 +293,7 @@ def test_a_nan_that_is_read_shows():
 
 
 def test_strides_do_not_matter():
-    case = Case(batch=2, vision=40, tiers=True, mask="float", bias=True)
+    case = Case(batch=2, vision=40, tiers=True, mask="float", bias=True, block=32)
     plain, strided = build(case), build(case)
 
     def spread(x):
@@ -288,7 +307,9 @@ def test_strides_do_not_matter():
 
     wanted = run(cpu.attend, plain)
     arguments = [spread(x) for x in strided.arguments]
-    got = run(cpu.attend, Call(arguments, [*strided.tiers[:2], spread(strided.tiers[2]), *strided.tiers[3:]]))
+    got = run(
+        cpu.attend, Call(arguments, [*strided.tiers[:2], spread(strided.tiers[2]), *strided.tiers[3:]], strided.turns)
+    )
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -326,6 +347,7 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
     case = Case(
         batch=2, head_dim=sizes[0], value_dim=sizes[1], vision=65, text=67, tail=3, empty=0.0, bands=bands, tiers=True,
         mask="float", bias=True, seed=seed, scope=("model", "sequence")[seed % 2], dtype=(torch.float32, torch.bfloat16)[seed // 3],
+        block=(0, 16, 64)[seed % 3],
     )  # fmt: skip
     call, keep = build(case), []
 
@@ -334,7 +356,8 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
             return [placed(y) for y in x]
         return guarded(x.contiguous(), keep) if isinstance(x, Tensor) and x.numel() else x
 
+    turns = {name: placed(x) for name, x in call.turns.items()}
     wanted = run(cpu.attend, call.copy())
-    got = run(cpu.attend, Call(placed(call.arguments), placed(call.tiers)))
+    got = run(cpu.attend, Call(placed(call.arguments), placed(call.tiers), turns))
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
