@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from apack_compile.kernels.turns import turned
 
 # Slots that share an anchor by default. Fewer serve the basis better, and cost a query more turns (docs/quality.md).
-BLOCK = 32
+BLOCK = 64
 PROBE_TOKENS = 32
 # Largest relative difference of keys that are the same key turned; rounding to bfloat16 over many layers stays below.
 TURN_TOLERANCE = 0.05

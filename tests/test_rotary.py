@@ -151,7 +151,7 @@ def test_the_report_says_how_keys_are_packed_and_optimize_again_keeps_it():
     assert apack_compile.report(model).keys == ""
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     said = apack_compile.report(model).keys
-    assert said.startswith("turned back to the start of their 32 slots, by") and said in str(
+    assert said.startswith("turned back to the start of their 64 slots, by") and said in str(
         apack_compile.report(model)
     )
     apack_compile.optimize(model, ratio=4, compile="none")
