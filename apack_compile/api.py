@@ -45,8 +45,8 @@ def optimize(
     """Make `model.generate` use a packed KV cache; returns the same model.
 
     Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. `quantize` is a torchao config
-    or its short name ("int8wo"). A second call replaces the first, except for what was calibrated: that belongs to the model and its
-    key_block. A call that raises (ValueError, ImportError) leaves it as it was.
+    or its short name ("int8wo"). A second call replaces the first, except for what was calibrated: that belongs to the model, its
+    key_block and head_groups. A call that raises (ValueError, ImportError) leaves it as it was.
     """
     if plan is not None:
         _check_choice(plan, config=config, ratio=ratio, preset=preset)
@@ -60,7 +60,7 @@ def optimize(
     quantize = quantize if quantize is not None else config.quantize
     session = _new_session(model, config, plan)
     previous = session_of(model)
-    if previous is not None and previous.config.key_block == config.key_block:
+    if previous is not None and previous.calibrates_like(session):
         for name in ("statistics", "turn", "turn_reason", "calibrated_on"):
             setattr(session, name, getattr(previous, name))
     if quantize is not None:
@@ -150,7 +150,7 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
         _check_plan_fits(plan, signature, packed)
         plan = plan.to(model.device)
     elif config.ratio is not None:
-        check_ratio(config.ratio, model)
+        check_ratio(config.ratio, config.head_groups, model)
     inner, reason = resolve_compile(config.compile, model)
     return Session(config, kinds, signature, inner, reason, plan)
 

@@ -20,10 +20,12 @@ class AttentionPackConfig:
 
     ratio: dense bytes over packed bytes, a finite number > 1 (bases shared by all requests). preset: "lossless",
     "attentionpack" or "a-vl". One of ratio and preset; neither means ratio 4. key_block: with a ratio, packed keys are turned
-    back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. For
-    attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer; `tail_slots` newest
-    tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is
-    compiled. strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming the argument.
+    back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come.
+    head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
+    many heads. For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer;
+    `tail_slots` newest tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile:
+    how decode is compiled. strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming
+    the argument.
     """
 
     ratio: float | None = None
@@ -33,6 +35,7 @@ class AttentionPackConfig:
     )
     tail_slots: int = 64
     key_block: int = BLOCK
+    head_groups: int = 1
     attentionpack: AttentionPackOptions = field(default_factory=AttentionPackOptions)
     a_vl: AVLOptions = field(default_factory=AVLOptions)
     quantize: str | None = None
@@ -58,6 +61,8 @@ class AttentionPackConfig:
             )
         if not isinstance(self.tail_slots, int) or self.tail_slots < MIN_TAIL_SLOTS:
             raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
+        if not isinstance(self.head_groups, int) or isinstance(self.head_groups, bool) or self.head_groups < 1:
+            raise ValueError(f"head_groups={self.head_groups!r} must be an integer >= 1")
         if not isinstance(self.key_block, int) or isinstance(self.key_block, bool) or self.key_block < 0:
             raise ValueError(f"key_block={self.key_block!r} must be an integer >= 0")
         for name, options in (("attentionpack", AttentionPackOptions), ("a_vl", AVLOptions)):

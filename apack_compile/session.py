@@ -101,7 +101,7 @@ class Session:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         turn, reason = find_turn(model, self.packed, batches[0], self.config.key_block) if batches else (None, "")
-        self.statistics = collect(model, self.packed, batches, turn=turn)
+        self.statistics = collect(model, self.packed, batches, self.config.head_groups, turn)
         self.turn, self.turn_reason = turn, reason
         self.calibrated_on = source
         self.plans = {}
@@ -116,6 +116,10 @@ class Session:
         if cache is not None and cache.is_filled:
             self.remember(cache)
         return self.last_held
+
+    def calibrates_like(self, other: "Session") -> bool:
+        """Whether statistics of this session serve the other's plans."""
+        return all(getattr(self.config, name) == getattr(other.config, name) for name in ("key_block", "head_groups"))
 
     def needs_calibration(self) -> bool:
         """Whether a plan needs statistics that are not there."""
@@ -157,13 +161,15 @@ def signature_of(model: nn.Module) -> tuple:
     return (config.num_hidden_layers, heads, head_dim, str(model.dtype))
 
 
-def check_ratio(ratio: float, model: nn.Module) -> None:
-    """Raise ValueError for a ratio that no plan can reach."""
+def check_ratio(ratio: float, groups: int, model: nn.Module) -> None:
+    """Raise ValueError for a ratio that no plan can reach, and for head groups that do not divide the KV heads."""
     _, heads, head_dim, _ = signature_of(model)
-    reachable = largest_ratio(heads * head_dim)
+    if heads % groups:
+        raise ValueError(f"head_groups={groups} must divide the model's {heads} KV heads")
+    reachable = largest_ratio(heads // groups * head_dim)
     if ratio > reachable:
         raise ValueError(
-            f"ratio={ratio!r} is out of reach: the largest for KV width {heads * head_dim} is {reachable:.1f}"
+            f"ratio={ratio!r} is out of reach: the largest for KV width {heads // groups * head_dim} is {reachable:.1f}"
         )
 
 

@@ -166,6 +166,19 @@ def test_a_bad_block_of_keys_is_named(block):
         AttentionPackConfig(key_block=block)
 
 
+@pytest.mark.parametrize("groups", (0, True, 2.0))
+def test_bad_head_groups_are_named(groups):
+    with pytest.raises(ValueError, match=f"head_groups={groups!r} must be an integer >= 1"):
+        AttentionPackConfig(head_groups=groups)
+
+
+def test_head_groups_must_divide_the_heads(llava):
+    model, _ = llava
+    with pytest.raises(ValueError, match="head_groups=3 must divide the model's 2 KV heads"):
+        apack_compile.optimize(model, AttentionPackConfig(ratio=2, head_groups=3))
+    assert untouched(model)
+
+
 def test_a_config_goes_to_json_and_back():
     config = AttentionPackConfig(
         preset="attentionpack", ranks=dict.fromkeys(AttentionPackConfig().ranks, 32), strict=True
