@@ -8,6 +8,7 @@ from torch import Tensor
 
 from apack_compile.kernels.append.reference import append
 from apack_compile.kernels.attend.reference import attend
+from apack_compile.kernels.cuda import on_cuda
 from apack_compile.kernels.unpack.reference import unpack
 
 LIBRARY = torch.library.Library("apack", "DEF")
@@ -33,6 +34,8 @@ LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
 LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
 LIBRARY.impl("attend_tiers", attend, "CompositeExplicitAutograd")
+for name in ("append", "attend", "attend_tiers"):
+    LIBRARY.impl(name, on_cuda(name), "CUDA")
 
 
 @torch.library.register_fake("apack::append", lib=LIBRARY)

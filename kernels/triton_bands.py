@@ -40,6 +40,18 @@ def tiles(counts, band):
 
 
 @triton.constexpr_function
+def channel_tile(channels):
+    """Width of the tiles of so many dense channels."""
+    return tile((channels, 0, 0, 0), 0)
+
+
+@triton.constexpr_function
+def channel_tiles(channels):
+    """Tiles of so many dense channels."""
+    return tiles((channels, 0, 0, 0), 0)
+
+
+@triton.constexpr_function
 def first_column(counts, band):
     """First latent column of a band; of band 4, the number of columns."""
     return sum(per_byte(b) * tile(counts, b) * tiles(counts, b) for b in range(band))
@@ -80,6 +92,12 @@ def is_whole(counts, band):
 def level_bits(band):
     """Bits of a component."""
     return (16, 8, 4, 2)[band]
+
+
+@triton.constexpr_function
+def top_level(band):
+    """Highest level of an integer band."""
+    return 2.0 ** level_bits(band) - 1
 
 
 @triton.constexpr_function

@@ -14,31 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apack_compile.codec import Bands
 from apack_compile.kernels.attend import reference
-from apack_compile.kernels.attend.triton_kernels import (
-    ABSENT,
-    DENSE_SEGMENT,
-    LOG2E,
-    PACKED_SEGMENT,
-    Masks,
+from apack_compile.kernels.attend.triton_arguments import (
+    Latent,
     Results,
     Rows,
     Segment,
     Share,
     Sizes,
-    Strided,
-    attend_kernel,
-)
-from apack_compile.kernels.attend.triton_latent import (
-    Basis,
-    Latent,
     Splits,
-    expand_kernel,
-    importance_kernel,
-    merge_kernel,
-    project_kernel,
+    basis_of,
+    kept_as_is,
+    masks_of,
+    reads_halves,
+    strided,
 )
+from apack_compile.kernels.attend.triton_kernel import ABSENT, DENSE_SEGMENT, PACKED_SEGMENT, attend_kernel
+from apack_compile.kernels.attend.triton_latent import expand_kernel, importance_kernel, merge_kernel, project_kernel
 from apack_compile.kernels.attend.triton_launch import (
     blocks_per_split,
     choose_launch,
@@ -46,6 +38,7 @@ from apack_compile.kernels.attend.triton_launch import (
     passes,
     row_tile,
 )
+from apack_compile.kernels.attend.triton_softmax import LOG2E
 from apack_compile.kernels.layout import TEXT, VISION, PackedStream, packed_streams
 from apack_compile.kernels.triton_bands import first_column
 
@@ -265,7 +258,7 @@ class _Call:
         blocks = [max(count, segment in self.packed) for count, segment in zip(blocks, (VISION, TEXT), strict=True)]
         project_kernel[(*grid, sum(blocks))](
             self._rows(0),
-            *(_basis(streams.get(segment)) for segment in (VISION, TEXT)),
+            *(basis_of(streams.get(segment)) for segment in (VISION, TEXT)),
             *(self._of(segment, "query") for segment in (VISION, TEXT)),
             blocks[0],
             self.sizes,
@@ -305,19 +298,19 @@ class _Call:
                 self._segment(VISION),
                 self._segment(TEXT),
                 Segment(
-                    _strided(self.dense[0]),
+                    strided(self.dense[0]),
                     None,
-                    _strided(self.dense[1]),
+                    strided(self.dense[1]),
                     None,
                     self.positions[0],
                     self.dense[0].shape[2],
                 ),
-                Segment(_strided(self.dense[2]), None, _strided(self.dense[3]), None, None, self.dense[2].shape[2]),
-                Segment(_strided(self.key), None, _strided(self.value), None, None, self.new_tokens),
+                Segment(strided(self.dense[2]), None, strided(self.dense[3]), None, None, self.dense[2].shape[2]),
+                Segment(strided(self.key), None, strided(self.value), None, None, self.new_tokens),
                 self._rows(VISION),
                 self._rows(TEXT),
                 results,
-                _masks(mask, bias),
+                masks_of(mask, bias),
                 self.sizes,
                 self.cursor,
                 self.tiers,
@@ -329,7 +322,7 @@ class _Call:
                 TEXT_KEY=self._counts(TEXT, "key"),
                 TEXT_VALUE=self._counts(TEXT, "value"),
                 EVEN=tuple(
-                    _even(self._of(segment, stream)) for segment in (VISION, TEXT) for stream in ("key", "value")
+                    reads_halves(self._of(segment, stream)) for segment in (VISION, TEXT) for stream in ("key", "value")
                 ),
                 PARTIAL=sum(components) if self.tiers is None else min(partial, sum(components)),
                 FIRST_PASS=number == 0,
@@ -365,7 +358,7 @@ class _Call:
         streams, positions = self.streams[segment], self.positions[segment]
         slots = positions.shape[1]
         if segment not in self.packed:
-            key, value = (_kept(stream, self.kv_heads) for stream in streams)
+            key, value = (kept_as_is(stream, self.kv_heads) for stream in streams)
             return Segment(key, None, value, None, positions, slots)
         (key, key_scale), (value, value_scale) = (
             (stream.codes.contiguous(), stream.scale.contiguous() if stream.scale.numel() else None)
@@ -406,7 +399,7 @@ class _Call:
             merged.latent,
             self._of(VISION, "output"),
             self._of(TEXT, "output"),
-            *(_basis(self._of(segment, "value")) for segment in (VISION, TEXT)),
+            *(basis_of(self._of(segment, "value")) for segment in (VISION, TEXT)),
             out,
             self.sizes,
             self.batch,
@@ -444,40 +437,3 @@ class _Call:
 def _channels(head_dim: int) -> int:
     """Channels that a program of the small kernels takes at once."""
     return min(CHANNELS, max(16, triton.next_power_of_2(head_dim)))
-
-
-def _strided(x: Tensor) -> Strided:
-    """Dense tokens `[B, H, N, D]` for the kernel."""
-    batch, head, token, channel = x.stride()
-    return Strided(x, batch, head, 0, token, channel, 1)
-
-
-def _kept(stream: PackedStream, heads: int) -> Strided:
-    """A stream kept as it is, `[B, G, N, W_g]`, as dense tokens for the kernel."""
-    codes, per = stream.codes, heads // stream.groups
-    batch, group, token, channel = codes.stride()
-    return Strided(codes, batch, group, codes.shape[3] // per * channel, token, channel, per)
-
-
-def _basis(stream: PackedStream | None) -> Basis | None:
-    """A stream's basis for the kernels."""
-    if stream is None:
-        return None
-    mean, decoder, step = (tensor.contiguous() for tensor in stream.basis)
-    return Basis(mean, decoder, step, 0 if mean.shape[0] == 1 else stream.groups)
-
-
-def _even(stream: PackedStream | None) -> bool:
-    """Whether float16 coefficients can be read as such."""
-    return stream is not None and stream.bands.token_bytes % 2 == 0 and stream.codes.data_ptr() % 2 == 0
-
-
-def _masks(mask: Tensor | None, bias: Tensor | None) -> Masks:
-    """Mask and bias for the kernel; where an extent is 1, its stride is 0."""
-    masked: tuple = (None, 0, 0, 0, 0, 0)
-    if mask is not None:
-        strides = [0 if extent == 1 else stride for extent, stride in zip(mask.shape[:3], mask.stride(), strict=False)]
-        given = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        masked = (given, *strides, mask.stride(3), mask.shape[3])
-    biased: tuple = (None, 0, 0, 0) if bias is None else (bias, *bias.stride(), bias.shape[1])
-    return Masks(*masked, *biased)

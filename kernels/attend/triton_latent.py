@@ -1,42 +1,12 @@
 """Around the pass over the codes: queries into latents, splits into one, latents into outputs, importance."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from apack_compile.kernels.triton_bands import FLOAT16_MAX, component_of, first_column, first_component
 
 # Where the float16 latents of a query row are put in their range: none can overflow, and small ones keep their digits.
 LATENT_BOUND = tl.constexpr(16384.0)
-
-
-class Basis(NamedTuple):
-    """Mean, decoder and step of one stream; `next_batch` is the groups from one sequence's basis to the next, 0 if all share one."""
-
-    mean: Tensor
-    decoder: Tensor
-    step: Tensor
-    next_batch: int
-
-
-class Latent(NamedTuple):
-    """Latents `[B, rows, columns]`. Of a query: with scale and shift `[B, rows]`; of an output: with its share of the softmax."""
-
-    latent: Tensor
-    scale: Tensor | None
-    shift: Tensor | None = None
-
-
-class Splits(NamedTuple):
-    """One segment's splits `[B, splits, rows, columns]`, its first among all of them, and where their sum goes."""
-
-    part: Tensor
-    first: int
-    splits: int
-    columns: int
-    out: Latent
 
 
 @triton.jit
@@ -145,7 +115,7 @@ def project_kernel(
                 query, vision_basis, vision, block, sizes, batch, scale,
                 VISION, FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
             )
-    else:  # noqa: PLR5501
+    else:
         if text is not None:
             project_segment(
                 query, text_basis, text, block - vision_blocks, sizes, batch, scale,
@@ -214,7 +184,7 @@ def merge_kernel(
     elif block < dense_blocks + vision_blocks:
         if vision is not None:
             merge_segment(lse, vision, b, row, block - dense_blocks, all_splits, all_rows, top, inverse, COLUMNS)
-    else:  # noqa: PLR5501
+    else:
         if text is not None:
             block -= dense_blocks + vision_blocks
             merge_segment(lse, text, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
