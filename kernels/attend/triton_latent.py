@@ -53,7 +53,7 @@ def project_segment(
     of_row = (row // sizes.head_rows) * query.head + (row % sizes.head_rows) * query.row
     start_of = query.pointer + b * query.batch + of_row
     latent = tl.zeros((ROW_TILE, COLUMNS), tl.float32)
-    square = tl.zeros((ROW_TILE,), tl.float32)
+    top = tl.zeros((ROW_TILE,), tl.float32)
     shift = tl.zeros((ROW_TILE,), tl.float32)
     for start in tl.static_range(0, HEAD_DIM, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
@@ -64,7 +64,7 @@ def project_segment(
         at_decoder = basis.decoder + at_row[None, :] + channel[:, None]
         decoder = tl.load(at_decoder, mask=known[None, :] & real[:, None], other=0.0).to(tl.float32)
         latent = tl.dot(q, decoder, latent, input_precision=PRECISION)
-        square += tl.sum(q * q, 1)
+        top = tl.maximum(top, tl.max(tl.abs(q), 1))
         mean = tl.load(basis.mean + group * width + of_head + channel, mask=real, other=0.0).to(tl.float32)
         shift += tl.sum(q * mean[None, :], 1)
     largest = tl.zeros((1024,), tl.float32)
@@ -72,7 +72,7 @@ def project_segment(
         index = start + tl.arange(0, 1024)
         largest = tl.maximum(largest, tl.load(basis.step + group * rank + index, mask=index < rank, other=0.0))
     # decoder rows have unit length, so this bounds every component of the row
-    bound = tl.sqrt(square) * tl.max(largest, 0)
+    bound = top * HEAD_DIM**0.5 * tl.max(largest, 0)
     ratio = tl.where(bound > 0.0, LATENT_BOUND / tl.where(bound > 0.0, bound, 1.0), 1.0)
     step = tl.load(basis.step + group * rank + component, mask=known, other=0.0)
     latent = latent * step[None, :] * ratio[:, None]
