@@ -2,13 +2,25 @@
 
 A byte holds `per_byte` neighbouring components, so a tile of bytes is that many tiles of every `per_byte`-th component. Kernels keep
 queries and outputs in *latent columns*, ordered so: for each band, for each place in the byte, its components, padded to whole tiles.
-Then no code is shuffled. `counts` are the components of the four bands.
+Then no code is shuffled. A `layout` is the components of the four bands, then the width of the smallest tile.
 """
 
 import triton
 import triton.language as tl
 
 FLOAT16_MAX = tl.constexpr(65504.0)
+# The matrix unit takes sums over 16 components. Hopper's wants 64 rows, which are the components where values are summed over tokens.
+SMALLEST_TILE, SMALLEST_VALUE_TILE = 16, 64
+
+
+def key_layout(counts: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Layout of components that are summed over."""
+    return (*counts, SMALLEST_TILE)
+
+
+def value_layout(counts: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Layout of components that stay, while tokens are summed over."""
+    return (*counts, SMALLEST_VALUE_TILE)
 
 
 @triton.constexpr_function
@@ -18,74 +30,74 @@ def per_byte(band):
 
 
 @triton.constexpr_function
-def tile_units(counts, band):
+def tile_units(layout, band):
     """Bytes of a band, or its 16-bit components."""
-    return -(-counts[band] // per_byte(band))
+    return -(-layout[band] // per_byte(band))
 
 
 @triton.constexpr_function
-def tile(counts, band):
+def tile(layout, band):
     """Width of a band's tiles: the smallest that holds it, or 128 or 64, whichever pads less."""
-    units = tile_units(counts, band)
+    units = tile_units(layout, band)
     for width in (16, 32, 64):
-        if units <= width:
+        if layout[4] <= width and units <= width:
             return width
     return 128 if -(-units // 128) * 2 <= -(-units // 64) else 64
 
 
 @triton.constexpr_function
-def tiles(counts, band):
+def tiles(layout, band):
     """Tiles of a band."""
-    return -(-tile_units(counts, band) // tile(counts, band))
+    return -(-tile_units(layout, band) // tile(layout, band))
 
 
 @triton.constexpr_function
 def channel_tile(channels):
     """Width of the tiles of so many dense channels."""
-    return tile((channels, 0, 0, 0), 0)
+    return tile((channels, 0, 0, 0, SMALLEST_TILE), 0)
 
 
 @triton.constexpr_function
 def channel_tiles(channels):
     """Tiles of so many dense channels."""
-    return tiles((channels, 0, 0, 0), 0)
+    return tiles((channels, 0, 0, 0, SMALLEST_TILE), 0)
 
 
 @triton.constexpr_function
-def first_column(counts, band):
+def first_column(layout, band):
     """First latent column of a band; of band 4, the number of columns."""
-    return sum(per_byte(b) * tile(counts, b) * tiles(counts, b) for b in range(band))
+    return sum(per_byte(b) * tile(layout, b) * tiles(layout, b) for b in range(band))
 
 
 @triton.constexpr_function
-def tile_column(counts, band, number, place):
+def tile_column(layout, band, number, place):
     """First latent column of a tile's components at `place` in their bytes."""
-    width = tile(counts, band)
-    return first_column(counts, band) + (place * tiles(counts, band) + number) * width
+    width = tile(layout, band)
+    return first_column(layout, band) + (place * tiles(layout, band) + number) * width
 
 
 @triton.constexpr_function
-def tile_number(counts, band, number):
+def tile_number(layout, band, number):
     """A band's tile, counted over all bands."""
-    return sum(tiles(counts, b) for b in range(band)) + number
+    return sum(tiles(layout, b) for b in range(band)) + number
 
 
 @triton.constexpr_function
-def first_component(counts, band):
+def first_component(layout, band):
     """First component of a band; of band 4, the number of components."""
-    return sum(counts[:band])
+    return sum(layout[:band])
 
 
 @triton.constexpr_function
-def first_byte(counts, band):
+def first_byte(layout, band):
     """First byte of a band in a token; of band 4, the bytes of a token."""
-    return sum((2 if b == 0 else 1) * tile_units(counts, b) for b in range(band))
+    return sum((2 if b == 0 else 1) * tile_units(layout, b) for b in range(band))
 
 
 @triton.constexpr_function
-def is_whole(counts, band):
+def is_whole(layout, band):
     """Whether a band fills its tiles."""
-    return tile_units(counts, band) == tile(counts, band) * tiles(counts, band)
+    return tile_units(layout, band) == tile(layout, band) * tiles(layout, band)
 
 
 @triton.constexpr_function
@@ -137,17 +149,17 @@ def levels(units, BAND: tl.constexpr, PLACE: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def load_units(token, mask, COUNTS: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, EVEN: tl.constexpr):
+def load_units(token, mask, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, EVEN: tl.constexpr):
     """Tile `NUMBER` of a band: bytes, or float16, `[tokens, tile]`; zero where `mask` `[tokens, 1]` is not set.
 
     token: pointers `[tokens, 1]` to the tokens' first bytes. EVEN: whether these are multiples of 2.
     """
-    unit = NUMBER * tile(COUNTS, BAND) + tl.arange(0, tile(COUNTS, BAND))[None, :]
+    unit = NUMBER * tile(LAYOUT, BAND) + tl.arange(0, tile(LAYOUT, BAND))[None, :]
     inside = mask
-    if not is_whole(COUNTS, BAND):
-        inside = mask & (unit < tile_units(COUNTS, BAND))
+    if not is_whole(LAYOUT, BAND):
+        inside = mask & (unit < tile_units(LAYOUT, BAND))
     if BAND > 0:
-        return tl.load(token + (first_byte(COUNTS, BAND) + unit), mask=inside, other=0)
+        return tl.load(token + (first_byte(LAYOUT, BAND) + unit), mask=inside, other=0)
     elif EVEN:
         return tl.load(token.to(tl.pointer_type(tl.float16), bitcast=True) + unit, mask=inside, other=0.0)
     else:
@@ -157,14 +169,14 @@ def load_units(token, mask, COUNTS: tl.constexpr, BAND: tl.constexpr, NUMBER: tl
 
 
 @triton.jit
-def component_of(column, COUNTS: tl.constexpr):
+def component_of(column, LAYOUT: tl.constexpr):
     """Component of each latent column, -1 for padding."""
     component = tl.full(column.shape, -1, tl.int32)
     for band in tl.static_range(4):
-        if COUNTS[band] > 0:
-            side = tile(COUNTS, band) * tiles(COUNTS, band)
-            local = column - first_column(COUNTS, band)
+        if LAYOUT[band] > 0:
+            side = tile(LAYOUT, band) * tiles(LAYOUT, band)
+            local = column - first_column(LAYOUT, band)
             own = (local % side) * per_byte(band) + local // side
-            inside = (local >= 0) & (local < side * per_byte(band)) & (own < COUNTS[band])
-            component = tl.where(inside, first_component(COUNTS, band) + own, component)
+            inside = (local >= 0) & (local < side * per_byte(band)) & (own < LAYOUT[band])
+            component = tl.where(inside, first_component(LAYOUT, band) + own, component)
     return component

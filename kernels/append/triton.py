@@ -16,7 +16,7 @@ from apack_compile.kernels.append import reference
 from apack_compile.kernels.attend.triton_latent import folded_rows
 from apack_compile.kernels.encode.triton import block_of, quantize_token, token_scale
 from apack_compile.kernels.layout import PackedStream, packed_streams
-from apack_compile.kernels.triton_bands import first_component
+from apack_compile.kernels.triton_bands import first_component, key_layout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS, CHANNELS = 32, 64
@@ -87,7 +87,7 @@ def project_stream(
     new_tokens,
     slots,
     groups,
-    COUNTS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     KEPT: tl.constexpr,
     FOLD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -113,7 +113,7 @@ def project_stream(
             at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
             tl.store(at_out, out, mask=row_ok[:, None] & (column < width)[None, :])
         else:
-            rank: tl.constexpr = first_component(COUNTS, 4)
+            rank: tl.constexpr = first_component(LAYOUT, 4)
             at_basis = z * stream.next_batch + group
             summed = tl.zeros((ROW_TILE, COLUMNS), tl.float32)
             for first in range(0, width, CHANNELS):
@@ -184,7 +184,7 @@ def write_codes(
     slots,
     groups,
     capacity,
-    COUNTS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     KEPT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -204,16 +204,16 @@ def write_codes(
                     x = tl.load(stream.coefficients + row * WIDTH + channel, mask=channel < WIDTH, other=0.0)
                     tl.store(codes + channel, x.to(to.pointer.dtype.element_ty), mask=channel < WIDTH)
             else:
-                rank: tl.constexpr = first_component(COUNTS, 4)
+                rank: tl.constexpr = first_component(LAYOUT, 4)
                 coefficients = stream.coefficients + row * rank
                 step = stream.step + (b * stream.next_batch + group) * rank
                 if stream.scales is not None:
-                    scale = token_scale(coefficients, step, COUNTS, BLOCK)
+                    scale = token_scale(coefficients, step, LAYOUT, BLOCK)
                     at = stream.scales
                     tl.store(at.pointer + b * at.batch + group * at.group + slot * at.token, scale)
-                    quantize_token(coefficients, step, scale, codes, COUNTS, BLOCK)
+                    quantize_token(coefficients, step, scale, codes, LAYOUT, BLOCK)
                 else:
-                    quantize_token(coefficients, step, None, codes, COUNTS, BLOCK)
+                    quantize_token(coefficients, step, None, codes, LAYOUT, BLOCK)
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def enter_tail(stream, at_head, before, new_tokens, slots, heads, HEAD_DIM: tl.c
         tl.store(at_tail, x.to(tail.pointer.dtype.element_ty), mask=channel < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def write_kernel(
     key,
     value,
@@ -309,7 +309,7 @@ def append(
     row_tile = 16 if rows <= 16 else 32
     blocks = [0 if s.coefficients is None else triton.cdiv(s.coefficients.shape[-1], COLUMNS) for s in streams]
     before = torch.empty_like(cursor)
-    shapes = {"KEY": counts[0], "VALUE": counts[1], "KEY_KEPT": kept[0], "VALUE_KEPT": kept[1]}
+    shapes = {"KEY": key_layout(counts[0]), "VALUE": key_layout(counts[1]), "KEY_KEPT": kept[0], "VALUE_KEPT": kept[1]}
     shapes |= {"KEY_DIM": key.shape[3], "VALUE_DIM": value.shape[3], "PER": heads // groups}
     with torch.cuda.device_of(key):
         project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](

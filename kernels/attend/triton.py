@@ -20,9 +20,10 @@ from apack_compile.kernels.attend.triton_arguments import (
     Results,
     Rows,
     Segment,
-    Share,
     Sizes,
     Splits,
+    Strided,
+    alignment,
     basis_of,
     kept_as_is,
     masks_of,
@@ -40,7 +41,7 @@ from apack_compile.kernels.attend.triton_launch import (
 )
 from apack_compile.kernels.attend.triton_softmax import LOG2E
 from apack_compile.kernels.layout import TEXT, VISION, PackedStream, packed_streams
-from apack_compile.kernels.triton_bands import first_column
+from apack_compile.kernels.triton_bands import first_column, first_component, key_layout, value_layout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Latent columns, head channels and slots that one program of the small kernels takes.
@@ -90,7 +91,7 @@ def attend(
         scale = LOG2E.value * (query.shape[-1] ** -0.5 if scale is None else scale)
         call.project(scale)
         call.attend(mask, bias, scale, partial)
-        out = call.merge(bool(wanted))
+        out = call.merge()
         for segment in sorted(wanted):
             call.update_importance(segment, importance[segment], *ema[2 * segment - 2 : 2 * segment])
     return out
@@ -98,11 +99,10 @@ def attend(
 
 @dataclass
 class _Packed:
-    """A packed segment of a call: its streams, its part of the grid, and where its latents go."""
+    """A packed segment of a call: its streams, and where its latents go."""
 
     key: PackedStream
     value: PackedStream
-    share: Share
     part: Tensor
     query: Latent
     output: Latent
@@ -142,36 +142,24 @@ class _Call:
         self._allocate()
 
     def _share_out(self) -> None:
-        """Divide segments into splits, and number splits and kept scores: the dense ones, then vision's, then text's."""
-        launch = self.launch
+        """Divide segments into splits, and find place for the scores that are kept."""
+        block = self.launch.block
         slots = {segment: pair[0].codes.shape[2] for segment, pair in self.streams.items()}
-        self.units = {s: self.kv_heads if pair[0].as_is else self.groups for s, pair in self.streams.items()}
-        tile_rows = {
-            s: (self.kv_rows, launch.head_tile) if pair[0].as_is else (self.group_rows, launch.group_tile)
-            for s, pair in self.streams.items()
-        }
-        row_tiles = {s: triton.cdiv(*tile) for s, tile in tile_rows.items()}
-        head_tiles = triton.cdiv(self.kv_rows, launch.head_tile)
-        blocks = {s: triton.cdiv(count, launch.block) for s, count in slots.items()}
-        tail_blocks = triton.cdiv(self.dense[2].shape[2], launch.block)
-        work = [(blocks[s], self.batch * self.units[s] * row_tiles[s]) for s in self.streams]
-        per_split = blocks_per_split([*work, (tail_blocks, self.batch * self.kv_heads * head_tiles)], self.query.device)
-        tail_splits = max(1, triton.cdiv(tail_blocks, per_split))
-        self.tail = Share(tail_splits * head_tiles * self.kv_heads, tail_splits, head_tiles, per_split, 0, 0)
-        self.shares: dict[int, Share] = {}
-        first_split, self.slots = tail_splits, 0
-        for as_is in (True, False):
-            for segment, (stream, _) in self.streams.items():
-                if stream.as_is != as_is:
-                    continue
-                splits = triton.cdiv(blocks[segment], per_split)
-                programs = splits * row_tiles[segment] * self.units[segment]
-                self.shares[segment] = Share(programs, splits, row_tiles[segment], per_split, first_split, self.slots)
-                first_split += splits
-                self.slots += slots[segment] if self._keeps_scores(segment) else 0
-            if as_is:
-                self.dense_splits = first_split
-        self.splits = first_split
+        blocks = {segment: triton.cdiv(count, block) for segment, count in slots.items()}
+        tail_blocks = triton.cdiv(self.dense[2].shape[2], block)
+        work = [(blocks[segment], self.batch * self._copies(segment)) for segment in self.streams]
+        self.tail_copies = self.kv_heads * triton.cdiv(self.kv_rows, self.launch.head_tile)
+        self.blocks = blocks_per_split([*work, (tail_blocks, self.batch * self.tail_copies)], self.query.device)
+        # the tail's first split has the first and the new tokens, so there is one
+        self.tail_splits = max(1, triton.cdiv(tail_blocks, self.blocks))
+        self.splits = {segment: triton.cdiv(blocks[segment], self.blocks) for segment in self.streams}
+        self.slots = {segment: slots[segment] if self._keeps_scores(segment) else 0 for segment in self.streams}
+
+    def _copies(self, segment: int) -> int:
+        """Programs that share each split of a segment: units times tiles of their rows."""
+        if self.streams[segment][0].as_is:
+            return self.kv_heads * triton.cdiv(self.kv_rows, self.launch.head_tile)
+        return self.groups * triton.cdiv(self.group_rows, self.launch.group_tile)
 
     def _passes(self, segment: int) -> list[tuple[int, int]]:
         """Value tiles of each pass over a packed segment."""
@@ -188,22 +176,22 @@ class _Call:
             return torch.empty(shape, dtype=dtype, device=self.query.device)
 
         rows = self.batch, self.all_rows
-        self.lse = scratch(self.batch, self.splits, self.all_rows)
+        kept_as_is = [self.splits[segment] for segment, (key, _) in self.streams.items() if key.as_is]
+        self.dense_splits = self.tail_splits + sum(kept_as_is)
+        self.lse = scratch(self.batch, self.tail_splits + sum(self.splits.values()), self.all_rows)
         self.dense_part = scratch(self.batch, self.dense_splits, self.all_rows, self.value_dim)
-        self.scores = scratch(self.batch, self.slots, self.all_rows) if self.slots else None
+        self.scores = scratch(self.batch, sum(self.slots.values()), self.all_rows) if any(self.slots.values()) else None
         self.row_lse = scratch(*rows) if self.wanted else None
         self.packed: dict[int, _Packed] = {}
         for segment, (key, value) in self.streams.items():
             if key.as_is:
                 continue
-            share = self.shares[segment]
-            columns = [first_column(stream.bands.counts, 4) for stream in (key, value)]
+            columns = first_column(key_layout(key.bands.counts), 4), first_column(value_layout(value.bands.counts), 4)
             dot = torch.float16 if self.half else torch.float32
             self.packed[segment] = _Packed(
                 key,
                 value,
-                share,
-                scratch(self.batch, share.splits, self.all_rows, columns[1]),
+                scratch(self.batch, self.splits[segment], self.all_rows, columns[1]),
                 Latent(scratch(*rows, columns[0], dtype=dot), scratch(*rows), scratch(*rows)),
                 Latent(scratch(*rows, columns[1]), scratch(*rows)),
             )
@@ -218,9 +206,8 @@ class _Call:
             self.kv_rows,
             self.groups,
             self.kv_heads,
+            self.dense[0].shape[2],
             self.new_tokens,
-            self.splits,
-            self.slots,
         )
 
     @property
@@ -232,9 +219,10 @@ class _Call:
         """An attribute of a packed segment, None where there is none."""
         return getattr(self.packed[segment], name) if segment in self.packed else None
 
-    def _counts(self, segment: int, stream: str) -> tuple[int, int, int, int]:
-        """Bands of a packed segment's stream, for the kernels."""
-        return self._of(segment, stream).bands.counts if segment in self.packed else (0, 0, 0, 0)
+    def _layout(self, segment: int, stream: str) -> tuple[int, ...]:
+        """Layout of a packed segment's stream."""
+        counts = self._of(segment, stream).bands.counts if segment in self.packed else (0, 0, 0, 0)
+        return key_layout(counts) if stream == "key" else value_layout(counts)
 
     def _rows_grid(self, streams: Sequence[PackedStream]) -> tuple[bool, int, int, int]:
         """Whether one basis serves all sequences, so that their rows go together; row tile; grid of row tiles and KV heads."""
@@ -253,7 +241,7 @@ class _Call:
             return
         streams = {segment: packed.key for segment, packed in self.packed.items()}
         fold, tile, *grid = self._rows_grid(list(streams.values()))
-        blocks = [triton.cdiv(first_column(self._counts(segment, "key"), 4), COLUMNS) for segment in (VISION, TEXT)]
+        blocks = [triton.cdiv(first_column(self._layout(segment, "key"), 4), COLUMNS) for segment in (VISION, TEXT)]
         # a stream of no components still has a mean
         blocks = [max(count, segment in self.packed) for count, segment in zip(blocks, (VISION, TEXT), strict=True)]
         project_kernel[(*grid, sum(blocks))](
@@ -264,8 +252,8 @@ class _Call:
             self.sizes,
             self.batch,
             scale,
-            VISION=self._counts(VISION, "key"),
-            TEXT=self._counts(TEXT, "key"),
+            VISION=self._layout(VISION, "key"),
+            TEXT=self._layout(TEXT, "key"),
             FOLD=fold,
             HEAD_DIM=self.head_dim,
             PRECISION=self.precision,
@@ -279,34 +267,34 @@ class _Call:
         launch, packed = self.launch, self.packed
         spans = {segment: self._passes(segment) for segment in packed}
         part = {segment: self._of(segment, "part") for segment in (VISION, TEXT)}
-        results = Results(self.lse, part[VISION], part[TEXT], self.dense_part, self.dense_splits, self.scores)
-        none = Share(0, 1, 1, 1, 0, 0)
-        components = self._counts(VISION, "value")
+        results = Results(self.lse, part[VISION], part[TEXT], self.dense_part, self.scores)
+        values = self._layout(VISION, "value")
+        first_key, first_value, tail_key, tail_value = map(strided, self.dense)
+        segments = [
+            self._segment(VISION),
+            self._segment(TEXT),
+            Segment(first_key, None, first_value, None, self.positions[0]),
+            Segment(tail_key, None, tail_value),
+            Segment(strided(self.key), None, strided(self.value)),
+        ]
         for number in range(max([1, *map(len, spans.values())])):
-            shares = [
-                self.shares[segment] if segment in self.shares and number < len(spans.get(segment, (0,))) else none
-                for segment in (VISION, TEXT)
-            ]
-            tail = self.tail if number == 0 else none
-            programs = sum(share.programs for share in (*shares, tail))
+            runs = [segment in self.streams and number < len(spans.get(segment, (0,))) for segment in (VISION, TEXT)]
+            programs = self.tail_splits * self.tail_copies if number == 0 else 0
+            for segment, run in zip((VISION, TEXT), runs, strict=True):
+                programs += self.splits[segment] * self._copies(segment) if run else 0
             if programs == 0:
                 continue
             tiles = {s: spans[s][number] if s in spans and number < len(spans[s]) else (0, 0) for s in (VISION, TEXT)}
             attend_kernel[(programs, self.batch)](
-                *shares,
-                tail,
-                self._segment(VISION),
-                self._segment(TEXT),
-                Segment(
-                    strided(self.dense[0]),
-                    None,
-                    strided(self.dense[1]),
-                    None,
-                    self.positions[0],
-                    self.dense[0].shape[2],
+                *(self.splits.get(segment, 0) for segment in (VISION, TEXT)),
+                self.tail_splits,
+                *(
+                    self.streams[segment][0].codes.shape[2] if segment in self.streams else 0
+                    for segment in (VISION, TEXT)
                 ),
-                Segment(strided(self.dense[2]), None, strided(self.dense[3]), None, None, self.dense[2].shape[2]),
-                Segment(strided(self.key), None, strided(self.value), None, None, self.new_tokens),
+                self.dense[2].shape[2],
+                self.blocks,
+                *segments,
                 self._rows(VISION),
                 self._rows(TEXT),
                 results,
@@ -317,20 +305,22 @@ class _Call:
                 scale,
                 VISION_KIND=self._kind(VISION),
                 TEXT_KIND=self._kind(TEXT),
-                VISION_KEY=self._counts(VISION, "key"),
-                VISION_VALUE=components,
-                TEXT_KEY=self._counts(TEXT, "key"),
-                TEXT_VALUE=self._counts(TEXT, "value"),
+                VISION_KEY=self._layout(VISION, "key"),
+                VISION_VALUE=values,
+                TEXT_KEY=self._layout(TEXT, "key"),
+                TEXT_VALUE=self._layout(TEXT, "value"),
                 EVEN=tuple(
                     reads_halves(self._of(segment, stream)) for segment in (VISION, TEXT) for stream in ("key", "value")
                 ),
-                PARTIAL=sum(components) if self.tiers is None else min(partial, sum(components)),
+                PARTIAL=first_component(values, 4) if self.tiers is None else min(partial, first_component(values, 4)),
                 FIRST_PASS=number == 0,
+                RUNS=tuple(runs),
                 VISION_TILES=tiles[VISION],
                 TEXT_TILES=tiles[TEXT],
                 RESIDENT=launch.resident,
-                KEEP_VISION=VISION in self.shares and self._keeps_scores(VISION),
-                KEEP_TEXT=TEXT in self.shares and self._keeps_scores(TEXT),
+                KEEP_VISION=self.slots.get(VISION, 0) > 0,
+                KEEP_TEXT=self.slots.get(TEXT, 0) > 0,
+                ALIGNED=alignment([x for s in segments for x in (s.key, s.value) if isinstance(x, Strided)]),
                 CAUSAL=mask is None and 1 < self.new_tokens == self.query.shape[2],
                 HEAD_DIM=self.head_dim,
                 VALUE_DIM=self.value_dim,
@@ -356,26 +346,24 @@ class _Call:
         if segment not in self.streams:
             return Segment()
         streams, positions = self.streams[segment], self.positions[segment]
-        slots = positions.shape[1]
         if segment not in self.packed:
             key, value = (kept_as_is(stream, self.kv_heads) for stream in streams)
-            return Segment(key, None, value, None, positions, slots)
+            return Segment(key, None, value, None, positions)
         (key, key_scale), (value, value_scale) = (
             (stream.codes.contiguous(), stream.scale.contiguous() if stream.scale.numel() else None)
             for stream in streams
         )
-        return Segment(key, key_scale, value, value_scale, positions, slots)
+        return Segment(key, key_scale, value, value_scale, positions)
 
-    def merge(self, keep_lse: bool) -> Tensor:
+    def merge(self) -> Tensor:
         """The output `[B, H_q, rows, D]`, out of all splits."""
         query = self.query
         out = query.new_empty(*query.shape[:3], self.value_dim)
         merged = Latent(torch.empty_like(out, dtype=torch.float32) if self.packed else out, None)
         splits = {
-            s: Splits(p.part, p.share.first_split, p.share.splits, p.part.shape[3], p.output)
-            for s, p in self.packed.items()
+            segment: Splits(packed.part, packed.part.shape[3], packed.output) for segment, packed in self.packed.items()
         }
-        dense = Splits(self.dense_part, 0, self.dense_splits, self.value_dim, merged)
+        dense = Splits(self.dense_part, self.value_dim, merged)
         columns = 128
         blocks = [triton.cdiv(self.value_dim, columns)]
         blocks += [max(1, triton.cdiv(splits[s].columns, columns)) if s in splits else 0 for s in (VISION, TEXT)]
@@ -387,9 +375,10 @@ class _Call:
             self.row_lse,
             blocks[0],
             blocks[1],
-            self.splits,
+            self.dense_splits,
+            *(self.splits[segment] if segment in splits else 0 for segment in (VISION, TEXT)),
             self.all_rows,
-            SPLITS=triton.next_power_of_2(self.splits),
+            SPLITS=triton.next_power_of_2(self.lse.shape[1]),
             COLUMNS=columns,
         )
         if not self.packed:
@@ -403,8 +392,8 @@ class _Call:
             out,
             self.sizes,
             self.batch,
-            VISION=self._counts(VISION, "value"),
-            TEXT=self._counts(TEXT, "value"),
+            VISION=self._layout(VISION, "value"),
+            TEXT=self._layout(TEXT, "value"),
             FOLD=fold,
             VALUE_DIM=self.value_dim,
             PRECISION=self.precision,
@@ -426,8 +415,9 @@ class _Call:
             self.tiers if segment == VISION else None,
             keep,
             add,
-            self.shares[segment].first_slot,
+            0 if segment == VISION else self.slots.get(VISION, 0),
             slots,
+            self.scores.shape[1],
             self.sizes,
             BLOCK=SLOTS,
             ROWS=32,

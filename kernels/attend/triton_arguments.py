@@ -4,6 +4,8 @@ A *unit* is what shares one copy of the tokens: a head group where they are pack
 `[B, H_q * rows]` is row `r % rows` of query head `r // rows`; a unit's rows are contiguous.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,6 @@ class Segment(NamedTuple):
     value: Tensor | Strided | None = None
     value_scale: Tensor | None = None
     positions: Tensor | None = None
-    slots: int = 0
 
 
 class Rows(NamedTuple):
@@ -64,18 +65,26 @@ class Masks(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A segment's part of the grid, and where its results go: programs, splits, row tiles and blocks a split; first split and slot."""
+    """A segment's part of the work and of the results, put together in the kernel: what grows with the cache is no constant of it.
 
-    programs: int
+    splits, row tiles, blocks a split, slots; its first split among all and their number; its first split and the number of splits in
+    the tensor of its outputs; its first slot among the kept scores and their number.
+    """
+
     splits: int
     row_tiles: int
     blocks: int
+    slots: int
     first_split: int
+    all_splits: int
+    first_part: int
+    parts: int
     first_slot: int
+    all_slots: int
 
 
 class Sizes(NamedTuple):
-    """Query rows of a batch row, rows of a query head, rows of a group and of a KV head, KV heads, new tokens, splits and slots in all."""
+    """Rows of a sequence, of a query head, of a group and of a KV head; groups, KV heads, first slots, new tokens."""
 
     all_rows: int
     head_rows: int
@@ -83,9 +92,8 @@ class Sizes(NamedTuple):
     kv_rows: int
     groups: int
     kv_heads: int
+    first_slots: int
     new_tokens: int
-    splits: int
-    slots: int
 
 
 class Results(NamedTuple):
@@ -95,7 +103,6 @@ class Results(NamedTuple):
     vision: Tensor | None
     text: Tensor | None
     dense: Tensor
-    dense_splits: int
     scores: Tensor | None
 
 
@@ -117,11 +124,9 @@ class Latent(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """One segment's splits `[B, splits, rows, columns]`, its first among all of them, and where their sum goes."""
+    """One segment's splits `[B, splits, rows, columns]`, and where their sum goes."""
 
     part: Tensor
-    first: int
-    splits: int
     columns: int
     out: Latent
 
@@ -161,3 +166,8 @@ def masks_of(mask: Tensor | None, bias: Tensor | None) -> Masks:
         masked = (given, *strides, mask.stride(3), mask.shape[3])
     biased: tuple = (None, 0, 0, 0) if bias is None else (bias, *bias.stride(), bias.shape[1])
     return Masks(*masked, *biased)
+
+
+def alignment(dense: Sequence[Strided]) -> int:
+    """Largest power of two, at most 16, that divides every stride but the channels'."""
+    return math.gcd(16, *(stride for x in dense for stride in (x.batch, x.group, x.head, x.token)))

@@ -11,6 +11,19 @@ BY_INDEX, BY_RING, BY_ORDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
+def aligned(stride, ALIGNED: tl.constexpr):
+    """A stride that is a multiple of ALIGNED, so that the compiler sees it."""
+    return (stride // ALIGNED) * ALIGNED
+
+
+@triton.jit
+def start_of_head(x, b, head, ALIGNED: tl.constexpr):
+    """Offset of a head's first token."""
+    of_group = (head // x.per) * aligned(x.group, ALIGNED) + (head % x.per) * aligned(x.head, ALIGNED)
+    return b * aligned(x.batch, ALIGNED) + of_group
+
+
+@triton.jit
 def dense_range(
     top,
     total,
@@ -21,7 +34,8 @@ def dense_range(
     b,
     head,
     segment,
-    first_slot,
+    slots,
+    share,
     row,
     row_ok,
     results,
@@ -32,6 +46,7 @@ def dense_range(
     packed,
     KIND: tl.constexpr,
     KEEP_SCORES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -43,18 +58,18 @@ def dense_range(
 ):
     """Online softmax over the slots from `start_at` to `end` of a dense segment; the updated maximum, sum and output tiles."""
     key, value = segment.key, segment.value
-    first_key = key.pointer + b * key.batch + (head // key.per) * key.group + (head % key.per) * key.head
-    first_value = value.pointer + b * value.batch + (head // value.per) * value.group + (head % value.per) * value.head
+    first_key = key.pointer + start_of_head(key, b, head, ALIGNED)
+    first_value = value.pointer + start_of_head(value, b, head, ALIGNED)
     before = held - sizes.new_tokens
     for start in range(start_at, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < end
         if KIND == BY_INDEX:
-            position = tl.load(segment.positions + b * segment.slots + slot, mask=inside, other=-1)
+            position = tl.load(segment.positions + b * slots + slot, mask=inside, other=-1)
             occupied = (position >= 0) & (position < tl.minimum(packed, before))
         elif KIND == BY_RING:
             # the remainder is taken of a number >= 0, where compiled code and Python agree
-            position = packed + (slot - packed % segment.slots + segment.slots) % segment.slots
+            position = packed + (slot - packed % slots + slots) % slots
             occupied = inside & (position < before)
         else:
             position = before + slot
@@ -62,7 +77,11 @@ def dense_range(
         score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
         for number in tl.static_range(channel_tiles(HEAD_DIM)):
             channel = number * channel_tile(HEAD_DIM) + tl.arange(0, channel_tile(HEAD_DIM))
-            at = first_key + (slot.to(tl.int64) * key.token)[:, None] + (channel * key.channel)[None, :]
+            at = (
+                first_key
+                + (slot.to(tl.int64) * aligned(key.token, ALIGNED))[:, None]
+                + (channel * key.channel)[None, :]
+            )
             loaded = tl.load(at, mask=inside[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
             score = tl.dot(loaded.to(DOT), query[number], score, input_precision="ieee")
         allowed = occupied[:, None]
@@ -70,7 +89,7 @@ def dense_range(
             allowed = allowed & (slot[:, None] <= (row % sizes.head_rows)[None, :])
         score = masked(score * scale, position, allowed, row, row_ok, b, masks, sizes.head_rows, MASK, MASK_ROWS)
         if KEEP_SCORES:
-            at = (b * sizes.slots + first_slot + slot) * sizes.all_rows
+            at = (b * share.all_slots + share.first_slot + slot) * sizes.all_rows
             both = inside[:, None] & row_ok[None, :]
             tl.store(results.scores + at[:, None] + row[None, :], score, mask=both)
         weight, fade, top, total = softmax_step(score, top, total)
@@ -78,7 +97,11 @@ def dense_range(
         updated = ()
         for number in tl.static_range(channel_tiles(VALUE_DIM)):
             channel = number * channel_tile(VALUE_DIM) + tl.arange(0, channel_tile(VALUE_DIM))
-            at = first_value + (slot.to(tl.int64) * value.token)[:, None] + (channel * value.channel)[None, :]
+            at = (
+                first_value
+                + (slot.to(tl.int64) * aligned(value.token, ALIGNED))[:, None]
+                + (channel * value.channel)[None, :]
+            )
             loaded = tl.load(at, mask=occupied[:, None] & (channel < VALUE_DIM)[None, :], other=0.0)
             sofar = accumulated[number] * fade[None, :]
             updated = updated + (tl.dot(tl.trans(loaded.to(DOT)), rounded, sofar, input_precision="ieee"),)
@@ -103,6 +126,7 @@ def attend_dense(
     scale,
     KIND: tl.constexpr,
     KEEP_SCORES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CAUSAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -132,31 +156,33 @@ def attend_dense(
     top = tl.full((ROW_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((ROW_TILE,), tl.float32)
     held, packed = tl.load(cursor), tl.load(cursor + 1)
-    end = tl.minimum((split + 1) * share.blocks * BLOCK, segment.slots)
+    end = tl.minimum((split + 1) * share.blocks * BLOCK, share.slots)
     if read is not None:
         end = tl.minimum(end, tl.load(read + 2 * b + 1))
+    first_end = tl.where(split == 0, sizes.first_slots, 0)
+    new_end = tl.where(split == 0, sizes.new_tokens, 0)
     # fmt: off
     top, total, accumulated = dense_range(
-        top, total, accumulated, query, split * share.blocks * BLOCK, end, b, head, segment, share.first_slot, row, row_ok,
-        results, masks, sizes, scale, held, packed,
-        KIND, KEEP_SCORES, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
+        top, total, accumulated, query, split * share.blocks * BLOCK, end, b, head, segment, share.slots, share,
+        row, row_ok, results, masks, sizes, scale, held, packed,
+        KIND, KEEP_SCORES, ALIGNED, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
     )
     if KIND == BY_RING:
         top, total, accumulated = dense_range(
-            top, total, accumulated, query, 0, tl.where(split == 0, first.slots, 0), b, head, first, 0, row, row_ok,
-            results, masks, sizes, scale, held, packed,
-            BY_INDEX, False, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
+            top, total, accumulated, query, 0, first_end, b, head, first, sizes.first_slots, share,
+            row, row_ok, results, masks, sizes, scale, held, packed,
+            BY_INDEX, False, ALIGNED, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
         )
         top, total, accumulated = dense_range(
-            top, total, accumulated, query, 0, tl.where(split == 0, new.slots, 0), b, head, new, 0, row, row_ok,
-            results, masks, sizes, scale, held, packed,
-            BY_ORDER, False, CAUSAL, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
+            top, total, accumulated, query, 0, new_end, b, head, new, sizes.new_tokens, share,
+            row, row_ok, results, masks, sizes, scale, held, packed,
+            BY_ORDER, False, ALIGNED, CAUSAL, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
         )
     # fmt: on
     lse, inverse = log_sum_exp(top, total)
-    at_split = share.first_split + split
-    tl.store(results.lse + (b * sizes.splits + at_split) * sizes.all_rows + row, lse, mask=row_ok)
-    at_part = ((b * results.dense_splits + at_split) * sizes.all_rows + row) * VALUE_DIM
+    at_split = b * share.all_splits + share.first_split + split
+    tl.store(results.lse + at_split * sizes.all_rows + row, lse, mask=row_ok)
+    at_part = ((b * share.parts + share.first_part + split) * sizes.all_rows + row) * VALUE_DIM
     for number in tl.static_range(channel_tiles(VALUE_DIM)):
         channel = number * channel_tile(VALUE_DIM) + tl.arange(0, channel_tile(VALUE_DIM))
         out = accumulated[number] * inverse[None, :]

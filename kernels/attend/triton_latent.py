@@ -29,7 +29,7 @@ def project_segment(
     sizes,
     batch,
     scale,
-    COUNTS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     FOLD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -44,9 +44,9 @@ def project_segment(
     b, in_head, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows, FOLD, ROW_TILE)
     row = head * sizes.kv_rows + in_head
     column = block * COLUMNS + tl.arange(0, COLUMNS)
-    component = component_of(column, COUNTS)
+    component = component_of(column, LAYOUT)
     known = component >= 0
-    rank: tl.constexpr = first_component(COUNTS, 4)
+    rank: tl.constexpr = first_component(LAYOUT, 4)
     group = z * basis.next_batch + head // per_group
     width = per_group * HEAD_DIM
     of_head = (head % per_group) * HEAD_DIM
@@ -78,7 +78,7 @@ def project_segment(
     latent = latent * step[None, :] * ratio[:, None]
     latent = tl.minimum(tl.maximum(latent, -FLOAT16_MAX), FLOAT16_MAX)
     at_row = b * sizes.all_rows + row
-    all_columns: tl.constexpr = first_column(COUNTS, 4)
+    all_columns: tl.constexpr = first_column(LAYOUT, 4)
     at = out.latent + (at_row * all_columns)[:, None] + column[None, :]
     tl.store(at, latent.to(out.latent.dtype.element_ty), mask=row_ok[:, None] & (column < all_columns)[None, :])
     if block == 0:
@@ -125,31 +125,33 @@ def project_kernel(
 
 
 @triton.jit
-def merge_segment(lse, splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS: tl.constexpr):
+def merge_segment(
+    lse, segment, first, splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS: tl.constexpr
+):
     """A block of a row's output over one segment: its splits, each by its share of the softmax."""
     column = block * COLUMNS + tl.arange(0, COLUMNS)
-    real_column = column < splits.columns
+    real_column = column < segment.columns
     summed = tl.zeros((COLUMNS,), tl.float32)
     shares = tl.zeros((16,), tl.float32)
-    for start in range(0, splits.splits, 16):
+    for start in range(0, splits, 16):
         split = start + tl.arange(0, 16)
-        real = split < splits.splits
-        at_lse = lse + (b * all_splits + splits.first + split) * all_rows + row
+        real = split < splits
+        at_lse = lse + (b * all_splits + first + split) * all_rows + row
         share = tl.exp2(tl.load(at_lse, mask=real, other=float("-inf")) - top) * inverse
-        at_part = ((b * splits.splits + split) * all_rows + row) * splits.columns
-        at = splits.part + at_part[:, None] + column[None, :]
+        at_part = ((b * splits + split) * all_rows + row) * segment.columns
+        at = segment.part + at_part[:, None] + column[None, :]
         given = tl.load(at, mask=real[:, None] & real_column[None, :], other=0.0)
         summed += tl.sum(given * share[:, None], 0)
         shares += share
     at_row = b * all_rows + row
-    at_out = splits.out.latent + at_row * splits.columns + column
-    tl.store(at_out, summed.to(splits.out.latent.dtype.element_ty), mask=real_column)
-    if splits.out.scale is not None:
+    at_out = segment.out.latent + at_row * segment.columns + column
+    tl.store(at_out, summed.to(segment.out.latent.dtype.element_ty), mask=real_column)
+    if segment.out.scale is not None:
         if block == 0:
-            tl.store(splits.out.scale + at_row, tl.sum(shares, 0))
+            tl.store(segment.out.scale + at_row, tl.sum(shares, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dense_splits", "vision_splits", "text_splits"])
 def merge_kernel(
     lse,
     dense,
@@ -158,16 +160,22 @@ def merge_kernel(
     row_lse,
     dense_blocks,
     vision_blocks,
-    all_splits,
+    dense_splits,
+    vision_splits,
+    text_splits,
     all_rows,
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sum the splits of each segment. Grid: rows; batch; blocks of columns of dense, vision and text. SPLITS: all, padded."""
+    """Sum the splits of the dense tokens, and of vision and text where these are packed; their log-sum-exps lie in this order.
+
+    Grid: rows; batch; blocks of columns of dense, vision and text. SPLITS: all, padded.
+    """
     row = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     split = tl.arange(0, SPLITS)
+    all_splits = dense_splits + vision_splits + text_splits
     at_lse = lse + (b * all_splits + split) * all_rows + row
     own = tl.load(at_lse, mask=split < all_splits, other=float("-inf"))
     top = tl.max(own, 0)
@@ -179,15 +187,21 @@ def merge_kernel(
         whole = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
         if block == 0:
             tl.store(row_lse + b * all_rows + row, whole)
+    # fmt: off
     if block < dense_blocks:
-        merge_segment(lse, dense, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
+        merge_segment(lse, dense, 0, dense_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
     elif block < dense_blocks + vision_blocks:
         if vision is not None:
-            merge_segment(lse, vision, b, row, block - dense_blocks, all_splits, all_rows, top, inverse, COLUMNS)
+            block -= dense_blocks
+            merge_segment(
+                lse, vision, dense_splits, vision_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS
+            )
     else:
         if text is not None:
             block -= dense_blocks + vision_blocks
-            merge_segment(lse, text, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
+            first = dense_splits + vision_splits
+            merge_segment(lse, text, first, text_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
+    # fmt: on
 
 
 @triton.jit
@@ -202,15 +216,15 @@ def expand_segment(
     head,
     channel,
     sizes,
-    COUNTS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """`summed` plus a segment's output: latents times step and decoder, and its share of the softmax times the mean."""
     per_group = sizes.kv_heads // sizes.groups
-    rank: tl.constexpr = first_component(COUNTS, 4)
-    all_columns: tl.constexpr = first_column(COUNTS, 4)
+    rank: tl.constexpr = first_component(LAYOUT, 4)
+    all_columns: tl.constexpr = first_column(LAYOUT, 4)
     group = z * basis.next_batch + head // per_group
     width = per_group * VALUE_DIM
     of_head = (head % per_group) * VALUE_DIM
@@ -221,7 +235,7 @@ def expand_segment(
     summed += share[:, None] * mean[None, :]
     for start in range(0, all_columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        component = component_of(column, COUNTS)
+        component = component_of(column, LAYOUT)
         known = component >= 0
         at = latent.latent + (at_row * all_columns)[:, None] + column[None, :]
         own = tl.load(at, mask=row_ok[:, None] & known[None, :], other=0.0)
@@ -274,7 +288,7 @@ def expand_kernel(
     tl.store(out + at, summed.to(out.dtype.element_ty), mask=both)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_slot", "slots", "all_slots"])
 def importance_kernel(
     scores,
     row_lse,
@@ -286,6 +300,7 @@ def importance_kernel(
     add,
     first_slot,
     slots,
+    all_slots,
     sizes,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -305,7 +320,7 @@ def importance_kernel(
         # the newest token's rows: every new_tokens-th, counted from the last
         row = (index + 1) * sizes.new_tokens - 1
         lse = tl.load(row_lse + b * sizes.all_rows + row, mask=index < newest, other=float("inf"))
-        at = scores + ((b * sizes.slots + first_slot + slot) * sizes.all_rows)[:, None] + row[None, :]
+        at = scores + ((b * all_slots + first_slot + slot) * sizes.all_rows)[:, None] + row[None, :]
         score = tl.load(at, mask=was_read[:, None] & (index < newest)[None, :], other=float("-inf"))
         summed += tl.sum(tl.exp2(score - lse[None, :]), 1)
     known = tl.load(importance + b * slots + slot, mask=inside, other=0.0)

@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 
 from apack_compile.codec import Bands
-from apack_compile.kernels.triton_bands import first_column, per_byte, tile, tiles
+from apack_compile.kernels.triton_bands import (
+    channel_tile,
+    channel_tiles,
+    first_column,
+    key_layout,
+    per_byte,
+    tile,
+    tiles,
+    value_layout,
+)
 
 # Accumulators of one pass over the values: half of a multiprocessor's registers.
 MAX_ACCUMULATORS = 16384
@@ -41,13 +50,14 @@ def choose_launch(
     keys: Sequence[Bands], values: Sequence[Bands], group_rows: int, kv_rows: int, head_dim: int
 ) -> Launch:
     """Launch parameters for packed streams of these bands, and dense tokens of this width."""
-    columns = max((first_column(bands.counts, 4) for bands in keys), default=0)
+    columns = max((first_column(key_layout(bands.counts), 4) for bands in keys), default=0)
     group_tile = row_tile(group_rows)
     while group_tile > 16 and 2 * columns * group_tile > SHARED_BYTES // 2:
         group_tile //= 2
     resident = 2 * columns * group_tile <= SHARED_BYTES // 2
     held = 2 * columns * group_tile if resident else 0
-    token_bytes = [2 * head_dim + 2 * head_dim]
+    channels = channel_tile(head_dim) * channel_tiles(head_dim)
+    token_bytes = [2 * channels + 2 * channels]
     token_bytes += [key.token_bytes + value.token_bytes for key, value in zip(keys, values, strict=True)]
     for block, stages in ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1)):
         if held + block * stages * max(token_bytes) <= SHARED_BYTES:
@@ -55,14 +65,14 @@ def choose_launch(
     widest = max(
         (sum(pass_columns(bands, span) for span in passes(bands, group_tile)[:1]) for bands in values), default=0
     )
-    warps = 8 if widest * group_tile > MAX_ACCUMULATORS // 2 else 4
+    warps = 8 if widest * group_tile > MAX_ACCUMULATORS // 4 else 4
     return Launch(block, group_tile, row_tile(kv_rows), warps, stages, resident)
 
 
 def tile_columns(bands: Bands) -> list[int]:
     """Latent columns of each value tile."""
-    counts = bands.counts
-    return [per_byte(band) * tile(counts, band) for band in range(4) for _ in range(tiles(counts, band))]
+    layout = value_layout(bands.counts)
+    return [per_byte(band) * tile(layout, band) for band in range(4) for _ in range(tiles(layout, band))]
 
 
 def pass_columns(bands: Bands, span: tuple[int, int]) -> int:

@@ -23,40 +23,40 @@ from apack_compile.kernels.triton_bands import (
 
 
 @triton.constexpr_function
-def in_pass(counts, band, number, value_tiles):
+def in_pass(layout, band, number, value_tiles):
     """Whether a pass that has the value tiles from the first number to the second has this one."""
-    return value_tiles[0] <= tile_number(counts, band, number) < value_tiles[1]
+    return value_tiles[0] <= tile_number(layout, band, number) < value_tiles[1]
 
 
 @triton.constexpr_function
-def tile_tier(counts, band, number, partial):
+def tile_tier(layout, band, number, partial):
     """Whether a tile's components are all leading ones (0), none of them (2), or both (1)."""
-    start = first_component(counts, band) + per_byte(band) * tile(counts, band) * number
-    end = min(start + per_byte(band) * tile(counts, band), first_component(counts, band + 1))
+    start = first_component(layout, band) + per_byte(band) * tile(layout, band) * number
+    end = min(start + per_byte(band) * tile(layout, band), first_component(layout, band + 1))
     return 0 if end <= partial else 2 if start >= partial else 1
 
 
 @triton.jit
 def load_latent(
-    latent, at_row, row_ok, COUNTS: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, PLACE: tl.constexpr
+    latent, at_row, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, PLACE: tl.constexpr
 ):
     """Latents `[tile, rows]` of one tile of components."""
-    column = tile_column(COUNTS, BAND, NUMBER, PLACE) + tl.arange(0, tile(COUNTS, BAND))
-    at = latent + (at_row * first_column(COUNTS, 4))[None, :] + column[:, None]
+    column = tile_column(LAYOUT, BAND, NUMBER, PLACE) + tl.arange(0, tile(LAYOUT, BAND))
+    at = latent + (at_row * first_column(LAYOUT, 4))[None, :] + column[:, None]
     return tl.load(at, mask=row_ok[None, :], other=0.0)
 
 
 @triton.jit
 def load_query(
-    latent, at_row, row_ok, COUNTS: tl.constexpr, RESIDENT: tl.constexpr, DOT: tl.constexpr, ROW_TILE: tl.constexpr
+    latent, at_row, row_ok, LAYOUT: tl.constexpr, RESIDENT: tl.constexpr, DOT: tl.constexpr, ROW_TILE: tl.constexpr
 ):
     """All latents, if RESIDENT, and what the levels' offset adds to their scores."""
     query = ()
     offset = tl.zeros((ROW_TILE,), tl.float32)
     for band in tl.static_range(4):
-        for number in tl.static_range(tiles(COUNTS, band)):
+        for number in tl.static_range(tiles(LAYOUT, band)):
             for place in tl.static_range(per_byte(band)):
-                loaded = load_latent(latent, at_row, row_ok, COUNTS, band, number, place)
+                loaded = load_latent(latent, at_row, row_ok, LAYOUT, band, number, place)
                 offset += level_offset(band, DOT) * tl.sum(loaded.to(tl.float32), 0)
                 if RESIDENT:
                     query = query + (loaded,)
@@ -121,17 +121,17 @@ def attend_packed(
     full_sum = tl.zeros((ROW_TILE,), tl.float32)
 
     stored_end = tl.minimum(tl.load(cursor + 1), tl.load(cursor) - sizes.new_tokens)
-    end = tl.minimum((split + 1) * share.blocks * BLOCK, segment.slots)
-    full = segment.slots
+    end = tl.minimum((split + 1) * share.blocks * BLOCK, share.slots)
+    full = share.slots
     if read is not None:
         full = tl.load(read + 2 * b)
         end = tl.minimum(end, tl.load(read + 2 * b + 1))
-    first_token = (b * sizes.groups + unit) * segment.slots
+    first_token = (b * sizes.groups + unit) * share.slots
     for start in range(split * share.blocks * BLOCK, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < end
         token = first_token + slot
-        position = tl.load(segment.positions + b * segment.slots + slot, mask=inside, other=-1)
+        position = tl.load(segment.positions + b * share.slots + slot, mask=inside, other=-1)
         occupied = (position >= 0) & (position < stored_end)
         if FIRST_PASS:
             score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
@@ -154,7 +154,7 @@ def attend_packed(
             score += shift[None, :]
             score = masked(score, position, occupied[:, None], row, row_ok, b, masks, sizes.head_rows, MASK, MASK_ROWS)
         if KEEP_SCORES or not FIRST_PASS:
-            at = (b * sizes.slots + share.first_slot + slot) * sizes.all_rows
+            at = (b * share.all_slots + share.first_slot + slot) * sizes.all_rows
             at_score = results.scores + at[:, None] + row[None, :]
             both = inside[:, None] & row_ok[None, :]
             if FIRST_PASS:
@@ -198,11 +198,11 @@ def attend_packed(
         accumulated = updated
 
     lse, inverse = log_sum_exp(top, total)
-    at_split = b * sizes.splits + share.first_split + split
+    at_split = b * share.all_splits + share.first_split + split
     if FIRST_PASS:
         tl.store(results.lse + at_split * sizes.all_rows + row, lse, mask=row_ok)
     written = ()
-    at_part = ((b * share.splits + split) * sizes.all_rows + row) * first_column(VALUE, 4)
+    at_part = ((b * share.parts + share.first_part + split) * sizes.all_rows + row) * first_column(VALUE, 4)
     for band in tl.static_range(4):
         for number in tl.static_range(tiles(VALUE, band)):
             if in_pass(VALUE, band, number, VALUE_TILES):

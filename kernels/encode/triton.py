@@ -10,6 +10,7 @@ from apack_compile.kernels.triton_bands import (
     FLOAT16_MAX,
     first_byte,
     first_component,
+    key_layout,
     level_bits,
     per_byte,
     tile_units,
@@ -23,16 +24,16 @@ UNIT_STEPS = tl.constexpr(tuple(GAUSSIAN_STEP[bits] * HEADROOM[bits] for bits in
 
 
 @triton.jit
-def token_scale(coefficients, step, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
+def token_scale(coefficients, step, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
     """Root mean square of a token's coefficients over their deviation, as `codec.token_scales`."""
-    rank: tl.constexpr = first_component(COUNTS, 4)
+    rank: tl.constexpr = first_component(LAYOUT, 4)
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, rank, BLOCK):
         component = start + tl.arange(0, BLOCK)
         real = component < rank
         unit = tl.zeros((BLOCK,), tl.float32)
         for band in tl.static_range(4):
-            own = (component >= first_component(COUNTS, band)) & (component < first_component(COUNTS, band + 1))
+            own = (component >= first_component(LAYOUT, band)) & (component < first_component(LAYOUT, band + 1))
             unit = tl.where(own, UNIT_STEPS[band], unit)
         given = tl.load(coefficients + component, mask=real, other=0.0)
         normalized = given * tl.div_rn(unit, tl.load(step + component, mask=real, other=1.0))
@@ -42,16 +43,16 @@ def token_scale(coefficients, step, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def quantize_token(coefficients, step, scale, codes, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_token(coefficients, step, scale, codes, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
     """Write a token's codes. scale: its float16 token scale, or None."""
     for band in tl.static_range(4):
-        for start in range(0, tile_units(COUNTS, band), BLOCK):
+        for start in range(0, tile_units(LAYOUT, band), BLOCK):
             unit = start + tl.arange(0, BLOCK)
             byte = tl.zeros((BLOCK,), tl.int32)
             for place in tl.static_range(per_byte(band)):
                 own = unit * per_byte(band) + place
-                real = own < COUNTS[band]
-                component = first_component(COUNTS, band) + own
+                real = own < LAYOUT[band]
+                component = first_component(LAYOUT, band) + own
                 given = tl.load(coefficients + component, mask=real, other=0.0)
                 level = tl.div_rn(given, tl.load(step + component, mask=real, other=1.0))
                 if scale is not None:
@@ -64,15 +65,15 @@ def quantize_token(coefficients, step, scale, codes, COUNTS: tl.constexpr, BLOCK
                     rounded = (inside + ROUNDER) - ROUNDER
                     # padding is level 0
                     byte += tl.where(real, rounded, 0.0).to(tl.int32) << (place * level_bits(band))
-            known = unit < tile_units(COUNTS, band)
+            known = unit < tile_units(LAYOUT, band)
             if band == 0:
                 tl.store(codes + 2 * unit, (byte & 0xFF).to(tl.uint8), mask=known)
                 tl.store(codes + (2 * unit + 1), (byte >> 8).to(tl.uint8), mask=known)
             else:
-                tl.store(codes + (first_byte(COUNTS, band) + unit), byte.to(tl.uint8), mask=known)
+                tl.store(codes + (first_byte(LAYOUT, band) + unit), byte.to(tl.uint8), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def quantize_kernel(
     coefficients,
     step,
@@ -81,19 +82,19 @@ def quantize_kernel(
     tokens,
     groups,
     next_batch,
-    COUNTS: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Codes, and token scales if `scales` is given, of `[B, G, N, r]` coefficients. Grid: tokens; batch and groups."""
     at = tl.program_id(1).to(tl.int64)
     token = at * tokens + tl.program_id(0)
-    rank: tl.constexpr = first_component(COUNTS, 4)
+    rank: tl.constexpr = first_component(LAYOUT, 4)
     own_step = step + ((at // groups) * next_batch + at % groups) * rank
     scale = None
     if scales is not None:
-        scale = token_scale(coefficients + token * rank, own_step, COUNTS, BLOCK)
+        scale = token_scale(coefficients + token * rank, own_step, LAYOUT, BLOCK)
         tl.store(scales + token, scale)
-    quantize_token(coefficients + token * rank, own_step, scale, codes + token * first_byte(COUNTS, 4), COUNTS, BLOCK)
+    quantize_token(coefficients + token * rank, own_step, scale, codes + token * first_byte(LAYOUT, 4), LAYOUT, BLOCK)
 
 
 def quantize(coefficients: Tensor, step: Tensor, bands: Bands, scaled: bool) -> tuple[Tensor, Tensor]:
@@ -112,7 +113,7 @@ def quantize(coefficients: Tensor, step: Tensor, bands: Bands, scaled: bool) -> 
                 tokens,
                 groups,
                 0 if step.shape[0] == 1 else groups,
-                COUNTS=bands.counts,
+                LAYOUT=key_layout(bands.counts),
                 BLOCK=block_of(bands),
                 num_warps=1 if rank <= 256 else 4,
             )

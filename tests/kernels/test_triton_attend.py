@@ -138,9 +138,7 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
         if data.draw(st.booleans()):
             bias = torch.randn(shape.batch, tokens, generator=state.generator)
             bias[:, ::5] = float("-inf")
-    exact = reference.attend(
-        query.double(), state.key.double(), state.value.double(), mask, bias, *state.stored, scale
-    )
+    exact = reference.attend(query.double(), state.key.double(), state.value.double(), mask, bias, *state.stored, scale)
     key, value = UNPACK(state.key, state.value, *state.stored, tokens)
     allowed, added = allowed_by(state, tokens, rows), torch.zeros(())
     if mask is not None:
@@ -148,7 +146,9 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
         allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, added + mask)
     added = added if bias is None else added + bias[:, None, None]
     plain = attention(query, key, value, allowed, added.to(shape.dtype), scale)
-    given_state = moved(littered(replace(state, key=odd_strides(state.key), value=odd_strides(state.value)), shape), device)
+    given_state = moved(
+        littered(replace(state, key=odd_strides(state.key), value=odd_strides(state.value)), shape), device
+    )
     with pytest.MonkeyPatch.context() as patch:
         for name, number in LAUNCHES[launch].items():
             patch.setattr(triton_launch, name, number)
