@@ -1,20 +1,20 @@
 """What serves CUDA tensors: Triton, imported when the first one arrives."""
 
-from collections.abc import Callable
 from typing import Any
 
 # For the report: which implementation runs where.
 CUDA_IMPLEMENTATION = "Triton: append, attend, attend_tiers, encode; unpack is the reference"
 
 
-def on_cuda(name: str) -> Callable[..., Any]:
-    """The Triton implementation of an operation, which imports it when called."""
+def append(*arguments: Any) -> None:
+    """`apack::append` in Triton."""
+    from apack_compile.kernels.append.triton import append as in_triton
 
-    def serve(*arguments: Any) -> Any:
-        if name == "append":
-            from apack_compile.kernels.append.triton import append as implementation
-        else:
-            from apack_compile.kernels.attend.triton import attend as implementation
-        return implementation(*arguments)
+    in_triton(*arguments)
 
-    return serve
+
+def attend(*arguments: Any) -> Any:
+    """`apack::attend` and `apack::attend_tiers` in Triton."""
+    from apack_compile.kernels.attend.triton import attend as in_triton
+
+    return in_triton(*arguments)

@@ -6,9 +6,9 @@
 import torch
 from torch import Tensor
 
+from apack_compile.kernels import cuda
 from apack_compile.kernels.append.reference import append
 from apack_compile.kernels.attend.reference import attend
-from apack_compile.kernels.cuda import on_cuda
 from apack_compile.kernels.unpack.reference import unpack
 
 LIBRARY = torch.library.Library("apack", "DEF")
@@ -34,8 +34,9 @@ LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
 LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
 LIBRARY.impl("attend_tiers", attend, "CompositeExplicitAutograd")
-for name in ("append", "attend", "attend_tiers"):
-    LIBRARY.impl(name, on_cuda(name), "CUDA")
+LIBRARY.impl("append", cuda.append, "CUDA")
+LIBRARY.impl("attend", cuda.attend, "CUDA")
+LIBRARY.impl("attend_tiers", cuda.attend, "CUDA")
 
 
 @torch.library.register_fake("apack::append", lib=LIBRARY)

@@ -38,6 +38,7 @@ from apack_compile.kernels.attend.triton_launch import (
     dense_dot_dtype,
     passes,
     row_tile,
+    shared_bytes,
 )
 from apack_compile.kernels.attend.triton_softmax import LOG2E
 from apack_compile.kernels.layout import TEXT, VISION, PackedStream, packed_streams
@@ -136,7 +137,14 @@ class _Call:
         self.groups = coded[0][0].groups if coded else self.kv_heads
         self.group_rows = self.all_rows // self.groups
         self.launch = choose_launch(
-            [k.bands for k, _ in coded], [v.bands for _, v in coded], self.group_rows, self.kv_rows, self.head_dim
+            [key.bands for key, _ in coded],
+            [value.bands for _, value in coded],
+            self.group_rows,
+            self.kv_rows,
+            self.head_dim,
+            query.dtype.itemsize,
+            len(coded) < len(self.streams),
+            shared_bytes(query.device),
         )
         self._share_out()
         self._allocate()

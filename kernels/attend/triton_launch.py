@@ -21,8 +21,9 @@ from apack_compile.kernels.triton_bands import (
 
 # Accumulators of one pass over the values: half of a multiprocessor's registers.
 MAX_ACCUMULATORS = 16384
-# Shared memory that a block of tokens and the query latents may take, bytes (Hopper has 227 KB a block).
-SHARED_BYTES = 160 * 1024
+# Share of a multiprocessor's memory that a block of tokens and the query latents may take, and its bytes where there is no GPU: Hopper's.
+SHARED_SHARE = 0.7
+SHARED_BYTES = 232448
 # Programs wanted per multiprocessor, and a processor count where there is none (the interpreter).
 PROGRAMS_PER_PROCESSOR = 2
 INTERPRETED_PROCESSORS = 2
@@ -41,26 +42,41 @@ class Launch:
     resident: bool
 
 
+def shared_bytes(device: torch.device) -> float:
+    """Shared memory that a program's tensors may take, bytes."""
+    if device.type == "cuda":
+        return SHARED_SHARE * torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return SHARED_SHARE * SHARED_BYTES
+
+
 def row_tile(rows: int) -> int:
     """Rows a program takes, of so many: a power of two from 16, the matrix unit's smallest, to 64."""
     return 16 if rows <= 16 else 32 if rows <= 32 else 64
 
 
 def choose_launch(
-    keys: Sequence[Bands], values: Sequence[Bands], group_rows: int, kv_rows: int, head_dim: int
+    keys: Sequence[Bands],
+    values: Sequence[Bands],
+    group_rows: int,
+    kv_rows: int,
+    head_dim: int,
+    itemsize: int,
+    kept: bool,
+    shared: float,
 ) -> Launch:
-    """Launch parameters for packed streams of these bands, and dense tokens of this width."""
+    """Launch parameters for packed streams of these bands, and dense tokens of this width; kept: some segment is dense. shared: bytes."""
     columns = max((first_column(key_layout(bands.counts), 4) for bands in keys), default=0)
     group_tile = row_tile(group_rows)
-    while group_tile > 16 and 2 * columns * group_tile > SHARED_BYTES // 2:
+    while group_tile > 16 and itemsize * columns * group_tile > shared / 2:
         group_tile //= 2
-    resident = 2 * columns * group_tile <= SHARED_BYTES // 2
-    held = 2 * columns * group_tile if resident else 0
+    resident = itemsize * columns * group_tile <= shared / 2
+    held = itemsize * columns * group_tile if resident else 0
     channels = channel_tile(head_dim) * channel_tiles(head_dim)
-    token_bytes = [2 * channels + 2 * channels]
+    # with a segment kept as it is, the compiler was seen to keep the buffers of two dense loops
+    token_bytes = [(2 if kept else 1) * 2 * itemsize * channels]
     token_bytes += [key.token_bytes + value.token_bytes for key, value in zip(keys, values, strict=True)]
     for block, stages in ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1)):
-        if held + block * stages * max(token_bytes) <= SHARED_BYTES:
+        if held + block * stages * max(token_bytes) <= shared:
             break
     widest = max(
         (sum(pass_columns(bands, span) for span in passes(bands, group_tile)[:1]) for bands in values), default=0

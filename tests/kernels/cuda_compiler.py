@@ -119,6 +119,7 @@ CASES = {
     ),
     "one head a group": lambda: attend_with(Bands((0, 0, 32, 32)), 9, 3, 3, 64, torch.bfloat16),
     "kept as it is": lambda: attend_with(None, 16, 4, 1, 72, torch.bfloat16),
+    "wide heads": lambda: attend_with(ALL_WIDTHS, 8, 4, 1, 256, torch.bfloat16),
     "append": lambda: append_with(ALL_WIDTHS, 4, 128, torch.bfloat16),
 }
 

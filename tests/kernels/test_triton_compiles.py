@@ -19,6 +19,7 @@ EXPECTED = {
     "rank 64 with tiers": ATTEND | LATENT | {"importance_kernel"},
     "one head a group": ATTEND | LATENT,
     "kept as it is": ATTEND,
+    "wide heads": ATTEND | LATENT,
     "append": {"project_kernel", "write_kernel", "quantize_kernel"},
 }
 
