@@ -32,35 +32,30 @@ class Dense(NamedTuple):
     channel: int
 
 
-class Slots(NamedTuple):
-    """Codes `[B, G, N, bytes]` or scales `[B, G, N]`, and their strides."""
-
-    pointer: Tensor
-    batch: int
-    group: int
-    token: int
-
-
 class Stream(NamedTuple):
-    """One stream: the new tokens, the tail, and where it is packed its codes `[B, G, N, bytes]`, scales, basis and coefficients.
+    """Where one stream is packed: codes `[B, G, N, bytes]` and scales `[B, G, N]` with strides, basis and coefficients.
 
     next_batch: groups from one sequence's basis to the next, 0 if all share one. coefficients: `[B, G, n, r]`, of the tokens pushed out.
     """
 
-    new: Dense
-    tail: Dense
-    codes: Slots | None
-    scales: Slots | None
-    mean: Tensor | None
-    decoder: Tensor | None
-    step: Tensor | None
-    next_batch: int
-    coefficients: Tensor | None
+    codes: Tensor | None = None
+    code_batch: int = 0
+    code_group: int = 0
+    code_token: int = 0
+    scales: Tensor | None = None
+    scale_batch: int = 0
+    scale_group: int = 0
+    scale_token: int = 0
+    mean: Tensor | None = None
+    decoder: Tensor | None = None
+    step: Tensor | None = None
+    next_batch: int = 0
+    coefficients: Tensor | None = None
 
 
 @triton.jit
 def pushed_tile(
-    stream, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM: tl.constexpr, PER: tl.constexpr
+    tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM: tl.constexpr, PER: tl.constexpr
 ):
     """Channels `[rows, channels]` of a head group, of the tokens that leave: `token` is counted from the oldest in the tail."""
     head = group * PER + channel // HEAD_DIM
@@ -68,7 +63,6 @@ def pushed_tile(
     position = start + token
     in_tail = position < held
     wanted = row_ok[:, None] & (channel < width)[None, :]
-    tail, new = stream.tail, stream.new
     at_tail = tail.pointer + (b * tail.batch + (position % tl.maximum(slots, 1)) * tail.token)[:, None]
     at_tail += (head * tail.head + of_head * tail.channel)[None, :]
     at_new = new.pointer + (b * new.batch + (position - held) * new.token)[:, None]
@@ -80,6 +74,8 @@ def pushed_tile(
 
 @triton.jit
 def project_stream(
+    tail,
+    new,
     stream,
     block,
     cursor,
@@ -109,7 +105,9 @@ def project_stream(
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     if leaving > 0:
         if KEPT:
-            out = pushed_tile(stream, b, token, row_ok, group, column, held, start, slots, width, HEAD_DIM, PER)
+            out = pushed_tile(
+                tail, new, b, token, row_ok, group, column, held, start, slots, width, HEAD_DIM, PER
+            )
             at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
             tl.store(at_out, out, mask=row_ok[:, None] & (column < width)[None, :])
         else:
@@ -119,7 +117,9 @@ def project_stream(
             for first in range(0, width, CHANNELS):
                 channel = first + tl.arange(0, CHANNELS)
                 real = channel < width
-                x = pushed_tile(stream, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER)
+                x = pushed_tile(
+                    tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER
+                )
                 mean = tl.load(stream.mean + at_basis * width + channel, mask=real, other=0.0).to(tl.float32)
                 at_decoder = stream.decoder + ((at_basis * rank + column) * width)[None, :] + channel[:, None]
                 wanted = real[:, None] & (column < rank)[None, :]
@@ -131,7 +131,11 @@ def project_stream(
 
 @triton.jit
 def project_kernel(
+    key_tail,
+    key_new,
     key,
+    value_tail,
+    value_new,
     value,
     cursor,
     before,
@@ -162,13 +166,13 @@ def project_kernel(
     if block < key_blocks:
         if key.coefficients is not None:
             project_stream(
-                key, block, cursor, batch, new_tokens, slots, groups,
+                key_tail, key_new, key, block, cursor, batch, new_tokens, slots, groups,
                 KEY, KEY_KEPT, FOLD, KEY_DIM, PER, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
             )
     else:
         if value.coefficients is not None:
             project_stream(
-                value, block - key_blocks, cursor, batch, new_tokens, slots, groups,
+                value_tail, value_new, value, block - key_blocks, cursor, batch, new_tokens, slots, groups,
                 VALUE, VALUE_KEPT, FOLD, VALUE_DIM, PER, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
             )
     # fmt: on
@@ -195,31 +199,29 @@ def write_codes(
     if token < held + new_tokens - slots - start:
         if (slot >= 0) & (slot < capacity):
             b, group = at_group // groups, at_group % groups
-            to = stream.codes
-            codes = to.pointer + b * to.batch + group * to.group + slot * to.token
+            codes = stream.codes + b * stream.code_batch + group * stream.code_group + slot * stream.code_token
             row = at_group * new_tokens + token
             if KEPT:
                 for first in range(0, WIDTH, BLOCK):
                     channel = first + tl.arange(0, BLOCK)
                     x = tl.load(stream.coefficients + row * WIDTH + channel, mask=channel < WIDTH, other=0.0)
-                    tl.store(codes + channel, x.to(to.pointer.dtype.element_ty), mask=channel < WIDTH)
+                    tl.store(codes + channel, x.to(stream.codes.dtype.element_ty), mask=channel < WIDTH)
             else:
                 rank: tl.constexpr = first_component(LAYOUT, 4)
                 coefficients = stream.coefficients + row * rank
                 step = stream.step + (b * stream.next_batch + group) * rank
                 if stream.scales is not None:
                     scale = token_scale(coefficients, step, LAYOUT, BLOCK)
-                    at = stream.scales
-                    tl.store(at.pointer + b * at.batch + group * at.group + slot * at.token, scale)
+                    at = b * stream.scale_batch + group * stream.scale_group + slot * stream.scale_token
+                    tl.store(stream.scales + at, scale)
                     quantize_token(coefficients, step, scale, codes, LAYOUT, BLOCK)
                 else:
                     quantize_token(coefficients, step, None, codes, LAYOUT, BLOCK)
 
 
 @triton.jit
-def enter_tail(stream, at_head, before, new_tokens, slots, heads, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
+def enter_tail(tail, new, at_head, before, new_tokens, slots, heads, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
     """Put the newest tokens of one head into their ring slots."""
-    new, tail = stream.new, stream.tail
     held = tl.load(before)
     b, head = at_head // heads, at_head % heads
     channel = tl.arange(0, CHANNELS)
@@ -233,7 +235,11 @@ def enter_tail(stream, at_head, before, new_tokens, slots, heads, HEAD_DIM: tl.c
 
 @triton.jit(do_not_specialize=["capacity"])
 def write_kernel(
+    key_tail,
+    key_new,
     key,
+    value_tail,
+    value_new,
     value,
     cursor,
     before,
@@ -277,9 +283,9 @@ def write_kernel(
     elif work < coded + all_heads:
         at_head = (work - coded).to(tl.int64)
         if is_key:
-            enter_tail(key, at_head, before, new_tokens, slots, heads, KEY_DIM, CHANNELS)
+            enter_tail(key_tail, key_new, at_head, before, new_tokens, slots, heads, KEY_DIM, CHANNELS)
         else:
-            enter_tail(value, at_head, before, new_tokens, slots, heads, VALUE_DIM, CHANNELS)
+            enter_tail(value_tail, value_new, at_head, before, new_tokens, slots, heads, VALUE_DIM, CHANNELS)
     elif is_key:
         held, start = tl.load(before), tl.load(before + 1)
         tl.store(cursor, held + new_tokens)
@@ -301,7 +307,8 @@ def append(
     groups = packed[0].groups if packed else heads
     capacity = packed[0].codes.shape[2] if packed else 0
     coded = list(packed) if capacity else [None, None]
-    streams = [_stream(*given, new_tokens) for given in zip((key, value), stores[:2], coded, strict=True)]
+    streams = [_stream(stream, new_tokens) for stream in coded]
+    tensors = [x for i in range(2) for x in (_dense(stores[i]), _dense((key, value)[i]), streams[i])]
     counts = [(0, 0, 0, 0) if stream is None else stream.bands.counts for stream in coded]
     kept = [stream is not None and stream.as_is for stream in coded]
     fold = all(stream is None or stream.as_is or stream.basis.mean.shape[0] == 1 for stream in coded)
@@ -313,7 +320,7 @@ def append(
     shapes |= {"KEY_DIM": key.shape[3], "VALUE_DIM": value.shape[3], "PER": heads // groups}
     with torch.cuda.device_of(key):
         project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](
-            *streams,
+            *tensors,
             cursor,
             before,
             batch,
@@ -330,7 +337,7 @@ def append(
         )
         tokens_coded = new_tokens if any(blocks) else 0
         write_kernel[(tokens_coded * batch * groups + batch * heads + 1, 2)](
-            *streams,
+            *tensors,
             cursor,
             before,
             new_tokens,
@@ -353,21 +360,15 @@ def _dense(x: Tensor) -> Dense:
     return Dense(x, *x.stride())
 
 
-def _stream(new: Tensor, tail: Tensor, packed: PackedStream | None, new_tokens: int) -> Stream:
-    """A stream for the kernels, with scratch for its coefficients."""
+def _stream(packed: PackedStream | None, new_tokens: int) -> Stream:
+    """A packed stream for the kernels, with scratch for its coefficients."""
     if packed is None:
-        return Stream(_dense(new), _dense(tail), None, None, None, None, None, 0, None)
+        return Stream()
     batch, groups, _, columns = packed.codes.shape
-    basis = (None, None, None)
+    scales = (packed.scale, *packed.scale.stride()) if packed.scale.numel() else (None, 0, 0, 0)
+    basis, next_batch = (None, None, None), 0
     if not packed.as_is:
         basis = tuple(tensor.contiguous() for tensor in packed.basis)
-        columns = packed.bands.components
-    return Stream(
-        _dense(new),
-        _dense(tail),
-        Slots(packed.codes, *packed.codes.stride()[:3]),
-        Slots(packed.scale, *packed.scale.stride()) if packed.scale.numel() else None,
-        *basis,
-        0 if packed.as_is or packed.basis.mean.shape[0] == 1 else groups,
-        torch.empty(batch, groups, new_tokens, columns, dtype=torch.float32, device=new.device),
-    )
+        columns, next_batch = packed.bands.components, 0 if packed.basis.mean.shape[0] == 1 else groups
+    coefficients = torch.empty(batch, groups, new_tokens, columns, dtype=torch.float32, device=packed.codes.device)
+    return Stream(packed.codes, *packed.codes.stride()[:3], *scales, *basis, next_batch, coefficients)

@@ -223,6 +223,10 @@ class _Call:
         """Of products with a basis: three TF32 products are as good as float32 for 16-bit queries."""
         return "tf32x3" if self.half else "ieee"
 
+    def _has(self) -> dict[str, bool]:
+        """Which segments are packed, for the kernels."""
+        return {"HAS_VISION": VISION in self.packed, "HAS_TEXT": TEXT in self.packed}
+
     def _of(self, segment: int, name: str) -> Any:
         """An attribute of a packed segment, None where there is none."""
         return getattr(self.packed[segment], name) if segment in self.packed else None
@@ -251,7 +255,9 @@ class _Call:
         fold, tile, *grid = self._rows_grid(list(streams.values()))
         blocks = [triton.cdiv(first_column(self._layout(segment, "key"), 4), COLUMNS) for segment in (VISION, TEXT)]
         # a stream of no components still has a mean
-        blocks = [max(count, segment in self.packed) for count, segment in zip(blocks, (VISION, TEXT), strict=True)]
+        blocks = [
+            max(count, int(segment in self.packed)) for count, segment in zip(blocks, (VISION, TEXT), strict=True)
+        ]
         project_kernel[(*grid, sum(blocks))](
             self._rows(0),
             *(basis_of(streams.get(segment)) for segment in (VISION, TEXT)),
@@ -260,6 +266,7 @@ class _Call:
             self.sizes,
             self.batch,
             scale,
+            **self._has(),
             VISION=self._layout(VISION, "key"),
             TEXT=self._layout(TEXT, "key"),
             FOLD=fold,
@@ -386,6 +393,7 @@ class _Call:
             self.dense_splits,
             *(self.splits[segment] if segment in splits else 0 for segment in (VISION, TEXT)),
             self.all_rows,
+            **self._has(),
             SPLITS=triton.next_power_of_2(self.lse.shape[1]),
             COLUMNS=columns,
         )
@@ -400,6 +408,7 @@ class _Call:
             out,
             self.sizes,
             self.batch,
+            **self._has(),
             VISION=self._layout(VISION, "value"),
             TEXT=self._layout(TEXT, "value"),
             FOLD=fold,

@@ -97,6 +97,8 @@ def project_kernel(
     sizes,
     batch,
     scale,
+    HAS_VISION: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
     VISION: tl.constexpr,
     TEXT: tl.constexpr,
     FOLD: tl.constexpr,
@@ -110,13 +112,13 @@ def project_kernel(
     block = tl.program_id(2)
     # fmt: off
     if block < vision_blocks:
-        if vision is not None:
+        if HAS_VISION:
             project_segment(
                 query, vision_basis, vision, block, sizes, batch, scale,
                 VISION, FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
             )
     else:
-        if text is not None:
+        if HAS_TEXT:
             project_segment(
                 query, text_basis, text, block - vision_blocks, sizes, batch, scale,
                 TEXT, FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
@@ -164,6 +166,8 @@ def merge_kernel(
     vision_splits,
     text_splits,
     all_rows,
+    HAS_VISION: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -191,13 +195,13 @@ def merge_kernel(
     if block < dense_blocks:
         merge_segment(lse, dense, 0, dense_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
     elif block < dense_blocks + vision_blocks:
-        if vision is not None:
+        if HAS_VISION:
             block -= dense_blocks
             merge_segment(
                 lse, vision, dense_splits, vision_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS
             )
     else:
-        if text is not None:
+        if HAS_TEXT:
             block -= dense_blocks + vision_blocks
             first = dense_splits + vision_splits
             merge_segment(lse, text, first, text_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
@@ -257,6 +261,8 @@ def expand_kernel(
     out,
     sizes,
     batch,
+    HAS_VISION: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
     VISION: tl.constexpr,
     TEXT: tl.constexpr,
     FOLD: tl.constexpr,
@@ -276,11 +282,11 @@ def expand_kernel(
     both = row_ok[:, None] & (channel < VALUE_DIM)[None, :]
     summed = tl.load(dense + at, mask=both, other=0.0)
     # fmt: off
-    if vision is not None:
+    if HAS_VISION:
         summed = expand_segment(
             summed, vision, vision_basis, b, z, row, row_ok, head, channel, sizes, VISION, VALUE_DIM, PRECISION, COLUMNS
         )
-    if text is not None:
+    if HAS_TEXT:
         summed = expand_segment(
             summed, text, text_basis, b, z, row, row_ok, head, channel, sizes, TEXT, VALUE_DIM, PRECISION, COLUMNS
         )

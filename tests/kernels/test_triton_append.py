@@ -74,7 +74,7 @@ def shapes(draw) -> Shape:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shapes())
 @example(Shape(chunks=(32,), tail=8, dtype=torch.bfloat16))
 def test_append_packs_what_leaves_the_tail_and_nothing_else(device, shape):
@@ -134,10 +134,10 @@ def test_float64_is_appended_by_the_reference(device):
         assert torch.equal(got.cpu(), wanted)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_encode_gives_the_reference_codes(device, data):
-    batch, groups, tokens = (data.draw(st.sampled_from(values)) for values in ((1, 2), (1, 3), (0, 1, 33)))
+    batch, groups, tokens = (data.draw(st.sampled_from(values)) for values in ((1, 2), (1, 3), (0, 1, 9)))
     counts = tuple(data.draw(st.sampled_from((0, 0, 1, 3, 16, 37))) for _ in WIDTHS)
     bands, scaled = Bands(counts), data.draw(st.booleans())
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))

@@ -119,7 +119,7 @@ def assert_close_as(own: Tensor, exact: Tensor, plain: Tensor | None, largest: f
     assert error <= allowed, (error, allowed)
 
 
-@settings(max_examples=45, deadline=None)
+@settings(max_examples=35, deadline=None)
 @given(shapes(), st.data())
 @example(Shape(dtype=torch.float32, laid_out=330, head_dim=80, bands=((0, 0, 0, 0),) * 4), None)
 @example(Shape(dtype=torch.bfloat16, heads=1, head_dim=256, laid_out=65, bands=((16, 48, 96, 96),) * 4), None)
@@ -165,7 +165,7 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
     assert_close_as(own.cpu(), exact, plain, float(value.abs().max()))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(shapes(), st.data())
 def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape, data):
     shape = replace(shape, dtype=torch.float32)
