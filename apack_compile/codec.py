@@ -132,8 +132,17 @@ def encode(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool = Fals
     if basis.mean.numel() == 0:
         return x, x.new_empty(0, dtype=torch.float16)
     coefficients = project(x, basis)
-    step = basis.step.to(coefficients.dtype)
-    scale = x.new_empty(0, dtype=torch.float16)
+    if coefficients.is_cuda and coefficients.dtype == torch.float32:
+        from apack_compile.kernels.encode.triton import quantize as quantize_on_cuda
+
+        return quantize_on_cuda(coefficients, basis.step, bands, token_scale)
+    return quantize(coefficients, basis.step, bands, token_scale)
+
+
+def quantize(coefficients: Tensor, step: Tensor, bands: Bands, token_scale: bool) -> tuple[Tensor, Tensor]:
+    """Codes and token scales, as `encode` returns them, of coefficients `[B, G, N, r]`."""
+    step = step.to(coefficients.dtype)
+    scale = coefficients.new_empty(0, dtype=torch.float16)
     levels = coefficients / step[:, :, None]
     if token_scale and bands.components:
         scale = token_scales(coefficients, step, bands)
@@ -148,7 +157,7 @@ def encode(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool = Fals
         else:
             top = 2**bits - 1
             parts.append(pack_levels((band + top / 2).round().clamp(0, top), bits))
-    codes = torch.cat(parts, dim=-1) if parts else x.new_empty((*x.shape[:-1], 0), dtype=torch.uint8)
+    codes = torch.cat(parts, -1) if parts else levels.new_empty((*levels.shape[:-1], 0), dtype=torch.uint8)
     return codes, scale
 
 

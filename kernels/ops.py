@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from apack_compile.kernels import native
+from apack_compile.kernels import cuda, native
 from apack_compile.kernels.append import cpu as append_cpu
 from apack_compile.kernels.append.reference import append
 from apack_compile.kernels.attend import cpu as attend_cpu
@@ -43,14 +43,20 @@ if native.COMPILED is not None:
     LIBRARY.impl("append", append_cpu.append, "CPU")
     LIBRARY.impl("attend", attend_cpu.attend, "CPU")
     LIBRARY.impl("attend_tiers", attend_cpu.attend, "CPU")
+LIBRARY.impl("append", cuda.append, "CUDA")
+LIBRARY.impl("attend", cuda.attend, "CUDA")
+LIBRARY.impl("attend_tiers", cuda.attend, "CUDA")
 
 
 def implementations(device: str, dtype: torch.dtype) -> dict[str, str]:
-    """Which implementation serves each operation on a device for a model's dtype, and why where it is the reference on a CPU."""
+    """Which implementation serves each operation on a device for a model's dtype, and why where it is the reference."""
     chosen = dict.fromkeys(("append", "unpack", "attend"), "reference")
     if device == "cpu":
         compiled = f"cpu ({native.STATUS})" if native.COMPILED is not None else f"reference (native: {native.STATUS})"
         own = "reference (float64)" if dtype == torch.float64 else compiled
+        chosen.update(append=own, attend=own)
+    if device == "cuda":
+        own = "reference (float64)" if dtype == torch.float64 else "cuda (Triton)"
         chosen.update(append=own, attend=own)
     return chosen
 

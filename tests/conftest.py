@@ -16,6 +16,17 @@ settings.register_profile("ci", parent=settings.get_profile("default"), derandom
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where Triton's kernels run: compiled on a GPU, or in Triton's interpreter on CPU tensors."""
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the kernels are tested")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton reads this when it is imported, and decides for all kernels of the process."""
+    if config.getoption("device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def random_statistics(
     layers: int, heads: int, head_dim: int, *, groups: int = 1, vision: bool = True, seed: int = 0
 ) -> dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]:

@@ -1,0 +1,374 @@
+"""`apack::append` on CUDA, in Triton: two launches, and nothing waits for the device.
+
+The first projects the tokens that the tail pushes out, and notes the cursor; the second writes their codes, puts the new tokens into the
+tail, and moves the cursor. So no program reads what another one of its launch writes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apack_compile.codec import Bands
+from apack_compile.kernels.append import reference
+from apack_compile.kernels.attend.triton_latent import folded_rows
+from apack_compile.kernels.encode.triton import block_of, quantize_token, token_scale
+from apack_compile.kernels.layout import PackedStream, packed_streams
+from apack_compile.kernels.triton_bands import first_component, key_layout
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+COLUMNS, CHANNELS = 32, 64
+
+
+class Dense(NamedTuple):
+    """Tokens `[B, H, N, D]` and their strides."""
+
+    pointer: Tensor
+    batch: int
+    head: int
+    token: int
+    channel: int
+
+
+class Stream(NamedTuple):
+    """Where one stream is packed: codes `[B, G, N, bytes]` and scales `[B, G, N]` with strides, basis and coefficients.
+
+    next_batch: groups from one sequence's basis to the next, 0 if all share one. coefficients: `[B, G, n, r]`, of the tokens pushed out.
+    """
+
+    codes: Tensor | None = None
+    code_batch: int = 0
+    code_group: int = 0
+    code_token: int = 0
+    scales: Tensor | None = None
+    scale_batch: int = 0
+    scale_group: int = 0
+    scale_token: int = 0
+    mean: Tensor | None = None
+    decoder: Tensor | None = None
+    step: Tensor | None = None
+    next_batch: int = 0
+    coefficients: Tensor | None = None
+
+
+@triton.jit
+def pushed_tile(
+    tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM: tl.constexpr, PER: tl.constexpr
+):
+    """Channels `[rows, channels]` of a head group, of the tokens that leave: `token` is counted from the oldest in the tail."""
+    head = group * PER + channel // HEAD_DIM
+    of_head = channel % HEAD_DIM
+    position = start + token
+    in_tail = position < held
+    wanted = row_ok[:, None] & (channel < width)[None, :]
+    at_tail = tail.pointer + (b * tail.batch + (position % tl.maximum(slots, 1)) * tail.token)[:, None]
+    at_tail += (head * tail.head + of_head * tail.channel)[None, :]
+    at_new = new.pointer + (b * new.batch + (position - held) * new.token)[:, None]
+    at_new += (head * new.head + of_head * new.channel)[None, :]
+    old = tl.load(at_tail, mask=wanted & in_tail[:, None], other=0.0).to(tl.float32)
+    newest = tl.load(at_new, mask=wanted & (position >= held)[:, None], other=0.0).to(tl.float32)
+    return tl.where(in_tail[:, None], old, newest)
+
+
+@triton.jit
+def project_stream(
+    tail,
+    new,
+    stream,
+    block,
+    cursor,
+    batch,
+    new_tokens,
+    slots,
+    groups,
+    LAYOUT: tl.constexpr,
+    KEPT: tl.constexpr,
+    FOLD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A block of coefficients of the tokens that leave the tail; the tokens themselves where the stream is KEPT as it is."""
+    held, start = tl.load(cursor), tl.load(cursor + 1)
+    leaving = tl.maximum(held + new_tokens - slots - start, 0)
+    group = tl.program_id(1) % groups
+    z = (tl.program_id(1) // groups).to(tl.int64)
+    b, token, row_ok = folded_rows(tl.program_id(0), z, batch, new_tokens, FOLD, ROW_TILE)
+    row_ok = row_ok & (token < leaving)
+    width: tl.constexpr = HEAD_DIM * PER
+    at_row = (b * groups + group) * new_tokens + token
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    if leaving > 0:
+        if KEPT:
+            out = pushed_tile(
+                tail, new, b, token, row_ok, group, column, held, start, slots, width, HEAD_DIM, PER
+            )
+            at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
+            tl.store(at_out, out, mask=row_ok[:, None] & (column < width)[None, :])
+        else:
+            rank: tl.constexpr = first_component(LAYOUT, 4)
+            at_basis = z * stream.next_batch + group
+            summed = tl.zeros((ROW_TILE, COLUMNS), tl.float32)
+            for first in range(0, width, CHANNELS):
+                channel = first + tl.arange(0, CHANNELS)
+                real = channel < width
+                x = pushed_tile(
+                    tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER
+                )
+                mean = tl.load(stream.mean + at_basis * width + channel, mask=real, other=0.0).to(tl.float32)
+                at_decoder = stream.decoder + ((at_basis * rank + column) * width)[None, :] + channel[:, None]
+                wanted = real[:, None] & (column < rank)[None, :]
+                decoder = tl.load(at_decoder, mask=wanted, other=0.0).to(tl.float32)
+                summed = tl.dot(x - mean[None, :], decoder, summed, input_precision=PRECISION)
+            at_coefficient = stream.coefficients + (at_row * rank)[:, None] + column[None, :]
+            tl.store(at_coefficient, summed, mask=row_ok[:, None] & (column < rank)[None, :])
+
+
+@triton.jit
+def project_kernel(
+    key_tail,
+    key_new,
+    key,
+    value_tail,
+    value_new,
+    value,
+    cursor,
+    before,
+    batch,
+    new_tokens,
+    slots,
+    groups,
+    key_blocks,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    KEY_KEPT: tl.constexpr,
+    VALUE_KEPT: tl.constexpr,
+    FOLD: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Coefficients of what leaves the tail. Grid: row tiles; groups (of each sequence); blocks of columns, the keys' first."""
+    block = tl.program_id(2)
+    if tl.program_id(0) + tl.program_id(1) + block == 0:
+        for i in tl.static_range(3):
+            tl.store(before + i, tl.load(cursor + i))
+    # fmt: off
+    if block < key_blocks:
+        if key.coefficients is not None:
+            project_stream(
+                key_tail, key_new, key, block, cursor, batch, new_tokens, slots, groups,
+                KEY, KEY_KEPT, FOLD, KEY_DIM, PER, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+            )
+    else:
+        if value.coefficients is not None:
+            project_stream(
+                value_tail, value_new, value, block - key_blocks, cursor, batch, new_tokens, slots, groups,
+                VALUE, VALUE_KEPT, FOLD, VALUE_DIM, PER, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+            )
+    # fmt: on
+
+
+@triton.jit
+def write_codes(
+    stream,
+    token,
+    at_group,
+    before,
+    new_tokens,
+    slots,
+    groups,
+    capacity,
+    LAYOUT: tl.constexpr,
+    KEPT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Codes of one token that leaves the tail, if there are so many and its slot exists."""
+    held, start, origin = tl.load(before), tl.load(before + 1), tl.load(before + 2)
+    slot = start + token - origin
+    if token < held + new_tokens - slots - start:
+        if (slot >= 0) & (slot < capacity):
+            b, group = at_group // groups, at_group % groups
+            codes = stream.codes + b * stream.code_batch + group * stream.code_group + slot * stream.code_token
+            row = at_group * new_tokens + token
+            if KEPT:
+                for first in range(0, WIDTH, BLOCK):
+                    channel = first + tl.arange(0, BLOCK)
+                    x = tl.load(stream.coefficients + row * WIDTH + channel, mask=channel < WIDTH, other=0.0)
+                    tl.store(codes + channel, x.to(stream.codes.dtype.element_ty), mask=channel < WIDTH)
+            else:
+                rank: tl.constexpr = first_component(LAYOUT, 4)
+                coefficients = stream.coefficients + row * rank
+                step = stream.step + (b * stream.next_batch + group) * rank
+                if stream.scales is not None:
+                    scale = token_scale(coefficients, step, LAYOUT, BLOCK)
+                    at = b * stream.scale_batch + group * stream.scale_group + slot * stream.scale_token
+                    tl.store(stream.scales + at, scale)
+                    quantize_token(coefficients, step, scale, codes, LAYOUT, BLOCK)
+                else:
+                    quantize_token(coefficients, step, None, codes, LAYOUT, BLOCK)
+
+
+@triton.jit
+def enter_tail(tail, new, at_head, before, new_tokens, slots, heads, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
+    """Put the newest tokens of one head into their ring slots."""
+    held = tl.load(before)
+    b, head = at_head // heads, at_head % heads
+    channel = tl.arange(0, CHANNELS)
+    for token in range(tl.maximum(new_tokens - slots, 0), new_tokens):
+        at_new = new.pointer + b * new.batch + head * new.head + token * new.token + channel * new.channel
+        x = tl.load(at_new, mask=channel < HEAD_DIM, other=0.0)
+        slot = (held + token) % slots
+        at_tail = tail.pointer + b * tail.batch + head * tail.head + slot * tail.token + channel * tail.channel
+        tl.store(at_tail, x.to(tail.pointer.dtype.element_ty), mask=channel < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def write_kernel(
+    key_tail,
+    key_new,
+    key,
+    value_tail,
+    value_new,
+    value,
+    cursor,
+    before,
+    new_tokens,
+    slots,
+    heads,
+    groups,
+    capacity,
+    tokens_coded,
+    all_groups,
+    all_heads,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    KEY_KEPT: tl.constexpr,
+    VALUE_KEPT: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Codes, tail and cursor. Grid: per token and group, then per head, then one for the cursor; keys and values."""
+    work = tl.program_id(0)
+    is_key = tl.program_id(1) == 0
+    coded = tokens_coded * all_groups
+    # fmt: off
+    if work < coded:
+        at_group = (work // tokens_coded).to(tl.int64)
+        if is_key:
+            if key.coefficients is not None:
+                write_codes(
+                    key, work % tokens_coded, at_group, before, new_tokens, slots, groups, capacity,
+                    KEY, KEY_KEPT, KEY_DIM * PER, BLOCK,
+                )
+        else:
+            if value.coefficients is not None:
+                write_codes(
+                    value, work % tokens_coded, at_group, before, new_tokens, slots, groups, capacity,
+                    VALUE, VALUE_KEPT, VALUE_DIM * PER, BLOCK,
+                )
+    elif work < coded + all_heads:
+        at_head = (work - coded).to(tl.int64)
+        if is_key:
+            enter_tail(key_tail, key_new, at_head, before, new_tokens, slots, heads, KEY_DIM, CHANNELS)
+        else:
+            enter_tail(value_tail, value_new, at_head, before, new_tokens, slots, heads, VALUE_DIM, CHANNELS)
+    elif is_key:
+        held, start = tl.load(before), tl.load(before + 1)
+        tl.store(cursor, held + new_tokens)
+        tl.store(cursor + 1, tl.maximum(start, held + new_tokens - slots))
+    # fmt: on
+
+
+def append(
+    key: Tensor, value: Tensor, stores: list[Tensor], bases: list[Tensor], bands: list[int], cursor: Tensor
+) -> None:
+    """As `reference.append`, which also serves float64 here; a token without a free slot is not written, where the CPU raises."""
+    if key.dtype not in DTYPES:
+        return reference.append(key, value, stores, bases, bands, cursor)
+    packed = packed_streams(stores[2:], bases, bands)
+    batch, heads, new_tokens, _ = key.shape
+    if new_tokens == 0:
+        return None
+    slots = stores[0].shape[2]
+    groups = packed[0].groups if packed else heads
+    capacity = packed[0].codes.shape[2] if packed else 0
+    coded = list(packed) if capacity else [None, None]
+    streams = [_stream(stream, new_tokens) for stream in coded]
+    tensors = [x for i in range(2) for x in (_dense(stores[i]), _dense((key, value)[i]), streams[i])]
+    counts = [(0, 0, 0, 0) if stream is None else stream.bands.counts for stream in coded]
+    kept = [stream is not None and stream.as_is for stream in coded]
+    fold = all(stream is None or stream.as_is or stream.basis.mean.shape[0] == 1 for stream in coded)
+    rows = batch * new_tokens if fold else new_tokens
+    row_tile = 16 if rows <= 16 else 32
+    blocks = [0 if s.coefficients is None else triton.cdiv(s.coefficients.shape[-1], COLUMNS) for s in streams]
+    before = torch.empty_like(cursor)
+    shapes = {"KEY": key_layout(counts[0]), "VALUE": key_layout(counts[1]), "KEY_KEPT": kept[0], "VALUE_KEPT": kept[1]}
+    shapes |= {"KEY_DIM": key.shape[3], "VALUE_DIM": value.shape[3], "PER": heads // groups}
+    with torch.cuda.device_of(key):
+        project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](
+            *tensors,
+            cursor,
+            before,
+            batch,
+            new_tokens,
+            slots,
+            groups,
+            blocks[0],
+            **shapes,
+            FOLD=fold,
+            PRECISION="ieee" if key.dtype == torch.float32 else "tf32x3",
+            ROW_TILE=row_tile,
+            COLUMNS=COLUMNS,
+            CHANNELS=CHANNELS,
+        )
+        tokens_coded = new_tokens if any(blocks) else 0
+        write_kernel[(tokens_coded * batch * groups + batch * heads + 1, 2)](
+            *tensors,
+            cursor,
+            before,
+            new_tokens,
+            slots,
+            heads,
+            groups,
+            capacity,
+            tokens_coded,
+            batch * groups,
+            batch * heads,
+            **shapes,
+            BLOCK=max((block_of(Bands(c)) for c in counts), default=16),
+            CHANNELS=triton.next_power_of_2(max(key.shape[3], value.shape[3])),
+        )
+    return None
+
+
+def _dense(x: Tensor) -> Dense:
+    """Tokens for the kernels."""
+    return Dense(x, *x.stride())
+
+
+def _stream(packed: PackedStream | None, new_tokens: int) -> Stream:
+    """A packed stream for the kernels, with scratch for its coefficients."""
+    if packed is None:
+        return Stream()
+    batch, groups, _, columns = packed.codes.shape
+    scales = (packed.scale, *packed.scale.stride()) if packed.scale.numel() else (None, 0, 0, 0)
+    basis, next_batch = (None, None, None), 0
+    if not packed.as_is:
+        basis = tuple(tensor.contiguous() for tensor in packed.basis)
+        columns, next_batch = packed.bands.components, 0 if packed.basis.mean.shape[0] == 1 else groups
+    coefficients = torch.empty(batch, groups, new_tokens, columns, dtype=torch.float32, device=packed.codes.device)
+    return Stream(packed.codes, *packed.codes.stride()[:3], *scales, *basis, next_batch, coefficients)

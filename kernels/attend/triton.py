@@ -1,0 +1,446 @@
+"""`apack::attend` and `apack::attend_tiers` on CUDA, in Triton.
+
+Four launches: queries into latents, one pass over all segments, the splits into one, latents into outputs. Where a segment's value
+components need more registers than there are, further passes over the values follow the first, which leaves its scores. Importance comes
+from those scores too. Nothing waits for the device, and shapes alone choose every launch: a decode step can be captured in a CUDA graph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from apack_compile.kernels.attend import reference
+from apack_compile.kernels.attend.triton_arguments import (
+    Latent,
+    Results,
+    Rows,
+    Segment,
+    Sizes,
+    Splits,
+    Strided,
+    alignment,
+    basis_of,
+    kept_as_is,
+    masks_of,
+    reads_halves,
+    strided,
+)
+from apack_compile.kernels.attend.triton_kernel import ABSENT, DENSE_SEGMENT, PACKED_SEGMENT, attend_kernel
+from apack_compile.kernels.attend.triton_latent import expand_kernel, importance_kernel, merge_kernel, project_kernel
+from apack_compile.kernels.attend.triton_launch import (
+    blocks_per_split,
+    choose_launch,
+    dense_dot_dtype,
+    passes,
+    row_tile,
+    shared_bytes,
+)
+from apack_compile.kernels.attend.triton_softmax import LOG2E
+from apack_compile.kernels.layout import TEXT, VISION, PackedStream, packed_streams
+from apack_compile.kernels.triton_bands import first_column, first_component, key_layout, value_layout
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Latent columns, head channels and slots that one program of the small kernels takes.
+COLUMNS, CHANNELS, SLOTS = 64, 64, 64
+
+
+def serves(query: Tensor, packed: Sequence[PackedStream]) -> bool:
+    """Whether the kernels take these: 16- or 32-bit queries, keys and values of a segment both packed or both kept as they are."""
+    alike = all(key.as_is == value.as_is for key, value in zip(packed[::2], packed[1::2], strict=True))
+    one_grouping = len({stream.groups for stream in packed if not stream.as_is}) <= 1
+    return query.dtype in DTYPES and alike and one_grouping
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dense: list[Tensor],
+    codes: list[Tensor],
+    bases: list[Tensor],
+    bands: list[int],
+    positions: list[Tensor],
+    cursor: Tensor,
+    scale: float | None,
+    vision_importance: Tensor | None = None,
+    text_importance: Tensor | None = None,
+    tiers: Tensor | None = None,
+    partial: int = 0,
+    ema: Sequence[float] | None = None,
+) -> Tensor:
+    """As `reference.attend`, which also serves here what `serves` says no to (float64, a segment half packed)."""
+    packed = packed_streams(codes, bases, bands)
+    if not serves(query, packed):
+        # fmt: off
+        return reference.attend(
+            query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
+            vision_importance, text_importance, tiers, partial, ema,
+        )
+    # fmt: on
+    importance = {VISION: vision_importance, TEXT: text_importance}
+    wanted = {segment for segment, known in importance.items() if known is not None and known.numel()}
+    with torch.cuda.device_of(query):
+        call = _Call(query, key, value, dense, packed, positions, cursor, wanted, tiers)
+        # the kernels' scores are in base 2
+        scale = LOG2E.value * (query.shape[-1] ** -0.5 if scale is None else scale)
+        call.project(scale)
+        call.attend(mask, bias, scale, partial)
+        out = call.merge()
+        for segment in sorted(wanted):
+            call.update_importance(segment, importance[segment], *ema[2 * segment - 2 : 2 * segment])
+    return out
+
+
+@dataclass
+class _Packed:
+    """A packed segment of a call: its streams, and where its latents go."""
+
+    key: PackedStream
+    value: PackedStream
+    part: Tensor
+    query: Latent
+    output: Latent
+
+
+class _Call:
+    """One call: sizes, launch parameters and scratch, and its launches in order."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dense: list[Tensor],
+        packed: list[PackedStream],
+        positions: list[Tensor],
+        cursor: Tensor,
+        wanted: set[int],
+        tiers: Tensor | None,
+    ) -> None:
+        self.query, self.key, self.value, self.dense = query, key, value, dense
+        self.positions, self.cursor, self.wanted = [p.contiguous() for p in positions], cursor, wanted
+        self.tiers = None if tiers is None else tiers.contiguous()
+        self.batch, self.kv_heads, self.new_tokens, self.head_dim = key.shape
+        self.value_dim = value.shape[3]
+        self.all_rows = query.shape[1] * query.shape[2]
+        self.kv_rows = self.all_rows // self.kv_heads
+        self.half = query.dtype.itemsize == 2
+        self.streams = dict(zip((VISION, TEXT), zip(packed[::2], packed[1::2], strict=True), strict=False))
+        coded = [pair for pair in self.streams.values() if not pair[0].as_is]
+        self.groups = coded[0][0].groups if coded else self.kv_heads
+        self.group_rows = self.all_rows // self.groups
+        self.launch = choose_launch(
+            [key.bands for key, _ in coded],
+            [value.bands for _, value in coded],
+            self.group_rows,
+            self.kv_rows,
+            self.head_dim,
+            query.dtype.itemsize,
+            len(coded) < len(self.streams),
+            shared_bytes(query.device),
+        )
+        self._share_out()
+        self._allocate()
+
+    def _share_out(self) -> None:
+        """Divide segments into splits, and find place for the scores that are kept."""
+        block = self.launch.block
+        slots = {segment: pair[0].codes.shape[2] for segment, pair in self.streams.items()}
+        blocks = {segment: triton.cdiv(count, block) for segment, count in slots.items()}
+        tail_blocks = triton.cdiv(self.dense[2].shape[2], block)
+        work = [(blocks[segment], self.batch * self._copies(segment)) for segment in self.streams]
+        self.tail_copies = self.kv_heads * triton.cdiv(self.kv_rows, self.launch.head_tile)
+        self.blocks = blocks_per_split([*work, (tail_blocks, self.batch * self.tail_copies)], self.query.device)
+        # the tail's first split has the first and the new tokens, so there is one
+        self.tail_splits = max(1, triton.cdiv(tail_blocks, self.blocks))
+        self.splits = {segment: triton.cdiv(blocks[segment], self.blocks) for segment in self.streams}
+        self.slots = {segment: slots[segment] if self._keeps_scores(segment) else 0 for segment in self.streams}
+
+    def _copies(self, segment: int) -> int:
+        """Programs that share each split of a segment: units times tiles of their rows."""
+        if self.streams[segment][0].as_is:
+            return self.kv_heads * triton.cdiv(self.kv_rows, self.launch.head_tile)
+        return self.groups * triton.cdiv(self.group_rows, self.launch.group_tile)
+
+    def _passes(self, segment: int) -> list[tuple[int, int]]:
+        """Value tiles of each pass over a packed segment."""
+        return passes(self.streams[segment][1].bands, self.launch.group_tile)
+
+    def _keeps_scores(self, segment: int) -> bool:
+        """Whether a segment's scores are needed after the first pass."""
+        return segment in self.wanted or (not self.streams[segment][0].as_is and len(self._passes(segment)) > 1)
+
+    def _allocate(self) -> None:
+        """Scratch: per split, per row, and kept scores."""
+
+        def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.query.device)
+
+        rows = self.batch, self.all_rows
+        kept_as_is = [self.splits[segment] for segment, (key, _) in self.streams.items() if key.as_is]
+        self.dense_splits = self.tail_splits + sum(kept_as_is)
+        self.lse = scratch(self.batch, self.tail_splits + sum(self.splits.values()), self.all_rows)
+        self.dense_part = scratch(self.batch, self.dense_splits, self.all_rows, self.value_dim)
+        self.scores = scratch(self.batch, sum(self.slots.values()), self.all_rows) if any(self.slots.values()) else None
+        self.row_lse = scratch(*rows) if self.wanted else None
+        self.packed: dict[int, _Packed] = {}
+        for segment, (key, value) in self.streams.items():
+            if key.as_is:
+                continue
+            columns = first_column(key_layout(key.bands.counts), 4), first_column(value_layout(value.bands.counts), 4)
+            dot = torch.float16 if self.half else torch.float32
+            self.packed[segment] = _Packed(
+                key,
+                value,
+                scratch(self.batch, self.splits[segment], self.all_rows, columns[1]),
+                Latent(scratch(*rows, columns[0], dtype=dot), scratch(*rows), scratch(*rows)),
+                Latent(scratch(*rows, columns[1]), scratch(*rows)),
+            )
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes that the kernels share."""
+        return Sizes(
+            self.all_rows,
+            self.query.shape[2],
+            self.group_rows,
+            self.kv_rows,
+            self.groups,
+            self.kv_heads,
+            self.dense[0].shape[2],
+            self.new_tokens,
+        )
+
+    @property
+    def precision(self) -> str:
+        """Of products with a basis: three TF32 products are as good as float32 for 16-bit queries."""
+        return "tf32x3" if self.half else "ieee"
+
+    def _has(self) -> dict[str, bool]:
+        """Which segments are packed, for the kernels."""
+        return {"HAS_VISION": VISION in self.packed, "HAS_TEXT": TEXT in self.packed}
+
+    def _of(self, segment: int, name: str) -> Any:
+        """An attribute of a packed segment, None where there is none."""
+        return getattr(self.packed[segment], name) if segment in self.packed else None
+
+    def _layout(self, segment: int, stream: str) -> tuple[int, ...]:
+        """Layout of a packed segment's stream."""
+        counts = self._of(segment, stream).bands.counts if segment in self.packed else (0, 0, 0, 0)
+        return key_layout(counts) if stream == "key" else value_layout(counts)
+
+    def _rows_grid(self, streams: Sequence[PackedStream]) -> tuple[bool, int, int, int]:
+        """Whether one basis serves all sequences, so that their rows go together; row tile; grid of row tiles and KV heads."""
+        fold = all(stream.basis.mean.shape[0] == 1 for stream in streams)
+        rows = self.batch * self.kv_rows if fold else self.kv_rows
+        return fold, row_tile(rows), triton.cdiv(rows, row_tile(rows)), self.kv_heads * (1 if fold else self.batch)
+
+    def _rows(self, segment: int) -> Rows:
+        """Query rows, with a packed segment's latents."""
+        latents = self._of(segment, "query")
+        return Rows(self.query, *self.query.stride(), *(latents or (None, None, None)))
+
+    def project(self, scale: float) -> None:
+        """Query latents of the packed segments."""
+        if not self.packed:
+            return
+        streams = {segment: packed.key for segment, packed in self.packed.items()}
+        fold, tile, *grid = self._rows_grid(list(streams.values()))
+        blocks = [triton.cdiv(first_column(self._layout(segment, "key"), 4), COLUMNS) for segment in (VISION, TEXT)]
+        # a stream of no components still has a mean
+        blocks = [
+            max(count, int(segment in self.packed)) for count, segment in zip(blocks, (VISION, TEXT), strict=True)
+        ]
+        project_kernel[(*grid, sum(blocks))](
+            self._rows(0),
+            *(basis_of(streams.get(segment)) for segment in (VISION, TEXT)),
+            *(self._of(segment, "query") for segment in (VISION, TEXT)),
+            blocks[0],
+            self.sizes,
+            self.batch,
+            scale,
+            **self._has(),
+            VISION=self._layout(VISION, "key"),
+            TEXT=self._layout(TEXT, "key"),
+            FOLD=fold,
+            HEAD_DIM=self.head_dim,
+            PRECISION=self.precision,
+            ROW_TILE=tile,
+            COLUMNS=COLUMNS,
+            CHANNELS=_channels(self.head_dim),
+        )
+
+    def attend(self, mask: Tensor | None, bias: Tensor | None, scale: float, partial: int) -> None:
+        """Scores, softmax and latent outputs of every split: all segments in the first launch, values left over in further ones."""
+        launch, packed = self.launch, self.packed
+        spans = {segment: self._passes(segment) for segment in packed}
+        part = {segment: self._of(segment, "part") for segment in (VISION, TEXT)}
+        results = Results(self.lse, part[VISION], part[TEXT], self.dense_part, self.scores)
+        values = self._layout(VISION, "value")
+        first_key, first_value, tail_key, tail_value = map(strided, self.dense)
+        segments = [
+            self._segment(VISION),
+            self._segment(TEXT),
+            Segment(first_key, None, first_value, None, self.positions[0]),
+            Segment(tail_key, None, tail_value),
+            Segment(strided(self.key), None, strided(self.value)),
+        ]
+        for number in range(max([1, *map(len, spans.values())])):
+            runs = [segment in self.streams and number < len(spans.get(segment, (0,))) for segment in (VISION, TEXT)]
+            programs = self.tail_splits * self.tail_copies if number == 0 else 0
+            for segment, run in zip((VISION, TEXT), runs, strict=True):
+                programs += self.splits[segment] * self._copies(segment) if run else 0
+            if programs == 0:
+                continue
+            tiles = {s: spans[s][number] if s in spans and number < len(spans[s]) else (0, 0) for s in (VISION, TEXT)}
+            attend_kernel[(programs, self.batch)](
+                *(self.splits.get(segment, 0) for segment in (VISION, TEXT)),
+                self.tail_splits,
+                *(
+                    self.streams[segment][0].codes.shape[2] if segment in self.streams else 0
+                    for segment in (VISION, TEXT)
+                ),
+                self.dense[2].shape[2],
+                self.blocks,
+                *segments,
+                self._rows(VISION),
+                self._rows(TEXT),
+                results,
+                masks_of(mask, bias),
+                self.sizes,
+                self.cursor,
+                self.tiers,
+                scale,
+                VISION_KIND=self._kind(VISION),
+                TEXT_KIND=self._kind(TEXT),
+                VISION_KEY=self._layout(VISION, "key"),
+                VISION_VALUE=values,
+                TEXT_KEY=self._layout(TEXT, "key"),
+                TEXT_VALUE=self._layout(TEXT, "value"),
+                EVEN=tuple(
+                    reads_halves(self._of(segment, stream)) for segment in (VISION, TEXT) for stream in ("key", "value")
+                ),
+                PARTIAL=first_component(values, 4) if self.tiers is None else min(partial, first_component(values, 4)),
+                FIRST_PASS=number == 0,
+                RUNS=tuple(runs),
+                VISION_TILES=tiles[VISION],
+                TEXT_TILES=tiles[TEXT],
+                RESIDENT=launch.resident,
+                KEEP_VISION=self.slots.get(VISION, 0) > 0,
+                KEEP_TEXT=self.slots.get(TEXT, 0) > 0,
+                ALIGNED=alignment([x for s in segments for x in (s.key, s.value) if isinstance(x, Strided)]),
+                CAUSAL=mask is None and 1 < self.new_tokens == self.query.shape[2],
+                HEAD_DIM=self.head_dim,
+                VALUE_DIM=self.value_dim,
+                MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+                MASK_ROWS=mask is not None and mask.shape[1] * mask.shape[2] > 1,
+                PACKED_DOT=tl.float16 if self.half else tl.float32,
+                DENSE_DOT=dense_dot_dtype(self.query.dtype),
+                BLOCK=launch.block,
+                GROUP_TILE=launch.group_tile,
+                HEAD_TILE=launch.head_tile,
+                num_warps=launch.warps,
+                num_stages=launch.stages,
+            )
+
+    def _kind(self, segment: int) -> int:
+        """What a segment is, for the kernel."""
+        if segment not in self.streams:
+            return ABSENT.value
+        return PACKED_SEGMENT.value if segment in self.packed else DENSE_SEGMENT.value
+
+    def _segment(self, segment: int) -> Segment:
+        """A segment's tensors, for the kernel."""
+        if segment not in self.streams:
+            return Segment()
+        streams, positions = self.streams[segment], self.positions[segment]
+        if segment not in self.packed:
+            key, value = (kept_as_is(stream, self.kv_heads) for stream in streams)
+            return Segment(key, None, value, None, positions)
+        (key, key_scale), (value, value_scale) = (
+            (stream.codes.contiguous(), stream.scale.contiguous() if stream.scale.numel() else None)
+            for stream in streams
+        )
+        return Segment(key, key_scale, value, value_scale, positions)
+
+    def merge(self) -> Tensor:
+        """The output `[B, H_q, rows, D]`, out of all splits."""
+        query = self.query
+        out = query.new_empty(*query.shape[:3], self.value_dim)
+        merged = Latent(torch.empty_like(out, dtype=torch.float32) if self.packed else out, None)
+        splits = {
+            segment: Splits(packed.part, packed.part.shape[3], packed.output) for segment, packed in self.packed.items()
+        }
+        dense = Splits(self.dense_part, self.value_dim, merged)
+        columns = 128
+        blocks = [triton.cdiv(self.value_dim, columns)]
+        blocks += [max(1, triton.cdiv(splits[s].columns, columns)) if s in splits else 0 for s in (VISION, TEXT)]
+        merge_kernel[(self.all_rows, self.batch, sum(blocks))](
+            self.lse,
+            dense,
+            splits.get(VISION),
+            splits.get(TEXT),
+            self.row_lse,
+            blocks[0],
+            blocks[1],
+            self.dense_splits,
+            *(self.splits[segment] if segment in splits else 0 for segment in (VISION, TEXT)),
+            self.all_rows,
+            **self._has(),
+            SPLITS=triton.next_power_of_2(self.lse.shape[1]),
+            COLUMNS=columns,
+        )
+        if not self.packed:
+            return out
+        fold, tile, *grid = self._rows_grid([packed.value for packed in self.packed.values()])
+        expand_kernel[(*grid, triton.cdiv(self.value_dim, _channels(self.value_dim)))](
+            merged.latent,
+            self._of(VISION, "output"),
+            self._of(TEXT, "output"),
+            *(basis_of(self._of(segment, "value")) for segment in (VISION, TEXT)),
+            out,
+            self.sizes,
+            self.batch,
+            **self._has(),
+            VISION=self._layout(VISION, "value"),
+            TEXT=self._layout(TEXT, "value"),
+            FOLD=fold,
+            VALUE_DIM=self.value_dim,
+            PRECISION=self.precision,
+            ROW_TILE=tile,
+            COLUMNS=COLUMNS,
+            CHANNELS=_channels(self.value_dim),
+        )
+        return out
+
+    def update_importance(self, segment: int, importance: Tensor, keep: float, add: float) -> None:
+        """Move a segment's importance towards this step's attention, in place."""
+        slots = importance.shape[1]
+        importance_kernel[(triton.cdiv(slots, SLOTS), self.batch)](
+            self.scores,
+            self.row_lse,
+            self.positions[segment],
+            importance,
+            self.cursor,
+            self.tiers if segment == VISION else None,
+            keep,
+            add,
+            0 if segment == VISION else self.slots.get(VISION, 0),
+            slots,
+            self.scores.shape[1],
+            self.sizes,
+            BLOCK=SLOTS,
+            ROWS=32,
+        )
+
+
+def _channels(head_dim: int) -> int:
+    """Channels that a program of the small kernels takes at once."""
+    return min(CHANNELS, max(16, triton.next_power_of_2(head_dim)))

@@ -1,0 +1,173 @@
+"""What the attend kernels are given, in bundles.
+
+A *unit* is what shares one copy of the tokens: a head group where they are packed, a KV head where they are dense. Row r of
+`[B, H_q * rows]` is row `r % rows` of query head `r // rows`; a unit's rows are contiguous.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apack_compile.kernels.layout import PackedStream
+
+
+class Strided(NamedTuple):
+    """Dense tokens `[B, H, N, D]`; head h is `h % per` of group `h // per`."""
+
+    pointer: Tensor
+    batch: int
+    group: int
+    head: int
+    token: int
+    channel: int
+    per: int
+
+
+class Segment(NamedTuple):
+    """What a segment stores. Packed: codes and token scales; dense: `Strided` keys and values. positions: `[B, slots]` or None."""
+
+    key: Tensor | Strided | None = None
+    key_scale: Tensor | None = None
+    value: Tensor | Strided | None = None
+    value_scale: Tensor | None = None
+    positions: Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """Query rows `[B, H_q, rows, D]`, and as latents: `[B, all rows, columns]` with a row scale and a shift `[B, all rows]`."""
+
+    pointer: Tensor
+    batch: int
+    head: int
+    row: int
+    channel: int
+    latent: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Masks(NamedTuple):
+    """Mask (uint8 or float) with strides of batch, head, row and token, bias with strides of batch and token; columns of both."""
+
+    mask: Tensor | None
+    batch: int
+    head: int
+    row: int
+    token: int
+    columns: int
+    bias: Tensor | None
+    bias_batch: int
+    bias_token: int
+    bias_columns: int
+
+
+class Share(NamedTuple):
+    """A segment's part of the work and of the results, put together in the kernel: what grows with the cache is no constant of it.
+
+    splits, row tiles, blocks a split, slots; its first split among all and their number; its first split and the number of splits in
+    the tensor of its outputs; its first slot among the kept scores and their number.
+    """
+
+    splits: int
+    row_tiles: int
+    blocks: int
+    slots: int
+    first_split: int
+    all_splits: int
+    first_part: int
+    parts: int
+    first_slot: int
+    all_slots: int
+
+
+class Sizes(NamedTuple):
+    """Rows of a sequence, of a query head, of a group and of a KV head; groups, KV heads, first slots, new tokens."""
+
+    all_rows: int
+    head_rows: int
+    group_rows: int
+    kv_rows: int
+    groups: int
+    kv_heads: int
+    first_slots: int
+    new_tokens: int
+
+
+class Results(NamedTuple):
+    """Per split: log-sum-exp `[B, splits, rows]`, latents `[B, own splits, rows, columns]`; scores `[B, slots, rows]` or None."""
+
+    lse: Tensor
+    vision: Tensor | None
+    text: Tensor | None
+    dense: Tensor
+    scores: Tensor | None
+
+
+class Basis(NamedTuple):
+    """Mean, decoder and step of one stream; `next_batch` is the groups from one sequence's basis to the next, 0 if all share one."""
+
+    mean: Tensor
+    decoder: Tensor
+    step: Tensor
+    next_batch: int
+
+
+class Latent(NamedTuple):
+    """Latents `[B, rows, columns]`. Of a query: with scale and shift `[B, rows]`; of an output: with its share of the softmax."""
+
+    latent: Tensor
+    scale: Tensor | None
+    shift: Tensor | None = None
+
+
+class Splits(NamedTuple):
+    """One segment's splits `[B, splits, rows, columns]`, and where their sum goes."""
+
+    part: Tensor
+    columns: int
+    out: Latent
+
+
+def strided(x: Tensor) -> Strided:
+    """Dense tokens `[B, H, N, D]` for the kernel."""
+    batch, head, token, channel = x.stride()
+    return Strided(x, batch, head, 0, token, channel, 1)
+
+
+def kept_as_is(stream: PackedStream, heads: int) -> Strided:
+    """A stream kept as it is, `[B, G, N, W_g]`, as dense tokens for the kernel."""
+    codes, per = stream.codes, heads // stream.groups
+    batch, group, token, channel = codes.stride()
+    return Strided(codes, batch, group, codes.shape[3] // per * channel, token, channel, per)
+
+
+def basis_of(stream: PackedStream | None) -> Basis | None:
+    """A stream's basis for the kernels."""
+    if stream is None:
+        return None
+    mean, decoder, step = (tensor.contiguous() for tensor in stream.basis)
+    return Basis(mean, decoder, step, 0 if mean.shape[0] == 1 else stream.groups)
+
+
+def reads_halves(stream: PackedStream | None) -> bool:
+    """Whether float16 coefficients can be read as such."""
+    return stream is not None and stream.bands.token_bytes % 2 == 0 and stream.codes.data_ptr() % 2 == 0
+
+
+def masks_of(mask: Tensor | None, bias: Tensor | None) -> Masks:
+    """Mask and bias for the kernel; where an extent is 1, its stride is 0."""
+    masked: tuple = (None, 0, 0, 0, 0, 0)
+    if mask is not None:
+        strides = [0 if extent == 1 else stride for extent, stride in zip(mask.shape[:3], mask.stride(), strict=False)]
+        given = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        masked = (given, *strides, mask.stride(3), mask.shape[3])
+    biased: tuple = (None, 0, 0, 0) if bias is None else (bias, *bias.stride(), bias.shape[1])
+    return Masks(*masked, *biased)
+
+
+def alignment(dense: Sequence[Strided]) -> int:
+    """Largest power of two, at most 16, that divides every stride but the channels'."""
+    return math.gcd(16, *(stride for x in dense for stride in (x.batch, x.group, x.head, x.token)))

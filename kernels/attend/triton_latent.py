@@ -1,0 +1,333 @@
+"""Around the pass over the codes: queries into latents, splits into one, latents into outputs, importance."""
+
+import triton
+import triton.language as tl
+
+from apack_compile.kernels.triton_bands import FLOAT16_MAX, component_of, first_column, first_component
+
+# Where the float16 latents of a query row are put in their range: none can overflow, and small ones keep their digits.
+LATENT_BOUND = tl.constexpr(16384.0)
+
+
+@triton.jit
+def folded_rows(row_tile, z, batch, kv_rows, FOLD: tl.constexpr, ROW_TILE: tl.constexpr):
+    """A tile of a KV head's rows: batch index, row in the head, which exist. FOLD: rows of all sequences, else of sequence z."""
+    index = row_tile * ROW_TILE + tl.arange(0, ROW_TILE)
+    if FOLD:
+        b, in_head, row_ok = (index // kv_rows).to(tl.int64), index % kv_rows, index < batch * kv_rows
+    else:
+        b, in_head, row_ok = tl.zeros((ROW_TILE,), tl.int64) + z, index, index < kv_rows
+    return b, in_head, row_ok
+
+
+@triton.jit
+def project_segment(
+    query,
+    basis,
+    out,
+    block,
+    sizes,
+    batch,
+    scale,
+    LAYOUT: tl.constexpr,
+    FOLD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A block of latent columns of a tile of rows: `q . decoder` times the step; the shift is `q . mean`. scale: in base 2."""
+    head = tl.program_id(1) % sizes.kv_heads
+    z = (tl.program_id(1) // sizes.kv_heads).to(tl.int64)
+    per_group = sizes.kv_heads // sizes.groups
+    b, in_head, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows, FOLD, ROW_TILE)
+    row = head * sizes.kv_rows + in_head
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    component = component_of(column, LAYOUT)
+    known = component >= 0
+    rank: tl.constexpr = first_component(LAYOUT, 4)
+    group = z * basis.next_batch + head // per_group
+    width = per_group * HEAD_DIM
+    of_head = (head % per_group) * HEAD_DIM
+    of_row = (row // sizes.head_rows) * query.head + (row % sizes.head_rows) * query.row
+    start_of = query.pointer + b * query.batch + of_row
+    latent = tl.zeros((ROW_TILE, COLUMNS), tl.float32)
+    top = tl.zeros((ROW_TILE,), tl.float32)
+    shift = tl.zeros((ROW_TILE,), tl.float32)
+    for start in tl.static_range(0, HEAD_DIM, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        real = channel < HEAD_DIM
+        at_query = start_of[:, None] + (channel * query.channel)[None, :]
+        q = tl.load(at_query, mask=row_ok[:, None] & real[None, :], other=0.0).to(tl.float32)
+        at_row = (group * rank + component) * width + of_head
+        at_decoder = basis.decoder + at_row[None, :] + channel[:, None]
+        decoder = tl.load(at_decoder, mask=known[None, :] & real[:, None], other=0.0).to(tl.float32)
+        latent = tl.dot(q, decoder, latent, input_precision=PRECISION)
+        top = tl.maximum(top, tl.max(tl.abs(q), 1))
+        mean = tl.load(basis.mean + group * width + of_head + channel, mask=real, other=0.0).to(tl.float32)
+        shift += tl.sum(q * mean[None, :], 1)
+    largest = tl.zeros((1024,), tl.float32)
+    for start in range(0, rank, 1024):
+        index = start + tl.arange(0, 1024)
+        largest = tl.maximum(largest, tl.load(basis.step + group * rank + index, mask=index < rank, other=0.0))
+    # decoder rows have unit length, so this bounds every component of the row
+    bound = top * HEAD_DIM**0.5 * tl.max(largest, 0)
+    ratio = tl.where(bound > 0.0, LATENT_BOUND / tl.where(bound > 0.0, bound, 1.0), 1.0)
+    step = tl.load(basis.step + group * rank + component, mask=known, other=0.0)
+    latent = latent * step[None, :] * ratio[:, None]
+    latent = tl.minimum(tl.maximum(latent, -FLOAT16_MAX), FLOAT16_MAX)
+    at_row = b * sizes.all_rows + row
+    all_columns: tl.constexpr = first_column(LAYOUT, 4)
+    at = out.latent + (at_row * all_columns)[:, None] + column[None, :]
+    tl.store(at, latent.to(out.latent.dtype.element_ty), mask=row_ok[:, None] & (column < all_columns)[None, :])
+    if block == 0:
+        tl.store(out.scale + at_row, scale / ratio, mask=row_ok)
+        tl.store(out.shift + at_row, shift * scale, mask=row_ok)
+
+
+@triton.jit
+def project_kernel(
+    query,
+    vision_basis,
+    text_basis,
+    vision,
+    text,
+    vision_blocks,
+    sizes,
+    batch,
+    scale,
+    HAS_VISION: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    VISION: tl.constexpr,
+    TEXT: tl.constexpr,
+    FOLD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Query latents of the packed segments. Grid: row tiles; KV heads (of each sequence); blocks of columns, vision's first."""
+    block = tl.program_id(2)
+    # fmt: off
+    if block < vision_blocks:
+        if HAS_VISION:
+            project_segment(
+                query, vision_basis, vision, block, sizes, batch, scale,
+                VISION, FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+            )
+    else:
+        if HAS_TEXT:
+            project_segment(
+                query, text_basis, text, block - vision_blocks, sizes, batch, scale,
+                TEXT, FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+            )
+    # fmt: on
+
+
+@triton.jit
+def merge_segment(
+    lse, segment, first, splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS: tl.constexpr
+):
+    """A block of a row's output over one segment: its splits, each by its share of the softmax."""
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    real_column = column < segment.columns
+    summed = tl.zeros((COLUMNS,), tl.float32)
+    shares = tl.zeros((16,), tl.float32)
+    for start in range(0, splits, 16):
+        split = start + tl.arange(0, 16)
+        real = split < splits
+        at_lse = lse + (b * all_splits + first + split) * all_rows + row
+        share = tl.exp2(tl.load(at_lse, mask=real, other=float("-inf")) - top) * inverse
+        at_part = ((b * splits + split) * all_rows + row) * segment.columns
+        at = segment.part + at_part[:, None] + column[None, :]
+        given = tl.load(at, mask=real[:, None] & real_column[None, :], other=0.0)
+        summed += tl.sum(given * share[:, None], 0)
+        shares += share
+    at_row = b * all_rows + row
+    at_out = segment.out.latent + at_row * segment.columns + column
+    tl.store(at_out, summed.to(segment.out.latent.dtype.element_ty), mask=real_column)
+    if segment.out.scale is not None:
+        if block == 0:
+            tl.store(segment.out.scale + at_row, tl.sum(shares, 0))
+
+
+@triton.jit(do_not_specialize=["dense_splits", "vision_splits", "text_splits"])
+def merge_kernel(
+    lse,
+    dense,
+    vision,
+    text,
+    row_lse,
+    dense_blocks,
+    vision_blocks,
+    dense_splits,
+    vision_splits,
+    text_splits,
+    all_rows,
+    HAS_VISION: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sum the splits of the dense tokens, and of vision and text where these are packed; their log-sum-exps lie in this order.
+
+    Grid: rows; batch; blocks of columns of dense, vision and text. SPLITS: all, padded.
+    """
+    row = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(2)
+    split = tl.arange(0, SPLITS)
+    all_splits = dense_splits + vision_splits + text_splits
+    at_lse = lse + (b * all_splits + split) * all_rows + row
+    own = tl.load(at_lse, mask=split < all_splits, other=float("-inf"))
+    top = tl.max(own, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(own - top), 0)
+    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+    if row_lse is not None:
+        # where nothing was attended, +inf makes every weight 0
+        whole = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
+        if block == 0:
+            tl.store(row_lse + b * all_rows + row, whole)
+    # fmt: off
+    if block < dense_blocks:
+        merge_segment(lse, dense, 0, dense_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
+    elif block < dense_blocks + vision_blocks:
+        if HAS_VISION:
+            block -= dense_blocks
+            merge_segment(
+                lse, vision, dense_splits, vision_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS
+            )
+    else:
+        if HAS_TEXT:
+            block -= dense_blocks + vision_blocks
+            first = dense_splits + vision_splits
+            merge_segment(lse, text, first, text_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
+    # fmt: on
+
+
+@triton.jit
+def expand_segment(
+    summed,
+    latent,
+    basis,
+    b,
+    z,
+    row,
+    row_ok,
+    head,
+    channel,
+    sizes,
+    LAYOUT: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`summed` plus a segment's output: latents times step and decoder, and its share of the softmax times the mean."""
+    per_group = sizes.kv_heads // sizes.groups
+    rank: tl.constexpr = first_component(LAYOUT, 4)
+    all_columns: tl.constexpr = first_column(LAYOUT, 4)
+    group = z * basis.next_batch + head // per_group
+    width = per_group * VALUE_DIM
+    of_head = (head % per_group) * VALUE_DIM
+    real = channel < VALUE_DIM
+    at_row = b * sizes.all_rows + row
+    share = tl.load(latent.scale + at_row, mask=row_ok, other=0.0)
+    mean = tl.load(basis.mean + group * width + of_head + channel, mask=real, other=0.0).to(tl.float32)
+    summed += share[:, None] * mean[None, :]
+    for start in range(0, all_columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        component = component_of(column, LAYOUT)
+        known = component >= 0
+        at = latent.latent + (at_row * all_columns)[:, None] + column[None, :]
+        own = tl.load(at, mask=row_ok[:, None] & known[None, :], other=0.0)
+        step = tl.load(basis.step + group * rank + component, mask=known, other=0.0)
+        at_component = (group * rank + component) * width + of_head
+        at = basis.decoder + at_component[:, None] + channel[None, :]
+        decoder = tl.load(at, mask=known[:, None] & real[None, :], other=0.0).to(tl.float32)
+        summed = tl.dot(own * step[None, :], decoder, summed, input_precision=PRECISION)
+    return summed
+
+
+@triton.jit
+def expand_kernel(
+    dense,
+    vision,
+    text,
+    vision_basis,
+    text_basis,
+    out,
+    sizes,
+    batch,
+    HAS_VISION: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
+    VISION: tl.constexpr,
+    TEXT: tl.constexpr,
+    FOLD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Outputs `[B, rows, D]`: dense ones plus those of the packed segments. Grid: row tiles; KV heads (of each sequence); channels."""
+    head = tl.program_id(1) % sizes.kv_heads
+    z = (tl.program_id(1) // sizes.kv_heads).to(tl.int64)
+    b, in_head, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows, FOLD, ROW_TILE)
+    row = head * sizes.kv_rows + in_head
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    at = ((b * sizes.all_rows + row) * VALUE_DIM)[:, None] + channel[None, :]
+    both = row_ok[:, None] & (channel < VALUE_DIM)[None, :]
+    summed = tl.load(dense + at, mask=both, other=0.0)
+    # fmt: off
+    if HAS_VISION:
+        summed = expand_segment(
+            summed, vision, vision_basis, b, z, row, row_ok, head, channel, sizes, VISION, VALUE_DIM, PRECISION, COLUMNS
+        )
+    if HAS_TEXT:
+        summed = expand_segment(
+            summed, text, text_basis, b, z, row, row_ok, head, channel, sizes, TEXT, VALUE_DIM, PRECISION, COLUMNS
+        )
+    # fmt: on
+    tl.store(out + at, summed.to(out.dtype.element_ty), mask=both)
+
+
+@triton.jit(do_not_specialize=["first_slot", "slots", "all_slots"])
+def importance_kernel(
+    scores,
+    row_lse,
+    positions,
+    importance,
+    cursor,
+    read,
+    keep,
+    add,
+    first_slot,
+    slots,
+    all_slots,
+    sizes,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Move the importance of the slots that were read towards the head-mean attention of the newest query, in place."""
+    b = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < slots
+    position = tl.load(positions + b * slots + slot, mask=inside, other=-1)
+    was_read = (position >= 0) & (position < tl.minimum(tl.load(cursor + 1), tl.load(cursor) - sizes.new_tokens))
+    if read is not None:
+        was_read = was_read & (slot < tl.load(read + 2 * b + 1))
+    summed = tl.zeros((BLOCK,), tl.float32)
+    newest = sizes.all_rows // sizes.new_tokens
+    for start in range(0, newest, ROWS):
+        index = start + tl.arange(0, ROWS)
+        # the newest token's rows: every new_tokens-th, counted from the last
+        row = (index + 1) * sizes.new_tokens - 1
+        lse = tl.load(row_lse + b * sizes.all_rows + row, mask=index < newest, other=float("inf"))
+        at = scores + ((b * all_slots + first_slot + slot) * sizes.all_rows)[:, None] + row[None, :]
+        score = tl.load(at, mask=was_read[:, None] & (index < newest)[None, :], other=float("-inf"))
+        summed += tl.sum(tl.exp2(score - lse[None, :]), 1)
+    known = tl.load(importance + b * slots + slot, mask=inside, other=0.0)
+    tl.store(importance + b * slots + slot, keep * known + add * summed / newest, mask=was_read)

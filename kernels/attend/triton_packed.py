@@ -1,0 +1,216 @@
+"""The pass over codes: scores, softmax and latent outputs of one split of a packed segment, for all rows of a head group.
+
+Scores are kept transposed, `[tokens, rows]`: tokens are many and rows few, and the matrix unit wants its tall side tall.
+"""
+
+import triton
+import triton.language as tl
+
+from apack_compile.kernels.attend.triton_softmax import log_sum_exp, masked, softmax_step
+from apack_compile.kernels.triton_bands import (
+    first_byte,
+    first_column,
+    first_component,
+    level_offset,
+    levels,
+    load_units,
+    per_byte,
+    tile,
+    tile_column,
+    tile_number,
+    tiles,
+)
+
+
+@triton.constexpr_function
+def in_pass(layout, band, number, value_tiles):
+    """Whether a pass that has the value tiles from the first number to the second has this one."""
+    return value_tiles[0] <= tile_number(layout, band, number) < value_tiles[1]
+
+
+@triton.constexpr_function
+def tile_tier(layout, band, number, partial):
+    """Whether a tile's components are all leading ones (0), none of them (2), or both (1)."""
+    start = first_component(layout, band) + per_byte(band) * tile(layout, band) * number
+    end = min(start + per_byte(band) * tile(layout, band), first_component(layout, band + 1))
+    return 0 if end <= partial else 2 if start >= partial else 1
+
+
+@triton.jit
+def load_latent(
+    latent, at_row, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, PLACE: tl.constexpr
+):
+    """Latents `[tile, rows]` of one tile of components."""
+    column = tile_column(LAYOUT, BAND, NUMBER, PLACE) + tl.arange(0, tile(LAYOUT, BAND))
+    at = latent + (at_row * first_column(LAYOUT, 4))[None, :] + column[:, None]
+    return tl.load(at, mask=row_ok[None, :], other=0.0)
+
+
+@triton.jit
+def load_query(
+    latent, at_row, row_ok, LAYOUT: tl.constexpr, RESIDENT: tl.constexpr, DOT: tl.constexpr, ROW_TILE: tl.constexpr
+):
+    """All latents, if RESIDENT, and what the levels' offset adds to their scores."""
+    query = ()
+    offset = tl.zeros((ROW_TILE,), tl.float32)
+    for band in tl.static_range(4):
+        for number in tl.static_range(tiles(LAYOUT, band)):
+            for place in tl.static_range(per_byte(band)):
+                loaded = load_latent(latent, at_row, row_ok, LAYOUT, band, number, place)
+                offset += level_offset(band, DOT) * tl.sum(loaded.to(tl.float32), 0)
+                if RESIDENT:
+                    query = query + (loaded,)
+    return query, offset
+
+
+@triton.jit
+def attend_packed(
+    work,
+    b,
+    share,
+    segment,
+    rows,
+    part,
+    results,
+    masks,
+    sizes,
+    cursor,
+    read,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    KEY_EVEN: tl.constexpr,
+    VALUE_EVEN: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    FIRST_PASS: tl.constexpr,
+    VALUE_TILES: tl.constexpr,
+    KEEP_SCORES: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+):
+    """One split of a packed segment, for one tile of a head group's rows.
+
+    A pass has the value tiles from VALUE_TILES[0] to VALUE_TILES[1]; those after the first read its scores. RESIDENT: query latents are
+    loaded once, not for every block. read: pointer to the two tier counts, or None.
+    """
+    row_tile = work % share.row_tiles
+    split = (work // share.row_tiles) % share.splits
+    unit = work // (share.row_tiles * share.splits)
+    in_unit = row_tile * ROW_TILE + tl.arange(0, ROW_TILE)
+    row_ok = in_unit < sizes.group_rows
+    row = unit * sizes.group_rows + in_unit
+    at_row = b * sizes.all_rows + row
+
+    query = ()
+    if FIRST_PASS:
+        query, offset = load_query(rows.latent, at_row, row_ok, KEY, RESIDENT, DOT, ROW_TILE)
+        row_scale = tl.load(rows.scale + at_row, mask=row_ok, other=0.0)
+        shift = tl.load(rows.shift + at_row, mask=row_ok, other=0.0)
+    accumulated = ()
+    for band in tl.static_range(4):
+        for number in tl.static_range(tiles(VALUE, band)):
+            if in_pass(VALUE, band, number, VALUE_TILES):
+                for _ in tl.static_range(per_byte(band)):
+                    accumulated = accumulated + (tl.zeros((tile(VALUE, band), ROW_TILE), tl.float32),)
+    top = tl.full((ROW_TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((ROW_TILE,), tl.float32)
+    weight_sum = tl.zeros((ROW_TILE,), tl.float32)
+    full_sum = tl.zeros((ROW_TILE,), tl.float32)
+
+    stored_end = tl.minimum(tl.load(cursor + 1), tl.load(cursor) - sizes.new_tokens)
+    end = tl.minimum((split + 1) * share.blocks * BLOCK, share.slots)
+    full = share.slots
+    if read is not None:
+        full = tl.load(read + 2 * b)
+        end = tl.minimum(end, tl.load(read + 2 * b + 1))
+    first_token = (b * sizes.groups + unit) * share.slots
+    for start in range(split * share.blocks * BLOCK, end, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < end
+        token = first_token + slot
+        position = tl.load(segment.positions + b * share.slots + slot, mask=inside, other=-1)
+        occupied = (position >= 0) & (position < stored_end)
+        if FIRST_PASS:
+            score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
+            key = segment.key + (token * first_byte(KEY, 4))[:, None]
+            done = ()
+            for band in tl.static_range(4):
+                for number in tl.static_range(tiles(KEY, band)):
+                    units = load_units(key, inside[:, None], KEY, band, number, KEY_EVEN)
+                    for place in tl.static_range(per_byte(band)):
+                        at_level = levels(units, band, place, DOT)
+                        if RESIDENT:
+                            latent = query[len(done)]
+                        else:
+                            latent = load_latent(rows.latent, at_row, row_ok, KEY, band, number, place)
+                        score = tl.dot(at_level, latent, score, input_precision="ieee")
+                        done = done + (0,)
+            score = (score - offset[None, :]) * row_scale[None, :]
+            if segment.key_scale is not None:
+                score *= tl.load(segment.key_scale + token, mask=inside, other=0.0).to(tl.float32)[:, None]
+            score += shift[None, :]
+            score = masked(score, position, occupied[:, None], row, row_ok, b, masks, sizes.head_rows, MASK, MASK_ROWS)
+        if KEEP_SCORES or not FIRST_PASS:
+            at = (b * share.all_slots + share.first_slot + slot) * sizes.all_rows
+            at_score = results.scores + at[:, None] + row[None, :]
+            both = inside[:, None] & row_ok[None, :]
+            if FIRST_PASS:
+                tl.store(at_score, score, mask=both)
+            else:
+                score = tl.load(at_score, mask=both, other=float("-inf"))
+
+        weight, fade, top, total = softmax_step(score, top, total)
+        if segment.value_scale is not None:
+            weight *= tl.load(segment.value_scale + token, mask=inside, other=0.0).to(tl.float32)[:, None]
+            # an empty slot's scale may be NaN
+            weight = tl.where(occupied[:, None], weight, 0.0)
+        of_full = (slot < full)[:, None]
+        rounded = weight.to(DOT)
+        rounded_full = tl.where(of_full, rounded, 0.0)
+        weight_sum = weight_sum * fade + tl.sum(rounded.to(tl.float32), 0)
+        full_sum = full_sum * fade + tl.sum(rounded_full.to(tl.float32), 0)
+        value = segment.value + (token * first_byte(VALUE, 4))[:, None]
+        updated = ()
+        for band in tl.static_range(4):
+            for number in tl.static_range(tiles(VALUE, band)):
+                if in_pass(VALUE, band, number, VALUE_TILES):
+                    wanted = inside[:, None]
+                    if tile_tier(VALUE, band, number, PARTIAL) == 2:
+                        wanted = wanted & of_full
+                    if band == 0:
+                        # an empty slot's float16 may be NaN, and a weight of 0 would not stop it
+                        wanted = wanted & occupied[:, None]
+                    units = load_units(value, wanted, VALUE, band, number, VALUE_EVEN)
+                    for place in tl.static_range(per_byte(band)):
+                        at_level = levels(units, band, place, DOT)
+                        if tile_tier(VALUE, band, number, PARTIAL) == 1:
+                            unit_number = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
+                            component = first_component(VALUE, band) + unit_number * per_byte(band) + place
+                            at_level = tl.where((component < PARTIAL)[None, :] | of_full, at_level, 0.0)
+                        operand = rounded
+                        if tile_tier(VALUE, band, number, PARTIAL) == 2:
+                            operand = rounded_full
+                        sofar = accumulated[len(updated)] * fade[None, :]
+                        updated = updated + (tl.dot(tl.trans(at_level), operand, sofar, input_precision="ieee"),)
+        accumulated = updated
+
+    lse, inverse = log_sum_exp(top, total)
+    at_split = b * share.all_splits + share.first_split + split
+    if FIRST_PASS:
+        tl.store(results.lse + at_split * sizes.all_rows + row, lse, mask=row_ok)
+    written = ()
+    at_part = ((b * share.parts + share.first_part + split) * sizes.all_rows + row) * first_column(VALUE, 4)
+    for band in tl.static_range(4):
+        for number in tl.static_range(tiles(VALUE, band)):
+            if in_pass(VALUE, band, number, VALUE_TILES):
+                for place in tl.static_range(per_byte(band)):
+                    unit_number = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
+                    component = first_component(VALUE, band) + unit_number * per_byte(band) + place
+                    summed = tl.where((component < PARTIAL)[:, None], weight_sum[None, :], full_sum[None, :])
+                    out = (accumulated[len(written)] - level_offset(band, DOT) * summed) * inverse[None, :]
+                    column = tile_column(VALUE, band, number, place) + tl.arange(0, tile(VALUE, band))
+                    tl.store(part + at_part[None, :] + column[:, None], out, mask=row_ok[None, :])
+                    written = written + (0,)

@@ -1,0 +1,26 @@
+"""Puts this folder on the path, for its states; where Triton's kernels run."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """What --device says."""
+    return torch.device(pytestconfig.getoption("device"))
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> Iterator[None]:
+    """Memory that nothing was written to reads as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all() and torch.ones(1).new_empty(2, 2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,237 @@
+"""attend in Triton against the float64 reference: in the interpreter, or compiled with --device=cuda."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_operations import Shape, State, allowed_by, attention, filled
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+from apack_compile.kernels.attend import reference, triton_launch
+from apack_compile.kernels.attend.triton import attend
+from apack_compile.kernels.layout import TEXT, VISION
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+UNPACK = torch.ops.apack.unpack
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the launch parameters may be: the usual ones, so few accumulators that values take many passes, nothing kept on chip.
+LAUNCHES = {"usual": {}, "many passes": {"MAX_ACCUMULATORS": 16 * 32}, "little shared memory": {"SHARED_BYTES": 256}}
+
+
+def moved(state: State, device: torch.device) -> State:
+    """The same state elsewhere; what is random stays on the CPU."""
+    lists = {name: [x.to(device) for x in getattr(state, name)] for name in ("dense", "codes", "bases", "positions")}
+    single = {name: getattr(state, name).to(device) for name in ("key", "value", "cursor")}
+    return replace(state, **lists, **single)
+
+
+def littered(state: State, shape: Shape) -> State:
+    """The same state with NaN, and bytes that are NaN as float16, wherever no token is."""
+    n, held, packed = state.key.shape[2], state.held, int(state.cursor[1])
+    dense, codes = [x.clone() for x in state.dense], [x.clone() for x in state.codes]
+    ring = torch.ones(shape.tail, dtype=torch.bool)
+    ring[torch.arange(packed, max(packed, held - n)) % max(shape.tail, 1)] = False
+    for i in range(2):
+        dense[i].masked_fill_((state.positions[0] < 0)[:, None, :, None], float("nan"))
+        dense[2 + i].masked_fill_(ring[:, None], float("nan"))
+    for i in range(4):
+        where = state.positions[1 + i // 2]
+        unused = ((where < 0) | (where >= min(packed, held - n)))[:, None, :, None]
+        garbage = 0xFF if codes[2 * i].dtype == torch.uint8 else float("nan")
+        codes[2 * i].masked_fill_(unused, garbage)
+        if codes[2 * i + 1].numel():
+            codes[2 * i + 1].masked_fill_(unused[..., 0], float("nan"))
+    return replace(state, dense=dense, codes=codes)
+
+
+def odd_strides(x: Tensor) -> Tensor:
+    """The same numbers, heads innermost but one, as a model's projection gives them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@st.composite
+def bands(draw, width: int) -> tuple[int, int, int, int]:
+    """Components of at most `width`: one band alone, all bands, or none."""
+    kind = draw(st.sampled_from(("16", "8", "4", "2", "mixed", "mixed", "none")))
+    if kind == "none":
+        return (0, 0, 0, 0)
+    if kind != "mixed":
+        count = draw(st.integers(1, width))
+        return tuple(count if kind == bits else 0 for bits in ("16", "8", "4", "2"))
+    left, counts = width, []
+    for _ in range(4):
+        counts.append(draw(st.integers(0, left)))
+        left -= counts[-1]
+    return tuple(draw(st.permutations(counts)))
+
+
+@st.composite
+def shapes(draw) -> Shape:
+    """States of odd sizes, about one block of tokens long."""
+    heads, groups = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (4, 2))))
+    head_dim = draw(st.sampled_from((5, 16, 17, 40, 72)))
+    scope = draw(st.sampled_from(("model", "model", "sequence", "as is")))
+    return Shape(
+        batch=draw(st.sampled_from((1, 2, 3))),
+        heads=heads,
+        groups=groups,
+        head_dim=head_dim,
+        laid_out=draw(st.sampled_from((5, 6, 30, 63, 64, 65, 150, 330))),
+        spare=30,
+        tail=draw(st.sampled_from((0, 1, 7, 64))),
+        chunks=tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))),
+        bands=tuple(draw(bands(heads // groups * head_dim)) for _ in range(4)),
+        scope=scope,
+        token_scale=draw(st.booleans()),
+        padding=draw(st.booleans()),
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+@st.composite
+def masks(draw, state: State, tokens: int, extent: tuple[int, int, int]) -> Tensor | None:
+    """No mask, or a bool or float one, broadcast or with odd strides; some rows may attend nothing."""
+    kind = draw(st.sampled_from(("none", "bool", "float", "infinite")))
+    if kind == "none":
+        return None
+    extent = tuple(draw(st.sampled_from((1, full))) for full in extent)
+    keep = torch.rand(*extent, tokens, generator=state.generator) < 0.7
+    keep[..., :1, :] &= draw(st.booleans())
+    mask = keep
+    if kind != "bool":
+        mask = torch.randn(*extent, tokens, generator=state.generator)
+        mask = mask.masked_fill(~keep, float("-inf")) if kind == "infinite" else mask
+    return odd_strides(mask) if draw(st.booleans()) else mask
+
+
+def assert_close_as(own: Tensor, exact: Tensor, plain: Tensor | None, largest: float) -> None:
+    """No further from float64 than twice the plain composition, and a few roundings of the largest value."""
+    assert own.isfinite().all()
+    error = float((own.double() - exact).abs().max())
+    allowed = 4 * torch.finfo(own.dtype).eps * largest
+    if plain is not None:
+        allowed += 2 * float((plain.double() - exact).abs().max())
+    assert error <= allowed, (error, allowed)
+
+
+@settings(max_examples=35, deadline=None)
+@given(shapes(), st.data())
+@example(Shape(dtype=torch.float32, laid_out=330, head_dim=80, bands=((0, 0, 0, 0),) * 4), None)
+@example(Shape(dtype=torch.bfloat16, heads=1, head_dim=256, laid_out=65, bands=((16, 48, 96, 96),) * 4), None)
+def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(device, shape, data):
+    state = filled(shape)
+    n, tokens = state.key.shape[2], state.held
+    share, grouped, mask, bias, scale, launch = 2, False, None, None, None, "usual"
+    if data is not None:
+        tokens += data.draw(st.integers(0, 3))
+        share, grouped = data.draw(st.sampled_from((1, 2, 3))), data.draw(st.booleans())
+        scale, launch = data.draw(st.sampled_from((None, 0.3))), data.draw(st.sampled_from(tuple(LAUNCHES)))
+    heads, rows = (shape.heads, share * n) if grouped else (shape.heads * share, n)
+    query = torch.randn(shape.batch, heads, rows, shape.head_dim, generator=state.generator).to(shape.dtype)
+    if data is not None:
+        mask = data.draw(masks(state, tokens, (shape.batch, heads, rows)))
+        if data.draw(st.booleans()):
+            bias = torch.randn(shape.batch, tokens, generator=state.generator)
+            bias[:, ::5] = float("-inf")
+    exact = reference.attend(query.double(), state.key.double(), state.value.double(), mask, bias, *state.stored, scale)
+    key, value = UNPACK(state.key, state.value, *state.stored, tokens)
+    allowed, added = allowed_by(state, tokens, rows), torch.zeros(())
+    if mask is not None:
+        allowed = allowed_by(state, tokens, -1)[:, :, :1]
+        allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, added + mask)
+    added = added if bias is None else added + bias[:, None, None]
+    plain = attention(query, key, value, allowed, added.to(shape.dtype), scale)
+    given_state = moved(
+        littered(replace(state, key=odd_strides(state.key), value=odd_strides(state.value)), shape), device
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in LAUNCHES[launch].items():
+            patch.setattr(triton_launch, name, number)
+        own = attend(
+            odd_strides(query).to(device),
+            given_state.key,
+            given_state.value,
+            None if mask is None else mask.to(device),
+            None if bias is None else bias.to(device),
+            *given_state.stored,
+            scale,
+        )
+    assert own.dtype == shape.dtype
+    assert_close_as(own.cpu(), exact, plain, float(value.abs().max()))
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes(), st.data())
+def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape, data):
+    shape = replace(shape, dtype=torch.float32)
+    state = filled(shape)
+    n, share = state.key.shape[2], data.draw(st.sampled_from((1, 3)))
+    query = torch.randn(shape.batch, shape.heads * share, n, shape.head_dim, generator=state.generator)
+    slots = [state.positions[segment].shape[1] for segment in (VISION, TEXT)]
+    read = torch.rand(shape.batch, 2, generator=state.generator).sort(1).values
+    tiers = (read * (slots[0] + 1)).to(torch.int32)
+    known = [
+        torch.rand(shape.batch, count if data.draw(st.booleans()) else 0, generator=state.generator) for count in slots
+    ]
+    partial = data.draw(st.integers(0, sum(shape.bands[1]) + 1))
+    ema = [0.25, 0.75, 1.0, 0.5]
+    expected_known = [x.double() for x in known]
+    exact = reference.attend(
+        query.double(), state.key.double(), state.value.double(), None, None, *state.stored, None, *expected_known, tiers, partial, ema
+    )  # fmt: skip
+    given_state, own_known = moved(littered(state, shape), device), [x.to(device) for x in known]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in LAUNCHES[data.draw(st.sampled_from(tuple(LAUNCHES)))].items():
+            patch.setattr(triton_launch, name, number)
+        own = attend(
+            query.to(device), given_state.key, given_state.value, None, None, *given_state.stored, None, *own_known,
+            tiers.to(device), partial, ema,
+        )  # fmt: skip
+    largest = float(torch.cat([UNPACK(state.key, state.value, *state.stored, state.held)[1].flatten()]).abs().max())
+    assert_close_as(own.cpu(), exact, None, 4 * largest)
+    for got, wanted in zip(own_known, expected_known, strict=True):
+        torch.testing.assert_close(got.cpu().double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_many_heads_share_one_wide_basis(device):
+    wide = ((16, 32, 64, 128), (0, 0, 256, 0), (0, 0, 0, 640), (64, 0, 0, 0))
+    shape = Shape(batch=1, heads=8, head_dim=128, laid_out=150, chunks=(1,), bands=wide, dtype=torch.bfloat16)
+    state = filled(shape)
+    query = torch.randn(1, 56, 1, 128, generator=state.generator).to(shape.dtype)
+    exact = reference.attend(query.double(), state.key.double(), state.value.double(), None, None, *state.stored, None)
+    key, value = UNPACK(state.key, state.value, *state.stored, state.held)
+    plain = attention(query, key, value, allowed_by(state, state.held, 1), 0.0, None)
+    there = moved(littered(state, shape), device)
+    own = attend(query.to(device), there.key, there.value, None, None, *there.stored, None)
+    assert_close_as(own.cpu(), exact, plain, float(value.abs().max()))
+
+
+@pytest.mark.parametrize("factor", (1e-30, 1e4, 1e30))
+def test_float16_latents_neither_overflow_nor_vanish(device, factor):
+    shape = Shape(dtype=torch.bfloat16, bands=((2, 3, 3, 2),) * 4, laid_out=80)
+    state = filled(shape)
+    query = torch.randn(2, 4, 1, 5, generator=state.generator).to(shape.dtype) * factor
+    exact = reference.attend(
+        query.double(), state.key.double(), state.value.double(), None, None, *state.stored, 1 / factor
+    )
+    there = moved(state, device)
+    own = attend(query.to(device), there.key, there.value, None, None, *there.stored, 1 / factor)
+    value = UNPACK(state.key, state.value, *state.stored, state.held)[1]
+    assert_close_as(own.cpu(), exact, None, float(value.abs().max()))
+
+
+def test_float64_goes_to_the_reference(device):
+    state = moved(filled(Shape()), device)
+    query = torch.randn(2, 4, 1, 5, dtype=torch.float64, device=device)
+    arguments = (query, state.key, state.value, None, None, *state.stored, None)
+    assert torch.equal(attend(*arguments), reference.attend(*arguments))
+
+
+@pytest.mark.parametrize("name", ("append", "attend", "attend_tiers"))
+def test_cuda_tensors_have_kernels_of_their_own(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"apack::{name}", "CUDA")
