@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from apack_compile.kernels.ops import implementations
 from apack_compile.plan import FIRST_TOKENS
 from apack_compile.plan_file import versions
 
@@ -22,11 +23,12 @@ class LayerLine:
 
 @dataclass(frozen=True)
 class Report:
-    """Layers, graphs, compile choice, bytes of the last cache, and notes."""
+    """Layers, graphs, compile choice, implementation of each operation, bytes of the last cache, and notes."""
 
     setting: str
     compile: str
     compile_reason: str
+    operations: dict[str, str]
     calibrated_on: str | None
     keys: str
     quantized_layers: int
@@ -41,6 +43,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"apack-compile: {self.setting}; decode: {self.compile} ({self.compile_reason})"]
+        lines.append("; ".join(f"{operation}: {serves}" for operation, serves in self.operations.items()))
         if self.calibrated_on:
             lines.append(f"bases calibrated on: {self.calibrated_on}")
         if self.keys:
@@ -68,6 +71,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         setting=setting_of(session),
         compile=session.inner or "none",
         compile_reason=session.inner_reason,
+        operations=implementations(model.device.type, model.dtype),
         calibrated_on=session.plan.provenance.calibrated_on if session.plan else session.calibrated_on,
         keys=keys_of(session),
         quantized_layers=session.quantized,

@@ -1,8 +1,10 @@
-"""What all benchmarks share: how results are written and printed."""
+"""What all benchmarks share: how calls are timed, how results are written and printed."""
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,13 +17,64 @@ from rich.table import Table
 Row = dict[str, Any]
 PEERS = ("hqq", "optimum-quanto", "turboquant-vllm")
 WIDTH = 180
+WARM_UP = 3
+# A sample is as many calls as take this long, so that the clock and a launch weigh little.
+SAMPLE_SECONDS = 5e-4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, first and last decile over the samples."""
+
+    median: float
+    low: float
+    high: float
+
+
+def timed(call: Callable[[], Any], repeats: int, device: str) -> float:
+    """Seconds of one call, the mean of `repeats` in a row."""
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float, device: str = "cpu") -> dict[str, Timing]:
+    """Timings of calls that take turns for about `seconds` in all, after a warm-up: what disturbs one disturbs all."""
+    repeats, samples = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        for _ in range(WARM_UP):
+            call()
+        repeats[name] = max(1, round(SAMPLE_SECONDS / min(timed(call, 1, device) for _ in range(WARM_UP))))
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < 10:
+        for name, call in calls.items():
+            samples[name].append(timed(call, repeats[name], device))
+    return {name: Timing(*_quantiles(torch.tensor(found, dtype=torch.float64))) for name, found in samples.items()}
+
+
+def _quantiles(samples: torch.Tensor) -> tuple[float, float, float]:
+    median, low, high = torch.quantile(samples, torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)).tolist()
+    return median, low, high
+
+
+def copy_bandwidth(device: str = "cpu") -> float:
+    """Bytes per second, read and written, of a copy that no cache holds."""
+    source = torch.zeros(2**27 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, 0.5, device)["copy"]
+    return 2 * source.numel() * source.element_size() / timing.median
 
 
 def machine() -> str:
     """The device that runs the benchmark, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU, {capability}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:

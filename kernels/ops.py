@@ -6,7 +6,10 @@
 import torch
 from torch import Tensor
 
+from apack_compile.kernels import native
+from apack_compile.kernels.append import cpu as append_cpu
 from apack_compile.kernels.append.reference import append
+from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.attend.reference import attend
 from apack_compile.kernels.unpack.reference import unpack
 
@@ -36,6 +39,20 @@ LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
 LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
 LIBRARY.impl("attend_tiers", attend, "CompositeExplicitAutograd")
+if native.COMPILED is not None:
+    LIBRARY.impl("append", append_cpu.append, "CPU")
+    LIBRARY.impl("attend", attend_cpu.attend, "CPU")
+    LIBRARY.impl("attend_tiers", attend_cpu.attend, "CPU")
+
+
+def implementations(device: str, dtype: torch.dtype) -> dict[str, str]:
+    """Which implementation serves each operation on a device for a model's dtype, and why where it is the reference on a CPU."""
+    chosen = dict.fromkeys(("append", "unpack", "attend"), "reference")
+    if device == "cpu":
+        compiled = f"cpu ({native.STATUS})" if native.COMPILED is not None else f"reference (native: {native.STATUS})"
+        own = "reference (float64)" if dtype == torch.float64 else compiled
+        chosen.update(append=own, attend=own)
+    return chosen
 
 
 @torch.library.register_fake("apack::append", lib=LIBRARY)

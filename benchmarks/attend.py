@@ -1,0 +1,283 @@
+"""Decode attention over a packed cache against the best dense attention, one query token, by shape, length and batch.
+
+`python benchmarks/attend.py`: what the plan would store for `--ratio`, or the paper's plan (AttentionPack, arXiv 2603.23914: rank 64 in
+16 bits over all heads jointly, K and V), in one run with dense attention over a cache of the same dtype.
+
+The bands of a ratio are `budget_plan`'s over a synthetic spectrum: component k of W has variance `(1 + 24 k / W) ** -2.2`, which is
+the mean over layers of SmolLM2-135M's keys and values (text, calibration pictures of the demo) within a third at every k. The bases and
+codes are random: time does not depend on them. Head groups, `--groups`, trade bytes for arithmetic (docs/performance.md).
+
+`share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
+bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from harness import Row, copy_bandwidth, interleaved, print_table, write_json
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import apack_compile  # noqa: F401  (registers the operations)
+from apack_compile.basis import Spectrum
+from apack_compile.codec import GAUSSIAN_STEP, Bands
+from apack_compile.kernels.ops import implementations
+from apack_compile.plan import (
+    FIRST_TOKENS,
+    Plan,
+    StreamPlan,
+    StreamStatistics,
+    attentionpack_plan,
+    budget_plan,
+    spare_slots,
+)
+
+SDPA = torch.nn.functional.scaled_dot_product_attention
+DECAY_PER_WIDTH, DECAY_POWER = 24, 2.2
+PAPER_RANK, PAPER_TAIL = 64, 32
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Query heads, KV heads and head_dim of a model; head groups that `ratio` plans use on a CPU."""
+
+    query_heads: int
+    heads: int
+    head_dim: int
+    groups: int
+
+
+SHAPES = {
+    "Qwen2.5-VL-7B": Shape(28, 4, 128, 2),
+    "LLaVA-1.5-7B": Shape(32, 32, 128, 8),
+    "SmolLM2-135M": Shape(9, 3, 64, 1),
+    "Gemma3-4B": Shape(8, 4, 256, 2),
+}
+
+
+def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int) -> Plan:
+    """One layer's plan: for a ratio, or the paper's."""
+    if ratio is None:
+        ranks = {f"{modality}_{stream}": PAPER_RANK for modality in ("vision", "text") for stream in ("key", "value")}
+        return attentionpack_plan([0], ranks, PAPER_TAIL)
+    width = shape.heads * shape.head_dim // groups
+    variance = (1 + DECAY_PER_WIDTH * torch.arange(width) / width) ** -DECAY_POWER
+    deviation = variance.sqrt().expand(1, groups, width)
+    steps = {bits: deviation * step for bits, step in GAUSSIAN_STEP.items()}
+    rows = torch.randn(1, groups, width, width) / width**0.5
+    spectrum = Spectrum(torch.zeros(1, groups, width), rows, deviation, steps)
+    statistics = StreamStatistics(spectrum, variance.expand(groups, width))
+    return budget_plan({0: {"text": (statistics, statistics)}}, ratio, tokens, 0.0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One layer's state as `attend` takes it, and the bytes that a step reads of it."""
+
+    state: tuple
+    bands: tuple[Bands, Bands]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all tensors but the free slots'."""
+        dense, codes, bases, _, positions, _ = self.state
+        return sum(x.numel() * x.element_size() for x in (*dense, *codes, *bases, *positions))
+
+
+def packed_state(plan: Plan, shape: Shape, groups: int, tokens: int, batch: int, dtype: torch.dtype, device: str) -> Packed:
+    """A cache of `tokens` text tokens, the last of them in the tail, with random codes and free slots full of zeros."""
+    stored = tokens - FIRST_TOKENS - plan.tail_slots
+    slots, width = stored + spare_slots(tokens), shape.heads * shape.head_dim // groups
+    dense = [
+        torch.randn(batch, shape.heads, n, shape.head_dim, device=device, dtype=dtype)
+        for n in (FIRST_TOKENS, FIRST_TOKENS, plan.tail_slots, plan.tail_slots)
+    ]
+    codes: list[Tensor] = []
+    bases: list[Tensor] = []
+    bands: list[int] = []
+    streams = plan.layers[0].streams
+    for i, stream in enumerate(streams):
+        here = slots if i >= 2 else 0
+        codes += packed_codes(stream, batch, groups, here, stored, device)
+        per_sequence = stream.scope == "sequence"
+        kind = torch.float16 if per_sequence else torch.float32
+        size = (batch if per_sequence else 1, groups)
+        bases.append(torch.randn(*size, width, device=device).to(kind))
+        bases.append((torch.randn(*size, stream.bands.components, width, device=device) / width**0.5).to(kind))
+        bases.append(torch.rand(*size, stream.bands.components, device=device) + 0.5)
+        bands += stream.bands.counts
+    position = torch.arange(tokens + slots, dtype=torch.int32, device=device).expand(batch, -1)
+    first, text = position[:, :FIRST_TOKENS], position[:, FIRST_TOKENS : FIRST_TOKENS + slots]
+    positions = [x.contiguous() for x in (first, position[:, :0], text)]
+    # the newest token is the query's own
+    cursor = torch.tensor([tokens + 1, FIRST_TOKENS + stored, FIRST_TOKENS], device=device)
+    return Packed((dense, codes, bases, bands, positions, cursor), (streams[2].bands, streams[3].bands))
+
+
+def packed_codes(stream: StreamPlan, batch: int, groups: int, slots: int, stored: int, device: str) -> list[Tensor]:
+    """Codes and token scales of one stream."""
+    size = (batch, groups, slots)
+    codes = torch.randint(0, 256, (*size, stream.bands.token_bytes), dtype=torch.uint8, device=device)
+    halves = torch.randn(*size, stream.bands.counts[0], device=device).half()
+    codes[..., : 2 * stream.bands.counts[0]] = halves.view(torch.uint8)
+    codes[:, :, stored:] = 0
+    scale = (torch.rand(size, device=device) + 0.5).half()
+    return [codes, scale if stream.token_scale else torch.empty(0, dtype=torch.float16, device=device)]
+
+
+def dense_calls(shape: Shape, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Ways to spell dense decode attention, of which the fastest is the baseline."""
+    share = shape.query_heads // shape.heads
+    grouped = query.unflatten(1, (shape.heads, share)).flatten(2, 3)
+    if query.device.type == "cpu":
+        return {
+            "sdpa": lambda: SDPA(query, key, value, enable_gqa=share > 1),
+            "sdpa, query heads as rows": lambda: SDPA(grouped, key, value),
+        }
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+
+        def by_heads(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel([backend]):
+                return SDPA(query, key, value, enable_gqa=share > 1)
+
+        def by_rows(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel([backend]):
+                return SDPA(grouped, key, value)
+
+        calls[backend.name] = by_heads
+        calls[f"{backend.name}, query heads as rows"] = by_rows
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex = torch.compile(flex_attention, dynamic=False)
+    calls["flex_attention"] = lambda: flex(query, key, value, enable_gqa=share > 1)
+    return calls
+
+
+def fp8_call(shape: Shape, query: Tensor, key: Tensor, value: Tensor, dense: Callable[..., Any]) -> Callable[[], Tensor]:
+    """Dense attention over keys and values stored in float8 with a scale per token and head."""
+    codes = []
+    for states in (key, value):
+        scale = states.float().abs().amax(-1, keepdim=True) / torch.finfo(FP8).max
+        codes.append(((states.float() / scale).to(FP8), scale.to(query.dtype)))
+
+    @torch.compile(dynamic=False)
+    def widened() -> tuple[Tensor, Tensor]:
+        (k, k_scale), (v, v_scale) = codes
+        return k.to(query.dtype) * k_scale, v.to(query.dtype) * v_scale
+
+    return lambda: dense(shape, query, *widened())
+
+
+def working(calls: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """Those that this machine and shape can run."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except RuntimeError:
+            continue
+        found[name] = call
+    return found
+
+
+def measured(
+    name: str, tokens: int, batch: int, ratio: float | None, groups: int | None, dtype: torch.dtype, device: str,
+    bandwidth: float, seconds: float,
+) -> Row:  # fmt: skip
+    """One row: a shape, a length, a batch, a plan."""
+    shape = SHAPES[name]
+    groups = 1 if ratio is None else groups or shape.groups
+    packed = packed_state(synthetic_plan(shape, groups, ratio, tokens), shape, groups, tokens, batch, dtype, device)
+    query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)
+    key, value = torch.randn(2, batch, shape.heads, tokens + 1, shape.head_dim, device=device, dtype=dtype)
+    new = [x[:, :, -1:].clone() for x in (key, value)]
+    calls = working(dense_calls(shape, query, key, value))
+    trial = interleaved(calls, seconds / 4, device)
+    best = min(trial, key=lambda spelling: trial[spelling].median)
+    ours = {
+        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, None, *packed.state, None),
+        "dense": calls[best],
+    }
+    if device == "cuda":
+        dense = {n: (lambda s, q, k, v, n=n: dense_calls(s, q, k, v)[n]()) for n in calls}
+        ours["fp8"] = fp8_call(shape, query, key, value, dense[best])
+    timing = interleaved(ours, seconds, device)
+    row: Row = {
+        "shape": name,
+        "plan": "attentionpack, rank 64" if ratio is None else f"ratio={ratio:g}",
+        "tokens": tokens,
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ratio": 2 * 2 * batch * shape.heads * shape.head_dim * tokens / (sum(held_bytes(packed.state))),
+        "groups": groups,
+        "bands_key": "+".join(map(str, packed.bands[0].counts)),
+        "bands_value": "+".join(map(str, packed.bands[1].counts)),
+        "dense": best,
+        "dense_ms": 1e3 * timing["dense"].median,
+        "packed_ms": 1e3 * timing["packed"].median,
+        "packed_ms_first_decile": 1e3 * timing["packed"].low,
+        "packed_ms_last_decile": 1e3 * timing["packed"].high,
+        "speedup_vs_dense": timing["dense"].median / timing["packed"].median,
+        "speedup_of_first_deciles": timing["dense"].low / timing["packed"].low,
+        "share_of_byte_limit": packed.bytes_read / timing["packed"].median / bandwidth,
+    }
+    if "fp8" in timing:
+        row["speedup_vs_fp8"] = timing["fp8"].median / timing["packed"].median
+    return row
+
+
+def held_bytes(state: tuple) -> list[int]:
+    """Bytes of a layer's own tensors: bases only where they are a sequence's."""
+    dense, codes, bases, _, positions, _ = state
+    own = [x for x in bases if x.dtype == torch.float16]
+    return [x.numel() * x.element_size() for x in (*dense, *codes, *own, *positions)]
+
+
+def main(
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Dense 16-bit bytes over packed bytes. Default: 8, and the preset.")] = None,
+    preset: Annotated[str | None, typer.Option(help="attentionpack, instead of a ratio.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Head groups of a ratio's plan. Default: by shape.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="A model's name; may be repeated.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, less time.")] = False,
+) -> None:
+    """Time packed and dense decode attention."""
+    if preset not in (None, "attentionpack"):
+        raise typer.BadParameter(f"preset={preset!r} must be 'attentionpack'")
+    plans = [None] if preset else [8.0, None] if ratio is None else [ratio]
+    on_cpu = device == "cpu"
+    lengths = tokens or ([512, 8_192] if on_cpu or quick else [2_048, 8_192, 32_768, 131_072])
+    batches = batch or ([1] if on_cpu or quick else [1, 16])
+    dtypes = dtype or (["float32"] if on_cpu and quick else ["float32", "bfloat16"] if on_cpu else ["bfloat16"])
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth(device)
+    operations = {kind: implementations(device, getattr(torch, kind)) for kind in dtypes}
+    print(f"copy {bandwidth / 1e9:.1f} GB/s; {operations}")
+    rows = [
+        measured(name, n, b, plan, groups, getattr(torch, kind), device, bandwidth, 0.5 if quick else 2.0)
+        for kind in dtypes
+        for plan in plans
+        for name in shape or SHAPES
+        for n in lengths
+        for b in batches
+    ]
+    shown = ("shape", "plan", "tokens", "batch", "dtype", "ratio", "groups", "bands_key", "dense_ms", "packed_ms")
+    shown += ("speedup_vs_dense", "speedup_of_first_deciles", "speedup_vs_fp8", "share_of_byte_limit")
+    print_table(f"decode attention, {device}", [{k: row[k] for k in shown if k in row} for row in rows])
+    if json is not None:
+        write_json(json, rows, {"copy_bytes_per_second": bandwidth, "operations": operations})
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        typer.run(main)

@@ -1,0 +1,182 @@
+// `apack::append`: new tokens into the tail ring, those that it pushes out encoded (kernels/append/reference.py is the specification).
+#pragma once
+
+#include "arguments.h"
+#include "codes.h"
+#include "products.h"
+#include "scratch.h"
+#include "team.h"
+
+namespace {
+
+constexpr int COMPONENTS = 64;                // of a piece of a projection
+constexpr int64_t WORTH_THREADS = 1 << 18;    // products
+
+struct Leaving {
+    const Append *a;
+    int64_t first, count;    // positions that are pushed out
+    float *centered[2];      // [B][G][count][W_g]
+    float *coefficients[2];  // [B][G][count][r, rounded up to fours]
+};
+
+inline int stored_components(const Source &s) { return round_up(components_of(s), 4); }
+
+inline const void *row_of(const void *data, int64_t dtype, const int64_t strides[3], int64_t b, int64_t head, int64_t token) {
+    return (const char *)data + (b * strides[0] + head * strides[1] + token * strides[2]) * (dtype == FLOAT32 ? 4 : 2);
+}
+
+// A leaving token of one head, as floats.
+inline void load_leaving(const Append &a, const Side &side, int64_t b, int64_t head, int64_t position, float *out) {
+    int64_t held = a.cursor[0];
+    const void *row = position < held
+        ? row_of(side.tail, side.tail_dtype, side.tail_strides, b, head, position % a.tail_slots)
+        : row_of(side.fresh, side.dtype, side.strides, b, head, position - held);
+    convert_row(out, row, position < held ? side.tail_dtype : side.dtype, (int)side.width);
+}
+
+// Tokens of one head group less the mean; tokens kept as they are go straight to their slots.
+inline void center(const Leaving &l, int stream, int64_t b, int64_t group) {
+    const Append &a = *l.a;
+    const Side &side = a.sides[stream];
+    const Source &s = side.packed;
+    int64_t per_group = a.heads / s.groups, W = per_group * side.width;
+    float *rows = l.centered[stream] + (b * s.groups + group) * l.count * W;
+    for (int64_t i = 0; i < l.count; ++i)
+        for (int64_t h = 0; h < per_group; ++h)
+            load_leaving(a, side, b, group * per_group + h, l.first + i, rows + i * W + h * side.width);
+    if (!is_packed(s)) {
+        for (int64_t i = 0; i < l.count; ++i) {
+            int64_t to = b * s.batch_stride + group * s.group_stride + (l.first + i - a.cursor[2]) * s.token_stride;
+            for (int64_t w = 0; w < W; ++w) store_element((void *)s.data, s.dtype, to + w, rows[i * W + w]);
+        }
+        return;
+    }
+    int64_t at = ((s.basis_batch == 1 ? 0 : b) * s.groups + group) * W;
+    for (int64_t i = 0; i < l.count; ++i)
+        for (int64_t w = 0; w < W; ++w) rows[i * W + w] -= load_element(s.mean, s.basis_dtype, at + w);
+}
+
+// Coefficients [begin, begin + COMPONENTS) of one head group's tokens.
+inline void project(const Leaving &l, int stream, int64_t b, int64_t group, int64_t begin, float *row) {
+    const Append &a = *l.a;
+    const Source &s = a.sides[stream].packed;
+    int r = components_of(s), W = (int)(a.heads / s.groups * a.sides[stream].width), n = (int)(r - begin < COMPONENTS ? r - begin : COMPONENTS);
+    int64_t at = b * s.groups + group, from = (((s.basis_batch == 1 ? 0 : b) * s.groups + group) * r + begin) * W;
+    const float *rows = l.centered[stream] + at * l.count * W;
+    float *out = l.coefficients[stream] + at * l.count * stored_components(s) + begin;
+    if (s.basis_dtype == FLOAT32)
+        return dots(rows, W, (int)l.count, (const float *)s.decoder + from, W, n, W, out, stored_components(s), false);
+    for (int c = 0; c < n; ++c) {
+        convert_row(row, (const uint16_t *)s.decoder + from + (int64_t)c * W, s.basis_dtype, W);
+        for (int64_t i = 0; i < l.count; ++i) {
+            float found[4];
+            dots(rows + i * W, W, 1, row, W, 1, W, found, 4, false);
+            out[i * stored_components(s) + c] = found[0];
+        }
+    }
+}
+
+inline float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+// Coefficients of one head group's tokens to codes and token scales, in their slots.
+inline void quantize(const Leaving &l, int stream, int64_t b, int64_t group) {
+    const Append &a = *l.a;
+    const Source &s = a.sides[stream].packed;
+    static const int widths[4] = {16, 8, 4, 2};
+    int r = components_of(s);
+    int64_t at = b * s.groups + group;
+    const float *step = s.step + ((s.basis_batch == 1 ? 0 : b) * s.groups + group) * r;
+    for (int64_t i = 0; i < l.count; ++i) {
+        float *x = l.coefficients[stream] + (at * l.count + i) * stored_components(s);
+        int64_t slot = l.first + i - a.cursor[2];
+        uint8_t *codes = (uint8_t *)s.data + b * s.batch_stride + group * s.group_stride + slot * s.token_stride;
+        float scale = 1;
+        if (s.scale && r) {
+            double squares = 0;
+            for (int band = 0, c = 0; band < 4; ++band)
+                for (int64_t j = 0; j < s.bands[band]; ++j, ++c) {
+                    float normalized = x[c] * ((float)a.unit[band] / step[c]);
+                    squares += (double)normalized * normalized;
+                }
+            uint16_t half = float_to_half(clamped((float)sqrt(squares / r), (float)a.least_scale, (float)a.greatest_half));
+            ((uint16_t *)s.scale)[at * a.capacity + slot] = half;
+            scale = half_to_float(half);
+        }
+        for (int band = 0, c = 0; band < 4; ++band) {
+            int bits = widths[band], per_byte = 8 / (bits < 8 ? bits : 8), count = (int)s.bands[band];
+            float top = (float)((1 << bits) - 1);
+            for (int j = 0; j < count; ++j, ++c) {
+                float level = x[c] / step[c];
+                if (s.scale) level /= scale;
+                if (bits == 16) {
+                    uint16_t half = float_to_half(clamped(level, -(float)a.greatest_half, (float)a.greatest_half));
+                    memcpy(codes + 2 * j, &half, 2);
+                    continue;
+                }
+                float rounded = clamped(nearbyintf(level + top / 2), 0, top);
+                uint8_t code = rounded == rounded ? (uint8_t)rounded : 0;
+                uint8_t *byte = codes + j / per_byte;
+                *byte = j % per_byte ? *byte | (uint8_t)(code << (bits * (j % per_byte))) : code;
+            }
+            codes += (count * bits + 7) / 8;
+        }
+    }
+}
+
+inline void write_tail(const Append &a, const Side &side, int64_t kept) {
+    for (int64_t b = 0; b < a.batch; ++b)
+        for (int64_t h = 0; h < a.heads; ++h)
+            for (int64_t i = a.new_tokens - kept; i < a.new_tokens; ++i) {
+                const void *from = row_of(side.fresh, side.dtype, side.strides, b, h, i);
+                void *to = (void *)row_of(side.tail, side.tail_dtype, side.tail_strides, b, h, (a.cursor[0] + i) % a.tail_slots);
+                if (side.dtype == side.tail_dtype) memcpy(to, from, side.width * (side.dtype == FLOAT32 ? 4 : 2));
+                else for (int64_t d = 0; d < side.width; ++d) store_element(to, side.tail_dtype, d, load_element(from, side.dtype, d));
+            }
+}
+
+// 0; 1 where memory ran out, 2 where there is no free slot: then nothing has changed.
+inline int run_append(const Append &a) {
+    int64_t held = a.cursor[0], start = a.cursor[1], pushed = held + a.new_tokens - a.tail_slots;
+    Leaving l = {&a, start, pushed > start ? pushed - start : 0, {}, {}};
+    if (l.count && pushed - 1 - a.cursor[2] >= a.capacity) return 2;
+    if (l.count && a.capacity) {
+        int64_t products = 0, widest = 0, sizes[2][2];
+        for (int i = 0; i < 2; ++i) {
+            const Source &s = a.sides[i].packed;
+            int64_t W = a.heads / s.groups * a.sides[i].width, r = is_packed(s) ? components_of(s) : 0;
+            sizes[i][0] = a.batch * s.groups * l.count * round_up(W, LANES);
+            sizes[i][1] = is_packed(s) ? a.batch * s.groups * l.count * stored_components(s) : 0;
+            products += a.batch * s.groups * l.count * W * r;
+            widest = W > widest ? W : widest;
+        }
+        int threads = products > WORTH_THREADS ? (int)a.threads : 1;
+        int64_t rows = sizes[0][0] + sizes[0][1] + sizes[1][0] + sizes[1][1], each = round_up(widest, LANES);
+        float *memory = (float *)scratch((size_t)round_up((rows + each * threads) * (int64_t)sizeof(float), 64));
+        if (!memory) return 1;
+        float *at = memory + each * threads;
+        for (int i = 0; i < 2; ++i) {
+            l.centered[i] = at;
+            l.coefficients[i] = at + sizes[i][0];
+            at += sizes[i][0] + sizes[i][1];
+        }
+        Team team = {};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        for (int i = 0; i < 2; ++i) {
+            const Source &s = a.sides[i].packed;
+            int64_t groups = a.batch * s.groups, pieces = is_packed(s) ? (components_of(s) + COMPONENTS - 1) / COMPONENTS : 0;
+            float *row = memory + each * omp_get_thread_num();
+            team.share(3 * i, groups, [&](int64_t g) { center(l, i, g / s.groups, g % s.groups); });
+            team.share(3 * i + 1, groups * pieces, [&](int64_t j) {
+                project(l, i, j / pieces / s.groups, j / pieces % s.groups, j % pieces * COMPONENTS, row);
+            });
+            team.share(3 * i + 2, pieces ? groups : 0, [&](int64_t g) { quantize(l, i, g / s.groups, g % s.groups); });
+        }
+    }
+    int64_t kept = a.new_tokens < a.tail_slots ? a.new_tokens : a.tail_slots;
+    for (int i = 0; i < 2; ++i) write_tail(a, a.sides[i], kept);
+    if (l.count) a.cursor[1] = pushed;
+    a.cursor[0] = held + a.new_tokens;
+    return 0;
+}
+
+}  // namespace

@@ -1,0 +1,72 @@
+// What Python passes: every field takes eight bytes, in this order (kernels/native.py, kernels/attend/cpu.py).
+#pragma once
+
+#include <stdint.h>
+
+namespace {
+
+enum { FIRST = 0, VISION = 1, TEXT = 2, TAIL = 3, NEW = 4 };
+
+// One stream of one segment: packed codes, or heads as they are. Strides in elements.
+struct Source {
+    const void *data;
+    int64_t dtype, batch_stride, group_stride, token_stride, groups;
+    const uint16_t *scale;
+    const void *mean, *decoder;
+    const float *step;
+    int64_t basis_dtype, basis_batch, bands[4];
+};
+
+struct Segment {
+    int64_t slots;
+    const int32_t *positions;
+    Source key, value;
+};
+
+// What stays where it is from step to step.
+struct State {
+    Segment segments[4];
+};
+
+// Importance of a segment's slots, and how the newest token's attention goes into it; null where nothing needs it.
+struct Importance {
+    float *known;
+    double keep, add;
+};
+
+struct Attend {
+    int64_t threads, batch, heads, query_heads, rows, new_tokens, head_dim, value_dim;
+    const void *query;
+    int64_t query_dtype, query_strides[3];
+    double scale;
+    void *out;
+    const int64_t *cursor;
+    const void *mask;
+    int64_t mask_is_bool, mask_strides[3], mask_length;
+    const float *bias;
+    int64_t bias_length;
+    const int32_t *tiers;
+    int64_t partial;
+    Importance importance[2];
+    const void *key, *value;
+    int64_t key_dtype, key_strides[3], value_dtype, value_strides[3];
+};
+
+// K or V of an append: the new tokens, the tail, and the text stream that takes what leaves it.
+struct Side {
+    const void *fresh;
+    int64_t dtype, strides[3], width;
+    const void *tail;
+    int64_t tail_dtype, tail_strides[3];
+    Source packed;
+};
+
+// unit: deviations that a step is of a Gaussian at a token scale of one, by band width (apack_compile/codec.py, token_scales).
+struct Append {
+    int64_t threads, batch, heads, new_tokens, tail_slots, capacity;
+    int64_t *cursor;
+    double unit[4], least_scale, greatest_half;
+    Side sides[2];
+};
+
+}  // namespace

@@ -1,0 +1,22 @@
+// The operations for processors with AVX512; empty elsewhere.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define APACK_AVX512
+#define APACK_NAME(operation) operation##_avx512
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx2,fma,f16c")
+#endif
+#include "entry.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

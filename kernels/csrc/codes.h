@@ -1,0 +1,105 @@
+// Codes of a packed stream (docs/format.md) as floats.
+#pragma once
+
+#include "arguments.h"
+#include "vector.h"
+
+namespace {
+
+// Where the components of a band lie in a tile: whole vectors of columns.
+struct Band {
+    int bits, count, columns, column, component;
+    int64_t byte;
+};
+
+struct Columns {
+    Band band[4];
+    int count;
+    int64_t bytes;
+};
+
+inline Columns columns_of(const Source &s, int64_t components) {
+    static const int widths[4] = {16, 8, 4, 2};
+    Columns c = {};
+    int component = 0;
+    int64_t byte = 0;
+    for (int i = 0; i < 4; ++i) {
+        int stored = (int)s.bands[i];
+        int count = (int)(component + stored <= components ? stored : components > component ? components - component : 0);
+        c.band[i] = Band{widths[i], count, round_up(count, LANES), c.count, component, byte};
+        c.count += c.band[i].columns;
+        component += stored;
+        byte += ((int64_t)stored * widths[i] + 7) / 8;
+    }
+    c.bytes = byte;
+    return c;
+}
+
+inline int components_of(const Source &s) { return (int)(s.bands[0] + s.bands[1] + s.bands[2] + s.bands[3]); }
+
+inline bool is_packed(const Source &s) { return s.dtype == UINT8; }
+
+// Columns [column, column + columns) of a band's levels, less their middle, as floats; may read LANES bytes past its last code.
+template <int BITS>
+inline void unpack_band(float *out, const uint8_t *codes, int column, int columns, int count) {
+    codes += column * BITS / 8;
+    int whole = BITS < 16 || column + columns <= count ? columns : columns - LANES, c = 0;
+#pragma GCC unroll 2
+    for (; c < whole; c += LANES) {
+        const uint8_t *p = codes + c * BITS / 8;
+        store(out + c, BITS == 16 ? from_half(p) : BITS == 8 ? from_byte(p) : BITS == 4 ? from_nibbles(p) : from_crumbs(p));
+    }
+    for (; c < columns; ++c) {
+        uint16_t h = 0;
+        if (column + c < count) memcpy(&h, codes + 2 * c, 2);
+        out[c] = half_to_float(h);
+    }
+    for (c = count - column; c < columns; ++c) out[c] = 0;
+}
+
+// A packed stream of one head group: its first code, the last address where a row may be read with a vector to spare.
+struct Packed {
+    const uint8_t *base, *last;
+    int64_t stride, bytes;
+};
+
+inline Packed packed_of(const Source &s, int64_t batch, int64_t b, int64_t group, int64_t slots, int64_t bytes) {
+    const uint8_t *data = (const uint8_t *)s.data;
+    const uint8_t *end = data + (batch - 1) * s.batch_stride + (s.groups - 1) * s.group_stride + (slots - 1) * s.token_stride + bytes;
+    return Packed{data + b * s.batch_stride + group * s.group_stride, end - bytes - LANES, s.token_stride, bytes};
+}
+
+template <int BITS>
+inline void unpack_rows(const Packed &s, const Band &band, int from, int columns, int token, int tokens, const float *holds, float *tile,
+                        int64_t stride, uint8_t *row_copy) {
+    const uint8_t *row = s.base + token * s.stride;
+    for (int t = 0; t < tokens; ++t, tile += stride, row += s.stride) {
+        if (holds && holds[t] <= 0) {
+            memset(tile, 0, columns * sizeof *tile);
+        } else if (row > s.last) {
+            memcpy(row_copy, row, s.bytes);
+            unpack_band<BITS>(tile, row_copy + band.byte, from, columns, band.count);
+        } else {
+            unpack_band<BITS>(tile, row + band.byte, from, columns, band.count);
+        }
+    }
+}
+
+// Columns [first, first + count) of tokens as floats, tile[token][column]; zeros where a slot is not held.
+__attribute__((noinline)) void unpack_tile(const Packed &s, const Columns &columns, int first, int count, int token, int tokens,
+                                           const float *holds, float *tile, uint8_t *row_copy) {
+    for (const Band &band : columns.band) {
+        int low = first > band.column ? first : band.column, end = band.column + band.columns;
+        int n = (first + count < end ? first + count : end) - low, from = low - band.column;
+        float *out = tile + low - first;
+        if (n <= 0) continue;
+        switch (band.bits) {
+            case 16: unpack_rows<16>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
+            case 8: unpack_rows<8>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
+            case 4: unpack_rows<4>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
+            case 2: unpack_rows<2>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
+        }
+    }
+}
+
+}  // namespace

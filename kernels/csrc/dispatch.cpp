@@ -1,0 +1,44 @@
+// The functions that Python calls, for the processor at hand.
+#include <stdint.h>
+
+#include "arguments.h"
+
+#if defined(__x86_64__)
+#define FOR_SET(operation, set, ...)                                \
+    (set == 2   ? operation##_avx512(__VA_ARGS__)                   \
+     : set == 1 ? operation##_avx2(__VA_ARGS__)                     \
+                : operation##_baseline(__VA_ARGS__))
+#else
+#define FOR_SET(operation, set, ...) ((void)set, operation##_baseline(__VA_ARGS__))
+#endif
+
+extern "C" {
+
+int64_t apack_attend_baseline(const void *, const void *);
+int64_t apack_attend_avx2(const void *, const void *);
+int64_t apack_attend_avx512(const void *, const void *);
+int64_t apack_append_baseline(const void *);
+int64_t apack_append_avx2(const void *);
+int64_t apack_append_avx512(const void *);
+
+// 0: any processor, 1: AVX2, 2: AVX-512.
+int64_t apack_instruction_set() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2) return __builtin_cpu_supports("avx512f") ? 2 : 1;
+#endif
+    return 0;
+}
+
+// Bytes of the arguments, so that Python can tell whether it lays them out alike.
+int64_t apack_attend_bytes() { return sizeof(Attend); }
+int64_t apack_state_bytes() { return sizeof(State); }
+int64_t apack_append_bytes() { return sizeof(Append); }
+
+// 0, or 1 where memory ran out.
+int64_t apack_attend(const void *arguments, const void *state, int64_t set) { return FOR_SET(apack_attend, set, arguments, state); }
+
+// 0; 1 where memory ran out, 2 where there is no free slot.
+int64_t apack_append(const void *arguments, int64_t set) { return FOR_SET(apack_append, set, arguments); }
+}

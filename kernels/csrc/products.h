@@ -1,0 +1,146 @@
+// Small matrix products whose sums stay in registers.
+#pragma once
+
+#include "vector.h"
+
+namespace {
+
+// Rows and vectors of columns that a small product keeps in registers: half of AVX-512's 32 serve the two as sums.
+#if defined(APACK_AVX512)
+constexpr int ROWS = 4, VECTORS = 4;
+#else
+constexpr int ROWS = 2, VECTORS = 4;
+#endif
+
+#if defined(APACK_AVX512) || defined(APACK_AVX2)
+// Sums of four vectors, side by side.
+inline void store_sums(float *out, const Vec *x) {
+    __m128 a = fold(x[0]), b = fold(x[1]), c = fold(x[2]), d = fold(x[3]);
+    _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d)));
+}
+#else
+inline void store_sums(float *out, const Vec *x) {
+    for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
+}
+#endif
+
+// out[m][n] (+)= sum over k of a[m][k] b[n][k] for MB rows of a and four of b.
+template <int MB>
+inline void dot_tile(const float *a, int64_t lda, const float *const b[4], int k, float *out, int64_t ldo, bool adds) {
+    Vec acc[MB][4];
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) acc[m][n] = zero();
+    int i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        Vec x[4] = {load(b[0] + i), load(b[1] + i), load(b[2] + i), load(b[3] + i)};
+#pragma GCC unroll 4
+        for (int m = 0; m < MB; ++m) {
+            Vec y = load(a + m * lda + i);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) acc[m][n] = fma(y, x[n], acc[m][n]);
+        }
+    }
+    if (i < k) {
+        Vec x[4] = {load_some(b[0] + i, k - i), load_some(b[1] + i, k - i), load_some(b[2] + i, k - i),
+                    load_some(b[3] + i, k - i)};
+#pragma GCC unroll 4
+        for (int m = 0; m < MB; ++m) {
+            Vec y = load_some(a + m * lda + i, k - i);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) acc[m][n] = fma(y, x[n], acc[m][n]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; ++m) {
+        float sums[4];
+        store_sums(sums, acc[m]);
+        for (int n = 0; n < 4; ++n) out[m * ldo + n] = adds ? out[m * ldo + n] + sums[n] : sums[n];
+    }
+}
+
+// out[m][n] (+)= a[m] . b[n]; writes whole fours of n, reads no row past the last.
+__attribute__((noinline)) void dots(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo,
+                 bool adds) {
+    for (int j = 0; j < n; j += 4) {
+        const float *at[4];
+        for (int i = 0; i < 4; ++i) at[i] = b + (j + i < n ? j + i : n - 1) * ldb;
+        for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
+            int now = (rows - m + left - 1) / left;  // rows are shared out evenly: 3 + 3 + 3 rather than 4 + 4 + 1
+            switch (now) {
+                case 4: dot_tile<4>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+                case 3: dot_tile<3>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+                case 2: dot_tile<2>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+                case 1: dot_tile<1>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+            }
+            m += now;
+        }
+    }
+}
+
+// out[m][:] += sum over k of a[m][k] b[k][:], for MB rows of a and NB vectors of columns, the last one `last` wide.
+template <int MB, int NB>
+inline void weigh_tile(const float *a, int64_t lda, const float *b, int64_t ldb, int k, float *out, int64_t ldo, int last) {
+    Vec acc[MB][NB];
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < NB; ++n) {
+            const float *p = out + m * ldo + n * LANES;
+            acc[m][n] = n < NB - 1 || last == LANES ? load(p) : load_some(p, last);
+        }
+    for (int i = 0; i < k; ++i) {
+        Vec x[NB];
+#pragma GCC unroll 4
+        for (int n = 0; n < NB; ++n) {
+            const float *p = b + i * ldb + n * LANES;
+            x[n] = n < NB - 1 || last == LANES ? load(p) : load_some(p, last);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < MB; ++m) {
+            Vec y = broadcast(a[m * lda + i]);
+#pragma GCC unroll 4
+            for (int n = 0; n < NB; ++n) acc[m][n] = fma(y, x[n], acc[m][n]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < NB; ++n) {
+            float *p = out + m * ldo + n * LANES;
+            if (n < NB - 1 || last == LANES) store(p, acc[m][n]);
+            else store_some(p, acc[m][n], last);
+        }
+}
+
+template <int MB>
+inline void weigh_rows(const float *a, int64_t lda, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
+    int j = 0;
+    for (; j + VECTORS * LANES <= n; j += VECTORS * LANES)
+        weigh_tile<MB, VECTORS>(a, lda, b + j, ldb, k, out + j, ldo, LANES);
+    if (j == n) return;
+    int vectors = (n - j + LANES - 1) / LANES, last = n - j - (vectors - 1) * LANES;
+    switch (vectors) {
+        case 4: weigh_tile<MB, 4>(a, lda, b + j, ldb, k, out + j, ldo, last); break;
+        case 3: weigh_tile<MB, 3>(a, lda, b + j, ldb, k, out + j, ldo, last); break;
+        case 2: weigh_tile<MB, 2>(a, lda, b + j, ldb, k, out + j, ldo, last); break;
+        case 1: weigh_tile<MB, 1>(a, lda, b + j, ldb, k, out + j, ldo, last); break;
+    }
+}
+
+// out[m][:n] += sum over k of a[m][k] b[k][:n].
+__attribute__((noinline)) void weigh(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
+    for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
+        int now = (rows - m + left - 1) / left;
+        switch (now) {
+            case 4: weigh_rows<4>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+            case 3: weigh_rows<3>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+            case 2: weigh_rows<2>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+            case 1: weigh_rows<1>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+        }
+        m += now;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,294 @@
+// Vectors of floats for one instruction set: LANES floats, and where they come from.
+// The including file chooses the set with APACK_AVX512, APACK_AVX2 or neither (plain C++ that the compiler may vectorize).
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
+
+inline float from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint32_t to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float half_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
+    if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+    return from_bits(sign | to_bits((rest >= 0x400) ? from_bits((rest << 13) + (112u << 23)) : rest * 0x1p-24f));
+}
+
+// Round to nearest, ties to even.
+inline uint16_t float_to_half(float x) {
+    uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return sign | 0x7e00;
+    if (rest >= 0x477ff000) return sign | 0x7c00;
+    if (rest < 0x38800000) return sign | (uint16_t)nearbyintf(from_bits(rest) * 0x1p24f);
+    return sign | (uint16_t)((rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+
+inline float bfloat_to_float(uint16_t b) { return from_bits((uint32_t)b << 16); }
+
+inline uint16_t float_to_bfloat(float x) {
+    uint32_t bits = to_bits(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline float load_element(const void *data, int64_t dtype, int64_t i) {
+    if (dtype == FLOAT32) return ((const float *)data)[i];
+    uint16_t x = ((const uint16_t *)data)[i];
+    return dtype == BFLOAT16 ? bfloat_to_float(x) : half_to_float(x);
+}
+
+inline void store_element(void *data, int64_t dtype, int64_t i, float x) {
+    if (dtype == FLOAT32) ((float *)data)[i] = x;
+    else ((uint16_t *)data)[i] = dtype == BFLOAT16 ? float_to_bfloat(x) : float_to_half(x);
+}
+
+#if defined(APACK_AVX512)
+
+constexpr int LANES = 16;
+typedef __m512 Vec;
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vec load(const float *p) { return _mm512_loadu_ps(p); }
+inline Vec load_some(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+inline void store(float *p, Vec x) { _mm512_storeu_ps(p, x); }
+inline void store_some(float *p, Vec x, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
+inline Vec select_positive(Vec flag, Vec a, Vec b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(flag, zero(), _CMP_GT_OQ), b, a);
+}
+inline bool any_nan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+inline Vec power_of_two(Vec n) {  // 2**n for whole n in [-127, 127]
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec from_half(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+inline Vec from_bfloat(const uint8_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+inline Vec from_byte(const uint8_t *p) {
+    Vec level = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+    return _mm512_sub_ps(level, broadcast(127.5f));
+}
+inline int read32(const uint8_t *p) {
+    int x;
+    memcpy(&x, p, 4);
+    return x;
+}
+// A permutation of a table reads only the low four bits of each index, so what lies above a code needs no mask.
+inline Vec from_nibbles(const uint8_t *p) {
+    const Vec levels = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f,
+                                      4.5f, 5.5f, 6.5f, 7.5f);
+    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    __m512i x = _mm512_mask_set1_epi32(_mm512_set1_epi32(read32(p)), (__mmask16)0xff00, read32(p + 4));
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(x, shift), levels);
+}
+inline Vec from_crumbs(const uint8_t *p) {
+    const Vec levels = _mm512_setr_ps(-1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f,
+                                      -1.5f, -0.5f, 0.5f, 1.5f);
+    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(read32(p)), shift), levels);
+}
+inline __m128 fold(Vec x) {
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+#elif defined(APACK_AVX2)
+
+constexpr int LANES = 8;
+typedef __m256 Vec;
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
+inline Vec load(const float *p) { return _mm256_loadu_ps(p); }
+inline __m256i leading(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec load_some(const float *p, int n) { return _mm256_maskload_ps(p, leading(n)); }
+inline void store(float *p, Vec x) { _mm256_storeu_ps(p, x); }
+inline void store_some(float *p, Vec x, int n) { _mm256_maskstore_ps(p, leading(n), x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline __m128 fold(Vec x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); }
+inline float sum(Vec x) {
+    __m128 s = fold(x);
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float largest(Vec x) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline Vec select_positive(Vec flag, Vec a, Vec b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(flag, zero(), _CMP_GT_OQ));
+}
+inline bool any_nan(Vec x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
+inline Vec power_of_two(Vec n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec from_half(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+inline Vec from_bfloat(const uint8_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+inline Vec from_byte(const uint8_t *p) {
+    Vec level = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    return _mm256_sub_ps(level, broadcast(127.5f));
+}
+inline Vec from_nibbles(const uint8_t *p) {
+    int x;
+    memcpy(&x, p, 4);
+    __m256i level = _mm256_srlv_epi32(_mm256_set1_epi32(x), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(level, _mm256_set1_epi32(15))), broadcast(7.5f));
+}
+inline Vec from_crumbs(const uint8_t *p) {
+    const Vec levels = _mm256_setr_ps(-1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f);
+    uint16_t x;
+    memcpy(&x, p, 2);
+    return _mm256_permutevar8x32_ps(
+        levels, _mm256_srlv_epi32(_mm256_set1_epi32(x), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14)));
+}
+
+#else
+
+constexpr int LANES = 4;
+struct Vec {
+    float lane[LANES];
+};
+#define EACH_LANE for (int i = 0; i < LANES; ++i)
+inline Vec broadcast(float x) {
+    Vec v;
+    EACH_LANE v.lane[i] = x;
+    return v;
+}
+inline Vec zero() { return broadcast(0.0f); }
+inline Vec load(const float *p) {
+    Vec v;
+    memcpy(v.lane, p, sizeof v);
+    return v;
+}
+inline Vec load_some(const float *p, int n) {
+    Vec v = zero();
+    memcpy(v.lane, p, n * sizeof *p);
+    return v;
+}
+inline void store(float *p, Vec x) { memcpy(p, x.lane, sizeof x); }
+inline void store_some(float *p, Vec x, int n) { memcpy(p, x.lane, n * sizeof *p); }
+inline Vec fma(Vec a, Vec b, Vec c) {
+    EACH_LANE c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+}
+inline Vec maximum(Vec a, Vec b) {
+    EACH_LANE a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+inline float sum(Vec x) { return (x.lane[0] + x.lane[2]) + (x.lane[1] + x.lane[3]); }
+inline float largest(Vec x) { return fmaxf(fmaxf(x.lane[0], x.lane[1]), fmaxf(x.lane[2], x.lane[3])); }
+inline Vec select_positive(Vec flag, Vec a, Vec b) {
+    EACH_LANE a.lane[i] = flag.lane[i] > 0 ? a.lane[i] : b.lane[i];
+    return a;
+}
+inline bool any_nan(Vec x) {
+    bool found = false;
+    EACH_LANE found |= x.lane[i] != x.lane[i];
+    return found;
+}
+inline Vec power_of_two(Vec n) {
+    EACH_LANE n.lane[i] = from_bits((uint32_t)((int)n.lane[i] + 127) << 23);
+    return n;
+}
+inline Vec nearest(Vec x) {
+    EACH_LANE x.lane[i] = nearbyintf(x.lane[i]);
+    return x;
+}
+inline Vec from_half(const uint8_t *p) {
+    Vec v;
+    EACH_LANE {
+        uint16_t h;
+        memcpy(&h, p + 2 * i, 2);
+        v.lane[i] = half_to_float(h);
+    }
+    return v;
+}
+inline Vec from_bfloat(const uint8_t *p) {
+    Vec v;
+    EACH_LANE {
+        uint16_t b;
+        memcpy(&b, p + 2 * i, 2);
+        v.lane[i] = bfloat_to_float(b);
+    }
+    return v;
+}
+inline Vec from_byte(const uint8_t *p) {
+    Vec v;
+    EACH_LANE v.lane[i] = p[i] - 127.5f;
+    return v;
+}
+inline Vec from_nibbles(const uint8_t *p) {
+    Vec v;
+    EACH_LANE v.lane[i] = (p[i / 2] >> (4 * (i % 2)) & 15) - 7.5f;
+    return v;
+}
+inline Vec from_crumbs(const uint8_t *p) {
+    Vec v;
+    EACH_LANE v.lane[i] = (p[0] >> (2 * i) & 3) - 1.5f;
+    return v;
+}
+#undef EACH_LANE
+
+#endif
+
+inline Vec add(Vec a, Vec b) { return fma(a, broadcast(1.0f), b); }
+inline Vec scaled(Vec a, Vec b) { return fma(a, b, zero()); }
+
+// e**x for x <= 0, within 2 units in the last place; 0 below the smallest normal number.
+inline Vec exp_of(Vec x) {
+    const Vec low = broadcast(-87.3365f);
+    Vec y = maximum(low, x);  // maximum returns its second argument when that is NaN
+    Vec n = nearest(scaled(y, broadcast(1.44269504f)));
+    Vec r = fma(n, broadcast(-0.693359375f), y);
+    r = fma(n, broadcast(2.12194440e-4f), r);
+    Vec p = broadcast(1.9875691500e-4f);
+    p = fma(p, r, broadcast(1.3981999507e-3f));
+    p = fma(p, r, broadcast(8.3334519073e-3f));
+    p = fma(p, r, broadcast(4.1665795894e-2f));
+    p = fma(p, r, broadcast(1.6666665459e-1f));
+    p = fma(p, r, broadcast(5.0000001201e-1f));
+    p = fma(scaled(p, r), r, add(r, broadcast(1.0f)));
+    p = scaled(p, power_of_two(n));
+    Vec below = fma(x, broadcast(-1.0f), low);
+    return select_positive(below, zero(), p);
+}
+
+inline int round_up(int64_t n, int to) { return (int)((n + to - 1) / to * to); }
+
+// A row of n elements as floats.
+inline void convert_row(float *out, const void *row, int64_t dtype, int n) {
+    const uint8_t *p = (const uint8_t *)row;
+    int i = 0;
+    if (dtype == FLOAT32) {
+        memcpy(out, row, n * sizeof *out);
+        return;
+    }
+    for (; i + LANES <= n; i += LANES) store(out + i, dtype == BFLOAT16 ? from_bfloat(p + 2 * i) : from_half(p + 2 * i));
+    for (; i < n; ++i) out[i] = load_element(row, dtype, i);
+}
+
+}  // namespace

@@ -1,0 +1,76 @@
+"""The compiled operations for CPUs: where they were built, and what they need of the processor.
+
+`pip install` builds `_native` where there is a C++ compiler with OpenMP, and goes on without it elsewhere; then the
+references serve the CPU, and the report says so. The functions take addresses only: nothing in them depends on torch's ABI.
+"""
+
+import ctypes
+import platform
+from importlib.machinery import EXTENSION_SUFFIXES
+from operator import is_
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+# kernels/csrc/arguments.h: Attend, Segment
+ATTEND = Struct("=13qd12qq2dq2d10q")
+SEGMENT = Struct("=2q16q16q")
+# Append
+APPEND = Struct("=7q6d27q27q")
+# the last words of a Source whose tokens are kept as they are
+NO_BASIS = (0,) * 10
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+
+def find_library() -> Path | None:
+    """The file of the compiled operations, or None where they were not built."""
+    folder = Path(__file__).parent
+    return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()), None)
+
+
+def load_library() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled operations, or None; and which they are, or why there are none."""
+    path = find_library()
+    if path is None:
+        return None, "not built"
+    try:
+        library = ctypes.CDLL(str(path))
+        sizes = library.apack_attend_bytes(), library.apack_state_bytes(), library.apack_append_bytes()
+    except (OSError, AttributeError) as error:
+        return None, f"not loadable: {error}"
+    if sizes != (ATTEND.size, 4 * SEGMENT.size, APPEND.size):
+        return None, "built from other sources: install again"
+    return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}"
+
+
+COMPILED, STATUS = load_library()
+INSTRUCTION_SET = COMPILED.apack_instruction_set() if COMPILED is not None else 0
+
+
+class Kept:
+    """What the compiled operations were told of tensors that stay the same from step to step; a copy of it forgets them.
+
+    It lives on a layer's cursor and holds on to the tensors, so the addresses in `state` are theirs as long as it matches.
+    """
+
+    __slots__ = ("bands", "state", "tensors")
+
+    def __init__(self, tensors: tuple[Tensor, ...] = (), bands: tuple[int, ...] = (), state: Any = None) -> None:
+        self.tensors = tensors
+        self.bands = bands
+        self.state = state
+
+    def matches(self, tensors: tuple[Tensor, ...], bands: list[int]) -> bool:
+        """Whether these are the very tensors."""
+        kept = self.tensors
+        return len(kept) == len(tensors) and all(map(is_, kept, tensors)) and self.bands == tuple(bands)
+
+    def __deepcopy__(self, memo: dict) -> "Kept":
+        return Kept()
+
+    def __reduce__(self) -> tuple:
+        return Kept, ()
