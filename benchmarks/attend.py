@@ -8,7 +8,8 @@ the mean over layers of SmolLM2-135M's keys and values (text, calibration pictur
 codes are random: time does not depend on them. Head groups, `--groups`, trade bytes for arithmetic (docs/performance.md).
 
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
-bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer.
+bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
+tightest limit (apack_compile/time_model.py) over the time; `predicted_speedup`: what the model expected.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from harness import Row, copy_bandwidth, interleaved, print_table, write_json
+from limit_share import limit_columns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,6 +37,7 @@ from apack_compile.plan import (
     budget_plan,
     spare_slots,
 )
+from apack_compile.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 DECAY_PER_WIDTH, DECAY_POWER = 24, 2.2
@@ -193,7 +196,8 @@ def measured(
     """One row: a shape, a length, a batch, a plan."""
     shape = SHAPES[name]
     groups = 1 if ratio is None else groups or shape.groups
-    packed = packed_state(synthetic_plan(shape, groups, ratio, tokens), shape, groups, tokens, batch, dtype, device)
+    plan = synthetic_plan(shape, groups, ratio, tokens)
+    packed = packed_state(plan, shape, groups, tokens, batch, dtype, device)
     query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)
     key, value = torch.randn(2, batch, shape.heads, tokens + 1, shape.head_dim, device=device, dtype=dtype)
     new = [x[:, :, -1:].clone() for x in (key, value)]
@@ -227,6 +231,8 @@ def measured(
         "speedup_of_first_deciles": timing["dense"].low / timing["packed"].low,
         "share_of_byte_limit": packed.bytes_read / timing["packed"].median / bandwidth,
     }
+    load = Load(shape.query_heads, shape.heads, shape.head_dim, tokens, batch, element_bytes=dtype.itemsize)
+    row |= limit_columns(plan, load, device, bandwidth, timing["packed"].median)
     if "fp8" in timing:
         row["speedup_vs_fp8"] = timing["fp8"].median / timing["packed"].median
     return row
@@ -273,6 +279,7 @@ def main(
     ]
     shown = ("shape", "plan", "tokens", "batch", "dtype", "ratio", "groups", "bands_key", "dense_ms", "packed_ms")
     shown += ("speedup_vs_dense", "speedup_of_first_deciles", "speedup_vs_fp8", "share_of_byte_limit")
+    shown += ("limit", "share_of_limit", "predicted_speedup")
     print_table(f"decode attention, {device}", [{k: row[k] for k in shown if k in row} for row in rows])
     if json is not None:
         write_json(json, rows, {"copy_bytes_per_second": bandwidth, "operations": operations})
