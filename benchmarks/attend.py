@@ -13,7 +13,7 @@ tightest limit (apack_compile/time_model.py) over the time; `predicted_speedup`:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +37,7 @@ from apack_compile.plan import (
     budget_plan,
     spare_slots,
 )
+from apack_compile.rotary import KeyTurn, turns_at
 from apack_compile.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -191,21 +192,22 @@ def working(calls: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Te
 
 def measured(
     name: str, tokens: int, batch: int, ratio: float | None, groups: int | None, dtype: torch.dtype, device: str,
-    bandwidth: float, seconds: float,
+    bandwidth: float, seconds: float, key_block: int = 0,
 ) -> Row:  # fmt: skip
     """One row: a shape, a length, a batch, a plan."""
     shape = SHAPES[name]
     groups = 1 if ratio is None else groups or shape.groups
-    plan = synthetic_plan(shape, groups, ratio, tokens)
+    plan = with_relative_keys(synthetic_plan(shape, groups, ratio, tokens), shape, key_block if ratio else 0)
     packed = packed_state(plan, shape, groups, tokens, batch, dtype, device)
     query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)
     key, value = torch.randn(2, batch, shape.heads, tokens + 1, shape.head_dim, device=device, dtype=dtype)
     new = [x[:, :, -1:].clone() for x in (key, value)]
+    turns = {} if plan.turn is None else random_turns(packed, plan.turn, batch, device)
     calls = working(dense_calls(shape, query, key, value))
     trial = interleaved(calls, seconds / 4, device)
     best = min(trial, key=lambda spelling: trial[spelling].median)
     ours = {
-        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, None, *packed.state, None),
+        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, None, *packed.state, None, **turns),
         "dense": calls[best],
     }
     if device == "cuda":
@@ -220,6 +222,7 @@ def measured(
         "dtype": str(dtype).removeprefix("torch."),
         "ratio": 2 * 2 * batch * shape.heads * shape.head_dim * tokens / (sum(held_bytes(packed.state))),
         "groups": groups,
+        "key_block": 0 if plan.turn is None else plan.turn.block,
         "bands_key": "+".join(map(str, packed.bands[0].counts)),
         "bands_value": "+".join(map(str, packed.bands[1].counts)),
         "dense": best,
@@ -236,6 +239,20 @@ def measured(
     if "fp8" in timing:
         row["speedup_vs_fp8"] = timing["fp8"].median / timing["packed"].median
     return row
+
+
+def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:
+    """The plan with keys turned back to the start of their block of so many slots; 0 leaves it as it is."""
+    return replace(plan, turn=KeyTurn(torch.zeros(shape.head_dim // 2), key_block)) if key_block else plan
+
+
+def random_turns(packed: Packed, turn: KeyTurn, batch: int, device: str) -> dict[str, Any]:
+    """Turns of the vision and text blocks, as `attend` takes them."""
+    vision, text = (
+        turns_at(torch.randint(0, 1_000, (batch, -(-x.shape[1] // turn.block) + 1), device=device), turn.frequencies.to(device))
+        for x in packed.state[4][1:]
+    )
+    return {"vision_turns": vision, "text_turns": text, "block": turn.block}
 
 
 def held_bytes(state: tuple) -> list[int]:
@@ -256,6 +273,7 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="A model's name; may be repeated.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, less time.")] = False,
+    key_block: Annotated[int, typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come.")] = 0,
 ) -> None:
     """Time packed and dense decode attention."""
     if preset not in (None, "attentionpack"):
@@ -270,14 +288,14 @@ def main(
     operations = {kind: implementations(device, getattr(torch, kind)) for kind in dtypes}
     print(f"copy {bandwidth / 1e9:.1f} GB/s; {operations}")
     rows = [
-        measured(name, n, b, plan, groups, getattr(torch, kind), device, bandwidth, 0.5 if quick else 2.0)
+        measured(name, n, b, plan, groups, getattr(torch, kind), device, bandwidth, 0.5 if quick else 2.0, key_block)
         for kind in dtypes
         for plan in plans
         for name in shape or SHAPES
         for n in lengths
         for b in batches
     ]
-    shown = ("shape", "plan", "tokens", "batch", "dtype", "ratio", "groups", "bands_key", "dense_ms", "packed_ms")
+    shown = ("shape", "plan", "tokens", "batch", "dtype", "ratio", "groups", "key_block", "dense_ms", "packed_ms")
     shown += ("speedup_vs_dense", "speedup_of_first_deciles", "speedup_vs_fp8", "share_of_byte_limit")
     shown += ("limit", "share_of_limit", "predicted_speedup")
     print_table(f"decode attention, {device}", [{k: row[k] for k in shown if k in row} for row in rows])
