@@ -6,7 +6,7 @@ overlap, so the tightest one is the limit. Relative keys add queries turned and 
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from apack_compile.plan import Plan, StreamPlan
 UNPACK_OPERATIONS = {16: 0, 8: 1, 4: 2, 2: 2}
 LATENT_BYTES = 2
 MODEL_BASIS_BYTES, OWN_BASIS_BYTES = 4, 2
+CPU_CALL = 13e-6
 POSITION_BYTES, TOKEN_SCALE_BYTES = 4, 2
 
 
@@ -28,7 +29,8 @@ class Device:
     bytes_per_second: of a copy, read and written. matrix_operations: multiplications and additions of wide products. unpack_operations:
     on integers. row_tiles: rows that the matrix unit takes at once, () for any number. narrow_rows: rows that give a product its full
     rate; n rows give `2 n / (n + narrow_rows)` of it, because both operands are fetched. 0 where rows do not matter. packed_launches,
-    dense_launches: kernels of a step, one after the other, each of `launch_seconds`.
+    dense_launches: kernels of a step, one after the other, each of `launch_seconds`. dense_bytes_per_second: at which dense attention reads
+    its cache; None for that of a copy.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Device:
     launch_seconds: float = 0.0
     packed_launches: int = 1
     dense_launches: int = 1
+    dense_bytes_per_second: float | None = None
 
     def padded(self, rows: int) -> int:
         """Rows that the matrix unit works on for so many."""
@@ -63,8 +66,8 @@ class Device:
 # Copy and full matrix rate: measured on an H200. Unpacking: 132 processors x 64 integer operations x 1.8 GHz. A narrow product's share
 # assumes that both operands come from shared memory (64 rows of codes, n rows of queries); launches are assumed, as in a CUDA graph.
 H200 = Device("H200", 4.3e12, 790e12, 15e12, (16, 32, 64), 64, 3e-6, packed_launches=4, dense_launches=2)
-# Measured by `measured_cpu`: 2 threads of a shared x86-64 CPU with AVX-512, float32.
-CPU = Device("CPU", 8.5e9, 36e9, 34e9)
+# Seconds of a call before any arithmetic, and the rest as `measured_cpu` measures it: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
+CPU = Device("CPU", 75e9, 205e9, 52e9, launch_seconds=CPU_CALL, dense_launches=0, dense_bytes_per_second=26e9)
 DEVICES = {device.name: device for device in (H200, CPU)}
 
 
@@ -154,7 +157,7 @@ def dense_limits(load: Load, device: Device) -> Limits:
     """Limits of attention over a dense cache in the model's dtype."""
     work = _Work(device)
     work.dense(load, load.batch * load.tokens, load.element_bytes)
-    return Limits(work.bytes / device.bytes_per_second, work.matrix, 0.0)
+    return Limits(work.bytes / (device.dense_bytes_per_second or device.bytes_per_second), work.matrix, 0.0)
 
 
 def packed_limits(plan: Plan, layer: int, load: Load, device: Device, materialised: bool = True) -> Limits:
@@ -224,16 +227,17 @@ def predicted_speedup(plan: Plan, load: Load, device: Device, materialised: bool
 
 def measured_cpu(seconds: float = 1.0) -> Device:
     """The running machine's CPU, with as many threads as torch has; takes about `seconds`."""
-    size = 2**24
-    source, target = torch.zeros(size), torch.empty(size)
+    source, target = torch.zeros(2**25), torch.empty(2**25)
     # wide, so that threads seldom wait for each other
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    codes, numbers = torch.ones(2**15, dtype=torch.uint8), torch.empty(2**15)
+    codes, numbers = torch.ones(2**17, dtype=torch.uint8), torch.empty(2**17)
+    query, (key, value) = torch.randn(1, 16, 1, 128), torch.randn(2, 1, 16, 8_192, 128)
     calls = {
-        8 * size: partial(target.copy_, source),
+        2 * source.nbytes: partial(target.copy_, source),
         2 * 1024**3: partial(torch.mm, left, right),
         # placed and masked, as codes of less than a byte are
-        2 * 2**15: partial(numbers.copy_, codes),
+        2 * codes.numel(): partial(numbers.copy_, codes),
+        2 * key.nbytes: partial(torch.nn.functional.scaled_dot_product_attention, query, key, value),
     }
     rates = []
     for work, call in calls.items():
@@ -244,4 +248,11 @@ def measured_cpu(seconds: float = 1.0) -> Device:
             call()
             best = min(best, time.perf_counter() - start)
         rates.append(work / best)
-    return Device("CPU", *rates)
+    copied, multiplied, unpacked, read = rates
+    return replace(
+        CPU,
+        bytes_per_second=copied,
+        matrix_operations=multiplied,
+        unpack_operations=unpacked,
+        dense_bytes_per_second=read,
+    )

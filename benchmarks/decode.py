@@ -182,6 +182,7 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
         "tokens": tokens,
         "batch": batch,
         "key_block": 0 if packed.index.plan.turn is None else packed.index.plan.turn.block,
+        "groups": packed.index.plan.groups,
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": subject.built_layers,
         "model_layers": subject.layers,
@@ -227,6 +228,7 @@ def main(
     ratio: Annotated[float | None, typer.Option(help="Dense bytes over packed bytes. Default: 8.")] = None,
     preset: Annotated[str | None, typer.Option(help="attentionpack, without tiers, instead of a ratio.")] = None,
     key_block: Annotated[int, typer.Option(help="Slots that share an anchor; 0: keys as they come.")] = 32,
+    groups: Annotated[int | None, typer.Option(help="Head groups of random weights' plans. Default: by shape.")] = None,
     layers: Annotated[int, typer.Option(help="Layers of a model with random weights.")] = 4,
     dtype: Annotated[
         str | None, typer.Option(help="Of random weights. Default: bfloat16 on a GPU, else float32.")
@@ -244,7 +246,7 @@ def main(
     unknown = [name for name in names if name not in (*SHAPES, *REAL)]
     if unknown:
         raise typer.BadParameter(f"shape={unknown[0]!r} is not one of {', '.join((*SHAPES, *REAL))}")
-    packing = Packing(None if preset else ratio or 8.0, key_block)
+    packing = Packing(None if preset else ratio or 8.0, key_block, groups)
     kind = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     rows = []
     for name in names:

@@ -21,8 +21,8 @@ from targets import LLAVA, QWEN, verdicts, with_time_per_token
 BUDGET = 530.0
 TESTS = HERE.parent / "tests" / "kernels"
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-# Head groups of a ratio's plan, by shape, as the time model chooses them for an H200 (docs/performance.md).
-GROUPS = {QWEN: "1", LLAVA: "8", "SmolLM2-135M": "1", "Gemma3-4B": "1"}
+# Head groups and key block of a ratio's plan, by shape, as the time model chooses them for an H200 (docs/performance.md).
+CHOICES = {QWEN: ("1", "256"), LLAVA: ("16", "32"), "SmolLM2-135M": ("1", "0"), "Gemma3-4B": ("1", "64")}
 # Of a model that reads half a million tokens: prefill takes most of a step's time.
 LONG_PROMPT_LAYERS = "2"
 LENGTHS = ("2048", "8192", "32768", "131072")
@@ -55,25 +55,33 @@ def sanitizer_step(device: str) -> Step:
     return Step("compute-sanitizer", (str(HERE / "attend.py"), *arguments), 120, wrapper=wrapper, skip=skip)
 
 
+def chosen(shape: str, relative: bool = True) -> tuple[str, ...]:
+    """Options for a shape with the time model's head groups, and its key block or keys as they come."""
+    groups, key_block = CHOICES[shape]
+    return ("--shape", shape, "--groups", groups, "--key-block", key_block if relative else "0")
+
+
 def full_steps(device: str) -> list[Step]:
     """The steps on a GPU, most important first."""
-    on, shallow = ("--device", device), ("--layers", LONG_PROMPT_LAYERS)
-    qwen, llava = (("--shape", name, "--groups", GROUPS[name]) for name in (QWEN, LLAVA))
+    on = ("--device", device)
+    qwen_32k, llava_4k = ("--tokens", "32768", "--batch", "16"), ("--tokens", "4096", "--batch", "32")
+    shallow = ("--layers", LONG_PROMPT_LAYERS)
+    long = (*on, *chosen(QWEN), *shallow)
     steps = [
         tests_step(device, quick=False),
-        script("attention, Qwen, 32k x 16", "attend", 50, *on, *qwen, "--tokens", "32768", "--batch", "16"),
-        script("attention, LLaVA, 4k x 32", "attend", 50, *on, *llava, "--tokens", "4096", "--batch", "32"),
-        script("decode, Qwen, 8k", "decode", 70, *on, "--shape", QWEN, "--tokens", "8192"),
-        script(
-            "decode, Qwen, 32k x 16", "decode", 90, *on, "--shape", QWEN, "--tokens", "32768", "--batch", "16", *shallow
-        ),
-        script("decode, Qwen, 128k", "decode", 90, *on, "--shape", QWEN, "--tokens", "131072", *shallow),
+        script("attention, Qwen, 32k x 16", "attend", 50, *on, *chosen(QWEN, False), *qwen_32k),
+        script("attention, LLaVA, 4k x 32", "attend", 50, *on, *chosen(LLAVA, False), *llava_4k),
+        script("relative keys, Qwen, 32k x 16", "attend", 40, *on, *chosen(QWEN), *qwen_32k, "--ratio", "8"),
+        script("relative keys, LLaVA, 4k x 32", "attend", 40, *on, *chosen(LLAVA), *llava_4k, "--ratio", "8"),
+        script("decode, Qwen, 8k", "decode", 60, *on, *chosen(QWEN, False), "--tokens", "8192"),
+        script("decode, Qwen, 32k x 16", "decode", 80, *long, *qwen_32k),
+        script("decode, Qwen, 128k", "decode", 60, *long, "--tokens", "131072"),
     ]
-    for name, groups in GROUPS.items():
+    for name in CHOICES:
         lengths = [x for length in LENGTHS for x in ("--tokens", length)]
-        arguments = (*on, "--shape", name, "--groups", groups, "--batch", "1", *lengths, "--quick")
+        arguments = (*on, *chosen(name, False), "--batch", "1", *lengths, "--quick")
         steps.append(script(f"attention, {name}, one request", "attend", 60, *arguments))
-    steps.append(script("decode, LLaVA, 8k", "decode", 70, *on, "--shape", LLAVA, "--tokens", "8192"))
+    steps.append(script("decode, LLaVA, 8k", "decode", 60, *on, *chosen(LLAVA), "--tokens", "8192"))
     return [*steps, sanitizer_step(device)]
 
 

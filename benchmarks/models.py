@@ -56,10 +56,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Packing:
-    """What is asked of a packed cache: a ratio, or (None) the paper's plan without tiers; slots that share an anchor."""
+    """What is asked of a packed cache: a ratio, or (None) the paper's plan without tiers; slots that share an anchor; head groups of random
+    weights (None: by shape)."""
 
     ratio: float | None
     key_block: int
+    groups: int | None = None
 
     @property
     def name(self) -> str:
@@ -114,7 +116,7 @@ def random_subject(
 def random_plan(model: nn.Module, name: str, packing: Packing, tokens: int) -> Plan:
     """The plan of attend.py for a shape in every layer; whatever it loses is expected, so that no basis is fitted anew."""
     shape = SHAPES[name]
-    plan = synthetic_plan(shape, shape.groups, packing.ratio, tokens)
+    plan = synthetic_plan(shape, packing.groups or shape.groups, packing.ratio, tokens)
     streams = LayerPlan(*(replace(stream, expected_error=LOSES_ALL) for stream in plan.layers[0].streams))
     layers = range(model.config.num_hidden_layers)
     turn = None
