@@ -18,6 +18,7 @@ from apack_compile.plan import Plan, StreamPlan
 UNPACK_OPERATIONS = {16: 0, 8: 1, 4: 2, 2: 2}
 LATENT_BYTES = 2
 MODEL_BASIS_BYTES, OWN_BASIS_BYTES = 4, 2
+# Seconds of a call before any arithmetic (docs/performance.md).
 CPU_CALL = 13e-6
 POSITION_BYTES, TOKEN_SCALE_BYTES = 4, 2
 
@@ -66,7 +67,7 @@ class Device:
 # Copy and full matrix rate: measured on an H200. Unpacking: 132 processors x 64 integer operations x 1.8 GHz. A narrow product's share
 # assumes that both operands come from shared memory (64 rows of codes, n rows of queries); launches are assumed, as in a CUDA graph.
 H200 = Device("H200", 4.3e12, 790e12, 15e12, (16, 32, 64), 64, 3e-6, packed_launches=4, dense_launches=2)
-# Seconds of a call before any arithmetic, and the rest as `measured_cpu` measures it: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
+# Measured by `measured_cpu`: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
 CPU = Device("CPU", 75e9, 205e9, 52e9, launch_seconds=CPU_CALL, dense_launches=0, dense_bytes_per_second=26e9)
 DEVICES = {device.name: device for device in (H200, CPU)}
 
