@@ -12,6 +12,7 @@ from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, 
 from apack_compile.plan_choice import choose_groups, shortest_length
 from apack_compile.preset_options import AttentionPackOptions
 from apack_compile.rotary import KeyTurn
+from apack_compile.tiers import TierPlan
 from apack_compile.time_model import (
     CPU,
     DEVICES,
@@ -125,6 +126,16 @@ def test_tiers_read_fewer_tokens_and_leading_components():
     assert whole.matrix - tiered.matrix == 48 * 12 * 2 * 16
 
 
+def test_vision_tokens_that_a_step_does_not_attend_are_not_read():
+    load, kept = Load(4, 4, 8, tokens=100, vision_share=1.0), StreamPlan("half")
+    plan = Plan({0: LayerPlan(kept, kept, kept, kept)}, tail_slots=0, first_tokens=0)
+    whole, some = (
+        packed_limits(replace(plan, tiers=tiers), 0, load, UNIT) for tiers in (None, TierPlan(attended=0.3, kept=0.5))
+    )
+    assert some.bytes == pytest.approx(0.3 * whole.bytes)
+    assert some.matrix == pytest.approx(0.3 * whole.matrix)
+
+
 @given(
     st.sampled_from([H200, CPU]),
     st.integers(1, 40).map(lambda runs: 16 * runs),
@@ -217,6 +228,8 @@ def test_packing_pays_from_a_length_on():
     shortest = shortest_length(lambda tokens: plan, load, H200)
     assert predicted_speedup(plan, replace(load, tokens=shortest), H200) >= 1
     assert predicted_speedup(plan, replace(load, tokens=shortest // 2), H200) < 1
+    later = shortest_length(lambda tokens: lossless_plan([0]) if tokens == 4 * shortest else plan, load, H200)
+    assert later == 8 * shortest
     assert shortest_length(lambda tokens: lossless_plan([0]), load, H200) is None
 
 

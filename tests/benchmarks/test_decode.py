@@ -9,6 +9,7 @@ from models import Packing
 from typer.testing import CliRunner
 
 import apack_compile
+from apack_compile.backend import make_backend
 from apack_compile.plan_check import check_plan
 
 SHAPE = "SmolLM2-135M"
@@ -38,6 +39,7 @@ def test_both_caches_go_on_from_the_prompt_that_was_read(subject):
     static = decode.static_cache(subject, states, room=8)
     packed, seconds = decode.compacted(subject, states, 8, "cpu")
     assert seconds > 0
+    assert static.layers[0].keys.shape[2] == 96 + 8
     assert int(static.get_seq_length()) == int(packed.get_seq_length()) == 96
     wanted = subject.model(input_ids=token, past_key_values=dense).logits
     torch.testing.assert_close(subject.model(input_ids=token, past_key_values=static).logits, wanted)
@@ -51,7 +53,8 @@ def test_both_caches_go_on_from_the_prompt_that_was_read(subject):
 def test_steps_go_on_and_the_packed_cache_never_runs_out_of_room(subject):
     subject.prepare()
     cache, _, token = decode.prefilled(subject, apack_compile.new_cache(subject.model, 1), "cpu")
-    step = decode.stepper(subject, cache, token, subject.model)
+    compiled = torch.compile(subject.model.forward, backend=make_backend(inner="eager"))
+    step = decode.stepper(subject, cache, token, compiled)
     for _ in range(40):
         step()
     assert int(cache.get_seq_length()) == 96 + 40
