@@ -93,7 +93,9 @@ class Packed:
         return sum(x.numel() * x.element_size() for x in (*dense, *codes, *bases, *positions))
 
 
-def packed_state(plan: Plan, shape: Shape, groups: int, tokens: int, batch: int, dtype: torch.dtype, device: str) -> Packed:
+def packed_state(
+    plan: Plan, shape: Shape, groups: int, tokens: int, batch: int, dtype: torch.dtype, device: str
+) -> Packed:
     """A cache of `tokens` text tokens, the last of them in the tail, with random codes and free slots full of zeros."""
     stored = tokens - FIRST_TOKENS - plan.tail_slots
     slots, width = stored + spare_slots(tokens), shape.heads * shape.head_dim // groups
@@ -163,7 +165,9 @@ def dense_calls(shape: Shape, query: Tensor, key: Tensor, value: Tensor) -> dict
     return calls
 
 
-def fp8_call(shape: Shape, query: Tensor, key: Tensor, value: Tensor, dense: Callable[..., Any]) -> Callable[[], Tensor]:
+def fp8_call(
+    shape: Shape, query: Tensor, key: Tensor, value: Tensor, dense: Callable[..., Any]
+) -> Callable[[], Tensor]:
     """Dense attention over keys and values stored in float8 with a scale per token and head."""
     codes = []
     for states in (key, value):
@@ -249,7 +253,10 @@ def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:
 def random_turns(packed: Packed, turn: KeyTurn, batch: int, device: str) -> dict[str, Any]:
     """Turns of the vision and text blocks, as `attend` takes them."""
     vision, text = (
-        turns_at(torch.randint(0, 1_000, (batch, -(-x.shape[1] // turn.block) + 1), device=device), turn.frequencies.to(device))
+        turns_at(
+            torch.randint(0, 1_000, (batch, -(-x.shape[1] // turn.block) + 1), device=device),
+            turn.frequencies.to(device),
+        )
         for x in packed.state[4][1:]
     )
     return {"vision_turns": vision, "text_turns": text, "block": turn.block}
@@ -265,7 +272,9 @@ def held_bytes(state: tuple) -> list[int]:
 def main(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; may be repeated.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Dense 16-bit bytes over packed bytes. Default: 8, and the preset.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Dense 16-bit bytes over packed bytes. Default: 8, and the preset.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="attentionpack, instead of a ratio.")] = None,
     groups: Annotated[int | None, typer.Option(help="Head groups of a ratio's plan. Default: by shape.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
