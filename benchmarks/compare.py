@@ -18,6 +18,8 @@ from harness import Row, print_table
 
 MORE_IS_BETTER = ("speedup", "share_of_", "tokens_per_second", "largest_batch", "ratio", "accuracy", "answers_equal")
 LESS_IS_BETTER = ("_ms", "_seconds", "_bytes", "compaction_share", "kl")
+# Neither: what the time model says, how long the benchmark took.
+NEITHER = ("limit_of_", "step_seconds")
 # Whole numbers that are figures, and texts that say how a figure came about.
 COUNTED = ("_bytes", "largest_batch")
 REMARKS = ("dense", "bands_key", "bands_value", "limit", "note", "reason", "status", "verdict")
@@ -45,6 +47,8 @@ class Move:
 
     def is_regression(self, threshold: float) -> bool:
         """Whether the figure is worse by more than this share."""
+        if any(part in self.figure for part in NEITHER):
+            return False
         if any(part in self.figure for part in LESS_IS_BETTER):
             return self.ratio > 1 + threshold
         return any(part in self.figure for part in MORE_IS_BETTER) and self.ratio < 1 - threshold

@@ -10,6 +10,7 @@ and values, without the model, as a share of the dense prefill. `largest_batch`:
 `--budget`, at the depth of the shape's model.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,21 @@ def compiled_calls(subject: Subject, device: str, record: list[Any]) -> dict[str
     }
 
 
+def timed_steps(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of a step in each round; after a warm-up, both kinds take turns."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(WARM_UP_STEPS):
+            step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            with Clock(device) as clock:
+                for _ in range(STEPS):
+                    step()
+            times[name].append(clock.seconds / STEPS)
+    return times
+
+
 def measured(subject: Subject, packing: Packing, device: str, rounds: int, budget: float) -> Row:
     """One row: a model, a prompt, a plan."""
     model, prompt = subject.model, subject.inputs["input_ids"]
@@ -140,15 +156,17 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
     room = WARM_UP_STEPS + STEPS * (rounds + 1)
     subject.prepare()
     warm, packed_times, dense_times = min(PREFILLS, rounds), [], []
-    for _ in range(warm):
-        cache, dense_clock, token = prefilled(subject, dense_cache(subject), device)
-        dense_times.append(dense_clock.seconds)
-    states = [(layer.keys, layer.values) for layer in cache.layers]
-    del cache
+    # packed first: the dense states that are kept afterwards are not in its peak
     for _ in range(warm):
         cache, packed_clock, _ = prefilled(subject, apack_compile.new_cache(model, room), device)
         packed_times.append(packed_clock.seconds)
         del cache
+    for _ in range(warm):
+        cache = None
+        cache, dense_clock, token = prefilled(subject, dense_cache(subject), device)
+        dense_times.append(dense_clock.seconds)
+    states = [(layer.keys, layer.values) for layer in cache.layers]
+    del cache
     compactions = []
     for _ in range(warm + 1):
         packed, seconds = compacted(subject, states, room, device)
@@ -160,16 +178,10 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
     graphs: list[Any] = []
     calls = compiled_calls(subject, device, graphs)
     steps = {name: stepper(subject, caches[name], token, calls[name]) for name in caches}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(WARM_UP_STEPS):
-            step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            with Clock(device) as clock:
-                for _ in range(STEPS):
-                    step()
-            times[name].append(clock.seconds / STEPS)
+    times = timed_steps(steps, rounds, device)
+    # from here on only `caches` and `steps` hold the caches, so that their memory can be told
+    plan = packed.index.plan
+    del packed
     left = [site for graph in graphs for site in graph.left]
     if left:
         raise RuntimeError(f"{subject.name}: {len(left)} attentions were not rewritten ({left[0].reason})")
@@ -181,8 +193,8 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
         "plan": packing.name,
         "tokens": tokens,
         "batch": batch,
-        "key_block": 0 if packed.index.plan.turn is None else packed.index.plan.turn.block,
-        "groups": packed.index.plan.groups,
+        "key_block": 0 if plan.turn is None else plan.turn.block,
+        "groups": plan.groups,
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": subject.built_layers,
         "model_layers": subject.layers,
@@ -206,17 +218,18 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
     }
     if device == "cuda":
         row |= {"prefill_dense_peak_bytes": dense_clock.peak, "prefill_packed_peak_bytes": packed_clock.peak}
-        row |= steady_memory(caches, calls, steps)
+        row |= steady_memory(caches, steps, torch.cuda.memory_allocated)
     return row
 
 
-def steady_memory(caches: dict[str, Any], calls: dict[str, Any], steps: dict[str, Any]) -> Row:
-    """Bytes that the allocator gives back when a cache goes: what decoding holds besides the weights."""
+def steady_memory(caches: dict[str, Any], steps: dict[str, Any], allocated: Callable[[], int]) -> Row:
+    """Bytes that the allocator gets back when a cache goes: what decoding holds besides the weights and the graphs' own memory."""
     found = {}
     for name in list(caches):
-        before = torch.cuda.memory_allocated()
-        caches.pop(name), steps.pop(name), calls.pop(name)
-        found[f"{name}_steady_bytes"] = before - torch.cuda.memory_allocated()
+        before = allocated()
+        del caches[name], steps[name]
+        gc.collect()
+        found[f"{name}_steady_bytes"] = before - allocated()
     return found
 
 

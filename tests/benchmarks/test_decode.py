@@ -1,5 +1,7 @@
 """The whole-model benchmark: its caches hold what the model computed, its plans can be used, its figures belong together."""
 
+import weakref
+
 import decode
 import models
 import pytest
@@ -58,6 +60,22 @@ def test_steps_go_on_and_the_packed_cache_never_runs_out_of_room(subject):
     for _ in range(40):
         step()
     assert int(cache.get_seq_length()) == 96 + 40
+
+
+@torch.no_grad()
+def test_steady_memory_is_what_a_cache_gives_back(subject):
+    subject.prepare()
+    dense, _, token = decode.prefilled(subject, decode.dense_cache(subject), "cpu")
+    states = [(layer.keys, layer.values) for layer in dense.layers]
+    caches = {
+        "dense": decode.static_cache(subject, states, 32),
+        "packed": decode.compacted(subject, states, 32, "cpu")[0],
+    }
+    steps = {name: decode.stepper(subject, cache, token, subject.model) for name, cache in caches.items()}
+    decode.timed_steps(steps, 1, "cpu")
+    watched = {name: weakref.ref(cache) for name, cache in caches.items()}
+    found = decode.steady_memory(caches, steps, lambda: sum(cache() is not None for cache in watched.values()))
+    assert found == {"dense_steady_bytes": 1, "packed_steady_bytes": 1}
 
 
 @pytest.mark.slow
