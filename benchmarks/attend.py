@@ -5,20 +5,22 @@
 
 The bands of a ratio are `budget_plan`'s over a synthetic spectrum: component k of W has variance `(1 + 24 k / W) ** -2.2`, which is
 the mean over layers of SmolLM2-135M's keys and values (text, calibration pictures of the demo) within a third at every k. The bases and
-codes are random: time does not depend on them. A ratio's keys are relative, `--key-block` slots to an anchor. Head groups, `--groups`, trade bytes for arithmetic (docs/performance.md).
+codes are random: time does not depend on them. Head groups, `--groups`, trade bytes for arithmetic (docs/performance.md).
 
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
-bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer.
+bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
+tightest limit (apack_compile/time_model.py) over the time; `predicted_speedup`: what the model expected.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from harness import Row, copy_bandwidth, interleaved, print_table, write_json
+from limit_share import limit_columns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,7 +37,8 @@ from apack_compile.plan import (
     budget_plan,
     spare_slots,
 )
-from apack_compile.rotary import BLOCK, KeyTurn, turns_of_blocks
+from apack_compile.rotary import KeyTurn, turns_at
+from apack_compile.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 DECAY_PER_WIDTH, DECAY_POWER = 24, 2.2
@@ -55,9 +58,9 @@ class Shape:
 
 SHAPES = {
     "Qwen2.5-VL-7B": Shape(28, 4, 128, 2),
-    "LLaVA-1.5-7B": Shape(32, 32, 128, 16),
+    "LLaVA-1.5-7B": Shape(32, 32, 128, 8),
     "SmolLM2-135M": Shape(9, 3, 64, 1),
-    "Gemma3-4B": Shape(8, 4, 256, 4),
+    "Gemma3-4B": Shape(8, 4, 256, 2),
 }
 
 
@@ -76,35 +79,22 @@ def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int) 
     return budget_plan({0: {"text": (statistics, statistics)}}, ratio, tokens, 0.0)
 
 
-def key_turns(positions: list[Tensor], head_dim: int, block: int) -> dict[str, Any]:
-    """Turns of the vision and text slots as `attend` takes them; nothing where keys are stored as they come."""
-    if block == 0:
-        return {}
-    pairs = torch.arange(head_dim // 2, device=positions[0].device)
-    turn = KeyTurn(10_000.0 ** (-2 * pairs / head_dim), block)
-    start = torch.zeros(len(positions[0]), 1, dtype=torch.int64, device=positions[0].device)
-    vision, text = (turns_of_blocks(p, start, turn) for p in positions[1:])
-    return {"vision_turns": vision, "text_turns": text, "block": block}
-
-
 @dataclass(frozen=True)
 class Packed:
     """One layer's state as `attend` takes it, and the bytes that a step reads of it."""
 
     state: tuple
-    turns: dict[str, Any]
     bands: tuple[Bands, Bands]
 
     @property
     def bytes_read(self) -> int:
         """Bytes of all tensors but the free slots'."""
         dense, codes, bases, _, positions, _ = self.state
-        turns = (x for x in self.turns.values() if isinstance(x, Tensor))
-        return sum(x.numel() * x.element_size() for x in (*dense, *codes, *bases, *positions, *turns))
+        return sum(x.numel() * x.element_size() for x in (*dense, *codes, *bases, *positions))
 
 
 def packed_state(
-    plan: Plan, shape: Shape, groups: int, key_block: int, tokens: int, batch: int, dtype: torch.dtype, device: str
+    plan: Plan, shape: Shape, groups: int, tokens: int, batch: int, dtype: torch.dtype, device: str
 ) -> Packed:
     """A cache of `tokens` text tokens, the last of them in the tail, with random codes and free slots full of zeros."""
     stored = tokens - FIRST_TOKENS - plan.tail_slots
@@ -132,8 +122,7 @@ def packed_state(
     positions = [x.contiguous() for x in (first, position[:, :0], text)]
     # the newest token is the query's own
     cursor = torch.tensor([tokens + 1, FIRST_TOKENS + stored, FIRST_TOKENS], device=device)
-    turns = key_turns(positions, shape.head_dim, key_block)
-    return Packed((dense, codes, bases, bands, positions, cursor), turns, (streams[2].bands, streams[3].bands))
+    return Packed((dense, codes, bases, bands, positions, cursor), (streams[2].bands, streams[3].bands))
 
 
 def packed_codes(stream: StreamPlan, batch: int, groups: int, slots: int, stored: int, device: str) -> list[Tensor]:
@@ -206,22 +195,23 @@ def working(calls: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Te
 
 
 def measured(
-    name: str, tokens: int, batch: int, ratio: float | None, groups: int | None, key_block: int, dtype: torch.dtype, device: str,
-    bandwidth: float, seconds: float,
+    name: str, tokens: int, batch: int, ratio: float | None, groups: int | None, dtype: torch.dtype, device: str,
+    bandwidth: float, seconds: float, key_block: int = 0,
 ) -> Row:  # fmt: skip
     """One row: a shape, a length, a batch, a plan."""
     shape = SHAPES[name]
-    groups, key_block = (1, 0) if ratio is None else (groups or shape.groups, key_block)
-    plan = synthetic_plan(shape, groups, ratio, tokens)
-    packed = packed_state(plan, shape, groups, key_block, tokens, batch, dtype, device)
+    groups = 1 if ratio is None else groups or shape.groups
+    plan = with_relative_keys(synthetic_plan(shape, groups, ratio, tokens), shape, key_block if ratio else 0)
+    packed = packed_state(plan, shape, groups, tokens, batch, dtype, device)
     query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)
     key, value = torch.randn(2, batch, shape.heads, tokens + 1, shape.head_dim, device=device, dtype=dtype)
     new = [x[:, :, -1:].clone() for x in (key, value)]
+    turns = {} if plan.turn is None else random_turns(packed, plan.turn, batch, device)
     calls = working(dense_calls(shape, query, key, value))
     trial = interleaved(calls, seconds / 4, device)
     best = min(trial, key=lambda spelling: trial[spelling].median)
     ours = {
-        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, None, *packed.state, None, **packed.turns),
+        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, None, *packed.state, None, **turns),
         "dense": calls[best],
     }
     if device == "cuda":
@@ -236,7 +226,7 @@ def measured(
         "dtype": str(dtype).removeprefix("torch."),
         "ratio": 2 * 2 * batch * shape.heads * shape.head_dim * tokens / (sum(held_bytes(packed.state))),
         "groups": groups,
-        "key_block": key_block,
+        "key_block": 0 if plan.turn is None else plan.turn.block,
         "bands_key": "+".join(map(str, packed.bands[0].counts)),
         "bands_value": "+".join(map(str, packed.bands[1].counts)),
         "dense": best,
@@ -248,9 +238,28 @@ def measured(
         "speedup_of_first_deciles": timing["dense"].low / timing["packed"].low,
         "share_of_byte_limit": packed.bytes_read / timing["packed"].median / bandwidth,
     }
+    load = Load(shape.query_heads, shape.heads, shape.head_dim, tokens, batch, element_bytes=dtype.itemsize)
+    row |= limit_columns(plan, load, device, bandwidth, timing["packed"].median)
     if "fp8" in timing:
         row["speedup_vs_fp8"] = timing["fp8"].median / timing["packed"].median
     return row
+
+
+def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:
+    """The plan with keys turned back to the start of their block of so many slots; 0 leaves it as it is."""
+    return replace(plan, turn=KeyTurn(torch.zeros(shape.head_dim // 2), key_block)) if key_block else plan
+
+
+def random_turns(packed: Packed, turn: KeyTurn, batch: int, device: str) -> dict[str, Any]:
+    """Turns of the vision and text blocks, as `attend` takes them."""
+    vision, text = (
+        turns_at(
+            torch.randint(0, 1_000, (batch, -(-x.shape[1] // turn.block) + 1), device=device),
+            turn.frequencies.to(device),
+        )
+        for x in packed.state[4][1:]
+    )
+    return {"vision_turns": vision, "text_turns": text, "block": turn.block}
 
 
 def held_bytes(state: tuple) -> list[int]:
@@ -268,12 +277,12 @@ def main(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="attentionpack, instead of a ratio.")] = None,
     groups: Annotated[int | None, typer.Option(help="Head groups of a ratio's plan. Default: by shape.")] = None,
-    key_block: Annotated[int, typer.Option(help="Slots to an anchor of relative keys; 0: keys as they come.")] = BLOCK,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="A model's name; may be repeated.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, less time.")] = False,
+    key_block: Annotated[int, typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come.")] = 0,
 ) -> None:
     """Time packed and dense decode attention."""
     if preset not in (None, "attentionpack"):
@@ -288,27 +297,16 @@ def main(
     operations = {kind: implementations(device, getattr(torch, kind)) for kind in dtypes}
     print(f"copy {bandwidth / 1e9:.1f} GB/s; {operations}")
     rows = [
-        measured(name, n, b, plan, groups, key_block, getattr(torch, kind), device, bandwidth, 0.5 if quick else 2.0)
+        measured(name, n, b, plan, groups, getattr(torch, kind), device, bandwidth, 0.5 if quick else 2.0, key_block)
         for kind in dtypes
         for plan in plans
         for name in shape or SHAPES
         for n in lengths
         for b in batches
     ]
-    shown = (
-        "shape",
-        "plan",
-        "tokens",
-        "batch",
-        "dtype",
-        "ratio",
-        "groups",
-        "key_block",
-        "bands_key",
-        "dense_ms",
-        "packed_ms",
-    )
+    shown = ("shape", "plan", "tokens", "batch", "dtype", "ratio", "groups", "key_block", "dense_ms", "packed_ms")
     shown += ("speedup_vs_dense", "speedup_of_first_deciles", "speedup_vs_fp8", "share_of_byte_limit")
+    shown += ("limit", "share_of_limit", "predicted_speedup")
     print_table(f"decode attention, {device}", [{k: row[k] for k in shown if k in row} for row in rows])
     if json is not None:
         write_json(json, rows, {"copy_bytes_per_second": bandwidth, "operations": operations})

@@ -1,0 +1,54 @@
+"""Rows of the attention benchmark: states that the operation takes, bytes that the time model agrees with."""
+
+import attend
+import pytest
+import torch
+from limit_share import limit_columns
+
+from apack_compile.kernels.attend.reference import attend as reference
+from apack_compile.time_model import Device, Load, packed_limits
+
+SHAPE = attend.SHAPES["SmolLM2-135M"]
+# A byte a second, and nothing else costs anything.
+BYTES = Device("bytes", 1.0, 1e30, 1e30)
+
+
+def sum_bytes(tensors):
+    """Bytes of some tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+@pytest.mark.parametrize(("ratio", "groups", "key_block"), [(8.0, 1, 0), (8.0, 3, 32), (None, 1, 0)])
+def test_the_operation_takes_the_states_that_are_timed(ratio, groups, key_block):
+    torch.manual_seed(0)
+    plan = attend.with_relative_keys(attend.synthetic_plan(SHAPE, groups, ratio, 512), SHAPE, key_block)
+    packed = attend.packed_state(plan, SHAPE, groups, 512, 2, torch.float32, "cpu")
+    turns = {} if plan.turn is None else attend.random_turns(packed, plan.turn, 2, "cpu")
+    query = torch.randn(2, SHAPE.query_heads, 1, SHAPE.head_dim)
+    new = torch.randn(2, 2, SHAPE.heads, 1, SHAPE.head_dim)
+    out = reference(query, *new, None, None, *packed.state, None, **turns)
+    assert out.shape == query.shape and out.isfinite().all()
+
+
+@pytest.mark.parametrize(("ratio", "groups"), [(8.0, 1), (4.0, 3), (None, 1)])
+def test_the_time_model_counts_the_bytes_that_a_step_reads(ratio, groups):
+    tokens, batch = 4_096, 2
+    plan = attend.synthetic_plan(SHAPE, groups, ratio, tokens)
+    packed = attend.packed_state(plan, SHAPE, groups, tokens, batch, torch.float32, "cpu")
+    load = Load(SHAPE.query_heads, SHAPE.heads, SHAPE.head_dim, tokens, batch, element_bytes=4)
+    dense, codes, bases, _, positions, _ = packed.state
+    stored, slots = tokens - plan.first_tokens - plan.tail_slots, positions[2].shape[1]
+    text = (*codes[4:], positions[2])
+    read = sum_bytes(dense) + sum_bytes(text) * stored / slots + sum_bytes(bases[6:])
+    # a sequence's own steps are float32 here
+    assert packed_limits(plan, 0, load, BYTES).bytes == pytest.approx(read, rel=1e-3)
+    assert read < packed.bytes_read
+
+
+def test_limit_columns_hold_the_limits_of_the_measured_bandwidth():
+    plan = attend.synthetic_plan(SHAPE, 1, 8.0, 2_048)
+    load = Load(SHAPE.query_heads, SHAPE.heads, SHAPE.head_dim, 2_048, element_bytes=4)
+    slow, fast = (limit_columns(plan, load, "cpu", bandwidth, packed_seconds=1.0) for bandwidth in (1e6, 1e9))
+    assert slow["limit"] == "bytes"
+    assert slow["limit_of_bytes_ms"] == pytest.approx(1000 * fast["limit_of_bytes_ms"])
+    assert slow["share_of_limit"] == pytest.approx(slow["limit_of_bytes_ms"] / 1e3)
