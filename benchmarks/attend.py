@@ -37,7 +37,7 @@ from apack_compile.plan import (
     budget_plan,
     spare_slots,
 )
-from apack_compile.rotary import KeyTurn, turns_at
+from apack_compile.rotary import BLOCK, KeyTurn, turns_at
 from apack_compile.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -282,13 +282,16 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="A model's name; may be repeated.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, less time.")] = False,
-    key_block: Annotated[int, typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come.")] = 0,
+    key_block: Annotated[
+        int | None, typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come. Default: generate's.")
+    ] = None,
 ) -> None:
     """Time packed and dense decode attention."""
     if preset not in (None, "attentionpack"):
         raise typer.BadParameter(f"preset={preset!r} must be 'attentionpack'")
     plans = [None] if preset else [8.0, None] if ratio is None else [ratio]
     on_cpu = device == "cpu"
+    key_block = (BLOCK if on_cpu else 0) if key_block is None else key_block
     lengths = tokens or ([512, 8_192] if on_cpu or quick else [2_048, 8_192, 32_768, 131_072])
     batches = batch or ([1] if on_cpu or quick else [1, 16])
     dtypes = dtype or (["float32"] if on_cpu and quick else ["float32", "bfloat16"] if on_cpu else ["bfloat16"])
