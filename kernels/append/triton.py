@@ -105,9 +105,7 @@ def project_stream(
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     if leaving > 0:
         if KEPT:
-            out = pushed_tile(
-                tail, new, b, token, row_ok, group, column, held, start, slots, width, HEAD_DIM, PER
-            )
+            out = pushed_tile(tail, new, b, token, row_ok, group, column, held, start, slots, width, HEAD_DIM, PER)
             at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
             tl.store(at_out, out, mask=row_ok[:, None] & (column < width)[None, :])
         else:
@@ -117,9 +115,7 @@ def project_stream(
             for first in range(0, width, CHANNELS):
                 channel = first + tl.arange(0, CHANNELS)
                 real = channel < width
-                x = pushed_tile(
-                    tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER
-                )
+                x = pushed_tile(tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER)
                 mean = tl.load(stream.mean + at_basis * width + channel, mask=real, other=0.0).to(tl.float32)
                 at_decoder = stream.decoder + ((at_basis * rank + column) * width)[None, :] + channel[:, None]
                 wanted = real[:, None] & (column < rank)[None, :]
