@@ -4,7 +4,7 @@ The first projects the tokens that the tail pushes out, and notes the cursor; th
 tail, and moves the cursor. So no program reads what another one of its launch writes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -105,9 +105,7 @@ def project_stream(
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     if leaving > 0:
         if KEPT:
-            out = pushed_tile(
-                tail, new, b, token, row_ok, group, column, held, start, slots, width, HEAD_DIM, PER
-            )
+            out = pushed_tile(tail, new, b, token, row_ok, group, column, held, start, slots, width, HEAD_DIM, PER)
             at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
             tl.store(at_out, out, mask=row_ok[:, None] & (column < width)[None, :])
         else:
@@ -117,9 +115,7 @@ def project_stream(
             for first in range(0, width, CHANNELS):
                 channel = first + tl.arange(0, CHANNELS)
                 real = channel < width
-                x = pushed_tile(
-                    tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER
-                )
+                x = pushed_tile(tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER)
                 mean = tl.load(stream.mean + at_basis * width + channel, mask=real, other=0.0).to(tl.float32)
                 at_decoder = stream.decoder + ((at_basis * rank + column) * width)[None, :] + channel[:, None]
                 wanted = real[:, None] & (column < rank)[None, :]
@@ -365,10 +361,12 @@ def _stream(packed: PackedStream | None, new_tokens: int) -> Stream:
     if packed is None:
         return Stream()
     batch, groups, _, columns = packed.codes.shape
-    scales = (packed.scale, *packed.scale.stride()) if packed.scale.numel() else (None, 0, 0, 0)
-    basis, next_batch = (None, None, None), 0
+    scales: tuple[Any, ...] = (packed.scale, *packed.scale.stride()) if packed.scale.numel() else (None, 0, 0, 0)
+    basis: tuple[Any, ...] = (None, None, None)
+    next_batch = 0
     if not packed.as_is:
         basis = tuple(tensor.contiguous() for tensor in packed.basis)
         columns, next_batch = packed.bands.components, 0 if packed.basis.mean.shape[0] == 1 else groups
     coefficients = torch.empty(batch, groups, new_tokens, columns, dtype=torch.float32, device=packed.codes.device)
-    return Stream(packed.codes, *packed.codes.stride()[:3], *scales, *basis, next_batch, coefficients)
+    fields = (packed.codes, *packed.codes.stride()[:3], *scales, *basis, next_batch, coefficients)
+    return Stream(*fields)
