@@ -283,7 +283,8 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, less time.")] = False,
     key_block: Annotated[
-        int | None, typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come. Default: generate's.")
+        int | None,
+        typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come. Default: generate's."),
     ] = None,
 ) -> None:
     """Time packed and dense decode attention."""

@@ -28,6 +28,7 @@ from transformers import DynamicCache, StaticCache
 import apack_compile
 from apack_compile.backend import make_backend
 from apack_compile.cache import CompactedCache
+from apack_compile.rotary import BLOCK
 
 STEPS, ROUNDS, WARM_UP_STEPS = 8, 6, 4
 QUICK_ROUNDS = 2
@@ -240,7 +241,7 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Dense bytes over packed bytes. Default: 8.")] = None,
     preset: Annotated[str | None, typer.Option(help="attentionpack, without tiers, instead of a ratio.")] = None,
-    key_block: Annotated[int, typer.Option(help="Slots that share an anchor; 0: keys as they come.")] = 32,
+    key_block: Annotated[int, typer.Option(help="Slots that share an anchor; 0: keys as they come.")] = BLOCK,
     groups: Annotated[int | None, typer.Option(help="Head groups of random weights' plans. Default: by shape.")] = None,
     layers: Annotated[int, typer.Option(help="Layers of a model with random weights.")] = 4,
     dtype: Annotated[
