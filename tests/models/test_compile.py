@@ -12,11 +12,8 @@ import apack_compile
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
+def fresh_counters(fresh_compiler):
     counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("setting", [{"preset": "lossless"}, {"preset": "attentionpack"}, {"ratio": 3}], ids=str)
