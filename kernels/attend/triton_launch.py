@@ -63,8 +63,12 @@ def choose_launch(
     itemsize: int,
     kept: bool,
     shared: float,
+    anchor_slots: int,
 ) -> Launch:
-    """Launch parameters for packed streams of these bands, and dense tokens of this width; kept: some segment is dense. shared: bytes."""
+    """Launch parameters for packed streams of these bands, and dense tokens of this width; kept: some segment is dense. shared: bytes.
+
+    anchor_slots: slots that share an anchor, 0 where no keys are relative; a block of tokens has one anchor.
+    """
     columns = max((first_column(key_layout(bands.counts), 4) for bands in keys), default=0)
     group_tile = row_tile(group_rows)
     while group_tile > 16 and itemsize * columns * group_tile > shared / 2:
@@ -76,7 +80,10 @@ def choose_launch(
     token_bytes = [(2 if kept else 1) * 2 * itemsize * channels]
     token_bytes += [key.token_bytes + value.token_bytes for key, value in zip(keys, values, strict=True)]
     for block, stages in ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1)):
-        if held + block * stages * max(token_bytes) <= shared:
+        block = min(block, anchor_slots or block)
+        # latents of an anchor come with its tokens, ahead of their use
+        copies = stages if anchor_slots else 1
+        if held * copies + block * stages * max(token_bytes) <= shared:
             break
     widest = max(
         (sum(pass_columns(bands, span) for span in passes(bands, group_tile)[:1]) for bands in values), default=0
