@@ -49,9 +49,9 @@ def project_segment(
     z = (tl.program_id(1) // sizes.kv_heads).to(tl.int64)
     per_group = sizes.kv_heads // sizes.groups
     if PAIRS > 0:
-        b, index, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows * anchors, FOLD, ROW_TILE)
-        row = head * sizes.kv_rows + index // anchors
-        anchor = index % anchors
+        b, turned_row, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows * anchors, FOLD, ROW_TILE)
+        row = head * sizes.kv_rows + turned_row // anchors
+        anchor = turned_row % anchors
         at_row = (b * sizes.all_rows + row) * anchors + anchor
     else:
         b, in_head, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows, FOLD, ROW_TILE)

@@ -139,8 +139,6 @@ def attend_packed(
             if ANCHOR_SLOTS > 0:
                 at_query = at_row * share.anchors + start // ANCHOR_SLOTS
                 query, offset = load_query(rows.latent, at_query, row_ok, KEY, RESIDENT, DOT, ROW_TILE)
-                row_scale = tl.load(rows.scale + at_query, mask=row_ok, other=0.0)
-                shift = tl.load(rows.shift + at_query, mask=row_ok, other=0.0)
             score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
             key = segment.key + (token * first_byte(KEY, 4))[:, None]
             done = ()
@@ -155,6 +153,10 @@ def attend_packed(
                             latent = load_latent(rows.latent, at_query, row_ok, KEY, band, number, place)
                         score = tl.dot(at_level, latent, score, input_precision="ieee")
                         done = done + (0,)
+            if ANCHOR_SLOTS > 0:
+                # loaded not before they are needed: registers are short here
+                row_scale = tl.load(rows.scale + at_query, mask=row_ok, other=0.0)
+                shift = tl.load(rows.shift + at_query, mask=row_ok, other=0.0)
             score = (score - offset[None, :]) * row_scale[None, :]
             if segment.key_scale is not None:
                 score *= tl.load(segment.key_scale + token, mask=inside, other=0.0).to(tl.float32)[:, None]

@@ -31,7 +31,13 @@ def moved(state: State, device: torch.device) -> State:
 
 
 def littered(state: State, shape: Shape) -> State:
-    """The same state with NaN, and bytes that are NaN as float16, wherever no token is."""
+    """The same state with NaN, and bytes that are NaN as float16, wherever no token is; as it is where the reference serves it.
+
+    The reference multiplies what empty slots hold by weights of 0.
+    """
+    turns = state.turned.get("vision_turns"), state.turned.get("text_turns")
+    if not serves(state.key, packed_streams(state.codes, state.bases, state.bands), turns, shape.block):
+        return state
     n, held, packed = state.key.shape[2], state.held, int(state.cursor[1])
     dense, codes = [x.clone() for x in state.dense], [x.clone() for x in state.codes]
     ring = torch.ones(shape.tail, dtype=torch.bool)
@@ -142,7 +148,9 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
         if data.draw(st.booleans()):
             bias = torch.randn(shape.batch, tokens, generator=state.generator)
             bias[:, ::5] = float("-inf")
-    exact = reference.attend(query.double(), state.key.double(), state.value.double(), mask, bias, *state.stored, scale, **state.turned)
+    exact = reference.attend(
+        query.double(), state.key.double(), state.value.double(), mask, bias, *state.stored, scale, **state.turned
+    )
     key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
     allowed, added = allowed_by(state, tokens, rows), torch.zeros(())
     if mask is not None:
@@ -198,7 +206,9 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
             query.to(device), given_state.key, given_state.value, None, None, *given_state.stored, None, *own_known,
             tiers.to(device), partial, ema, **given_state.turned,
         )  # fmt: skip
-    largest = float(torch.cat([UNPACK(state.key, state.value, *state.stored, state.held, **state.turned)[1].flatten()]).abs().max())
+    largest = float(
+        torch.cat([UNPACK(state.key, state.value, *state.stored, state.held, **state.turned)[1].flatten()]).abs().max()
+    )
     assert_close_as(own.cpu(), exact, None, 4 * largest)
     for got, wanted in zip(own_known, expected_known, strict=True):
         torch.testing.assert_close(got.cpu().double(), wanted, atol=1e-5, rtol=1e-5)
