@@ -47,7 +47,7 @@ def test_what_serves_an_operation_is_named(monkeypatch: pytest.MonkeyPatch):
     serves = ops.implementations("cpu", torch.bfloat16)
     assert serves == {"append": "cpu (native, avx2)", "unpack": "reference", "attend": "cpu (native, avx2)"}
     assert ops.implementations("cpu", torch.float64)["attend"] == "reference (float64)"
-    assert ops.implementations("cuda", torch.bfloat16)["attend"] == "reference"
+    assert ops.implementations("cuda", torch.bfloat16)["attend"] == "cuda (Triton)"
     monkeypatch.setattr(native, "COMPILED", None)
     monkeypatch.setattr(native, "STATUS", "not built")
     assert ops.implementations("cpu", torch.float32)["attend"] == "reference (native: not built)"
