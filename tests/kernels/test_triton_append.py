@@ -21,7 +21,7 @@ from apack_compile.codec import (
     quantize,
     token_scales,
 )
-from apack_compile.kernels.append.triton import append
+from apack_compile.kernels.cuda import append
 from apack_compile.kernels.encode.triton import quantize as quantize_in_triton
 from apack_compile.kernels.layout import to_groups
 

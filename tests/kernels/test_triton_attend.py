@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+from apack_compile.kernels import cuda
 from apack_compile.kernels.attend import reference, triton_launch
 from apack_compile.kernels.attend.triton import attend, serves
 from apack_compile.kernels.layout import TEXT, VISION, packed_streams
@@ -270,7 +271,7 @@ def test_one_segment_may_be_relative_and_the_other_not(device, relative):
         query.double(), state.key.double(), state.value.double(), None, None, *state.stored, None, **turned
     )
     there = moved(littered(replace(state, turned=turned), shape), device)
-    own = attend(query.to(device), there.key, there.value, None, None, *there.stored, None, **there.turned)
+    own = cuda.attend(query.to(device), there.key, there.value, None, None, *there.stored, None, **there.turned)
     assert_close_as(own.cpu(), exact, None, 4 * float(exact.abs().max()))
 
 
