@@ -422,10 +422,19 @@ def _stream(packed: PackedStream | None, new_tokens: int) -> Stream:
     if packed is None:
         return Stream()
     batch, groups, _, columns = packed.codes.shape
-    scales = (packed.scale, *packed.scale.stride()) if packed.scale.numel() else (None, 0, 0, 0)
-    basis, next_batch = (None, None, None), 0
+    code_batch, code_group, code_token, _ = packed.codes.stride()
+    scale, (scale_batch, scale_group, scale_token) = None, (0, 0, 0)
+    if packed.scale.numel():
+        scale, (scale_batch, scale_group, scale_token) = packed.scale, packed.scale.stride()
+    mean = decoder = step = None
+    next_batch = 0
     if not packed.as_is:
-        basis = tuple(tensor.contiguous() for tensor in packed.basis)
+        mean, decoder, step = (tensor.contiguous() for tensor in packed.basis)
         columns, next_batch = packed.bands.components, 0 if packed.basis.mean.shape[0] == 1 else groups
     coefficients = torch.empty(batch, groups, new_tokens, columns, dtype=torch.float32, device=packed.codes.device)
-    return Stream(packed.codes, *packed.codes.stride()[:3], *scales, *basis, next_batch, coefficients)
+    # fmt: off
+    return Stream(
+        packed.codes, code_batch, code_group, code_token, scale, scale_batch, scale_group, scale_token,
+        mean, decoder, step, next_batch, coefficients,
+    )
+    # fmt: on
