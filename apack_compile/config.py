@@ -20,7 +20,8 @@ class AttentionPackConfig:
 
     ratio: dense bytes over packed bytes, a finite number > 1 (bases shared by all requests). preset: "lossless",
     "attentionpack" or "a-vl". One of ratio and preset; neither means ratio 4. key_block: with a ratio, packed keys are turned
-    back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come.
+    back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. On CUDA
+    attention is fast for powers of two from 16 up, and is the reference for others.
     head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
     many heads. For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer;
     `tail_slots` newest tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile:

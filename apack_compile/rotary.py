@@ -64,8 +64,6 @@ def find_turn(
     """
     if block == 0:
         return None, "stored as they are: key_block=0"
-    if next(model.parameters()).device.type == "cuda":
-        return None, "stored as they are: the kernels for CUDA do not turn them"
     if "mrope_section" in str(model.config.get_text_config(decoder=True).to_dict()):
         return None, "stored as they are: positions of vision tokens have several coordinates"
     known = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq") and buffer.dim() == 1}

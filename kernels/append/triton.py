@@ -4,7 +4,7 @@ The first projects the tokens that the tail pushes out, and notes the cursor; th
 tail, and moves the cursor. So no program reads what another one of its launch writes.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from apack_compile.kernels.attend.triton_latent import folded_rows
 from apack_compile.kernels.encode.triton import block_of, quantize_token, token_scale
 from apack_compile.kernels.layout import PackedStream, packed_streams
 from apack_compile.kernels.triton_bands import first_component, key_layout
+from apack_compile.kernels.triton_turns import pairs_of, partner_of, turned_back
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS, CHANNELS = 32, 64
@@ -73,10 +74,45 @@ def pushed_tile(
 
 
 @triton.jit
+def leaving_tile(
+    tail,
+    new,
+    turns,
+    anchors,
+    b,
+    token,
+    row_ok,
+    group,
+    channel,
+    held,
+    start,
+    origin,
+    slots,
+    width,
+    HEAD_DIM: tl.constexpr,
+    PER: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ANCHOR_SLOTS: tl.constexpr,
+):
+    """Channels of the tokens that leave, turned back by the anchors of their text slots where there are PAIRS that turn."""
+    x = pushed_tile(tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER)
+    if PAIRS > 0:
+        of_head = channel % HEAD_DIM
+        other = channel - of_head + partner_of(of_head, PAIRS)
+        partner = pushed_tile(tail, new, b, token, row_ok, group, other, held, start, slots, width, HEAD_DIM, PER)
+        # a token without a slot is not written, whatever its turn
+        anchor = tl.minimum(tl.maximum(start + token - origin, 0) // ANCHOR_SLOTS, anchors - 1)
+        x = turned_back(x, partner, turns, (b * anchors + anchor) * 2 * PAIRS, row_ok, of_head, PAIRS)
+    return x
+
+
+@triton.jit
 def project_stream(
     tail,
     new,
     stream,
+    turns,
+    anchors,
     block,
     cursor,
     batch,
@@ -88,13 +124,15 @@ def project_stream(
     FOLD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PER: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ANCHOR_SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """A block of coefficients of the tokens that leave the tail; the tokens themselves where the stream is KEPT as it is."""
-    held, start = tl.load(cursor), tl.load(cursor + 1)
+    held, start, origin = tl.load(cursor), tl.load(cursor + 1), tl.load(cursor + 2)
     leaving = tl.maximum(held + new_tokens - slots - start, 0)
     group = tl.program_id(1) % groups
     z = (tl.program_id(1) // groups).to(tl.int64)
@@ -103,9 +141,13 @@ def project_stream(
     width: tl.constexpr = HEAD_DIM * PER
     at_row = (b * groups + group) * new_tokens + token
     column = block * COLUMNS + tl.arange(0, COLUMNS)
+    # fmt: off
     if leaving > 0:
         if KEPT:
-            out = pushed_tile(tail, new, b, token, row_ok, group, column, held, start, slots, width, HEAD_DIM, PER)
+            out = leaving_tile(
+                tail, new, turns, anchors, b, token, row_ok, group, column, held, start, origin, slots, width,
+                HEAD_DIM, PER, PAIRS, ANCHOR_SLOTS,
+            )
             at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
             tl.store(at_out, out, mask=row_ok[:, None] & (column < width)[None, :])
         else:
@@ -115,7 +157,10 @@ def project_stream(
             for first in range(0, width, CHANNELS):
                 channel = first + tl.arange(0, CHANNELS)
                 real = channel < width
-                x = pushed_tile(tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER)
+                x = leaving_tile(
+                    tail, new, turns, anchors, b, token, row_ok, group, channel, held, start, origin, slots, width,
+                    HEAD_DIM, PER, PAIRS, ANCHOR_SLOTS,
+                )
                 mean = tl.load(stream.mean + at_basis * width + channel, mask=real, other=0.0).to(tl.float32)
                 at_decoder = stream.decoder + ((at_basis * rank + column) * width)[None, :] + channel[:, None]
                 wanted = real[:, None] & (column < rank)[None, :]
@@ -123,9 +168,10 @@ def project_stream(
                 summed = tl.dot(x - mean[None, :], decoder, summed, input_precision=PRECISION)
             at_coefficient = stream.coefficients + (at_row * rank)[:, None] + column[None, :]
             tl.store(at_coefficient, summed, mask=row_ok[:, None] & (column < rank)[None, :])
+    # fmt: on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["anchors"])
 def project_kernel(
     key_tail,
     key_new,
@@ -133,6 +179,8 @@ def project_kernel(
     value_tail,
     value_new,
     value,
+    turns,
+    anchors,
     cursor,
     before,
     batch,
@@ -148,6 +196,8 @@ def project_kernel(
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PER: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ANCHOR_SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -162,14 +212,14 @@ def project_kernel(
     if block < key_blocks:
         if key.coefficients is not None:
             project_stream(
-                key_tail, key_new, key, block, cursor, batch, new_tokens, slots, groups,
-                KEY, KEY_KEPT, FOLD, KEY_DIM, PER, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                key_tail, key_new, key, turns, anchors, block, cursor, batch, new_tokens, slots, groups,
+                KEY, KEY_KEPT, FOLD, KEY_DIM, PER, PAIRS, ANCHOR_SLOTS, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
             )
     else:
         if value.coefficients is not None:
             project_stream(
-                value_tail, value_new, value, block - key_blocks, cursor, batch, new_tokens, slots, groups,
-                VALUE, VALUE_KEPT, FOLD, VALUE_DIM, PER, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                value_tail, value_new, value, None, 0, block - key_blocks, cursor, batch, new_tokens, slots, groups,
+                VALUE, VALUE_KEPT, FOLD, VALUE_DIM, PER, 0, 0, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
             )
     # fmt: on
 
@@ -290,11 +340,18 @@ def write_kernel(
 
 
 def append(
-    key: Tensor, value: Tensor, stores: list[Tensor], bases: list[Tensor], bands: list[int], cursor: Tensor
+    key: Tensor,
+    value: Tensor,
+    stores: list[Tensor],
+    bases: list[Tensor],
+    bands: list[int],
+    cursor: Tensor,
+    text_turns: Tensor | None = None,
+    block: int = 0,
 ) -> None:
     """As `reference.append`, which also serves float64 here; a token without a free slot is not written, where the CPU raises."""
     if key.dtype not in DTYPES:
-        return reference.append(key, value, stores, bases, bands, cursor)
+        return reference.append(key, value, stores, bases, bands, cursor, text_turns, block)
     packed = packed_streams(stores[2:], bases, bands)
     batch, heads, new_tokens, _ = key.shape
     if new_tokens == 0:
@@ -317,6 +374,8 @@ def append(
     with torch.cuda.device_of(key):
         project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](
             *tensors,
+            None if text_turns is None else text_turns.contiguous(),
+            0 if text_turns is None else text_turns.shape[1],
             cursor,
             before,
             batch,
@@ -326,6 +385,8 @@ def append(
             blocks[0],
             **shapes,
             FOLD=fold,
+            PAIRS=pairs_of(text_turns),
+            ANCHOR_SLOTS=block,
             PRECISION="ieee" if key.dtype == torch.float32 else "tf32x3",
             ROW_TILE=row_tile,
             COLUMNS=COLUMNS,
@@ -361,12 +422,19 @@ def _stream(packed: PackedStream | None, new_tokens: int) -> Stream:
     if packed is None:
         return Stream()
     batch, groups, _, columns = packed.codes.shape
-    scales: tuple[Any, ...] = (packed.scale, *packed.scale.stride()) if packed.scale.numel() else (None, 0, 0, 0)
-    basis: tuple[Any, ...] = (None, None, None)
+    code_batch, code_group, code_token, _ = packed.codes.stride()
+    scale, (scale_batch, scale_group, scale_token) = None, (0, 0, 0)
+    if packed.scale.numel():
+        scale, (scale_batch, scale_group, scale_token) = packed.scale, packed.scale.stride()
+    mean = decoder = step = None
     next_batch = 0
     if not packed.as_is:
-        basis = tuple(tensor.contiguous() for tensor in packed.basis)
+        mean, decoder, step = (tensor.contiguous() for tensor in packed.basis)
         columns, next_batch = packed.bands.components, 0 if packed.basis.mean.shape[0] == 1 else groups
     coefficients = torch.empty(batch, groups, new_tokens, columns, dtype=torch.float32, device=packed.codes.device)
-    fields = (packed.codes, *packed.codes.stride()[:3], *scales, *basis, next_batch, coefficients)
-    return Stream(*fields)
+    # fmt: off
+    return Stream(
+        packed.codes, code_batch, code_group, code_token, scale, scale_batch, scale_group, scale_token,
+        mean, decoder, step, next_batch, coefficients,
+    )
+    # fmt: on

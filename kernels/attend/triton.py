@@ -43,17 +43,23 @@ from apack_compile.kernels.attend.triton_launch import (
 from apack_compile.kernels.attend.triton_softmax import LOG2E
 from apack_compile.kernels.layout import TEXT, VISION, PackedStream, packed_streams
 from apack_compile.kernels.triton_bands import first_column, first_component, key_layout, value_layout
+from apack_compile.kernels.triton_turns import pairs_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Latent columns, head channels and slots that one program of the small kernels takes.
 COLUMNS, CHANNELS, SLOTS = 64, 64, 64
 
 
-def serves(query: Tensor, packed: Sequence[PackedStream]) -> bool:
-    """Whether the kernels take these: 16- or 32-bit queries, keys and values of a segment both packed or both kept as they are."""
+def serves(query: Tensor, packed: Sequence[PackedStream], turns: Sequence[Tensor | None] = (), block: int = 0) -> bool:
+    """Whether the kernels take these: 16- or 32-bit queries, keys and values of a segment both packed or both kept as they are.
+
+    Relative keys only where they are packed, and whole tiles of tokens share an anchor: blocks of 16, 32, 64 and so on.
+    """
     alike = all(key.as_is == value.as_is for key, value in zip(packed[::2], packed[1::2], strict=True))
     one_grouping = len({stream.groups for stream in packed if not stream.as_is}) <= 1
-    return query.dtype in DTYPES and alike and one_grouping
+    relative = [key for key, by in zip(packed[::2], turns, strict=False) if by is not None]
+    in_tiles = not relative or (block >= 16 and block.bit_count() == 1 and not any(key.as_is for key in relative))
+    return query.dtype in DTYPES and alike and one_grouping and in_tiles
 
 
 def attend(
@@ -74,20 +80,24 @@ def attend(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
+    vision_turns: Tensor | None = None,
+    text_turns: Tensor | None = None,
+    block: int = 0,
 ) -> Tensor:
-    """As `reference.attend`, which also serves here what `serves` says no to (float64, a segment half packed)."""
+    """As `reference.attend`, which also serves here what `serves` says no to (float64, a segment half packed, an odd block)."""
     packed = packed_streams(codes, bases, bands)
-    if not serves(query, packed):
+    if not serves(query, packed, (vision_turns, text_turns), block):
         # fmt: off
         return reference.attend(
             query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
-            vision_importance, text_importance, tiers, partial, ema,
+            vision_importance, text_importance, tiers, partial, ema, vision_turns, text_turns, block,
         )
     # fmt: on
+    turns = {s: by for s, by in ((VISION, vision_turns), (TEXT, text_turns)) if by is not None}
     importance = {VISION: vision_importance, TEXT: text_importance}
     wanted = {segment for segment, known in importance.items() if known is not None and known.numel()}
     with torch.cuda.device_of(query):
-        call = _Call(query, key, value, dense, packed, positions, cursor, wanted, tiers)
+        call = _Call(query, key, value, dense, packed, positions, cursor, wanted, tiers, turns, block)
         # the kernels' scores are in base 2
         scale = LOG2E.value * (query.shape[-1] ** -0.5 if scale is None else scale)
         call.project(scale)
@@ -123,10 +133,13 @@ class _Call:
         cursor: Tensor,
         wanted: set[int],
         tiers: Tensor | None,
+        turns: dict[int, Tensor],
+        block: int,
     ) -> None:
         self.query, self.key, self.value, self.dense = query, key, value, dense
         self.positions, self.cursor, self.wanted = [p.contiguous() for p in positions], cursor, wanted
         self.tiers = None if tiers is None else tiers.contiguous()
+        self.turns, self.anchor_slots = {s: by.contiguous() for s, by in turns.items()}, block
         self.batch, self.kv_heads, self.new_tokens, self.head_dim = key.shape
         self.value_dim = value.shape[3]
         self.all_rows = query.shape[1] * query.shape[2]
@@ -145,6 +158,7 @@ class _Call:
             query.dtype.itemsize,
             len(coded) < len(self.streams),
             shared_bytes(query.device),
+            block if turns else 0,
         )
         self._share_out()
         self._allocate()
@@ -196,11 +210,12 @@ class _Call:
                 continue
             columns = first_column(key_layout(key.bands.counts), 4), first_column(value_layout(value.bands.counts), 4)
             dot = torch.float16 if self.half else torch.float32
+            anchored = *rows, self._anchors(segment)
             self.packed[segment] = _Packed(
                 key,
                 value,
                 scratch(self.batch, self.splits[segment], self.all_rows, columns[1]),
-                Latent(scratch(*rows, columns[0], dtype=dot), scratch(*rows), scratch(*rows)),
+                Latent(scratch(*anchored, columns[0], dtype=dot), scratch(*anchored), scratch(*anchored)),
                 Latent(scratch(*rows, columns[1]), scratch(*rows)),
             )
 
@@ -223,6 +238,10 @@ class _Call:
         """Of products with a basis: three TF32 products are as good as float32 for 16-bit queries."""
         return "tf32x3" if self.half else "ieee"
 
+    def _anchors(self, segment: int) -> int:
+        """Anchors that a segment's query latents are turned back to; one where nothing turns."""
+        return self.turns[segment].shape[1] if segment in self.turns else 1
+
     def _has(self) -> dict[str, bool]:
         """Which segments are packed, for the kernels."""
         return {"HAS_VISION": VISION in self.packed, "HAS_TEXT": TEXT in self.packed}
@@ -236,10 +255,13 @@ class _Call:
         counts = self._of(segment, stream).bands.counts if segment in self.packed else (0, 0, 0, 0)
         return key_layout(counts) if stream == "key" else value_layout(counts)
 
-    def _rows_grid(self, streams: Sequence[PackedStream]) -> tuple[bool, int, int, int]:
-        """Whether one basis serves all sequences, so that their rows go together; row tile; grid of row tiles and KV heads."""
+    def _rows_grid(self, streams: Sequence[PackedStream], anchors: int = 1) -> tuple[bool, int, int, int]:
+        """Whether one basis serves all sequences, so that their rows go together; row tile; grid of row tiles and KV heads.
+
+        anchors: how often each row is there.
+        """
         fold = all(stream.basis.mean.shape[0] == 1 for stream in streams)
-        rows = self.batch * self.kv_rows if fold else self.kv_rows
+        rows = self.kv_rows * anchors * (self.batch if fold else 1)
         return fold, row_tile(rows), triton.cdiv(rows, row_tile(rows)), self.kv_heads * (1 if fold else self.batch)
 
     def _rows(self, segment: int) -> Rows:
@@ -252,7 +274,7 @@ class _Call:
         if not self.packed:
             return
         streams = {segment: packed.key for segment, packed in self.packed.items()}
-        fold, tile, *grid = self._rows_grid(list(streams.values()))
+        fold, tile, *grid = self._rows_grid(list(streams.values()), max(map(self._anchors, streams)))
         blocks = [triton.cdiv(first_column(self._layout(segment, "key"), 4), COLUMNS) for segment in (VISION, TEXT)]
         # a stream of no components still has a mean
         blocks = [
@@ -262,6 +284,8 @@ class _Call:
             self._rows(0),
             *(basis_of(streams.get(segment)) for segment in (VISION, TEXT)),
             *(self._of(segment, "query") for segment in (VISION, TEXT)),
+            *(self.turns.get(segment) for segment in (VISION, TEXT)),
+            *(self._anchors(segment) for segment in (VISION, TEXT)),
             blocks[0],
             self.sizes,
             self.batch,
@@ -269,6 +293,7 @@ class _Call:
             **self._has(),
             VISION=self._layout(VISION, "key"),
             TEXT=self._layout(TEXT, "key"),
+            PAIRS=tuple(pairs_of(self.turns.get(segment)) for segment in (VISION, TEXT)),
             FOLD=fold,
             HEAD_DIM=self.head_dim,
             PRECISION=self.precision,
@@ -309,6 +334,7 @@ class _Call:
                 ),
                 self.dense[2].shape[2],
                 self.blocks,
+                *(self._anchors(segment) for segment in (VISION, TEXT)),
                 *segments,
                 self._rows(VISION),
                 self._rows(TEXT),
@@ -333,6 +359,7 @@ class _Call:
                 VISION_TILES=tiles[VISION],
                 TEXT_TILES=tiles[TEXT],
                 RESIDENT=launch.resident,
+                ANCHOR_SLOTS=tuple(self.anchor_slots if s in self.turns else 0 for s in (VISION, TEXT)),
                 KEEP_VISION=self.slots.get(VISION, 0) > 0,
                 KEEP_TEXT=self.slots.get(TEXT, 0) > 0,
                 ALIGNED=alignment([x for s in segments for x in (s.key, s.value) if isinstance(x, Strided)]),

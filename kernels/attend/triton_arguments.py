@@ -37,7 +37,10 @@ class Segment(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Query rows `[B, H_q, rows, D]`, and as latents: `[B, all rows, columns]` with a row scale and a shift `[B, all rows]`."""
+    """Query rows `[B, H_q, rows, D]`, and as latents: `[B, all rows, anchors, columns]` with scale and shift `[B, all rows, anchors]`.
+
+    Where keys are not relative there is one anchor, by which nothing is turned.
+    """
 
     pointer: Tensor
     batch: int
@@ -68,7 +71,7 @@ class Share(NamedTuple):
     """A segment's part of the work and of the results, put together in the kernel: what grows with the cache is no constant of it.
 
     splits, row tiles, blocks a split, slots; its first split among all and their number; its first split and the number of splits in
-    the tensor of its outputs; its first slot among the kept scores and their number.
+    the tensor of its outputs; its first slot among the kept scores and their number; anchors in its query latents.
     """
 
     splits: int
@@ -81,6 +84,7 @@ class Share(NamedTuple):
     parts: int
     first_slot: int
     all_slots: int
+    anchors: int
 
 
 class Sizes(NamedTuple):
@@ -116,7 +120,7 @@ class Basis(NamedTuple):
 
 
 class Latent(NamedTuple):
-    """Latents `[B, rows, columns]`. Of a query: with scale and shift `[B, rows]`; of an output: with its share of the softmax."""
+    """Latents `[B, rows, columns]`. Of a query: as in `Rows`; of an output: with its share `[B, rows]` of the softmax."""
 
     latent: Tensor
     scale: Tensor | None

@@ -21,6 +21,8 @@ ABSENT, PACKED_SEGMENT, DENSE_SEGMENT = tl.constexpr(0), tl.constexpr(1), tl.con
         "text_slots",
         "tail_slots",
         "blocks",
+        "vision_anchors",
+        "text_anchors",
     ]
 )
 def attend_kernel(
@@ -31,6 +33,8 @@ def attend_kernel(
     text_slots,
     tail_slots,
     blocks,
+    vision_anchors,
+    text_anchors,
     vision,
     text,
     first,
@@ -57,6 +61,7 @@ def attend_kernel(
     VISION_TILES: tl.constexpr,
     TEXT_TILES: tl.constexpr,
     RESIDENT: tl.constexpr,
+    ANCHOR_SLOTS: tl.constexpr,
     KEEP_VISION: tl.constexpr,
     KEEP_TEXT: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -98,12 +103,14 @@ def attend_kernel(
     kept = kept_vision + (text_slots if KEEP_TEXT else 0)
     # fmt: off
     vision_share = Share(
-        vision_splits, vision_tiles, blocks, vision_slots, vision_first, splits, vision_part, vision_parts, 0, kept
+        vision_splits, vision_tiles, blocks, vision_slots, vision_first, splits, vision_part, vision_parts, 0, kept,
+        vision_anchors,
     )
     text_share = Share(
-        text_splits, text_tiles, blocks, text_slots, text_first, splits, text_part, text_parts, kept_vision, kept
+        text_splits, text_tiles, blocks, text_slots, text_first, splits, text_part, text_parts, kept_vision, kept,
+        text_anchors,
     )
-    tail_share = Share(tail_splits, head_tiles, blocks, tail_slots, 0, splits, 0, dense_splits, 0, kept)
+    tail_share = Share(tail_splits, head_tiles, blocks, tail_slots, 0, splits, 0, dense_splits, 0, kept, 0)
     vision_programs = vision_splits * vision_tiles * vision_units if RUNS[0] else 0
     text_programs = text_splits * text_tiles * text_units if RUNS[1] else 0
     if work < vision_programs:
@@ -111,7 +118,7 @@ def attend_kernel(
             attend_packed(
                 work, b, vision_share, vision, vision_rows, results.vision, results, masks, sizes, cursor, tiers,
                 VISION_KEY, VISION_VALUE, EVEN[0], EVEN[1], PARTIAL, FIRST_PASS, VISION_TILES, KEEP_VISION, RESIDENT,
-                MASK, MASK_ROWS, PACKED_DOT, BLOCK, GROUP_TILE,
+                ANCHOR_SLOTS[0], MASK, MASK_ROWS, PACKED_DOT, BLOCK, GROUP_TILE,
             )
         elif VISION_KIND == DENSE_SEGMENT:
             attend_dense(
@@ -123,7 +130,7 @@ def attend_kernel(
             attend_packed(
                 work - vision_programs, b, text_share, text, text_rows, results.text, results, masks, sizes, cursor, None,
                 TEXT_KEY, TEXT_VALUE, EVEN[2], EVEN[3], first_component(TEXT_VALUE, 4), FIRST_PASS, TEXT_TILES, KEEP_TEXT, RESIDENT,
-                MASK, MASK_ROWS, PACKED_DOT, BLOCK, GROUP_TILE,
+                ANCHOR_SLOTS[1], MASK, MASK_ROWS, PACKED_DOT, BLOCK, GROUP_TILE,
             )
         elif TEXT_KIND == DENSE_SEGMENT:
             attend_dense(

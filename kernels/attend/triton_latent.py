@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from apack_compile.kernels.triton_bands import FLOAT16_MAX, component_of, first_column, first_component
+from apack_compile.kernels.triton_turns import partner_of, turned_back
 
 # Where the float16 latents of a query row are put in their range: none can overflow, and small ones keep their digits.
 LATENT_BOUND = tl.constexpr(16384.0)
@@ -25,11 +26,14 @@ def project_segment(
     query,
     basis,
     out,
+    turns,
+    anchors,
     block,
     sizes,
     batch,
     scale,
     LAYOUT: tl.constexpr,
+    PAIRS: tl.constexpr,
     FOLD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -37,12 +41,22 @@ def project_segment(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """A block of latent columns of a tile of rows: `q . decoder` times the step; the shift is `q . mean`. scale: in base 2."""
+    """A block of latent columns of a tile of rows: `q . decoder` times the step; the shift is `q . mean`. scale: in base 2.
+
+    Where PAIRS turn, each row stands there once per anchor, turned back by it.
+    """
     head = tl.program_id(1) % sizes.kv_heads
     z = (tl.program_id(1) // sizes.kv_heads).to(tl.int64)
     per_group = sizes.kv_heads // sizes.groups
-    b, in_head, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows, FOLD, ROW_TILE)
-    row = head * sizes.kv_rows + in_head
+    if PAIRS > 0:
+        b, turned_row, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows * anchors, FOLD, ROW_TILE)
+        row = head * sizes.kv_rows + turned_row // anchors
+        anchor = turned_row % anchors
+        at_row = (b * sizes.all_rows + row) * anchors + anchor
+    else:
+        b, in_head, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows, FOLD, ROW_TILE)
+        row = head * sizes.kv_rows + in_head
+        at_row = b * sizes.all_rows + row
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     component = component_of(column, LAYOUT)
     known = component >= 0
@@ -60,8 +74,12 @@ def project_segment(
         real = channel < HEAD_DIM
         at_query = start_of[:, None] + (channel * query.channel)[None, :]
         q = tl.load(at_query, mask=row_ok[:, None] & real[None, :], other=0.0).to(tl.float32)
-        at_row = (group * rank + component) * width + of_head
-        at_decoder = basis.decoder + at_row[None, :] + channel[:, None]
+        if PAIRS > 0:
+            at_partner = start_of[:, None] + (partner_of(channel, PAIRS) * query.channel)[None, :]
+            partner = tl.load(at_partner, mask=row_ok[:, None] & real[None, :], other=0.0).to(tl.float32)
+            q = turned_back(q, partner, turns, (b * anchors + anchor) * 2 * PAIRS, row_ok, channel, PAIRS)
+        at_component = (group * rank + component) * width + of_head
+        at_decoder = basis.decoder + at_component[None, :] + channel[:, None]
         decoder = tl.load(at_decoder, mask=known[None, :] & real[:, None], other=0.0).to(tl.float32)
         latent = tl.dot(q, decoder, latent, input_precision=PRECISION)
         top = tl.maximum(top, tl.max(tl.abs(q), 1))
@@ -77,7 +95,6 @@ def project_segment(
     step = tl.load(basis.step + group * rank + component, mask=known, other=0.0)
     latent = latent * step[None, :] * ratio[:, None]
     latent = tl.minimum(tl.maximum(latent, -FLOAT16_MAX), FLOAT16_MAX)
-    at_row = b * sizes.all_rows + row
     all_columns: tl.constexpr = first_column(LAYOUT, 4)
     at = out.latent + (at_row * all_columns)[:, None] + column[None, :]
     tl.store(at, latent.to(out.latent.dtype.element_ty), mask=row_ok[:, None] & (column < all_columns)[None, :])
@@ -86,13 +103,17 @@ def project_segment(
         tl.store(out.shift + at_row, shift * scale, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vision_anchors", "text_anchors"])
 def project_kernel(
     query,
     vision_basis,
     text_basis,
     vision,
     text,
+    vision_turns,
+    text_turns,
+    vision_anchors,
+    text_anchors,
     vision_blocks,
     sizes,
     batch,
@@ -101,6 +122,7 @@ def project_kernel(
     HAS_TEXT: tl.constexpr,
     VISION: tl.constexpr,
     TEXT: tl.constexpr,
+    PAIRS: tl.constexpr,
     FOLD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -108,21 +130,27 @@ def project_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Query latents of the packed segments. Grid: row tiles; KV heads (of each sequence); blocks of columns, vision's first."""
+    """Query latents of the packed segments. Grid: tiles of rows, times the anchors of the segment that has most; KV heads (of each
+    sequence); blocks of columns, vision's first.
+    """
     block = tl.program_id(2)
+    first_row = tl.program_id(0) * ROW_TILE
+    rows = sizes.kv_rows * batch if FOLD else sizes.kv_rows
     # fmt: off
     if block < vision_blocks:
         if HAS_VISION:
-            project_segment(
-                query, vision_basis, vision, block, sizes, batch, scale,
-                VISION, FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
-            )
+            if first_row < rows * vision_anchors:
+                project_segment(
+                    query, vision_basis, vision, vision_turns, vision_anchors, block, sizes, batch, scale,
+                    VISION, PAIRS[0], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                )
     else:
         if HAS_TEXT:
-            project_segment(
-                query, text_basis, text, block - vision_blocks, sizes, batch, scale,
-                TEXT, FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
-            )
+            if first_row < rows * text_anchors:
+                project_segment(
+                    query, text_basis, text, text_turns, text_anchors, block - vision_blocks, sizes, batch, scale,
+                    TEXT, PAIRS[1], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                )
     # fmt: on
 
 

@@ -63,20 +63,28 @@ def choose_launch(
     itemsize: int,
     kept: bool,
     shared: float,
+    anchor_slots: int,
 ) -> Launch:
-    """Launch parameters for packed streams of these bands, and dense tokens of this width; kept: some segment is dense. shared: bytes."""
+    """Launch parameters for packed streams of these bands, and dense tokens of this width; kept: some segment is dense. shared: bytes.
+
+    anchor_slots: slots that share an anchor, 0 where no keys are relative; a block of tokens has one anchor.
+    """
     columns = max((first_column(key_layout(bands.counts), 4) for bands in keys), default=0)
     group_tile = row_tile(group_rows)
     while group_tile > 16 and itemsize * columns * group_tile > shared / 2:
         group_tile //= 2
-    resident = itemsize * columns * group_tile <= shared / 2
-    held = itemsize * columns * group_tile if resident else 0
+    latents = itemsize * columns * group_tile
+    resident = latents <= shared / 2 and not anchor_slots
+    held = latents if resident else 0
+    # an anchor's latents are loaded with its tokens, and as far ahead of their use
+    loaded = latents if anchor_slots else 0
     channels = channel_tile(head_dim) * channel_tiles(head_dim)
     # with a segment kept as it is, the compiler was seen to keep the buffers of two dense loops
     token_bytes = [(2 if kept else 1) * 2 * itemsize * channels]
     token_bytes += [key.token_bytes + value.token_bytes for key, value in zip(keys, values, strict=True)]
     for block, stages in ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1)):
-        if held + block * stages * max(token_bytes) <= shared:
+        block = min(block, anchor_slots or block)
+        if held + stages * (loaded + block * max(token_bytes)) <= shared:
             break
     widest = max(
         (sum(pass_columns(bands, span) for span in passes(bands, group_tile)[:1]) for bands in values), default=0

@@ -85,6 +85,7 @@ def attend_packed(
     VALUE_TILES: tl.constexpr,
     KEEP_SCORES: tl.constexpr,
     RESIDENT: tl.constexpr,
+    ANCHOR_SLOTS: tl.constexpr,
     MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
@@ -94,7 +95,8 @@ def attend_packed(
     """One split of a packed segment, for one tile of a head group's rows.
 
     A pass has the value tiles from VALUE_TILES[0] to VALUE_TILES[1]; those after the first read its scores. RESIDENT: query latents are
-    loaded once, not for every block. read: pointer to the two tier counts, or None.
+    loaded once, not for every tile. read: pointer to the two tier counts, or None. ANCHOR_SLOTS: slots that share an anchor, in whose
+    latents the query is turned back; 0 where keys are not relative. They are whole blocks of tokens.
     """
     row_tile = work % share.row_tiles
     split = (work // share.row_tiles) % share.splits
@@ -104,11 +106,11 @@ def attend_packed(
     row = unit * sizes.group_rows + in_unit
     at_row = b * sizes.all_rows + row
 
-    query = ()
-    if FIRST_PASS:
-        query, offset = load_query(rows.latent, at_row, row_ok, KEY, RESIDENT, DOT, ROW_TILE)
-        row_scale = tl.load(rows.scale + at_row, mask=row_ok, other=0.0)
-        shift = tl.load(rows.shift + at_row, mask=row_ok, other=0.0)
+    if FIRST_PASS and ANCHOR_SLOTS == 0:
+        at_query = at_row
+        query, offset = load_query(rows.latent, at_query, row_ok, KEY, RESIDENT, DOT, ROW_TILE)
+        row_scale = tl.load(rows.scale + at_query, mask=row_ok, other=0.0)
+        shift = tl.load(rows.shift + at_query, mask=row_ok, other=0.0)
     accumulated = ()
     for band in tl.static_range(4):
         for number in tl.static_range(tiles(VALUE, band)):
@@ -134,6 +136,9 @@ def attend_packed(
         position = tl.load(segment.positions + b * share.slots + slot, mask=inside, other=-1)
         occupied = (position >= 0) & (position < stored_end)
         if FIRST_PASS:
+            if ANCHOR_SLOTS > 0:
+                at_query = at_row * share.anchors + start // ANCHOR_SLOTS
+                query, offset = load_query(rows.latent, at_query, row_ok, KEY, RESIDENT, DOT, ROW_TILE)
             score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
             key = segment.key + (token * first_byte(KEY, 4))[:, None]
             done = ()
@@ -145,9 +150,13 @@ def attend_packed(
                         if RESIDENT:
                             latent = query[len(done)]
                         else:
-                            latent = load_latent(rows.latent, at_row, row_ok, KEY, band, number, place)
+                            latent = load_latent(rows.latent, at_query, row_ok, KEY, band, number, place)
                         score = tl.dot(at_level, latent, score, input_precision="ieee")
                         done = done + (0,)
+            if ANCHOR_SLOTS > 0:
+                # loaded not before they are needed: registers are short here
+                row_scale = tl.load(rows.scale + at_query, mask=row_ok, other=0.0)
+                shift = tl.load(rows.shift + at_query, mask=row_ok, other=0.0)
             score = (score - offset[None, :]) * row_scale[None, :]
             if segment.key_scale is not None:
                 score *= tl.load(segment.key_scale + token, mask=inside, other=0.0).to(tl.float32)[:, None]

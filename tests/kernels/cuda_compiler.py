@@ -86,7 +86,14 @@ def state(bands, heads, groups, head_dim, dtype, batch=2, sequences=1, scaled=Tr
     return dense, codes, bases, flat, positions, torch.tensor([700, 600, 10])
 
 
-def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False, mask=None, **kwargs):
+def turned_by(block, head_dim, segments):
+    """Keyword arguments for relative keys in these segments, zeros."""
+    slots = {"vision_turns": 512, "text_turns": 256}
+    turns = {name: torch.zeros(2, slots[name] // block + 1, 2, head_dim // 2) for name in segments}
+    return turns | {"block": block}
+
+
+def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False, mask=None, block=0, **kwargs):
     """Compile what one attend launches."""
     given = state(bands, heads, groups, head_dim, dtype, **kwargs)
     query, new = (torch.zeros(2, h, 1, head_dim, dtype=dtype) for h in (query_heads, heads))
@@ -99,14 +106,16 @@ def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False,
             bands.components // 4,
             [0.2] * 4,
         )
-    attend(query, new, new, mask, None, *given, None, *more)
+    turns = turned_by(block, head_dim, ("vision_turns", "text_turns")) if block else {}
+    attend(query, new, new, mask, None, *given, None, *more, **turns)
 
 
-def append_with(bands, heads, head_dim, dtype):
+def append_with(bands, heads, head_dim, dtype, block=0):
     """Compile what one append launches, and encode."""
     dense, codes, bases, flat, _, cursor = state(bands, heads, 1, head_dim, dtype)
     new = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
-    append(new, new, dense[2:] + codes[4:], bases[6:], flat[8:], cursor)
+    turns = turned_by(block, head_dim, ("text_turns",)) if block else {}
+    append(new, new, dense[2:] + codes[4:], bases[6:], flat[8:], cursor, **turns)
     quantize(torch.zeros(1, 1, 50, bands.components), torch.ones(1, 1, bands.components), bands, True)
 
 
@@ -120,7 +129,9 @@ CASES = {
     "one head a group": lambda: attend_with(Bands((0, 0, 32, 32)), 9, 3, 3, 64, torch.bfloat16),
     "kept as it is": lambda: attend_with(None, 16, 4, 1, 72, torch.bfloat16),
     "wide heads": lambda: attend_with(ALL_WIDTHS, 8, 4, 1, 256, torch.bfloat16),
+    "relative keys": lambda: attend_with(ALL_WIDTHS, 28, 4, 1, 128, torch.bfloat16, block=64),
     "append": lambda: append_with(ALL_WIDTHS, 4, 128, torch.bfloat16),
+    "append relative keys": lambda: append_with(ALL_WIDTHS, 4, 128, torch.bfloat16, block=64),
 }
 
 if __name__ == "__main__":

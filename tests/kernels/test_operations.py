@@ -89,7 +89,8 @@ def turn_tables(shape: Shape, index: list[Tensor], generator: torch.Generator) -
         torch.rand(shape.batch, (count.shape[1] + shape.spare) // shape.block + 1, pairs, generator=generator) * 7
         for count in index[1:]
     ]
-    vision, text = (torch.stack([a.cos(), a.sin()], dim=2).to(shape.dtype) for a in angles)
+    dtype = torch.promote_types(shape.dtype, torch.float32)
+    vision, text = (torch.stack([a.cos(), a.sin()], dim=2).to(dtype) for a in angles)
     return {"vision_turns": vision, "text_turns": text, "block": shape.block}
 
 

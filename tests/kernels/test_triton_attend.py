@@ -11,9 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+from apack_compile.kernels import cuda
 from apack_compile.kernels.attend import reference, triton_launch
-from apack_compile.kernels.attend.triton import attend
-from apack_compile.kernels.layout import TEXT, VISION
+from apack_compile.kernels.attend.triton import attend, serves
+from apack_compile.kernels.layout import TEXT, VISION, packed_streams
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 UNPACK = torch.ops.apack.unpack
@@ -26,11 +27,18 @@ def moved(state: State, device: torch.device) -> State:
     """The same state elsewhere; what is random stays on the CPU."""
     lists = {name: [x.to(device) for x in getattr(state, name)] for name in ("dense", "codes", "bases", "positions")}
     single = {name: getattr(state, name).to(device) for name in ("key", "value", "cursor")}
-    return replace(state, **lists, **single)
+    turned = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.turned.items()}
+    return replace(state, **lists, **single, turned=turned)
 
 
 def littered(state: State, shape: Shape) -> State:
-    """The same state with NaN, and bytes that are NaN as float16, wherever no token is."""
+    """The same state with NaN, and bytes that are NaN as float16, wherever no token is; as it is where the reference serves it.
+
+    The reference multiplies what empty slots hold by weights of 0.
+    """
+    turns = state.turned.get("vision_turns"), state.turned.get("text_turns")
+    if not serves(state.key, packed_streams(state.codes, state.bases, state.bands), turns, shape.block):
+        return state
     n, held, packed = state.key.shape[2], state.held, int(state.cursor[1])
     dense, codes = [x.clone() for x in state.dense], [x.clone() for x in state.codes]
     ring = torch.ones(shape.tail, dtype=torch.bool)
@@ -90,6 +98,7 @@ def shapes(draw) -> Shape:
         padding=draw(st.booleans()),
         dtype=draw(st.sampled_from(DTYPES)),
         seed=draw(st.integers(0, 10**6)),
+        block=draw(st.sampled_from((0, 0, 16, 64, 24))),
     )
 
 
@@ -123,6 +132,8 @@ def assert_close_as(own: Tensor, exact: Tensor, plain: Tensor | None, largest: f
 @given(shapes(), st.data())
 @example(Shape(dtype=torch.float32, laid_out=330, head_dim=80, bands=((0, 0, 0, 0),) * 4), None)
 @example(Shape(dtype=torch.bfloat16, heads=1, head_dim=256, laid_out=65, bands=((16, 48, 96, 96),) * 4), None)
+@example(Shape(dtype=torch.bfloat16, heads=4, head_dim=40, laid_out=330, bands=((8, 32, 32, 32),) * 4, block=64), None)
+@example(Shape(dtype=torch.float32, groups=2, head_dim=17, laid_out=150, bands=((2, 3, 3, 2),) * 4, block=16), None)
 def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(device, shape, data):
     state = filled(shape)
     n, tokens = state.key.shape[2], state.held
@@ -138,8 +149,10 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
         if data.draw(st.booleans()):
             bias = torch.randn(shape.batch, tokens, generator=state.generator)
             bias[:, ::5] = float("-inf")
-    exact = reference.attend(query.double(), state.key.double(), state.value.double(), mask, bias, *state.stored, scale)
-    key, value = UNPACK(state.key, state.value, *state.stored, tokens)
+    exact = reference.attend(
+        query.double(), state.key.double(), state.value.double(), mask, bias, *state.stored, scale, **state.turned
+    )
+    key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
     allowed, added = allowed_by(state, tokens, rows), torch.zeros(())
     if mask is not None:
         allowed = allowed_by(state, tokens, -1)[:, :, :1]
@@ -160,6 +173,7 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
             None if bias is None else bias.to(device),
             *given_state.stored,
             scale,
+            **given_state.turned,
         )
     assert own.dtype == shape.dtype
     assert_close_as(own.cpu(), exact, plain, float(value.abs().max()))
@@ -182,7 +196,8 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
     ema = [0.25, 0.75, 1.0, 0.5]
     expected_known = [x.double() for x in known]
     exact = reference.attend(
-        query.double(), state.key.double(), state.value.double(), None, None, *state.stored, None, *expected_known, tiers, partial, ema
+        query.double(), state.key.double(), state.value.double(), None, None, *state.stored, None, *expected_known, tiers, partial, ema,
+        **state.turned,
     )  # fmt: skip
     given_state, own_known = moved(littered(state, shape), device), [x.to(device) for x in known]
     with pytest.MonkeyPatch.context() as patch:
@@ -190,9 +205,11 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
             patch.setattr(triton_launch, name, number)
         own = attend(
             query.to(device), given_state.key, given_state.value, None, None, *given_state.stored, None, *own_known,
-            tiers.to(device), partial, ema,
+            tiers.to(device), partial, ema, **given_state.turned,
         )  # fmt: skip
-    largest = float(torch.cat([UNPACK(state.key, state.value, *state.stored, state.held)[1].flatten()]).abs().max())
+    largest = float(
+        torch.cat([UNPACK(state.key, state.value, *state.stored, state.held, **state.turned)[1].flatten()]).abs().max()
+    )
     assert_close_as(own.cpu(), exact, None, 4 * largest)
     for got, wanted in zip(own_known, expected_known, strict=True):
         torch.testing.assert_close(got.cpu().double(), wanted, atol=1e-5, rtol=1e-5)
@@ -230,6 +247,32 @@ def test_float64_goes_to_the_reference(device):
     query = torch.randn(2, 4, 1, 5, dtype=torch.float64, device=device)
     arguments = (query, state.key, state.value, None, None, *state.stored, None)
     assert torch.equal(attend(*arguments), reference.attend(*arguments))
+
+
+@pytest.mark.parametrize(
+    "block, scope, served",
+    ((16, "model", True), (64, "model", True), (24, "model", False), (8, "model", False), (64, "as is", False)),
+)
+def test_relative_keys_are_served_where_they_are_packed_and_tiles_share_an_anchor(block, scope, served):
+    state = filled(Shape(block=block, scope=scope, dtype=torch.float32))
+    packed = packed_streams(state.codes, state.bases, state.bands)
+    turns = state.turned["vision_turns"], state.turned["text_turns"]
+    assert serves(torch.zeros(2, 4, 1, 5), packed, turns, block) == served
+    assert serves(torch.zeros(2, 4, 1, 5), packed, (None, None), block)
+
+
+@pytest.mark.parametrize("relative", ("vision_turns", "text_turns"))
+def test_one_segment_may_be_relative_and_the_other_not(device, relative):
+    shape = Shape(block=16, laid_out=80, dtype=torch.float32)
+    state = filled(shape)
+    turned = {name: state.turned[name] for name in (relative, "block")}
+    query = torch.randn(2, 4, 1, 5, generator=state.generator)
+    exact = reference.attend(
+        query.double(), state.key.double(), state.value.double(), None, None, *state.stored, None, **turned
+    )
+    there = moved(littered(replace(state, turned=turned), shape), device)
+    own = cuda.attend(query.to(device), there.key, there.value, None, None, *there.stored, None, **there.turned)
+    assert_close_as(own.cpu(), exact, None, 4 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("name", ("append", "attend", "attend_tiers"))

@@ -20,7 +20,9 @@ EXPECTED = {
     "one head a group": ATTEND | LATENT,
     "kept as it is": ATTEND,
     "wide heads": ATTEND | LATENT,
+    "relative keys": ATTEND | LATENT,
     "append": {"project_kernel", "write_kernel", "quantize_kernel"},
+    "append relative keys": {"project_kernel", "write_kernel", "quantize_kernel"},
 }
 
 
