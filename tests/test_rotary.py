@@ -14,11 +14,13 @@ from transformers import (
     Qwen2VLTextConfig,
     StableLmConfig,
 )
+from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.calibration import collect, turns_of_tokens
+from apack_compile.demo.evaluate import _decoded
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.rotary import BLOCK, KeyTurn, find_turn, rotary_start, turns_at, turns_of_blocks
 
@@ -176,3 +178,15 @@ def test_the_report_says_how_keys_are_packed_and_optimize_again_keeps_it():
     gpt = apack_compile.optimize(model_of(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)), ratio=3)
     apack_compile.calibrate(gpt, {"input_ids": prompt(seed=1)})
     assert apack_compile.report(gpt).keys == "stored as they are: the model has no rotary frequencies"
+
+
+def test_the_demo_reads_back_keys_that_were_turned():
+    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=2, compile="none")
+    apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
+    cache, exact = apack_compile.new_cache(model, 8), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for one in (cache, exact):
+            model(input_ids=prompt(), past_key_values=one)
+    key, _ = _decoded(cache.packed_layers[0], 300)
+    wanted = exact.layers[0].keys
+    assert (key - wanted).norm() < 0.3 * (wanted - wanted.mean(2, keepdim=True)).norm()
