@@ -58,9 +58,9 @@ class Shape:
 
 SHAPES = {
     "Qwen2.5-VL-7B": Shape(28, 4, 128, 2),
-    "LLaVA-1.5-7B": Shape(32, 32, 128, 8),
+    "LLaVA-1.5-7B": Shape(32, 32, 128, 16),
     "SmolLM2-135M": Shape(9, 3, 64, 1),
-    "Gemma3-4B": Shape(8, 4, 256, 2),
+    "Gemma3-4B": Shape(8, 4, 256, 4),
 }
 
 
@@ -283,16 +283,14 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer lengths, less time.")] = False,
     key_block: Annotated[
-        int | None,
-        typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come. Default: generate's."),
-    ] = None,
+        int, typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come.")
+    ] = BLOCK,
 ) -> None:
     """Time packed and dense decode attention."""
     if preset not in (None, "attentionpack"):
         raise typer.BadParameter(f"preset={preset!r} must be 'attentionpack'")
     plans = [None] if preset else [8.0, None] if ratio is None else [ratio]
     on_cpu = device == "cpu"
-    key_block = (BLOCK if on_cpu else 0) if key_block is None else key_block
     lengths = tokens or ([512, 8_192] if on_cpu or quick else [2_048, 8_192, 32_768, 131_072])
     batches = batch or ([1] if on_cpu or quick else [1, 16])
     dtypes = dtype or (["float32"] if on_cpu and quick else ["float32", "bfloat16"] if on_cpu else ["bfloat16"])

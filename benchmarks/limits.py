@@ -20,7 +20,7 @@ from harness import Row, print_table, write_json
 
 from apack_compile.plan import LayerPlan, Plan
 from apack_compile.plan_choice import Option, choose_groups, option_of, shortest_length
-from apack_compile.rotary import KeyTurn
+from apack_compile.rotary import BLOCK, KeyTurn
 from apack_compile.time_model import DEVICES, Device, Load, dense_limits, packed_seconds
 
 KEY_BLOCKS = (0, 32, 64, 128, 256)
@@ -84,7 +84,7 @@ def predictions(device: Device, ratio: float) -> Iterator[Row]:
             load = load_of(shape, tokens, batch)
             plans = {
                 "rank 64, 16 bits": option_of(plan_of(shape, None, tokens, 1, 0), load, device),
-                f"ratio {ratio:g}, default": option_of(plan_of(shape, ratio, tokens, 1, 32), load, device),
+                f"ratio {ratio:g}, default": option_of(plan_of(shape, ratio, tokens, 1, BLOCK), load, device),
                 f"ratio {ratio:g}, chosen": choose(shape, load, ratio, device, WANTED[name]),
             }
             for plan, option in plans.items():
@@ -111,7 +111,7 @@ def shortest_lengths(device: Device, ratio: float) -> Iterator[Row]:
             row: Row = {"shape": name, "batch": batch}
             for title, given, block in (
                 ("rank 64, 16 bits", None, 0),
-                (f"ratio {ratio:g}, key_block 32", ratio, 32),
+                (f"ratio {ratio:g}, key_block {BLOCK}", ratio, BLOCK),
                 (f"ratio {ratio:g}, key_block 256", ratio, 256),
                 (f"ratio {ratio:g}, key_block 0", ratio, 0),
             ):
