@@ -33,13 +33,15 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
 
     tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for layers that are not packed, of what they
     hold). sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, turns.
-    model_bytes: model-scoped bases and rotary frequencies. captured: smallest share of a stream's variance that a shared basis
+    model_bytes: model-scoped bases, rotary frequencies and a coarse rule's weights. captured: smallest share of a stream's variance that a shared basis
     kept (1 without any). ratio: dense_bytes / sequence_bytes.
     """
     plan, packed = cache.index.plan, [layer for layer in cache.packed_layers if layer.is_initialized]
     model = [t for bases in plan.bases.values() for basis in bases for t in basis] if plan is not None else []
     if plan is not None and plan.turn is not None:
         model.append(plan.turn.frequencies)
+    if plan is not None and plan.coarse is not None:
+        model += plan.coarse.weights.values()
     own = [t for layer in cache.layers if layer not in cache.packed_layers for t in tensors_in(vars(layer))]
     sequence = [
         *cache.index.positions,
@@ -55,7 +57,14 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
         tokens = layer.batch_size * int(layer.get_seq_length())
         widths = layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
         dense += tokens * widths * DENSE_ELEMENT_BYTES
-        held = [*layer.dense, *layer.codes, layer.cursor, *(layer.tiers.tensors() if layer.tiers is not None else ())]
+        placed = [*layer.own_positions, *layer.own_turns]
+        held = [
+            *layer.dense,
+            *layer.codes,
+            layer.cursor,
+            *placed,
+            *(layer.tiers.tensors() if layer.tiers is not None else ()),
+        ]
         own_bases = [t for t in layer.bases if t.untyped_storage().data_ptr() not in shared]
         sequence += [*held, *own_bases]
     sequence_bytes = storage_bytes(sequence)

@@ -213,7 +213,7 @@ class CompactedCache(Cache):
             found = (first.state()[4][0] >= 0).sum(1, keepdim=True) if held else 0
             index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots)
             empty = vision.new_empty((vision.shape[0], 0), dtype=torch.int32)
-            shared = held and plan.tiers is None
+            shared = held and not plan.layers_place_tokens
             kept = [*index.positions[:2], index.positions[2][:, : packed - origin]] if shared else [empty] * 3
         assignment = index.assignment
         index.spare = self._spare(held + tokens)
@@ -222,7 +222,9 @@ class CompactedCache(Cache):
         new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
         index.laid_out, index.laid_out_turns = index.positions, index.turns
         index.positions = [torch.cat(pair, 1) for pair in zip(kept, new, strict=True)]
-        if not plan.per_request and plan.tiers is None:
+        if plan.coarse is not None:
+            index.positions = []
+        elif not plan.per_request and plan.tiers is None:
             index.positions[2] = extended(index.positions[2], start, index.spare)
         self._follow_positions()
         # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
@@ -274,9 +276,10 @@ class CompactedCache(Cache):
             index.chunk, index.assignment, index.laid_out = None, None, []
             return
         grown = max(missing, self._spare(held))
-        slots, origin = packed[0].codes[4].shape[2], int(packed[0].cursor[2])
-        index.positions[2] = extended(index.positions[2], slots + origin, grown)
-        self._follow_positions()
+        slots, origin = packed[0].codes[-4].shape[2], int(packed[0].cursor[2])
+        if not index.plan.layers_place_tokens:
+            index.positions[2] = extended(index.positions[2], slots + origin, grown)
+            self._follow_positions()
         for layer in packed:
             layer.grow(grown)
 

@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 from apack_compile.basis import Moments, Spectrum, fit, fit_steps, mixed
+from apack_compile.importance import (
+    COARSE_SHARE,
+    CoarseRule,
+    RunningImportance,
+    features,
+    least_important,
+    scores_of,
+    unturned,
+)
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.modality import padding_of, vision_of
@@ -79,16 +88,24 @@ def collect(
     inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     groups: int = 1,
     turn: KeyTurn | None = None,
-) -> Statistics:
-    """Statistics of the given layers, by modality, over model inputs (dictionaries with at least `input_ids`); keys turned back.
+) -> tuple[Statistics, Mapping[str, CoarseRule]]:
+    """Statistics of the given layers over model inputs (dictionaries with at least `input_ids`), keys turned back; coarse rules.
 
+    By modality and, of modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the modality's rule.
     Raises ValueError when no input has a usable token (padding and the first tokens are left out).
     """
-    batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-    layers = list(layers)
+    batches, layers = [inputs] if isinstance(inputs, Mapping) else list(inputs), list(layers)
+    only = [observe(model, batches[0], layers)] if len(batches) == 1 else None
+
+    def observations() -> Iterable[tuple[Mapping[str, Any], Observation]]:
+        # an observation takes the memory of a few dense caches: only that of a single input is kept
+        return zip(batches, only or (observe(model, batch, layers) for batch in batches), strict=True)
+
     running: Running = {}
-    for batch in batches:
-        add_observation(running, observe(model, batch, layers), model.config, batch, groups, turn)
+    importance: dict[tuple[str, int], RunningImportance] = {}
+    for batch, seen in observations():
+        add_observation(running, seen, model.config, batch, groups, turn)
+        add_importance(importance, seen, model.config, batch, turn)
     if not running:
         raise ValueError(
             f"inputs: {len(batches)} calibration inputs hold no usable token (only padding or first tokens)"
@@ -97,15 +114,19 @@ def collect(
         for stream in range(2):
             if (layer, "text", stream) not in running:
                 running[layer, "text", stream] = running[layer, "vision", stream]
+    rules = rules_of(importance, layers)
+    for batch, seen in observations() if rules else ():
+        add_observation(running, seen, model.config, batch, groups, turn, rules)
+    return by_layer(running), rules
+
+
+def by_layer(running: Running) -> Statistics:
+    """Statistics of every layer by segment."""
+    statistics: Statistics = {}
     found = finish_all(running)
-    return {
-        layer: {
-            modality: (found[layer, modality, 0], found[layer, modality, 1])
-            for modality in MODALITIES
-            if (layer, modality, 0) in found
-        }
-        for layer in layers
-    }
+    for layer, segment, _ in found:
+        statistics.setdefault(layer, {})[segment] = (found[layer, segment, 0], found[layer, segment, 1])
+    return statistics
 
 
 def add_observation(
@@ -115,28 +136,93 @@ def add_observation(
     batch: Mapping[str, Any],
     groups: int,
     turn: KeyTurn | None = None,
+    rules: Mapping[str, CoarseRule] | None = None,
 ) -> None:
-    """Add one input's states and gradients to the streams they belong to."""
+    """Add one input's states and gradients to the streams of their modality or, with rules, of its coarse and fine tokens."""
     keys = next(iter(seen.states.values()))[0]
-    usable = {modality: flags for modality, flags in usable_tokens(config, batch, keys).items() if bool(flags.any())}
-    padding = padding_of(batch, keys.shape[2])
-    start = 0 if padding is None else rotary_start(padding)
-    turns = {} if turn is None else {name: turns_of_tokens(flags, start, turn) for name, flags in usable.items()}
-
-    def still(states: Tensor, stream: int, modality: str) -> Tensor:
-        if stream or not turns:
-            return states
-        return turned(states, turns[modality][:, None, : states.shape[2]], back=True)
-
+    usable, start = usable_tokens(config, batch, keys), start_of(batch, keys)
     for layer, both in seen.states.items():
-        for modality, chosen in usable.items():
+        segments = usable if rules is None else separated(rules, layer, both, usable, start, turn)
+        for name, chosen in segments.items():
+            if not bool(chosen.any()):
+                continue
+            turns = None if turn is None else turns_of_tokens(chosen, start, turn)[:, None]
             for stream, states in enumerate(both):
-                moments = running.setdefault((layer, modality, stream), RunningMoments())
-                moments.add(to_groups(still(states, stream, modality), groups).transpose(0, 1)[:, chosen])
+                moments = running.setdefault((layer, name, stream), RunningMoments())
+                moments.add(chosen_tokens(states, chosen, None if stream else turns, groups))
                 for gradient in seen.gradients[layer][stream] if seen.queries else ():
-                    cached = chosen[:, : gradient.shape[2]]
-                    gradient = still(gradient, stream, modality)
-                    moments.add_gradients(to_groups(gradient, groups).transpose(0, 1)[:, cached], seen.queries)
+                    known = chosen_tokens(gradient, chosen, None if stream else turns, groups)
+                    moments.add_gradients(known, seen.queries)
+
+
+def separated(
+    rules: Mapping[str, CoarseRule],
+    layer: int,
+    both: tuple[Tensor, Tensor],
+    usable: Mapping[str, Tensor],
+    start: Tensor,
+    turn: KeyTurn | None,
+) -> dict[str, Tensor]:
+    """Coarse and fine tokens of each modality with a rule, bool `[B, T]`, among the usable ones."""
+    segments = {}
+    positions = torch.arange(both[0].shape[2], device=start.device) - start
+    for modality, rule in rules.items():
+        scores = scores_of(*both, positions, turn, rule.weights[layer])
+        coarse = least_important(usable[modality], scores, rule.share)
+        segments |= {f"coarse_{modality}": coarse, f"fine_{modality}": usable[modality] & ~coarse}
+    return segments
+
+
+def add_importance(
+    importance: dict[tuple[str, int], RunningImportance],
+    seen: Observation,
+    config: Any,
+    batch: Mapping[str, Any],
+    turn: KeyTurn | None,
+) -> None:
+    """Add one input's tokens, and how much disturbing each of them costs, by modality and layer."""
+    keys = next(iter(seen.states.values()))[0]
+    positions = torch.arange(keys.shape[2], device=keys.device) - start_of(batch, keys)
+    usable = usable_tokens(config, batch, keys)
+    for layer, both in seen.gradients.items():
+        key, value = seen.states[layer]
+        x = features(unturned(key, positions, turn), value)
+        energy = sum(
+            gradient.double().square().sum((1, 3)) * float(states.float().var())
+            for states, drawn in zip((key, value), both, strict=True)
+            for gradient in drawn
+        )
+        for modality, flags in usable.items():
+            cached = flags[:, : energy.shape[1]]
+            known = importance.setdefault((modality, layer), RunningImportance())
+            known.add(x[:, : energy.shape[1]][cached], energy[cached])
+
+
+def rules_of(importance: Mapping[tuple[str, int], RunningImportance], layers: Iterable[int]) -> dict[str, CoarseRule]:
+    """The rule of each modality of which every layer saw enough tokens."""
+    rules = {}
+    for modality in MODALITIES:
+        found = {layer: importance[modality, layer] for layer in layers if (modality, layer) in importance}
+        if found and all(known.is_known for known in found.values()):
+            rules[modality] = CoarseRule(
+                modality, COARSE_SHARE, {layer: known.finish() for layer, known in found.items()}
+            )
+    return rules
+
+
+def chosen_tokens(states: Tensor, chosen: Tensor, turns: Tensor | None, groups: int) -> Tensor:
+    """The chosen tokens `[G, N, W_g]` of states `[B, H_kv, T, D]`, turned back; states may end before the flags `[B, T]`."""
+    tokens = states.shape[2]
+    still = states if turns is None else turned(states, turns[:, :, :tokens], back=True)
+    return to_groups(still, groups).transpose(0, 1)[:, chosen[:, :tokens]]
+
+
+def start_of(batch: Mapping[str, Any], keys: Tensor) -> Tensor:
+    """Position `[B, 1]` whose rotary angle is 0."""
+    padding = padding_of(batch, keys.shape[2])
+    return (
+        torch.zeros(len(keys), 1, dtype=torch.int64, device=keys.device) if padding is None else rotary_start(padding)
+    )
 
 
 def turns_of_tokens(flags: Tensor, start: Tensor, turn: KeyTurn) -> Tensor:

@@ -9,18 +9,18 @@ from transformers.cache_utils import CacheLayerMixin
 from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
 from apack_compile.drift import Fit, lost_share, refit
+from apack_compile.importance import least_important, scores_of
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
 from apack_compile.plan import FITTED_SCOPES, STREAMS, Plan
-from apack_compile.token_index import Assignment, Chunk, gather_tokens
+from apack_compile.rotary import turns_of_blocks
+from apack_compile.token_index import Assignment, Chunk, compact, extended, flags_at, gather_tokens, positions_of
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
 MAX_APPEND = 32
 # Fewer tokens do not tell whether a basis fits.
 MIN_WATCHED = 32
-# The key streams among vision K, vision V, text K, text V.
-KEYS = (0, 2)
 
 
 class SharedIndex:
@@ -67,6 +67,9 @@ class CompactedLayer(CacheLayerMixin):
         self.bands: list[int] = []
         self.cursor: Tensor | None = None
         self.tiers: LayerTiers | None = None
+        # Positions and turns of its own, where the plan tells coarse tokens from fine ones; else empty.
+        self.own_positions: list[Tensor] = []
+        self.own_turns: list[Tensor] = []
         # Of each stream with a shared basis: how it fitted this prompt, and how it would have where it was refitted.
         self.fits: dict[int, Fit] = {}
         self.refitted: dict[int, Fit] = {}
@@ -86,8 +89,15 @@ class CompactedLayer(CacheLayerMixin):
 
     def state(self) -> tuple:
         """The state arguments of `unpack` and `attend`."""
-        positions = self.index.positions if self.tiers is None else self.tiers.positions
-        return self.dense, self.codes, self.bases, self.bands, positions, self.cursor
+        return self.dense, self.codes, self.bases, self.bands, self.positions(), self.cursor
+
+    def positions(self) -> list[Tensor]:
+        """Positions of the slots: int32 `[B, slots]` of first, vision, text."""
+        return self.tiers.positions if self.tiers is not None else self.own_positions or self.index.positions
+
+    def turns(self) -> list[Tensor]:
+        """Turns of the slots of vision and text; empty where keys are not turned back."""
+        return self.own_turns or self.index.turns
 
     def tier_state(self) -> tuple:
         """The last arguments of `unpack` and `attend_tiers`; empty without tiers."""
@@ -95,15 +105,15 @@ class CompactedLayer(CacheLayerMixin):
 
     def turn_state(self, turns: list[Tensor] | None = None, text_only: bool = False) -> dict[str, Any]:
         """The arguments that say how packed keys were turned back; empty where they were not."""
-        turns = self.index.turns if turns is None else turns
+        turns = turns or self.turns()
         if not turns:
             return {}
-        named = {"text_turns": turns[1], "block": self.index.plan.turn.block}
-        return named if text_only else {"vision_turns": turns[0], **named}
+        block = self.index.plan.turn.block
+        return {"text_turns": turns[-1], "block": block} if text_only else {"turns": turns, "block": block}
 
     def append_state(self) -> tuple:
         """The state arguments of `append`."""
-        return self.dense[2:] + self.codes[4:], self.bases[6:], self.bands[8:], self.cursor
+        return self.dense[2:] + self.codes[-4:], self.bases[-6:], self.bands[-8:], self.cursor
 
     @torch.compiler.disable
     def _store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,10 +127,10 @@ class CompactedLayer(CacheLayerMixin):
         out = (key, value) if fresh else self._exact(key, value)
         if self.index.plan.per_request:
             self.lazy_initialization(key, value)
-            parts, used = [states[:, :, :end] for states in out], {VISION: 0, TEXT: 0}
+            parts, used = [states[:, :, :end] for states in out], [0] * len(self.index.plan.segments)
         else:
             parts = [self._tail_then(states, i, held, packed) for i, states in enumerate((key, value))]
-            used = {VISION: self.codes[0].shape[2], TEXT: packed - origin}
+            used = [*(codes.shape[2] for codes in self.codes[:-4:4]), packed - origin]
         self._lay_out(parts, used, end)
         return out
 
@@ -140,9 +150,9 @@ class CompactedLayer(CacheLayerMixin):
         """What is held, decoded, with the chunk exact at its end."""
         held = self.cursor + torch.tensor([key.shape[2], 0, 0], device=key.device)
         tokens = max(self.get_mask_sizes(key.shape[2])[0], int(held[HELD]))
-        positions = self.index.laid_out if self.tiers is None else self.tiers.positions
+        positions = self.positions() if self.index.plan.layers_place_tokens else self.index.laid_out
         state = (self.dense, self.codes, self.bases, self.bands, positions)
-        turns = self.turn_state(self.index.laid_out_turns)
+        turns = self.turn_state(self.own_turns or self.index.laid_out_turns)
         return torch.ops.apack.unpack.default(key, value, *state, held, tokens, **turns)
 
     def check(self, key: Tensor, value: Tensor) -> None:
@@ -179,7 +189,7 @@ class CompactedLayer(CacheLayerMixin):
         ]
         plans = self.index.plan.layers[self.layer_idx].streams
         self.bands = [count for plan in plans for count in plan.bands.counts]
-        self.bases = [tensor for i in range(4) for tensor in self._initial_basis(i, self.dense[i % 2])]
+        self.bases = [tensor for i in range(len(plans)) for tensor in self._initial_basis(i, self.dense[i % 2])]
         self.codes = []
         for i, plan in enumerate(plans):
             x = to_groups((key_states, value_states)[i % 2][:, :, :0], self.index.plan.groups)
@@ -215,9 +225,9 @@ class CompactedLayer(CacheLayerMixin):
         """
         plan = self.index.plan.layers[self.layer_idx].streams[stream]
         tokens = gather_tokens(states, index)
-        if stream in KEYS and self.index.turns:
+        if stream % 2 == 0 and self.turns():
             slots = torch.arange(first_slot, first_slot + tokens.shape[2], device=tokens.device)
-            turns = turns_of_slots(self.index.turns[stream // 2], self.index.plan.turn.block, slots)[:, None]
+            turns = turns_of_slots(self.turns()[stream // 2], self.index.plan.turn.block, slots)[:, None]
             tokens = turned(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), turns, back=True)
         x = to_groups(tokens, self.index.plan.groups)
         bands = plan.bands
@@ -260,18 +270,21 @@ class CompactedLayer(CacheLayerMixin):
         ring = torch.arange(packed, held, device=states.device) % max(slots, 1)
         return torch.cat([self.dense[2 + stream][:, :, ring].to(states.dtype), states], dim=2)
 
-    def _lay_out(self, parts: list[Tensor], used: dict[int, int], end: int) -> None:
+    def _lay_out(self, parts: list[Tensor], used: list[int], end: int) -> None:
         """Put the tokens of `parts` (K, V) where the shared assignment says, behind the `used` slots of each segment."""
         assignment, tiers = self.index.assignment, self.tiers
-        where = {VISION: assignment.vision, TEXT: assignment.text}
+        where = [assignment.vision, assignment.text]
+        if self.index.plan.coarse is not None:
+            where = self._told_apart(parts)
+            self._place(where, used)
         if tiers is not None and self.index.plan.per_request:
             alive = tiers.alive(end)
-            where = {segment: torch.where(alive.gather(1, i.clamp_min(0)), i, -1) for segment, i in where.items()}
+            where = [torch.where(alive.gather(1, i.clamp_min(0)), i, -1) for i in where]
         for i, states in enumerate(parts):
             first = gather_tokens(states, assignment.first).to(self.dense[i].dtype)
             self.dense[i] = torch.cat([self.dense[i], first], dim=2)
-        for i in range(4):
-            segment = VISION if i < 2 else TEXT
+        for i in range(2 * len(where)):
+            segment = i // 2
             codes, scale = self._pack(parts[i % 2], i, where[segment], used[segment])
             if self.index.plan.per_request:
                 self.codes[2 * i] = codes
@@ -285,20 +298,56 @@ class CompactedLayer(CacheLayerMixin):
             ring = torch.arange(start, end, device=tail.device) % max(tail.shape[2], 1)
             newest = states[:, :, states.shape[2] - assignment.tail :].to(tail.dtype)
             self.dense[2 + i] = tail.index_copy(2, ring, newest)
-        self.cursor = torch.tensor([end, start, start - self.codes[4].shape[2]], device=self.device)
+        self.cursor = torch.tensor([end, start, start - self.codes[-4].shape[2]], device=self.device)
         if tiers is not None:
             if self.index.plan.per_request:
-                tiers.lay_out(self.index.positions, where, end)
+                tiers.lay_out(self.index.positions, dict(zip((VISION, TEXT), where, strict=True)), end)
             else:
-                tiers.add_chunk(self.index.positions, used, end - parts[0].shape[2], end)
+                tiers.add_chunk(
+                    self.index.positions, dict(zip((VISION, TEXT), used, strict=True)), end - parts[0].shape[2], end
+                )
         self.grow(self.index.spare)
+
+    def _told_apart(self, parts: list[Tensor]) -> list[Tensor]:
+        """Where a chunk's tokens go, chunk indices `[B, slots]` per packed segment; the newest text is fine."""
+        plan, chunk, assignment = self.index.plan, self.index.chunk, self.index.assignment
+        tokens, recent = parts[0].shape[2], assignment.recent - assignment.tail
+        older, newest = assignment.text.split([assignment.text.shape[1] - recent, recent], dim=1)
+        candidates = flags_at(assignment.vision if plan.coarse.modality == "vision" else older, tokens)
+        positions = chunk.start + torch.arange(tokens, device=older.device) - self.index.start
+        scores = scores_of(*parts, positions, plan.turn, plan.coarse.weights[self.layer_idx])
+        coarse = least_important(candidates, scores, plan.coarse.share)
+        fine = compact(candidates & ~coarse)
+        if plan.coarse.modality == "vision":
+            return [compact(coarse), fine, assignment.text]
+        return [compact(coarse), assignment.vision, torch.cat([fine, newest], 1)]
+
+    def _place(self, where: list[Tensor], used: list[int]) -> None:
+        """Positions and turns of a chunk's tokens, behind those of the `used` slots."""
+        new = [positions_of(i, self.index.chunk.start) for i in (self.index.assignment.first, *where)]
+        if self.own_positions:
+            first, *packed = self.own_positions
+            old = [first, *(p[:, :slots] for p, slots in zip(packed, used, strict=True))]
+            new = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
+        self.own_positions = new
+        self._follow_positions()
+
+    def _follow_positions(self) -> None:
+        """Turns of its own slots as they are now."""
+        turn = self.index.plan.turn
+        if turn is not None:
+            self.own_turns = [turns_of_blocks(p, self.index.start, turn) for p in self.own_positions[1:]]
 
     def grow(self, slots: int) -> None:
         """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""
         if not self.index.plan.per_request:
+            start = self.codes[-4].shape[2] + int(self.cursor[ORIGIN])
             if self.tiers is not None:
-                self.tiers.grow(self.codes[4].shape[2] + int(self.cursor[ORIGIN]), slots)
-            for i in (4, 5, 6, 7):
+                self.tiers.grow(start, slots)
+            if self.own_positions:
+                self.own_positions[-1] = extended(self.own_positions[-1], start, slots)
+                self._follow_positions()
+            for i in range(-4, 0):
                 if self.codes[i].dim() > 1:
                     shape = (*self.codes[i].shape[:2], slots, *self.codes[i].shape[3:])
                     self.codes[i] = torch.cat([self.codes[i], self.codes[i].new_zeros(shape)], dim=2)
@@ -307,8 +356,12 @@ class CompactedLayer(CacheLayerMixin):
     def mark_static(self) -> None:
         """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
         own = self.tiers.tensors() if self.tiers is not None else ()
-        for tensor in (*self.dense, *self.codes, *self.bases, self.cursor, *own):
+        placed = (*self.own_positions, *self.own_turns)
+        for tensor in (*self.dense, *self.codes, *self.bases, self.cursor, *placed, *own):
             torch._dynamo.mark_static_address(tensor, guard=False)
+        for tensor in placed:
+            if tensor.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
         for tensor in own:
             if tensor.dim() > 1 and tensor.shape[1] > 2:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
@@ -320,7 +373,7 @@ class CompactedLayer(CacheLayerMixin):
         """Tokens that can be appended before the layer must grow or be packed anew."""
         held, packed, origin = self.cursor.tolist()
         room = self.dense[2].shape[2] - (held - packed)
-        return room if self.index.plan.per_request else room + self.codes[4].shape[2] - (packed - origin)
+        return room if self.index.plan.per_request else room + self.codes[-4].shape[2] - (packed - origin)
 
     def get_seq_length(self) -> Tensor | int:
         """Tokens held: 0, or a 0-d tensor (a Python int would recompile at every step)."""
@@ -343,6 +396,7 @@ class CompactedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self.dense, self.codes, self.bases, self.bands, self.cursor, self.tiers = [], [], [], [], None, None
+        self.own_positions, self.own_turns = [], []
         self.fits, self.refitted = {}, {}
         self.is_initialized = False
 
@@ -355,7 +409,8 @@ class CompactedLayer(CacheLayerMixin):
     def batched(self) -> list[list[Tensor]]:
         """The lists whose tensors have a row per sequence."""
         own = [] if self.tiers is None else self.tiers.batched()
-        return [self.dense, self.codes, *own, *([self.bases] if self._own_bases() else [])]
+        placed = [self.own_positions, self.own_turns]
+        return [self.dense, self.codes, *placed, *own, *([self.bases] if self._own_bases() else [])]
 
     def _own_bases(self) -> bool:
         """Whether each row has bases of its own."""

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from apack_compile.basis import BAND_GRAIN, Spectrum
 from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
+from apack_compile.importance import CoarseRule
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
 MODALITIES = ("vision", "text")
 STREAMS = ("key", "value")
+# Packed segments, in the operations' order.
+SEGMENTS = ("coarse", *MODALITIES)
 FIRST_TOKENS = 4
 # Scopes whose bases are fitted to what a cache holds, and stored with it.
 FITTED_SCOPES = ("sequence", "batch")
@@ -41,17 +44,25 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The four streams of a layer, in the operations' order."""
+    """The streams of a layer; coarse ones where a rule tells coarse tokens from fine ones."""
 
     vision_key: StreamPlan
     vision_value: StreamPlan
     text_key: StreamPlan
     text_value: StreamPlan
+    coarse_key: StreamPlan | None = None
+    coarse_value: StreamPlan | None = None
+
+    @property
+    def named(self) -> dict[str, StreamPlan]:
+        """The streams by name, in the operations' order: coarse K and V if there are any, vision K, vision V, text K, text V."""
+        names = [f"{segment}_{stream}" for segment in SEGMENTS for stream in STREAMS]
+        return {name: stream for name in names if (stream := getattr(self, name)) is not None}
 
     @property
     def streams(self) -> tuple[StreamPlan, ...]:
-        """vision K, vision V, text K, text V."""
-        return (self.vision_key, self.vision_value, self.text_key, self.text_value)
+        """The streams, in the operations' order."""
+        return tuple(self.named.values())
 
 
 @dataclass(frozen=True)
@@ -68,9 +79,9 @@ class Plan:
     """A plan for one cache, with the model-scoped bases it needs.
 
     layers: plan of each packed layer, by its index in the model. tail_slots: newest tokens kept dense. first_tokens: tokens
-    at the start kept dense. groups: head groups. bases: vision K, vision V, text K, text V of each model-scoped layer.
+    at the start kept dense. groups: head groups. bases: of the streams of each model-scoped layer, in their order.
     signature: layers, KV heads, head_dim and dtype of the model it is for. tiers: what a step reads; None for all. turn: how packed
-    keys were turned back; None for keys stored as they come.
+    keys were turned back; None for keys stored as they come. coarse: which tokens the coarse segment holds; None for none.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -83,6 +94,17 @@ class Plan:
     provenance: Provenance = Provenance()
     tiers: TierPlan | None = None
     turn: KeyTurn | None = None
+    coarse: CoarseRule | None = None
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The packed segments, in the operations' order."""
+        return SEGMENTS if self.coarse is not None else MODALITIES
+
+    @property
+    def layers_place_tokens(self) -> bool:
+        """Whether each layer has positions of its own, because it orders, evicts or separates tokens by itself."""
+        return self.tiers is not None or self.coarse is not None
 
     @property
     def per_request(self) -> bool:
@@ -106,7 +128,8 @@ class Plan:
         """This plan with its bases on a device."""
         moved = {i: tuple(StreamBasis(*(t.to(device) for t in b)) for b in bases) for i, bases in self.bases.items()}
         turn = None if self.turn is None else replace(self.turn, frequencies=self.turn.frequencies.to(device))
-        return replace(self, bases=moved, turn=turn)
+        coarse = None if self.coarse is None else self.coarse.to(device)
+        return replace(self, bases=moved, turn=turn, coarse=coarse)
 
 
 Ranks = int | Sequence[int]
@@ -244,49 +267,61 @@ def budget_plan(
     vision_share: float,
     element_bytes: int = 2,
     turn: KeyTurn | None = None,
+    rules: Mapping[str, CoarseRule] | None = None,
 ) -> Plan:
     """The plan that holds prompts of about `tokens` tokens, `vision_share` of them vision, at `ratio`.
 
-    `statistics[layer][modality]` are the key's and the value's, of keys turned back by `turn`. The budget is what a 16-bit dense
-    cache takes, divided by the ratio, less what stays dense: the first tokens, the tail, and the shared positions and turns.
+    `statistics[layer][segment]` are the key's and the value's, of keys turned back by `turn`. The modality that most tokens are of is
+    told apart where it has one of the `rules`. The budget is what a 16-bit dense cache takes, divided by the ratio, less what
+    stays dense: the first tokens, the tail, and positions and turns, shared or by layer.
     """
     tail_slots = tail_slots_for(tokens, ratio)
     separates_vision = all("vision" in layer for layer in statistics.values())
     share = {"vision": vision_share, "text": 1 - vision_share} if separates_vision else {"text": 1.0}
+    coarse = (rules or {}).get(max(share, key=lambda modality: share[modality]))
+    sources = {modality: modality for modality in share}
+    if coarse is not None:
+        grades = {"coarse": f"coarse_{coarse.modality}", coarse.modality: f"fine_{coarse.modality}"}
+        whole = share.pop(coarse.modality)
+        share |= {grades["coarse"]: whole * coarse.share, grades[coarse.modality]: whole * (1 - coarse.share)}
+        sources |= grades
+    sources.setdefault("vision", sources["text"])
     dense_bits = sum(8 * element_bytes * width_of(s) for layer in statistics.values() for s in layer["text"])
     packed_tokens = max(tokens - FIRST_TOKENS - tail_slots, 1) + spare_slots(tokens) // 2
-    shared_bits = 32 + (0 if turn is None else 64 * len(turn.frequencies) / turn.block)
-    fixed = (FIRST_TOKENS + tail_slots) * dense_bits + shared_bits * tokens
+    place_bits = 32 + (0 if turn is None else 64 * len(turn.frequencies) / turn.block)
+    if coarse is not None:
+        place_bits *= len(statistics)
+    fixed = (FIRST_TOKENS + tail_slots) * dense_bits + place_bits * tokens
     scale_bits = 16 * sum(len(layer["text"]) * groups_of(layer["text"][0]) for layer in statistics.values())
     budget = (tokens * dense_bits / ratio - fixed) / packed_tokens - scale_bits
     if tokens * dense_bits / ratio <= fixed:
         budget = (dense_bits / ratio) - scale_bits
     weights, cost, owners, lengths = [], [], [], []
-    for layer, modalities in statistics.items():
-        for modality, part in share.items():
-            for stream, measured in enumerate(modalities[modality]):
+    for layer, segments in statistics.items():
+        for source, part in share.items():
+            for stream, measured in enumerate(segments[source]):
                 run_weights, run_lengths = runs_of(measured.weights)
                 groups = groups_of(measured)
                 weights.append(run_weights * max(part, 1e-3))
                 cost.append(torch.tensor(run_lengths, dtype=torch.float64) * groups * max(part, 1e-3))
-                owners.append((layer, modality, stream))
+                owners.append((layer, source, stream))
                 lengths.append(run_lengths)
     bits = water_fill(torch.cat(weights), torch.cat(cost), budget).split([len(run) for run in lengths])
     chosen = {owner: bands_of(b.tolist(), run) for owner, b, run in zip(owners, bits, lengths, strict=True)}
     layers, bases = {}, {}
-    for layer, modalities in statistics.items():
-        streams, layer_bases = [], []
-        for modality in MODALITIES:
-            source = modality if modality in share else "text"
-            for stream in range(2):
-                bands = chosen[layer, source, stream]
-                spectrum = modalities[source][stream].spectrum
-                streams.append(StreamPlan("model", bands, True, expected_error(spectrum, bands)))
-                layer_bases.append(spectrum.basis(bands))
-        layers[layer] = LayerPlan(*streams)
-        bases[layer] = tuple(layer_bases)
+    for layer, segments in statistics.items():
+        streams, layer_bases = {}, {}
+        for segment, source in sources.items():
+            for i, stream in enumerate(STREAMS):
+                bands, spectrum = chosen[layer, source, i], segments[source][i].spectrum
+                streams[f"{segment}_{stream}"] = StreamPlan("model", bands, True, expected_error(spectrum, bands))
+                layer_bases[f"{segment}_{stream}"] = spectrum.basis(bands)
+        layers[layer] = LayerPlan(**streams)
+        bases[layer] = tuple(layer_bases[name] for name in layers[layer].named)
     groups = groups_of(next(iter(statistics.values()))["text"][0])
-    return Plan(layers, tail_slots, groups=groups, bases=bases, separates_vision=separates_vision, turn=turn)
+    return Plan(
+        layers, tail_slots, groups=groups, bases=bases, separates_vision=separates_vision, turn=turn, coarse=coarse
+    )
 
 
 def expected_error(spectrum: Spectrum, bands: Bands) -> float:

@@ -7,11 +7,11 @@ import torch
 
 from apack_compile.codec import Bands, StreamBasis
 from apack_compile.config import MIN_TAIL_SLOTS
+from apack_compile.importance import CoarseRule
 from apack_compile.plan import FITTED_SCOPES, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.rotary import KeyTurn
 
 SCOPES = ("as_is", "half", *FITTED_SCOPES, "model")
-STREAM_NAMES = tuple(f"{modality}_{stream}" for modality in MODALITIES for stream in STREAMS)
 
 
 class Claim(NamedTuple):
@@ -45,7 +45,9 @@ def claims(plan: Plan) -> Iterator[Claim]:
     yield Claim(is_count(plan.groups) and plan.groups > 0, "groups", plan.groups, "an integer >= 1")
     yield Claim(isinstance(plan.separates_vision, bool), "separates_vision", plan.separates_vision, "True or False")
     for layer, streams in plan.layers.items():
-        for name, stream in zip(STREAM_NAMES, streams.streams, strict=True):
+        names = [f"{segment}_{stream}" for segment in plan.segments for stream in STREAMS]
+        yield Claim(list(streams.named) == names, f"layer {layer} streams", list(streams.named), ", ".join(names))
+        for name, stream in streams.named.items():
             yield from stream_claims(stream, f"layer {layer} {name}")
     scopes = {stream.scope for streams in plan.layers.values() for stream in streams.streams}
     fitted = sorted(scopes.intersection(FITTED_SCOPES))
@@ -56,18 +58,42 @@ def claims(plan: Plan) -> Iterator[Claim]:
     wanted = sorted(layer for layer, streams in plan.layers.items() if uses_bases(streams))
     yield Claim(sorted(plan.bases) == wanted, "layers with bases", sorted(plan.bases), f"{wanted}")
     for layer, bases in plan.bases.items():
-        yield Claim(len(bases) == 4, f"layer {layer} bases", len(bases), "four: " + ", ".join(STREAM_NAMES))
-        for name, stream, basis in zip(STREAM_NAMES, plan.layers[layer].streams, bases, strict=True):
+        streams = plan.layers[layer].named
+        yield Claim(
+            len(bases) == len(streams), f"layer {layer} bases", len(bases), f"{len(streams)}: {', '.join(streams)}"
+        )
+        for (name, stream), basis in zip(streams.items(), bases, strict=True):
             yield from basis_claims(stream, basis, plan.groups, f"layer {layer} {name}")
-        for text, vision in zip(bases[2:], bases[:2], strict=True):
-            alike = 0 in (text.mean.numel(), vision.mean.numel()) or text.mean.shape == vision.mean.shape
+        for i, other in enumerate(bases[:-2]):
+            text, name = bases[i % 2 - 2], list(streams)[i]
+            alike = 0 in (text.mean.numel(), other.mean.numel()) or text.mean.shape == other.mean.shape
             yield Claim(
-                alike, f"layer {layer} mean of vision", shape_of(vision.mean), f"that of text, {shape_of(text.mean)}"
+                alike, f"layer {layer} mean of {name}", shape_of(other.mean), f"that of text, {shape_of(text.mean)}"
             )
+    if plan.coarse is not None:
+        yield Claim(plan.tiers is None, "coarse", "given", "null where there are tiers: they place tokens too")
+        yield Claim(scopes <= {"model"}, "coarse", "given", "null unless all bases are model-scoped")
+        widths = {i: plan.groups * sum(basis.mean.shape[-1] for basis in bases[-2:]) for i, bases in plan.bases.items()}
+        yield from coarse_claims(plan.coarse, {i: width + 2 * about_model[1] for i, width in sorted(widths.items())})
     if plan.turn is not None:
         yield from turn_claims(plan.turn, about_model[2])
         yield Claim(plan.tiers is None, "turn", "given", "null where there are tiers: they move tokens between blocks")
         yield Claim(scopes <= {"model"}, "turn", "given", "null unless all bases are model-scoped")
+
+
+def coarse_claims(rule: CoarseRule, features: dict[int, int]) -> Iterator[Claim]:
+    """What must hold of a rule that tells coarse tokens from fine ones by so many features of each layer."""
+    layers = list(features)
+    yield Claim(rule.modality in MODALITIES, "coarse modality", rule.modality, f"one of {', '.join(MODALITIES)}")
+    share = isinstance(rule.share, float) and 0 < rule.share < 1
+    yield Claim(share, "coarse share", rule.share, "a number between 0 and 1")
+    yield Claim(sorted(rule.weights) == layers, "layers with coarse weights", sorted(rule.weights), f"{layers}")
+    for layer, weights in rule.weights.items():
+        about = f"layer {layer} coarse weights"
+        yield Claim(isinstance(weights, torch.Tensor), about, type(weights).__name__, "a tensor")
+        yield Claim(weights.dtype == torch.float32, f"{about} dtype", weights.dtype, "torch.float32")
+        yield Claim(weights.shape == (features[layer],), f"{about} shape", shape_of(weights), f"({features[layer]},)")
+        yield Claim(bool(weights.isfinite().all()), about, "NaN or Inf somewhere", "finite")
 
 
 def turn_claims(turn: KeyTurn, head_dim: int) -> Iterator[Claim]:

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from apack_compile import __version__
 from apack_compile.codec import Bands, StreamBasis
+from apack_compile.importance import CoarseRule
 from apack_compile.plan import LayerPlan, Plan, Provenance, StreamPlan
-from apack_compile.plan_check import STREAM_NAMES, check_plan, uses_bases
+from apack_compile.plan_check import check_plan, uses_bases
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 VERSION_KEY = "apack_plan"
 FREQUENCIES = "turn.frequencies"
+COARSE = "coarse."
 SCALARS = ("tail_slots", "first_tokens", "groups", "separates_vision")
 
 
@@ -97,11 +99,13 @@ def tensors_of(plan: Plan) -> dict[str, Tensor]:
 
 
 def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of every basis, and of the turn."""
+    """Names and tensors of every basis, of the turn and of the coarse rule."""
     if plan.turn is not None:
         yield FREQUENCIES, plan.turn.frequencies
+    for layer, weights in plan.coarse.weights.items() if plan.coarse is not None else ():
+        yield f"{COARSE}{layer}", weights
     for layer, bases in plan.bases.items():
-        for stream, basis in zip(STREAM_NAMES, bases, strict=True):
+        for stream, basis in zip(plan.layers[layer].named, bases, strict=True):
             for name, tensor in basis._asdict().items():
                 yield f"layers.{layer}.{stream}.{name}", tensor
 
@@ -110,10 +114,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
     """All of a plan but its tensors, as JSON has it."""
     layers = [
         {"layer": layer}
-        | {
-            name: {**vars(stream), "bands": list(stream.bands.counts)}
-            for name, stream in zip(STREAM_NAMES, streams.streams, strict=True)
-        }
+        | {name: {**vars(stream), "bands": list(stream.bands.counts)} for name, stream in streams.named.items()}
         for layer, streams in sorted(plan.layers.items())
     ]
     return {
@@ -121,6 +122,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
         "layers": layers,
         "tiers": None if plan.tiers is None else asdict(plan.tiers) | {"ema": list(plan.tiers.ema)},
         "turn": None if plan.turn is None else {"block": plan.turn.block},
+        "coarse": None if plan.coarse is None else {"modality": plan.coarse.modality, "share": plan.coarse.share},
         "signature": list(plan.signature),
         "calibrated_on": plan.provenance.calibrated_on,
         "versions": dict(plan.provenance.versions) or versions(),
@@ -130,13 +132,13 @@ def values_of(plan: Plan) -> dict[str, Any]:
 def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) -> Plan:
     """The plan of a file's values and tensors; raises KeyError, TypeError or ValueError where they are laid out otherwise."""
     layers = {
-        entry["layer"]: LayerPlan(**{name: stream_of(entry[name]) for name in STREAM_NAMES})
+        entry["layer"]: LayerPlan(**{name: stream_of(stream) for name, stream in entry.items() if name != "layer"})
         for entry in values["layers"]
     }
     bases = {
         layer: tuple(
             StreamBasis(*(tensors[f"layers.{layer}.{stream}.{name}"] for name in StreamBasis._fields))
-            for stream in STREAM_NAMES
+            for stream in streams.named
         )
         for layer, streams in layers.items()
         if uses_bases(streams)
@@ -148,11 +150,14 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
         raise TypeError(f"versions is {provenance.versions!r}, must be an object of strings")
     scalars = {name: values[name] for name in SCALARS}
     turn = None if values["turn"] is None else KeyTurn(tensors[FREQUENCIES], values["turn"]["block"])
+    weights = {int(name.removeprefix(COARSE)): t for name, t in tensors.items() if name.startswith(COARSE)}
+    coarse = None if values["coarse"] is None else CoarseRule(**values["coarse"], weights=weights)
     plan = Plan(
         layers,
         bases=bases,
         tiers=tiers_of(values["tiers"]),
         turn=turn,
+        coarse=coarse,
         signature=tuple(values["signature"]),
         provenance=provenance,
         **scalars,

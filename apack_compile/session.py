@@ -14,6 +14,7 @@ from apack_compile.backend import StrictError, make_backend
 from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.calibration import Statistics, collect
 from apack_compile.config import AttentionPackConfig
+from apack_compile.importance import LEAST_RATIO, CoarseRule
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import (
     Plan,
@@ -44,6 +45,7 @@ class Session:
     inner_reason: str
     plan: Plan | None = None
     statistics: Statistics | None = None
+    rules: Mapping[str, CoarseRule] = field(default_factory=dict)
     turn: KeyTurn | None = None
     turn_reason: str = ""
     calibrated_on: str | None = None
@@ -83,9 +85,9 @@ class Session:
             )
         key = budget_key(tokens, vision_share)
         if key not in self.plans:
-            self.plans[key] = self.signed(
-                budget_plan(self.statistics, self.ratio, *key, turn=self.turn), self.calibrated_on
-            )
+            rules = self.rules if self.ratio >= LEAST_RATIO else {}
+            plan = budget_plan(self.statistics, self.ratio, *key, turn=self.turn, rules=rules)
+            self.plans[key] = self.signed(plan, self.calibrated_on)
         return self.plans[key]
 
     def signed(self, plan: Plan, calibrated_on: str | None = None) -> Plan:
@@ -101,7 +103,7 @@ class Session:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         turn, reason = find_turn(model, self.packed, batches[0], self.config.key_block) if batches else (None, "")
-        self.statistics = collect(model, self.packed, batches, self.config.head_groups, turn)
+        self.statistics, self.rules = collect(model, self.packed, batches, self.config.head_groups, turn)
         self.turn, self.turn_reason = turn, reason
         self.calibrated_on = source
         self.plans = {}

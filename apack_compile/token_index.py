@@ -42,6 +42,12 @@ def compact(flags: Tensor) -> Tensor:
     return torch.where(torch.arange(order.shape[1], device=flags.device) < counts[:, None], order, -1)
 
 
+def flags_at(index: Tensor, tokens: int) -> Tensor:
+    """The inverse of `compact`: bool `[B, tokens]`, set at the indices `[B, N]` that are not -1."""
+    flags = torch.zeros(len(index), tokens + 1, dtype=torch.bool, device=index.device)
+    return flags.scatter(1, torch.where(index >= 0, index, tokens), True)[:, :tokens]
+
+
 def assign(chunk: Chunk, first_tokens: int | Tensor, tail_slots: int) -> Assignment:
     """Split a chunk: the first real tokens of each row, the newest text that every row has, the rest."""
     real = ~chunk.padding

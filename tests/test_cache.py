@@ -14,12 +14,14 @@ from transformers.cache_utils import DynamicCache
 from apack_compile.basis import fit, moments
 from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.codec import Bands
+from apack_compile.importance import CoarseRule, scores_of
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.layer import MAX_APPEND
 from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, budget_plan, lossless_plan
 from apack_compile.preset_options import AttentionPackOptions
 from apack_compile.rotary import KeyTurn, turns_at
+from apack_compile.token_index import MAX_CROP
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
 WIDTH = HEADS * HEAD_DIM
@@ -33,7 +35,7 @@ def states_of(tokens: Tensor, layer: int, stream: int, dtype: torch.dtype) -> Te
     return x.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2).to(dtype)
 
 
-def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None) -> Plan:
+def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None, coarse: str | None = None) -> Plan:
     """Model-scoped bases that keep every direction the tokens have, in 8 bits."""
 
     def seen(layer: int, stream: int) -> Tensor:
@@ -46,10 +48,14 @@ def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None) ->
     sample = torch.randn(1, 400, RANK, generator=torch.Generator().manual_seed(5))
     bases = {}
     for layer in range(LAYERS):
-        spectra = [fit(moments(to_groups(seen(layer, i % 2), groups))) for i in range(4)]
+        spectra = [fit(moments(to_groups(seen(layer, i % 2), groups))) for i in range(4 if coarse is None else 6)]
         bases[layer] = tuple(spectrum.basis(bands) for spectrum in spectra)
-    layers = {i: LayerPlan(stream, stream, stream, stream) for i in range(LAYERS)}
-    return Plan(layers, tail_slots, groups=groups, bases=bases, turn=turn)
+    streams = LayerPlan(*[stream] * (4 if coarse is None else 6))
+    rule = None
+    if coarse is not None:
+        weights = torch.randn(LAYERS, 2 * (WIDTH + HEADS), generator=torch.Generator().manual_seed(6))
+        rule = CoarseRule(coarse, 0.6, dict(enumerate(weights)))
+    return Plan(dict.fromkeys(range(LAYERS), streams), tail_slots, groups=groups, bases=bases, turn=turn, coarse=rule)
 
 
 RANKS = {f"{modality}_{stream}": RANK for modality in ("vision", "text") for stream in ("key", "value")}
@@ -58,6 +64,8 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "no tail": lambda: model_plan(0),
     "tail": lambda: model_plan(8, groups=2),
     "relative": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4)),
+    "coarse text": lambda: model_plan(0, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4), coarse="text"),
+    "coarse vision": lambda: model_plan(5, groups=2, coarse="vision"),
     "batch": lambda: attentionpack_plan(
         range(LAYERS), RANKS, MAX_APPEND, AttentionPackOptions(1.0, 1.0, basis="batch")
     ),
@@ -318,6 +326,35 @@ def test_vision_and_text_lie_in_segments_of_their_own(plan):
     assert pair.cache.packed_layers[0].codes[0].shape[2] == 40
 
 
+@pytest.mark.parametrize("plan", ("coarse text", "coarse vision"))
+def test_the_tokens_of_least_predicted_importance_are_coarse_by_layer(plan):
+    pair = Pair(plan, batch=2)
+    vision, padding = torch.zeros(2, 160, dtype=torch.bool), torch.zeros(2, 160, dtype=torch.bool)
+    vision[0, 10:50], vision[1, 30:45], vision[1, 60:80] = True, True, True
+    padding[1, :9] = True
+    pair.feed(160, vision, padding)
+    held, rule = pair.cache.index.plan, pair.cache.index.plan.coarse
+    places = torch.arange(160) - torch.tensor([[0], [9]])
+    seen = []
+    for i, layer in enumerate(pair.cache.packed_layers):
+        first, coarse, *others = layer.own_positions
+        scores = scores_of(*pair.dense[i], places, held.turn, rule.weights[i])
+        for row in range(2):
+            packed_first = {p for p in first[row].tolist() if p >= 0}
+            of_modality = vision[row] if rule.modality == "vision" else ~vision[row] & ~padding[row]
+            candidates = [p for p in of_modality.nonzero().flatten().tolist() if p not in packed_first]
+            if rule.modality == "text":
+                candidates = [p for p in candidates if p < 160 - MAX_CROP]
+            ranked = sorted(candidates, key=lambda p: float(scores[row, p]))
+            expected = sorted(ranked[: int(0.6 * len(ranked))])
+            assert coarse[row][coarse[row] >= 0].tolist() == expected
+            kept = [p for positions in others for p in positions[row].tolist() if 0 <= p < 160 - held.tail_slots]
+            real = {p for p in range(160 - held.tail_slots) if not padding[row, p]}
+            assert sorted([*kept, *expected, *packed_first]) == sorted(real), "every token has one place"
+        seen.append(coarse)
+    assert not torch.equal(*seen), "each layer ranks by itself"
+
+
 def test_a_plan_from_statistics_holds_its_tokens(statistics_of):
     plan = budget_plan(statistics_of(LAYERS, HEADS, HEAD_DIM), 4.0, 2000, 0.5)
     cache = new_cache(plan)
@@ -376,7 +413,7 @@ def test_crop_gives_back_the_newest_tokens_only(plan):
     assert int(pair.cache.get_seq_length()) == 43
     pair.cache.crop(-3)
     assert int(pair.cache.get_seq_length()) == 40
-    if plan not in ("tail", "relative"):
+    if plan not in ("tail", "relative", "coarse vision"):
         assert same_tokens(pair.cache, before)
 
 

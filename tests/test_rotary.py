@@ -115,7 +115,7 @@ def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
 def test_fewer_components_explain_keys_that_are_turned_back():
     model, inputs = model_of(LlamaConfig(**SIZES)), {"input_ids": prompt(600)}
     turn, _ = find_turn(model, [0, 1], inputs, BLOCK)
-    plain, relative = (collect(model, [0, 1], inputs, turn=t) for t in (None, turn))
+    plain, relative = (collect(model, [0, 1], inputs, turn=t)[0] for t in (None, turn))
     for layer in range(2):
         shares = []
         for statistics in (plain, relative):

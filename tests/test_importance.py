@@ -1,0 +1,109 @@
+"""Which tokens matter, told from keys and values."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
+
+import apack_compile
+from apack_compile.calibration import collect
+from apack_compile.importance import RIDGE, RunningImportance, features, least_important, unturned
+from apack_compile.rotary import BLOCK, find_turn
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def small_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def prompt(tokens: int, rows: int = 1, seed: int = 0) -> Tensor:
+    return torch.randint(10, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6))
+def test_the_regression_is_ridge_regression_on_standardized_features(width, batches, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40 * batches, width, generator=generator).double() * torch.arange(1, width + 1) + 3
+    energy = (0.3 * x @ torch.randn(width, generator=generator).double()).exp()
+    energy[::7] = 0
+    running = RunningImportance()
+    for part in range(batches):
+        running.add(x[part::batches].float(), energy[part::batches])
+    used, target = x[energy > 0], energy[energy > 0].log()
+    scale = used.std(0, correction=0)
+    z = (used - used.mean(0)) / scale
+    gram = z.mT @ z / len(z) + RIDGE * torch.eye(width).double()
+    expected = torch.linalg.solve(gram, z.mT @ (target - target.mean()) / len(z)) / scale
+    torch.testing.assert_close(running.finish().double(), expected, atol=1e-4, rtol=1e-3)
+    assert running.count == len(used)
+
+
+@given(st.integers(1, 3), st.integers(0, 20), st.floats(0.01, 0.99), st.integers(0, 10**6))
+def test_the_share_with_the_lowest_scores_is_least_important(batch, tokens, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 4, (batch, tokens), generator=generator).float()
+    candidates = torch.rand(batch, tokens, generator=generator) < 0.7
+    found = least_important(candidates, scores, share)
+    assert not (found & ~candidates).any()
+    for row in range(batch):
+        of_row = candidates[row].nonzero().flatten().tolist()
+        ranked = sorted(of_row, key=lambda t: float(scores[row, t]))
+        count = int((torch.tensor([len(of_row)]) * share).long())
+        assert found[row].nonzero().flatten().tolist() == sorted(ranked[:count])
+
+
+def test_features_are_components_and_norms():
+    key, value = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 6)
+    found = features(key.bfloat16(), value.bfloat16())
+    assert found.shape == (2, 5, 3 * 4 + 3 * 6 + 3 + 3) and found.dtype == torch.float32
+    token = [*key[1, :, 2].flatten(), *value[1, :, 2].flatten(), *key[1, :, 2].norm(dim=-1), *value[1, :, 2].norm(dim=-1)]
+    torch.testing.assert_close(found[1, 2], torch.stack(token), atol=0.05, rtol=0.05)
+
+
+def test_unturned_keys_of_a_token_are_the_same_wherever_it_stands():
+    model = small_model()
+    turn, _ = find_turn(model, [0, 1], {"input_ids": prompt(40)}, BLOCK)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.full((1, 40), 7), past_key_values=cache)
+    keys = cache.layers[0].keys
+    still = unturned(keys, torch.arange(40)[None], turn)
+    torch.testing.assert_close(still, still[:, :, :1].expand_as(still), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(keys, keys[:, :, :1].expand_as(keys), atol=1e-2)
+    assert unturned(keys, torch.arange(40)[None], None) is keys
+
+
+def test_a_rule_needs_tokens_enough():
+    model = small_model()
+    width = 2 * (2 * 16 * 2 + 2 * 2)
+    enough, few = prompt(2 * width), prompt(width)
+    assert set(collect(model, [0, 1], {"input_ids": few})[1]) == set()
+    statistics, rules = collect(model, [0, 1], {"input_ids": enough})
+    assert set(rules) == {"text"} and set(statistics[0]) == {"text", "coarse_text", "fine_text"}
+    several = [{"input_ids": prompt(100, seed=seed)} for seed in range(4)]
+    statistics, rules = collect(model, [0, 1], several)
+    assert set(statistics[1]) == {"text", "coarse_text", "fine_text"}
+
+
+@pytest.mark.parametrize(("ratio", "coarse"), ((4, False), (6, True)))
+def test_a_plan_tells_tokens_apart_where_bytes_are_few(ratio, coarse):
+    model = apack_compile.optimize(small_model(), ratio=3, compile="none")
+    apack_compile.calibrate(model, [{"input_ids": prompt(200, seed=seed)} for seed in range(3)])
+    apack_compile.optimize(model, ratio=ratio, compile="none")
+    plan = apack_compile.plan_for(model, 1000)
+    assert (plan.coarse is not None) == coarse and len(plan.layers[0].streams) == (6 if coarse else 4)
+    if coarse:
+        bits = {name: s.bands.counts for name, s in plan.layers[0].named.items()}
+        assert sum(bits["text_value"]) >= sum(bits["coarse_value"])
