@@ -21,6 +21,7 @@ ATTEND = Struct("=13qd12qq2dq2d10q8q")
 SEGMENT = Struct("=2q16q16q")
 # Append
 APPEND = Struct("=7q6d27q27q4q")
+UNPACK = Struct("=6q14q8q")
 # the last words of a Source whose tokens are kept as they are
 NO_BASIS = (0,) * 10
 NOT_TURNED = (0, 0, 0, 0)
@@ -39,10 +40,10 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
         return None, "not built"
     try:
         library = ctypes.CDLL(str(path))
-        sizes = library.apack_attend_bytes(), library.apack_state_bytes(), library.apack_append_bytes()
+        sizes = tuple(getattr(library, f"apack_{name}_bytes")() for name in ("attend", "state", "append", "unpack"))
     except (OSError, AttributeError) as error:
         return None, f"not loadable: {error}"
-    if sizes != (ATTEND.size, 4 * SEGMENT.size, APPEND.size):
+    if sizes != (ATTEND.size, 4 * SEGMENT.size, APPEND.size, UNPACK.size):
         return None, "built from other sources: install again"
     return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}"
 

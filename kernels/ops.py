@@ -11,6 +11,7 @@ from apack_compile.kernels.append import cpu as append_cpu
 from apack_compile.kernels.append.reference import append
 from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.attend.reference import attend
+from apack_compile.kernels.unpack import cpu as unpack_cpu
 from apack_compile.kernels.unpack.reference import unpack
 
 LIBRARY = torch.library.Library("apack", "DEF")
@@ -41,6 +42,7 @@ LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
 LIBRARY.impl("attend_tiers", attend, "CompositeExplicitAutograd")
 if native.COMPILED is not None:
     LIBRARY.impl("append", append_cpu.append, "CPU")
+    LIBRARY.impl("unpack", unpack_cpu.unpack, "CPU")
     LIBRARY.impl("attend", attend_cpu.attend, "CPU")
     LIBRARY.impl("attend_tiers", attend_cpu.attend, "CPU")
 LIBRARY.impl("append", cuda.append, "CUDA")
@@ -54,7 +56,7 @@ def implementations(device: str, dtype: torch.dtype) -> dict[str, str]:
     if device == "cpu":
         compiled = f"cpu ({native.STATUS})" if native.COMPILED is not None else f"reference (native: {native.STATUS})"
         own = "reference (float64)" if dtype == torch.float64 else compiled
-        chosen.update(append=own, attend=own)
+        chosen = dict.fromkeys(chosen, own)
     if device == "cuda":
         own = "reference (float64)" if dtype == torch.float64 else "cuda (Triton)"
         chosen.update(append=own, attend=own)

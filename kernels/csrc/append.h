@@ -45,10 +45,7 @@ inline void center(const Leaving &l, int stream, int64_t b, int64_t group) {
         for (int64_t h = 0; h < per_group; ++h) {
             float *row = rows + i * W + h * side.width;
             load_leaving(a, side, b, group * per_group + h, l.first + i, row);
-            if (stream == 0 && a.turns.data) {
-                int64_t block = (l.first + i - a.cursor[2]) / a.turns.block;
-                turn_back(row, a.turns.data + (b * a.turns.blocks + block) * 2 * a.turns.pairs, a.turns.pairs);
-            }
+            if (stream == 0 && a.turns.data) turn_back(row, turn_of(a.turns, b, l.first + i - a.cursor[2]), a.turns.pairs);
         }
     if (!is_packed(s)) {
         for (int64_t i = 0; i < l.count; ++i) {
