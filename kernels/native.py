@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-# kernels/csrc/arguments.h: Attend, Segment
+# kernels/csrc/arguments.h: Attend, Segment, Append, Encode, Unpack
 ATTEND = Struct("=13qd12qq2dq2d10q8q")
 SEGMENT = Struct("=2q16q16q")
-# Append
 APPEND = Struct("=7q6d27q27q4q")
+ENCODE = Struct("=9q6d16q")
 UNPACK = Struct("=6q14q8q")
+# bytes of what is passed, as the library is asked for them
+SIZES = {
+    "attend": ATTEND.size,
+    "state": 4 * SEGMENT.size,
+    "append": APPEND.size,
+    "encode": ENCODE.size,
+    "unpack": UNPACK.size,
+}
 # the last words of a Source whose tokens are kept as they are
 NO_BASIS = (0,) * 10
 NOT_TURNED = (0, 0, 0, 0)
@@ -40,10 +48,10 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
         return None, "not built"
     try:
         library = ctypes.CDLL(str(path))
-        sizes = tuple(getattr(library, f"apack_{name}_bytes")() for name in ("attend", "state", "append", "unpack"))
+        sizes = tuple(getattr(library, f"apack_{name}_bytes")() for name in SIZES)
     except (OSError, AttributeError) as error:
         return None, f"not loadable: {error}"
-    if sizes != (ATTEND.size, 4 * SEGMENT.size, APPEND.size, UNPACK.size):
+    if sizes != tuple(SIZES.values()):
         return None, "built from other sources: install again"
     return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}"
 

@@ -52,14 +52,14 @@ LIBRARY.impl("attend_tiers", cuda.attend, "CUDA")
 
 def implementations(device: str, dtype: torch.dtype) -> dict[str, str]:
     """Which implementation serves each operation on a device for a model's dtype, and why where it is the reference."""
-    chosen = dict.fromkeys(("append", "unpack", "attend"), "reference")
+    chosen = dict.fromkeys(("encode", "append", "unpack", "attend"), "reference")
     if device == "cpu":
         compiled = f"cpu ({native.STATUS})" if native.COMPILED is not None else f"reference (native: {native.STATUS})"
         own = "reference (float64)" if dtype == torch.float64 else compiled
         chosen = dict.fromkeys(chosen, own)
     if device == "cuda":
         own = "reference (float64)" if dtype == torch.float64 else "cuda (Triton)"
-        chosen.update(append=own, attend=own)
+        chosen.update(encode=own, append=own, attend=own)
     return chosen
 
 

@@ -89,12 +89,25 @@ struct Side {
 };
 
 // unit: deviations that a step is of a Gaussian at a token scale of one, by band width (apack_compile/codec.py, token_scales).
+struct Quantizer {
+    double unit[4], least_scale, greatest_half;
+};
+
 struct Append {
     int64_t threads, batch, heads, new_tokens, tail_slots, capacity;
     int64_t *cursor;
-    double unit[4], least_scale, greatest_half;
+    Quantizer quantizer;
     Side sides[2];
     Turns turns;
+};
+
+// Tokens [B][G][tokens][width] to a stream of as many slots.
+struct Encode {
+    int64_t threads, batch, tokens, width;
+    const void *data;
+    int64_t dtype, strides[3];
+    Quantizer quantizer;
+    Source to;
 };
 
 // K or V of an unpack: the new tokens, and where all of them go, [B][H][tokens][width] in the new ones' dtype.

@@ -99,7 +99,7 @@ __attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t hea
         float *to = packed ? latent : out;
         if (packed) memset(latent, 0, (size_t)R * width * sizeof *latent);
         int per_group = heads_per_group(w, kind);
-        int64_t basis = packed ? (s.basis_batch == 1 ? 0 : b) * s.groups + head / per_group : 0;
+        int64_t basis = packed ? basis_at(s, b, head / per_group) : 0;
         int64_t W = (int64_t)per_group * D, inside = head % per_group * D;
         const float *mean = packed ? basis_row(s, s.mean, basis * W + inside, D, tile) : nullptr;
         for (int i = 0; i < w.parts[kind]; ++i)

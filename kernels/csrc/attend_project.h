@@ -24,7 +24,7 @@ __attribute__((noinline)) void project_rows(const Work &w, int kind, int64_t b, 
     const Columns &columns = w.key[kind - 1];
     int D = (int)a.head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
     int64_t group = head / per_group, W = per_group * D;
-    int64_t at = (s.basis_batch == 1 ? 0 : b) * s.groups + group, inside = head % per_group * D;
+    int64_t at = basis_at(s, b, group), inside = head % per_group * D;
     auto product = [&](const float *rows, int64_t stride, int n, float *out) {
         if (w.R == 1) return dots(query, D, turns, rows, stride, n, D, out, latent_step, false);
         for (int k = 0; k < turns; ++k)

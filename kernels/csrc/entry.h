@@ -1,6 +1,7 @@
 // One instruction set's entry points.
 #include "append.h"
 #include "attend.h"
+#include "encode.h"
 #include "unpack.h"
 
 extern "C" int64_t APACK_NAME(apack_attend)(const void *arguments, const void *state) {
@@ -12,3 +13,5 @@ extern "C" int64_t APACK_NAME(apack_append)(const void *arguments) { return run_
 extern "C" int64_t APACK_NAME(apack_unpack)(const void *arguments, const void *state) {
     return run_unpack(*(const Unpack *)arguments, *(const State *)state);
 }
+
+extern "C" int64_t APACK_NAME(apack_encode)(const void *arguments) { return run_encode(*(const Encode *)arguments); }

@@ -8,11 +8,16 @@ namespace {
 
 constexpr int BLOCK = 64;  // tokens that are worked on at once
 
+inline int64_t element_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
 // A dense source's row of one token and head; `width` values a head.
 inline const void *dense_row(const Source &s, int64_t b, int64_t head, int64_t token, int64_t per_group, int64_t width) {
     int64_t at = b * s.batch_stride + head / per_group * s.group_stride + token * s.token_stride + head % per_group * width;
-    return (const char *)s.data + at * (s.dtype == FLOAT32 ? 4 : 2);
+    return (const char *)s.data + at * element_bytes(s.dtype);
 }
+
+// The basis of a sequence's head group.
+inline int64_t basis_at(const Source &s, int64_t b, int64_t group) { return (s.basis_batch == 1 ? 0 : b) * s.groups + group; }
 
 // A basis row of one head as floats: `row` of the decoder, or the mean.
 inline const float *basis_row(const Source &s, const void *data, int64_t at, int n, float *buffer) {

@@ -31,8 +31,6 @@ struct Decoding {
     uint8_t *codes;             // one token's, and a vector
 };
 
-inline int64_t element_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
 inline const Source &source_of(const Unpacking &w, int stream, int segment) {
     return stream ? w.segments[segment].value : w.segments[segment].key;
 }
@@ -108,7 +106,7 @@ inline void decode_slots(const Unpacking &w, int stream, int segment, int64_t b,
     const Turns &turns = u.turns[segment - 1];
     int D = (int)u.sides[stream].width, padded = round_up(D, LANES), per_group = (int)(u.heads / s.groups);
     int64_t group = head / per_group, inside = head % per_group * D, W = (int64_t)per_group * D;
-    int64_t basis = (s.basis_batch == 1 ? 0 : b) * s.groups + group;
+    int64_t basis = basis_at(s, b, group);
     bool turned = stream == 0 && turns.data;
     Packed codes = packed_of(s, u.batch, b, group, slots, columns.bytes);
     lay_out_panels(s, columns, basis, W, inside, D, d);
