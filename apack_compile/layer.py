@@ -148,7 +148,8 @@ class CompactedLayer(CacheLayerMixin):
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise ValueError for states that cannot be packed."""
         for name, states in zip(STREAMS, (key, value), strict=True):
-            largest = states.detach().abs().amax() if states.numel() else states.new_zeros(())
+            states = states.detach() if states.numel() else states.new_zeros(1)
+            largest = torch.maximum(states.amax(), -states.amin())
             if not torch.isfinite(largest):
                 raise ValueError(f"layer {self.layer_idx}: {name} states hold NaN or Inf; the cache was left as it was")
             lossy = self.index.plan is not None and not self._lossless()
