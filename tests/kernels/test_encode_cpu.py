@@ -41,7 +41,9 @@ def build(case: Case) -> tuple[Tensor, StreamBasis, Bands]:
     size, kind = (1 if case.shared else case.batch, case.groups), torch.float32 if case.shared else torch.float16
     rows = torch.linalg.qr(torch.randn(*size, case.width, case.width, generator=g)).Q[:, :, : bands.components]
     units = {16: 1.0, 8: 0.03, 4: 0.3, 2: 1.0}
-    step = torch.tensor([units[bits] for bits in bands.widths]) * (torch.rand(*size, bands.components, generator=g) + 0.5)
+    step = torch.tensor([units[bits] for bits in bands.widths]) * (
+        torch.rand(*size, bands.components, generator=g) + 0.5
+    )
     basis = StreamBasis(torch.randn(*size, case.width, generator=g).to(kind), rows.contiguous().to(kind), step)
     x = torch.randn(case.batch, case.groups, case.tokens, case.width, generator=g)
     x = x * (1 + 9 * (torch.rand(case.batch, case.groups, case.tokens, 1, generator=g) < 0.1))
@@ -132,9 +134,7 @@ def test_strides_do_not_matter():
     wide = x.new_zeros(2, 2, 2 * x.shape[2], 3 * x.shape[3])
     wide[:, :, ::2, ::3] = x
     for view in (wide[:, :, ::2, ::3], x.transpose(1, 2).contiguous().transpose(1, 2)):
-        for got, wanted in zip(
-            cpu.encode(view, basis, bands, True), cpu.encode(x, basis, bands, True), strict=True
-        ):
+        for got, wanted in zip(cpu.encode(view, basis, bands, True), cpu.encode(x, basis, bands, True), strict=True):
             assert torch.equal(got, wanted)
 
 

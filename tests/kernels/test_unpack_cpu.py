@@ -106,7 +106,9 @@ def test_wide_streams_run_in_several_panels_and_tiles(head_dim, instructions, mo
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
     bands = ((16, 48, 100, 200), (64, 0, 0, 100), (0, 65, 0, 0), (0, 0, 80, 0))
     heads, block = (6, 48) if head_dim > 1 else (400, 0)
-    case = Case(heads=heads, groups=2, head_dim=head_dim, value_dim=head_dim, vision=70, text=130, bands=bands, block=block)
+    case = Case(
+        heads=heads, groups=2, head_dim=head_dim, value_dim=head_dim, vision=70, text=130, bands=bands, block=block
+    )
     assert_close_to_float64(*arguments_of(case))
 
 
