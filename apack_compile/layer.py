@@ -98,12 +98,12 @@ class CompactedLayer(CacheLayerMixin):
         turns = self.index.turns if turns is None else turns
         if not turns:
             return {}
-        named = {"text_turns": turns[1], "block": self.index.plan.turn.block}
-        return named if text_only else {"vision_turns": turns[0], **named}
+        named = {"text_turns": turns[-1]} if text_only else {"turns": turns}
+        return {**named, "block": self.index.plan.turn.block}
 
     def append_state(self) -> tuple:
         """The state arguments of `append`."""
-        return self.dense[2:] + self.codes[4:], self.bases[6:], self.bands[8:], self.cursor
+        return self.dense[2:] + self.codes[-4:], self.bases[-6:], self.bands[-8:], self.cursor
 
     @torch.compiler.disable
     def _store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,8 @@ SIZES = {
     "encode": ENCODE.size,
     "unpack": UNPACK.size,
 }
+# packed segments that the library has room for
+MAX_PACKED = 2
 # the last words of a Source whose tokens are kept as they are
 NO_BASIS = (0,) * 10
 NOT_TURNED = (0, 0, 0, 0)
@@ -68,6 +70,18 @@ def turns_of(turns: Tensor | None, block: int, copies: list[Tensor]) -> tuple[in
         turns = turns.float().contiguous()
         copies.append(turns)
     return turns.data_ptr(), turns.shape[1], turns.shape[3], block
+
+
+def turns_of_segments(
+    turns: Sequence[Tensor] | None, segments: int, block: int, copies: list[Tensor]
+) -> tuple[int, ...]:
+    """`Turns` of every packed segment; raises ValueError where there are some, but not one for each."""
+    if not turns:
+        return NOT_TURNED * MAX_PACKED
+    if len(turns) != segments:
+        raise ValueError(f"turns: {len(turns)} entries must be one for each of {segments} packed segments, or none")
+    words = (word for by in turns for word in turns_of(by, block, copies))
+    return *words, *NOT_TURNED * (MAX_PACKED - segments)
 
 
 class Kept:

@@ -20,7 +20,7 @@ STATE = "Tensor[] dense, Tensor[] codes, Tensor[] bases, int[] bands, Tensor[] p
 OPTIONAL_TIERS = (
     "Tensor? vision_importance=None, Tensor? text_importance=None, Tensor? tiers=None, int partial=0, float[]? ema=None"
 )
-TURNS = "*, Tensor? vision_turns=None, Tensor? text_turns=None, int block=0"
+TURNS = "*, Tensor[]? turns=None, int block=0"
 TIERS = "Tensor(a!) vision_importance, Tensor(b!) text_importance, Tensor tiers, int partial, float[] ema"
 ATTEND = f"Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, {STATE}, float? scale"
 

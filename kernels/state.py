@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.layout import check_segments
 from apack_compile.kernels.native import DTYPES, NO_BASIS, SEGMENT, Kept
 
 NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
@@ -31,6 +32,7 @@ def packed_state(
     kept = getattr(cursor, "_apack_state", None)
     if kept is not None and kept.matches(tensors, bands):
         return kept.state, kept
+    check_segments(codes, bases, bands, positions)
     copies: list[Tensor] = []
     segments = [dense_segment(dense[0], dense[1], positions[0], copies)]
     for i in range(2):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.attend.reference import attend as reference
-from apack_compile.kernels.native import ATTEND, COMPILED, DTYPES, INSTRUCTION_SET, turns_of
+from apack_compile.kernels.native import ATTEND, COMPILED, DTYPES, INSTRUCTION_SET, turns_of_segments
 from apack_compile.kernels.state import packed_state, with_rows
 
 # a head's row must fit into a tile, kernels/csrc/attend.h
@@ -31,8 +31,7 @@ def attend(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
-    vision_turns: Tensor | None = None,
-    text_turns: Tensor | None = None,
+    turns: list[Tensor] | None = None,
     block: int = 0,
 ) -> Tensor:
     """As the reference, in float32 inside; queries in float64, heads wider than 2,048 and relative keys
@@ -43,12 +42,17 @@ def attend(
     batch, heads, new_tokens, head_dim = key.shape
     _, query_heads, rows, _ = query.shape
     value_dim = value.shape[3]
-    turned = (i for i, turns in enumerate((vision_turns, text_turns)) if turns is not None and 4 * i < len(codes))
-    turned_as_is = any(codes[4 * i].dtype != torch.uint8 for i in turned)
-    if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM or turned_as_is:
+    turned_as_is = bool(turns) and any(x.dtype != torch.uint8 for x in codes[::4])
+    if (
+        len(positions) != 3
+        or query.dtype == torch.float64
+        or head_dim > MAX_HEAD_DIM
+        or value_dim > MAX_HEAD_DIM
+        or turned_as_is
+    ):
         return reference(
             query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
-            vision_importance, text_importance, tiers, partial, ema, vision_turns, text_turns, block,
+            vision_importance, text_importance, tiers, partial, ema, turns, block,
         )  # fmt: skip
     state, _copies = packed_state(dense, codes, bases, bands, positions, cursor)
     kinds = query.dtype, key.dtype, value.dtype
@@ -84,7 +88,7 @@ def attend(
         head_dim**-0.5 if scale is None else scale,
         out.data_ptr(), cursor.data_ptr(), *masked, *biased, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
         key.data_ptr(), value.data_ptr(), DTYPES[kinds[1]], *strides[1][:3], DTYPES[kinds[2]], *strides[2][:3],
-        *turns_of(vision_turns, block, copies), *turns_of(text_turns, block, copies),
+        *turns_of_segments(turns, len(positions) - 1, block, copies),
     )  # fmt: skip
     if COMPILED.apack_attend(arguments, state, INSTRUCTION_SET):
         raise MemoryError("attend: no memory for its scratch space")

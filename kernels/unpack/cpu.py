@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET, UNPACK, turns_of
+from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET, UNPACK, turns_of_segments
 from apack_compile.kernels.state import packed_state, with_rows
 from apack_compile.kernels.unpack.reference import unpack as reference
 
@@ -25,18 +25,17 @@ def unpack(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
-    vision_turns: Tensor | None = None,
-    text_turns: Tensor | None = None,
+    turns: list[Tensor] | None = None,
     block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, in float32 inside; states in float64 get the reference.
 
     Raises IndexError when more than `tokens` are held, MemoryError when there is no memory for scratch space.
     """
-    if key.dtype not in DTYPES or value.dtype not in DTYPES:
+    if len(positions) != 3 or key.dtype not in DTYPES or value.dtype not in DTYPES:
         return reference(
             key, value, dense, codes, bases, bands, positions, cursor, tokens,
-            vision_turns=vision_turns, text_turns=text_turns, block=block,
+            turns=turns, block=block,
         )  # fmt: skip
     state, _copies = packed_state(dense, codes, bases, bands, positions, cursor)
     key, value = with_rows(key), with_rows(value)
@@ -48,7 +47,7 @@ def unpack(
         torch.get_num_threads(), batch, heads, new_tokens, tokens, cursor.data_ptr(),
         key.data_ptr(), DTYPES[key.dtype], *key.stride()[:3], key_dim, keys.data_ptr(),
         value.data_ptr(), DTYPES[value.dtype], *value.stride()[:3], value.shape[3], values.data_ptr(),
-        *turns_of(vision_turns, block, copies), *turns_of(text_turns, block, copies),
+        *turns_of_segments(turns, len(positions) - 1, block, copies),
     )  # fmt: skip
     status = COMPILED.apack_unpack(arguments, state, INSTRUCTION_SET)
     if status == 2:

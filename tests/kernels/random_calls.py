@@ -13,7 +13,8 @@ from apack_compile.codec import Bands
 
 @dataclass(frozen=True)
 class Case:
-    """A random state and call. vision, text: slots; bands of vision K, V, text K, V, or None for tokens as they are."""
+    """A random state and call. vision, text, coarse: slots, None for no such segment; bands of K and V of vision, text and coarse, None
+    for tokens as they are."""
 
     batch: int = 1
     heads: int = 2
@@ -23,10 +24,13 @@ class Case:
     value_dim: int = 16
     vision: int = 0
     text: int = 100
+    coarse: int | None = None
     tail: int = 8
     new: int = 1
     grouped: bool = False
-    bands: tuple[tuple[int, int, int, int] | None, ...] = ((8, 0, 16, 0), (0, 8, 0, 16), (0, 0, 16, 16), (0, 0, 32, 0))
+    bands: tuple[tuple[int, int, int, int] | None, ...] = (
+        (8, 0, 16, 0), (0, 8, 0, 16), (0, 0, 16, 16), (0, 0, 32, 0), (0, 0, 3, 9), (0, 0, 0, 12),
+    )  # fmt: skip
     scope: str = "model"
     token_scale: bool = True
     mask: str = "none"
@@ -38,10 +42,20 @@ class Case:
     seed: int = 0
     block: int = 0
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots of the packed segments, in the operations' order."""
+        return (self.vision, self.text) if self.coarse is None else (self.coarse, self.vision, self.text)
+
+    @property
+    def streams(self) -> tuple[tuple[int, int, int, int] | None, ...]:
+        """Bands of the packed streams, in the operations' order."""
+        return self.bands[:4] if self.coarse is None else (*self.bands[4:], *self.bands[:4])
+
 
 @dataclass
 class Call:
-    """Arguments of attend, in order; turns by name."""
+    """Arguments of attend, in order; what says how keys were turned by name."""
 
     arguments: list
     tiers: list
@@ -72,10 +86,10 @@ def build(case: Case) -> Call:
         return torch.rand(size, generator=g) < share
 
     batch, heads, dims = case.batch, case.heads, (case.head_dim, case.value_dim)
-    stored = 4 + case.vision + case.text
+    stored = 4 + sum(case.slots)
     order = torch.stack([torch.randperm(stored, generator=g) for _ in range(batch)]).to(torch.int32)
     order = order.masked_fill(chance(case.empty, batch, stored), -1)
-    positions = list(order.split((4, case.vision, case.text), dim=1))
+    positions = list(order.split((4, *case.slots), dim=1))
     in_tail = int(torch.randint(0, case.tail + 1, (), generator=g))
     # some slots hold positions that the cursor does not reach
     packed = stored - int(torch.randint(0, 3, (), generator=g))
@@ -85,13 +99,13 @@ def build(case: Case) -> Call:
     ring = packed + (torch.arange(case.tail) - packed) % max(case.tail, 1) < before
     held.append(ring.expand(batch, -1))
     dense = []
-    for segment in (0, 3):
+    for segment in (0, -1):
         for dim in dims:
             x = normal(batch, heads, held[segment].shape[1], dim).to(case.dtype)
             dense.append(x.masked_fill(~held[segment][:, None, :, None], float("nan")))
     codes, bases, bands = [], [], []
-    for i in range(4):
-        where, dim, kept = held[1 + i // 2], dims[i % 2], case.bands[i]
+    for i, kept in enumerate(case.streams):
+        where, dim = held[1 + i // 2], dims[i % 2]
         slots, width = where.shape[1], heads // case.groups * dim
         unused = ~where[:, None, :, None]
         if kept is None:
@@ -132,11 +146,10 @@ def build(case: Case) -> Call:
         bias = normal(batch, length).masked_fill(chance(0.2, batch, length), float("-inf"))
     arguments = [query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, None]
     turns: dict = {}
-    if case.block and None not in (case.bands[0], case.bands[2]):
+    if case.block and None not in case.streams[::2]:
         pairs = max(case.head_dim // 3, 1)
-        angles = [normal(batch, slots // case.block + 1, pairs) for slots in (case.vision, case.text)]
-        vision_turns, text_turns = (torch.stack([a.cos(), a.sin()], 2) for a in angles)
-        turns = {"vision_turns": vision_turns, "text_turns": text_turns, "block": case.block}
+        angles = [normal(batch, slots // case.block + 1, pairs) for slots in case.slots]
+        turns = {"turns": [torch.stack([a.cos(), a.sin()], 2) for a in angles], "block": case.block}
     if not case.tiers:
         return Call(arguments, [], turns)
     read = torch.randint(0, case.vision + 1, (batch, 2), generator=g).sort(1).values.to(torch.int32)
@@ -151,7 +164,7 @@ def without_garbage(call: Call) -> Call:
     for x in dense + codes:
         if x.dtype != torch.uint8:
             x.nan_to_num_(0.0)
-    for i in (0, 2, 4, 6):
+    for i in range(0, len(codes), 2):
         where = positions[1 + i // 4]
         if codes[i].dtype == torch.uint8:
             codes[i].masked_fill_(((where < 0) | (where >= cursor[1]))[:, None, :, None], 0)
@@ -175,10 +188,12 @@ LENGTHS = st.sampled_from((0, 1, 15, 16, 17, 63, 64, 65, 127, 129, 300, 700))
 
 
 @st.composite
-def cases(draw) -> Case:
+def cases(draw, lengths: st.SearchStrategy[int] = LENGTHS, third: bool = False) -> Case:
+    """Cases with so many slots in each packed segment; third: coarse is there in half of them."""
     heads, groups = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 2), (5, 1))))
     count = st.integers(0, 40)
     bands = st.one_of(st.none(), st.tuples(count, count, count, count))
+    coarse = draw(st.one_of(st.none(), lengths)) if third else None
     return Case(
         batch=draw(st.sampled_from((1, 1, 3))),
         heads=heads,
@@ -186,17 +201,18 @@ def cases(draw) -> Case:
         share=draw(st.sampled_from((1, 2, 3, 7))),
         head_dim=draw(st.sampled_from((3, 8, 16, 33, 64, 72, 80, 128))),
         value_dim=draw(st.sampled_from((5, 16, 64, 72, 80))),
-        vision=draw(LENGTHS),
-        text=draw(LENGTHS),
+        vision=draw(lengths),
+        text=draw(lengths),
+        coarse=coarse,
         tail=draw(st.sampled_from((0, 1, 8, 32))),
         new=draw(st.sampled_from((1, 1, 2, 5))),
         grouped=draw(st.booleans()),
-        bands=tuple(draw(bands) for _ in range(4)),
+        bands=tuple(draw(bands) for _ in range(6)),
         scope=draw(st.sampled_from(("model", "sequence"))),
         token_scale=draw(st.booleans()),
         mask=draw(st.sampled_from(("none", "bool", "float"))),
         bias=draw(st.booleans()),
-        tiers=draw(st.booleans()),
+        tiers=coarse is None and draw(st.booleans()),
         partial=draw(st.integers(0, 60)),
         empty=draw(st.sampled_from((0.0, 0.2, 1.0))),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),

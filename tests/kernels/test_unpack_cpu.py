@@ -33,7 +33,7 @@ def in_dtype(arguments: list, dtype: torch.dtype) -> list:
 
 
 def is_packed(arguments: list) -> Tensor:
-    """Which positions `[B, T]` vision and text hold."""
+    """Which positions `[B, T]` the packed segments hold."""
     new, cursor = arguments[KEY].shape[2], arguments[CURSOR]
     end = min(int(cursor[1]), int(cursor[0]) - new)
     packed = torch.zeros(arguments[KEY].shape[0], arguments[TOKENS], dtype=torch.bool)
