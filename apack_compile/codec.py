@@ -131,6 +131,15 @@ def encode(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool = Fals
     """
     if basis.mean.numel() == 0:
         return x, x.new_empty(0, dtype=torch.float16)
+    if x.shape[2] == 0:
+        scales = (*x.shape[:2], 0) if token_scale and bands.components else 0
+        codes = x.new_empty((*x.shape[:3], bands.token_bytes), dtype=torch.uint8)
+        return codes, x.new_empty(scales, dtype=torch.float16)
+    if x.device.type == "cpu":
+        from apack_compile.kernels.encode import cpu
+
+        if cpu.serves(x, basis):
+            return cpu.encode(x, basis, bands, token_scale)
     coefficients = project(x, basis)
     if coefficients.is_cuda and coefficients.dtype == torch.float32:
         from apack_compile.kernels.encode.triton import quantize as quantize_on_cuda

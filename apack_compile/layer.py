@@ -108,8 +108,8 @@ class CompactedLayer(CacheLayerMixin):
         turns = turns or self.turns()
         if not turns:
             return {}
-        block = self.index.plan.turn.block
-        return {"text_turns": turns[-1], "block": block} if text_only else {"turns": turns, "block": block}
+        named = {"text_turns": turns[-1]} if text_only else {"turns": turns}
+        return {**named, "block": self.index.plan.turn.block}
 
     def append_state(self) -> tuple:
         """The state arguments of `append`."""
@@ -158,7 +158,8 @@ class CompactedLayer(CacheLayerMixin):
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise ValueError for states that cannot be packed."""
         for name, states in zip(STREAMS, (key, value), strict=True):
-            largest = states.detach().abs().amax() if states.numel() else states.new_zeros(())
+            states = states.detach() if states.numel() else states.new_zeros(1)
+            largest = torch.maximum(states.amax(), -states.amin())
             if not torch.isfinite(largest):
                 raise ValueError(f"layer {self.layer_idx}: {name} states hold NaN or Inf; the cache was left as it was")
             lossy = self.index.plan is not None and not self._lossless()

@@ -65,8 +65,12 @@ def assign(chunk: Chunk, first_tokens: int | Tensor, tail_slots: int) -> Assignm
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Tokens `[B, H, slots, D]` of `[B, H, n, D]` at `[B, slots]` indices; zeros where the index is -1."""
-    expanded = index.clamp_min(0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, expanded) * (index >= 0)[:, None, :, None].to(x.dtype)
+    if len(x) == 1:
+        # copies whole rows, several times faster than a gather
+        found = x.index_select(2, index[0].clamp_min(0))
+    else:
+        found = x.gather(2, index.clamp_min(0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return found.mul_((index >= 0)[:, None, :, None].to(x.dtype))
 
 
 def positions_of(index: Tensor, start: int) -> Tensor:

@@ -251,15 +251,15 @@ def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:
 
 
 def random_turns(packed: Packed, turn: KeyTurn, batch: int, device: str) -> dict[str, Any]:
-    """Turns of the vision and text blocks, as `attend` takes them."""
-    vision, text = (
+    """Turns of the packed segments' blocks, as `attend` takes them."""
+    turns = [
         turns_at(
             torch.randint(0, 1_000, (batch, -(-x.shape[1] // turn.block) + 1), device=device),
             turn.frequencies.to(device),
         )
         for x in packed.state[4][1:]
-    )
-    return {"vision_turns": vision, "text_turns": text, "block": turn.block}
+    ]
+    return {"turns": turns, "block": turn.block}
 
 
 def held_bytes(state: tuple) -> list[int]:

@@ -5,9 +5,9 @@ deep model: rows say `layers` and `model_layers`, and their tokens a second are 
 with their own weights, float32.
 
 Dense is transformers' StaticCache, compiled with Inductor; packed is the same model compiled through our backend, Inductor below (both
-with CUDA graphs on a GPU). Steps of both take turns, `STEPS` at a time; medians. Compaction is the time of encoding every layer's keys
-and values, without the model, as a share of the dense prefill. `largest_batch`: sequences of this length whose caches fit in
-`--budget`, at the depth of the shape's model.
+with CUDA graphs on a GPU); with `--compile none` neither is compiled. Steps of both take turns, `STEPS` at a time; medians.
+Compaction is the time of encoding every layer's keys and values, without the model, as a share of the dense prefill.
+`largest_batch`: sequences of this length whose caches fit in `--budget`, at the depth of the shape's model.
 """
 
 import gc
@@ -125,8 +125,10 @@ def stepper(subject: Subject, cache: Any, token: Tensor, compiled: Callable[...,
     return step
 
 
-def compiled_calls(subject: Subject, device: str, record: list[Any]) -> dict[str, Callable[..., Any]]:
-    """The model's forward compiled for each cache; `record` gets what our backend did to each graph."""
+def calls_of(subject: Subject, device: str, compiled: bool, record: list[Any]) -> dict[str, Callable[..., Any]]:
+    """The model's forward for each cache, compiled or not; `record` gets what our backend did to each graph."""
+    if not compiled:
+        return {"dense": subject.model.forward, "packed": subject.model.forward}
     mode = "reduce-overhead" if device == "cuda" else None
     ours = make_backend(record.append)
     return {
@@ -150,7 +152,7 @@ def timed_steps(steps: dict[str, Callable[[], None]], rounds: int, device: str) 
     return times
 
 
-def measured(subject: Subject, packing: Packing, device: str, rounds: int, budget: float) -> Row:
+def measured(subject: Subject, packing: Packing, device: str, rounds: int, budget: float, compiled: bool = True) -> Row:
     """One row: a model, a prompt, a plan."""
     model, prompt = subject.model, subject.inputs["input_ids"]
     batch, tokens = prompt.shape
@@ -177,7 +179,7 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
     del states
     held = packed.report()
     graphs: list[Any] = []
-    calls = compiled_calls(subject, device, graphs)
+    calls = calls_of(subject, device, compiled, graphs)
     steps = {name: stepper(subject, caches[name], token, calls[name]) for name in caches}
     times = timed_steps(steps, rounds, device)
     # from here on only `caches` and `steps` hold the caches, so that their memory can be told
@@ -197,6 +199,7 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
         "key_block": 0 if plan.turn is None else plan.turn.block,
         "groups": plan.groups,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "compiled": compiled,
         "layers": subject.built_layers,
         "model_layers": subject.layers,
         "ratio": held["ratio"],
@@ -247,6 +250,9 @@ def main(
     dtype: Annotated[
         str | None, typer.Option(help="Of random weights. Default: bfloat16 on a GPU, else float32.")
     ] = None,
+    compile: Annotated[
+        str, typer.Option(help="auto, or none: both decode step by step as transformers has it.")
+    ] = "auto",
     budget: Annotated[float, typer.Option(help="GiB for caches, for the largest batch.")] = 64.0,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, a shorter prompt.")] = False,
@@ -256,6 +262,8 @@ def main(
         raise typer.BadParameter(f"preset={preset!r} must be 'attentionpack'")
     if preset is not None and ratio is not None:
         raise typer.BadParameter(f"preset={preset!r} and ratio={ratio!r} exclude each other")
+    if compile not in ("auto", "none"):
+        raise typer.BadParameter(f"compile={compile!r} must be 'auto' or 'none'")
     names = shape or (list(SHAPES) if device == "cuda" else list(REAL))
     unknown = [name for name in names if name not in (*SHAPES, *REAL)]
     if unknown:
@@ -272,7 +280,9 @@ def main(
                     subject = real_subject(name, length, sequences, packing)
                 else:
                     subject = random_subject(name, layers, length, sequences, packing, kind, device)
-                rows.append(measured(subject, packing, device, QUICK_ROUNDS if quick else ROUNDS, budget))
+                rows.append(
+                    measured(subject, packing, device, QUICK_ROUNDS if quick else ROUNDS, budget, compile == "auto")
+                )
                 print(rows[-1], flush=True)
     shown = [{title: row[name] for name, title in SHOWN.items()} for row in rows]
     print_table(f"decode, {device}; largest batch in {budget:g} GiB of caches", shown)

@@ -10,8 +10,9 @@ from apack_compile.codec import Bands, StreamBasis
 
 # cursor[HELD]: tokens held; cursor[PACKED]: first position of the tail; position p packs into text slot p - cursor[ORIGIN].
 HELD, PACKED, ORIGIN = 0, 1, 2
-# Segments, by their place among the positions.
+# Segments of a cache with two packed ones, by their place among the positions; of three, these come after the coarse one.
 VISION, TEXT = 1, 2
+PACKED_SEGMENTS = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,26 @@ class PackedStream:
     def as_is(self) -> bool:
         """Whether tokens are kept untransformed, in the model's dtype."""
         return self.codes.dtype != torch.uint8
+
+
+def check_segments(
+    codes: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    bands: Sequence[int],
+    positions: Sequence[Tensor],
+    turns: Sequence[Tensor] = (),
+    tiers: Tensor | None = None,
+) -> None:
+    """Raise ValueError where the flat lists are not those of two or three packed segments; tiers: of vision and text only."""
+    segments = len(positions) - 1
+    if segments not in PACKED_SEGMENTS or (tiers is not None and segments != TEXT):
+        allowed = "3, of first, vision and text" if tiers is not None else "3 or 4, of first and the packed segments"
+        raise ValueError(f"positions: {len(positions)} tensors must be {allowed}")
+    for name, given, each in (("codes", codes, 4), ("bases", bases, 6), ("bands", bands, 8)):
+        if len(given) != each * segments:
+            raise ValueError(f"{name}: {len(given)} entries must be {each} for each of {segments} packed segments")
+    if len(turns) not in (0, segments):
+        raise ValueError(f"turns: {len(turns)} entries must be one for each of {segments} packed segments, or none")
 
 
 def packed_streams(codes: Sequence[Tensor], bases: Sequence[Tensor], bands: Sequence[int]) -> list[PackedStream]:

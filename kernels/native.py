@@ -16,11 +16,22 @@ import torch
 from torch import Tensor
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-# kernels/csrc/arguments.h: Attend, Segment
+# kernels/csrc/arguments.h: Attend, Segment, Append, Encode, Unpack
 ATTEND = Struct("=13qd12qq2dq2d10q8q")
 SEGMENT = Struct("=2q16q16q")
-# Append
 APPEND = Struct("=7q6d27q27q4q")
+ENCODE = Struct("=9q6d16q")
+UNPACK = Struct("=6q14q8q")
+# bytes of what is passed, as the library is asked for them
+SIZES = {
+    "attend": ATTEND.size,
+    "state": 4 * SEGMENT.size,
+    "append": APPEND.size,
+    "encode": ENCODE.size,
+    "unpack": UNPACK.size,
+}
+# packed segments that the library has room for
+MAX_PACKED = 2
 # the last words of a Source whose tokens are kept as they are
 NO_BASIS = (0,) * 10
 NOT_TURNED = (0, 0, 0, 0)
@@ -39,10 +50,10 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
         return None, "not built"
     try:
         library = ctypes.CDLL(str(path))
-        sizes = library.apack_attend_bytes(), library.apack_state_bytes(), library.apack_append_bytes()
+        sizes = tuple(getattr(library, f"apack_{name}_bytes")() for name in SIZES)
     except (OSError, AttributeError) as error:
         return None, f"not loadable: {error}"
-    if sizes != (ATTEND.size, 4 * SEGMENT.size, APPEND.size):
+    if sizes != tuple(SIZES.values()):
         return None, "built from other sources: install again"
     return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}"
 
@@ -59,6 +70,18 @@ def turns_of(turns: Tensor | None, block: int, copies: list[Tensor]) -> tuple[in
         turns = turns.float().contiguous()
         copies.append(turns)
     return turns.data_ptr(), turns.shape[1], turns.shape[3], block
+
+
+def turns_of_segments(
+    turns: Sequence[Tensor] | None, segments: int, block: int, copies: list[Tensor]
+) -> tuple[int, ...]:
+    """`Turns` of every packed segment; raises ValueError where there are some, but not one for each."""
+    if not turns:
+        return NOT_TURNED * MAX_PACKED
+    if len(turns) != segments:
+        raise ValueError(f"turns: {len(turns)} entries must be one for each of {segments} packed segments, or none")
+    words = (word for by in turns for word in turns_of(by, block, copies))
+    return *words, *NOT_TURNED * (MAX_PACKED - segments)
 
 
 class Kept:

@@ -11,6 +11,7 @@ from apack_compile.kernels.append import cpu as append_cpu
 from apack_compile.kernels.append.reference import append
 from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.attend.reference import attend
+from apack_compile.kernels.unpack import cpu as unpack_cpu
 from apack_compile.kernels.unpack.reference import unpack
 
 LIBRARY = torch.library.Library("apack", "DEF")
@@ -19,7 +20,7 @@ STATE = "Tensor[] dense, Tensor[] codes, Tensor[] bases, int[] bands, Tensor[] p
 OPTIONAL_TIERS = (
     "Tensor? vision_importance=None, Tensor? text_importance=None, Tensor? tiers=None, int partial=0, float[]? ema=None"
 )
-TURNS = "*, Tensor? vision_turns=None, Tensor? text_turns=None, int block=0"
+TURNS = "*, Tensor[]? turns=None, int block=0"
 TIERS = "Tensor(a!) vision_importance, Tensor(b!) text_importance, Tensor tiers, int partial, float[] ema"
 ATTEND = f"Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, {STATE}, float? scale"
 
@@ -41,6 +42,7 @@ LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
 LIBRARY.impl("attend_tiers", attend, "CompositeExplicitAutograd")
 if native.COMPILED is not None:
     LIBRARY.impl("append", append_cpu.append, "CPU")
+    LIBRARY.impl("unpack", unpack_cpu.unpack, "CPU")
     LIBRARY.impl("attend", attend_cpu.attend, "CPU")
     LIBRARY.impl("attend_tiers", attend_cpu.attend, "CPU")
 LIBRARY.impl("append", cuda.append, "CUDA")
@@ -50,14 +52,14 @@ LIBRARY.impl("attend_tiers", cuda.attend, "CUDA")
 
 def implementations(device: str, dtype: torch.dtype) -> dict[str, str]:
     """Which implementation serves each operation on a device for a model's dtype, and why where it is the reference."""
-    chosen = dict.fromkeys(("append", "unpack", "attend"), "reference")
+    chosen = dict.fromkeys(("encode", "append", "unpack", "attend"), "reference")
     if device == "cpu":
         compiled = f"cpu ({native.STATUS})" if native.COMPILED is not None else f"reference (native: {native.STATUS})"
         own = "reference (float64)" if dtype == torch.float64 else compiled
-        chosen.update(append=own, attend=own)
+        chosen = dict.fromkeys(chosen, own)
     if device == "cuda":
         own = "reference (float64)" if dtype == torch.float64 else "cuda (Triton)"
-        chosen.update(append=own, attend=own)
+        chosen.update(encode=own, append=own, attend=own)
     return chosen
 
 

@@ -182,7 +182,7 @@ def test_the_report_names_the_file_what_it_was_calibrated_on_and_other_versions(
     report = apack_compile.report(model)
     assert report.setting == f"plan=Plan.load({str(saved)!r})" and report.calibrated_on == "calibrate"
     assert f"{saved}" in str(report) and "bases calibrated on: calibrate" in str(report) and not report.notes
-    assert f"append: {report.operations['append']}; unpack: reference; attend: " in str(report)
+    assert f"append: {report.operations['append']}; unpack: {report.operations['unpack']}; attend: " in str(report)
     older = {**versions(), "torch": "2.11.0"}
     replace(plan, provenance=replace(plan.provenance, versions=older)).save(saved)
     apack_compile.optimize(model, plan=Plan.load(saved), compile="none")

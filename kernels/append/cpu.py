@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from apack_compile.codec import FLOAT16_MAX, GAUSSIAN_STEP, HEADROOM, MIN_TOKEN_SCALE, WIDTHS
 from apack_compile.kernels.append.reference import append as reference
+from apack_compile.kernels.encode.cpu import QUANTIZER
 from apack_compile.kernels.native import APPEND, COMPILED, DTYPES, INSTRUCTION_SET, NO_BASIS, Kept, turns_of
 
 NO_STREAM = (0, 0, 0, 0, 0, 1, *NO_BASIS)
-UNITS = tuple(GAUSSIAN_STEP[bits] * HEADROOM[bits] for bits in WIDTHS)
 
 
 def append(
@@ -39,7 +38,7 @@ def append(
     copies: list[Tensor] = []
     arguments = APPEND.pack(
         torch.get_num_threads(), batch, heads, new_tokens, slots, capacity, cursor.data_ptr(),
-        *UNITS, MIN_TOKEN_SCALE, FLOAT16_MAX,
+        *QUANTIZER,
         key.data_ptr(), DTYPES[key.dtype], *key.stride()[:3], key_dim, *key_tail,
         value.data_ptr(), DTYPES[value.dtype], *value.stride()[:3], value.shape[3], *value_tail,
         *turns_of(text_turns, block, copies),

@@ -16,6 +16,7 @@ from apack_compile.kernels.layout import (
     TEXT,
     VISION,
     PackedStream,
+    check_segments,
     packed_streams,
     stored_before,
     tail_positions,
@@ -42,8 +43,7 @@ def attend(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
-    vision_turns: Tensor | None = None,
-    text_turns: Tensor | None = None,
+    turns: list[Tensor] | None = None,
     block: int = 0,
 ) -> Tensor:
     """Attention `[B, H_q, rows, D_v]` of `query` `[B, H_q, rows, D]` over stored and new tokens; a row that may attend nothing is 0.
@@ -51,8 +51,10 @@ def attend(
     tiers: int32 `[B, 2]`, how many leading vision slots are read with all value components (the others with the leading
     `partial`), and how many are read at all. importance: float32 `[B, slots]`, updated with the mean over heads
     of the newest query's attention a: `keep * importance + add * a` at the slots that were read; ema: vision's keep and add, text's.
-    turns: float32 `[B, blocks, 2, P]`, by which the stored keys of each `block` of slots were turned back; None for not turned.
+    turns: of each packed segment float32 `[B, blocks, 2, P]`, by which the stored keys of each `block` of slots were turned back; none
+    for keys stored as they came. Raises ValueError for lists that are not those of two or three packed segments.
     """
+    check_segments(codes, bases, bands, positions, turns or (), tiers)
     batch, heads, new_tokens, head_dim = key.shape
     rows = query.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -62,14 +64,14 @@ def attend(
 
     scores = [q @ dense[0].to(dtype).mT]
     levels = [None if s.as_is else centered_levels(s.codes, s.bands, dtype) for s in packed]
-    for stream, level, turns in zip(packed[::2], levels[::2], (vision_turns, text_turns), strict=False):
-        if turns is None:
+    for stream, level, by in zip(packed[::2], levels[::2], turns or (None,) * (len(packed) // 2), strict=True):
+        if by is None:
             scores.append(_packed_scores(q, stream, level))
         else:
-            scores.append(_relative_scores(q, stream, level, turns, block))
+            scores.append(_relative_scores(q, stream, level, by, block))
     scores += [q @ dense[2].to(dtype).mT, q @ key.to(dtype).mT]
 
-    where = [(p, stored_before(p, cursor, new_tokens)) for p in positions[: len(scores) - 2]]
+    where = [(p, stored_before(p, cursor, new_tokens)) for p in positions]
     if tiers is not None:
         where[VISION] = (positions[VISION], where[VISION][1] & _leading(positions[VISION], tiers[:, 1]))
     ring = tail_positions(dense[2].shape[2], cursor).expand(batch, -1)

@@ -50,16 +50,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS, CHANNELS, SLOTS = 64, 64, 64
 
 
-def serves(query: Tensor, packed: Sequence[PackedStream], turns: Sequence[Tensor | None] = (), block: int = 0) -> bool:
+def serves(query: Tensor, packed: Sequence[PackedStream], turns: Sequence[Tensor] = (), block: int = 0) -> bool:
     """Whether the kernels take these: 16- or 32-bit queries, keys and values of a segment both packed or both kept as they are.
 
     Relative keys only where they are packed, and whole tiles of tokens share an anchor: blocks of 16, 32, 64 and so on.
     """
     alike = all(key.as_is == value.as_is for key, value in zip(packed[::2], packed[1::2], strict=True))
     one_grouping = len({stream.groups for stream in packed if not stream.as_is}) <= 1
-    relative = [key for key, by in zip(packed[::2], turns, strict=False) if by is not None]
-    in_tiles = not relative or (block >= 16 and block.bit_count() == 1 and not any(key.as_is for key in relative))
-    return query.dtype in DTYPES and alike and one_grouping and in_tiles
+    in_tiles = not turns or (block >= 16 and block.bit_count() == 1 and not any(key.as_is for key in packed[::2]))
+    return len(packed) == 4 and query.dtype in DTYPES and alike and one_grouping and in_tiles
 
 
 def attend(
@@ -80,24 +79,23 @@ def attend(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
-    vision_turns: Tensor | None = None,
-    text_turns: Tensor | None = None,
+    turns: list[Tensor] | None = None,
     block: int = 0,
 ) -> Tensor:
     """As `reference.attend`, which also serves here what `serves` says no to (float64, a segment half packed, an odd block)."""
     packed = packed_streams(codes, bases, bands)
-    if not serves(query, packed, (vision_turns, text_turns), block):
+    if not serves(query, packed, turns or (), block):
         # fmt: off
         return reference.attend(
             query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
-            vision_importance, text_importance, tiers, partial, ema, vision_turns, text_turns, block,
+            vision_importance, text_importance, tiers, partial, ema, turns, block,
         )
     # fmt: on
-    turns = {s: by for s, by in ((VISION, vision_turns), (TEXT, text_turns)) if by is not None}
+    by_segment = dict(zip((VISION, TEXT), turns or (), strict=False))
     importance = {VISION: vision_importance, TEXT: text_importance}
     wanted = {segment for segment, known in importance.items() if known is not None and known.numel()}
     with torch.cuda.device_of(query):
-        call = _Call(query, key, value, dense, packed, positions, cursor, wanted, tiers, turns, block)
+        call = _Call(query, key, value, dense, packed, positions, cursor, wanted, tiers, by_segment, block)
         # the kernels' scores are in base 2
         scale = LOG2E.value * (query.shape[-1] ** -0.5 if scale is None else scale)
         call.project(scale)

@@ -1,16 +1,11 @@
 // `apack::append`: new tokens into the tail ring, those that it pushes out encoded (kernels/append/reference.py is the specification).
 #pragma once
 
-#include "arguments.h"
-#include "codes.h"
-#include "products.h"
-#include "scratch.h"
-#include "team.h"
+#include "encode.h"
 
 namespace {
 
-constexpr int COMPONENTS = 64;                // of a piece of a projection
-constexpr int64_t WORTH_THREADS = 1 << 18;    // products
+constexpr int64_t WORTH_THREADS = 1 << 18;  // products
 
 struct Leaving {
     const Append *a;
@@ -19,10 +14,8 @@ struct Leaving {
     float *coefficients[2];  // [B][G][count][r, rounded up to fours]
 };
 
-inline int stored_components(const Source &s) { return round_up(components_of(s), 4); }
-
 inline const void *row_of(const void *data, int64_t dtype, const int64_t strides[3], int64_t b, int64_t head, int64_t token) {
-    return (const char *)data + (b * strides[0] + head * strides[1] + token * strides[2]) * (dtype == FLOAT32 ? 4 : 2);
+    return (const char *)data + (b * strides[0] + head * strides[1] + token * strides[2]) * element_bytes(dtype);
 }
 
 // A leaving token of one head, as floats.
@@ -45,10 +38,7 @@ inline void center(const Leaving &l, int stream, int64_t b, int64_t group) {
         for (int64_t h = 0; h < per_group; ++h) {
             float *row = rows + i * W + h * side.width;
             load_leaving(a, side, b, group * per_group + h, l.first + i, row);
-            if (stream == 0 && a.turns.data) {
-                int64_t block = (l.first + i - a.cursor[2]) / a.turns.block;
-                turn_back(row, a.turns.data + (b * a.turns.blocks + block) * 2 * a.turns.pairs, a.turns.pairs);
-            }
+            if (stream == 0 && a.turns.data) turn_back(row, turn_of(a.turns, b, l.first + i - a.cursor[2]), a.turns.pairs);
         }
     if (!is_packed(s)) {
         for (int64_t i = 0; i < l.count; ++i) {
@@ -57,75 +47,28 @@ inline void center(const Leaving &l, int stream, int64_t b, int64_t group) {
         }
         return;
     }
-    int64_t at = ((s.basis_batch == 1 ? 0 : b) * s.groups + group) * W;
-    for (int64_t i = 0; i < l.count; ++i)
-        for (int64_t w = 0; w < W; ++w) rows[i * W + w] -= load_element(s.mean, s.basis_dtype, at + w);
+    center(s, basis_at(s, b, group), rows, l.count, W);
 }
 
 // Coefficients [begin, begin + COMPONENTS) of one head group's tokens.
 inline void project(const Leaving &l, int stream, int64_t b, int64_t group, int64_t begin, float *row) {
-    const Append &a = *l.a;
-    const Source &s = a.sides[stream].packed;
-    int r = components_of(s), W = (int)(a.heads / s.groups * a.sides[stream].width), n = (int)(r - begin < COMPONENTS ? r - begin : COMPONENTS);
-    int64_t at = b * s.groups + group, from = (((s.basis_batch == 1 ? 0 : b) * s.groups + group) * r + begin) * W;
-    const float *rows = l.centered[stream] + at * l.count * W;
-    float *out = l.coefficients[stream] + at * l.count * stored_components(s) + begin;
-    if (s.basis_dtype == FLOAT32)
-        return dots(rows, W, (int)l.count, (const float *)s.decoder + from, W, n, W, out, stored_components(s), false);
-    for (int c = 0; c < n; ++c) {
-        convert_row(row, (const uint16_t *)s.decoder + from + (int64_t)c * W, s.basis_dtype, W);
-        for (int64_t i = 0; i < l.count; ++i) {
-            float found[4];
-            dots(rows + i * W, W, 1, row, W, 1, W, found, 4, false);
-            out[i * stored_components(s) + c] = found[0];
-        }
-    }
+    const Source &s = l.a->sides[stream].packed;
+    int r = components_of(s);
+    int64_t at = b * s.groups + group, W = l.a->heads / s.groups * l.a->sides[stream].width;
+    project(s, basis_at(s, b, group), l.centered[stream] + at * l.count * W, l.count, W, begin, (int)(r - begin < COMPONENTS ? r - begin : COMPONENTS),
+            l.coefficients[stream] + at * l.count * stored_components(s), row);
 }
-
-inline float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
 // Coefficients of one head group's tokens to codes and token scales, in their slots.
 inline void quantize(const Leaving &l, int stream, int64_t b, int64_t group) {
     const Append &a = *l.a;
     const Source &s = a.sides[stream].packed;
-    static const int widths[4] = {16, 8, 4, 2};
-    int r = components_of(s);
     int64_t at = b * s.groups + group;
-    const float *step = s.step + ((s.basis_batch == 1 ? 0 : b) * s.groups + group) * r;
     for (int64_t i = 0; i < l.count; ++i) {
-        float *x = l.coefficients[stream] + (at * l.count + i) * stored_components(s);
         int64_t slot = l.first + i - a.cursor[2];
         uint8_t *codes = (uint8_t *)s.data + b * s.batch_stride + group * s.group_stride + slot * s.token_stride;
-        float scale = 1;
-        if (s.scale && r) {
-            double squares = 0;
-            for (int band = 0, c = 0; band < 4; ++band)
-                for (int64_t j = 0; j < s.bands[band]; ++j, ++c) {
-                    float normalized = x[c] * ((float)a.unit[band] / step[c]);
-                    squares += (double)normalized * normalized;
-                }
-            uint16_t half = float_to_half(clamped((float)sqrt(squares / r), (float)a.least_scale, (float)a.greatest_half));
-            ((uint16_t *)s.scale)[at * a.capacity + slot] = half;
-            scale = half_to_float(half);
-        }
-        for (int band = 0, c = 0; band < 4; ++band) {
-            int bits = widths[band], per_byte = 8 / (bits < 8 ? bits : 8), count = (int)s.bands[band];
-            float top = (float)((1 << bits) - 1);
-            for (int j = 0; j < count; ++j, ++c) {
-                float level = x[c] / step[c];
-                if (s.scale) level /= scale;
-                if (bits == 16) {
-                    uint16_t half = float_to_half(clamped(level, -(float)a.greatest_half, (float)a.greatest_half));
-                    memcpy(codes + 2 * j, &half, 2);
-                    continue;
-                }
-                float rounded = clamped(nearbyintf(level + top / 2), 0, top);
-                uint8_t code = rounded == rounded ? (uint8_t)rounded : 0;
-                uint8_t *byte = codes + j / per_byte;
-                *byte = j % per_byte ? *byte | (uint8_t)(code << (bits * (j % per_byte))) : code;
-            }
-            codes += (count * bits + 7) / 8;
-        }
+        uint16_t *scale = s.scale && components_of(s) ? (uint16_t *)s.scale + at * a.capacity + slot : nullptr;
+        quantize(s, a.quantizer, basis_at(s, b, group), l.coefficients[stream] + (at * l.count + i) * stored_components(s), codes, scale);
     }
 }
 
@@ -135,7 +78,7 @@ inline void write_tail(const Append &a, const Side &side, int64_t kept) {
             for (int64_t i = a.new_tokens - kept; i < a.new_tokens; ++i) {
                 const void *from = row_of(side.fresh, side.dtype, side.strides, b, h, i);
                 void *to = (void *)row_of(side.tail, side.tail_dtype, side.tail_strides, b, h, (a.cursor[0] + i) % a.tail_slots);
-                if (side.dtype == side.tail_dtype) memcpy(to, from, side.width * (side.dtype == FLOAT32 ? 4 : 2));
+                if (side.dtype == side.tail_dtype) memcpy(to, from, side.width * element_bytes(side.dtype));
                 else for (int64_t d = 0; d < side.width; ++d) store_element(to, side.tail_dtype, d, load_element(from, side.dtype, d));
             }
 }

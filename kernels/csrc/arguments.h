@@ -40,7 +40,18 @@ struct Turns {
     int64_t blocks, pairs, block;
 };
 
-// A row's leading 2 pairs turned back by one block's cosine and sine.
+// Cosine and sine of a slot's block.
+inline const float *turn_of(const Turns &t, int64_t b, int64_t slot) { return t.data + (b * t.blocks + slot / t.block) * 2 * t.pairs; }
+
+// A row's leading 2 pairs turned by one block's cosine and sine.
+inline void turn_forward(float *row, const float *turn, int64_t pairs) {
+    for (int64_t i = 0; i < pairs; ++i) {
+        float first = row[i], second = row[pairs + i], cosine = turn[i], sine = turn[pairs + i];
+        row[i] = first * cosine - second * sine;
+        row[pairs + i] = second * cosine + first * sine;
+    }
+}
+
 inline void turn_back(float *row, const float *turn, int64_t pairs) {
     for (int64_t i = 0; i < pairs; ++i) {
         float first = row[i], second = row[pairs + i], cosine = turn[i], sine = turn[pairs + i];
@@ -78,12 +89,39 @@ struct Side {
 };
 
 // unit: deviations that a step is of a Gaussian at a token scale of one, by band width (apack_compile/codec.py, token_scales).
+struct Quantizer {
+    double unit[4], least_scale, greatest_half;
+};
+
 struct Append {
     int64_t threads, batch, heads, new_tokens, tail_slots, capacity;
     int64_t *cursor;
-    double unit[4], least_scale, greatest_half;
+    Quantizer quantizer;
     Side sides[2];
     Turns turns;
+};
+
+// Tokens [B][G][tokens][width] to a stream of as many slots.
+struct Encode {
+    int64_t threads, batch, tokens, width;
+    const void *data;
+    int64_t dtype, strides[3];
+    Quantizer quantizer;
+    Source to;
+};
+
+// K or V of an unpack: the new tokens, and where all of them go, [B][H][tokens][width] in the new ones' dtype.
+struct Restored {
+    const void *fresh;
+    int64_t dtype, strides[3], width;
+    void *out;
+};
+
+struct Unpack {
+    int64_t threads, batch, heads, new_tokens, tokens;
+    const int64_t *cursor;
+    Restored sides[2];
+    Turns turns[2];
 };
 
 }  // namespace

@@ -20,6 +20,12 @@ int64_t apack_attend_avx512(const void *, const void *);
 int64_t apack_append_baseline(const void *);
 int64_t apack_append_avx2(const void *);
 int64_t apack_append_avx512(const void *);
+int64_t apack_encode_baseline(const void *);
+int64_t apack_encode_avx2(const void *);
+int64_t apack_encode_avx512(const void *);
+int64_t apack_unpack_baseline(const void *, const void *);
+int64_t apack_unpack_avx2(const void *, const void *);
+int64_t apack_unpack_avx512(const void *, const void *);
 
 // 0: any processor, 1: AVX2, 2: AVX-512.
 int64_t apack_instruction_set() {
@@ -35,10 +41,18 @@ int64_t apack_instruction_set() {
 int64_t apack_attend_bytes() { return sizeof(Attend); }
 int64_t apack_state_bytes() { return sizeof(State); }
 int64_t apack_append_bytes() { return sizeof(Append); }
+int64_t apack_encode_bytes() { return sizeof(Encode); }
+int64_t apack_unpack_bytes() { return sizeof(Unpack); }
 
 // 0, or 1 where memory ran out.
 int64_t apack_attend(const void *arguments, const void *state, int64_t set) { return FOR_SET(apack_attend, set, arguments, state); }
 
 // 0; 1 where memory ran out, 2 where there is no free slot.
 int64_t apack_append(const void *arguments, int64_t set) { return FOR_SET(apack_append, set, arguments); }
+
+// 0, or 1 where memory ran out.
+int64_t apack_encode(const void *arguments, int64_t set) { return FOR_SET(apack_encode, set, arguments); }
+
+// 0; 1 where memory ran out, 2 where more tokens are held than are wanted.
+int64_t apack_unpack(const void *arguments, const void *state, int64_t set) { return FOR_SET(apack_unpack, set, arguments, state); }
 }

@@ -1,6 +1,8 @@
 // Scratch memory.
 #pragma once
 
+#include <stddef.h>
+#include <stdint.h>
 #include <stdlib.h>
 
 namespace {
@@ -20,5 +22,17 @@ inline char *scratch(size_t bytes) {
     }
     return kept.memory;
 }
+
+// Parts of scratch memory, one after another; with a null address only their size is counted.
+struct Arena {
+    char *at;
+    size_t size;
+    void *take(size_t bytes) {
+        void *p = at ? at + size : nullptr;
+        size += (bytes + 63) / 64 * 64;
+        return p;
+    }
+    float *floats(int64_t n) { return (float *)take((size_t)n * sizeof(float)); }
+};
 
 }  // namespace

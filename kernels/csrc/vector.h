@@ -105,6 +105,13 @@ inline Vec from_crumbs(const uint8_t *p) {
     const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(read32(p)), shift), levels);
 }
+inline void to_half(uint8_t *p, Vec x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+inline void to_bfloat(uint8_t *p, Vec x) {
+    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
 inline __m128 fold(Vec x) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -125,6 +132,15 @@ inline void store(float *p, Vec x) { _mm256_storeu_ps(p, x); }
 inline void store_some(float *p, Vec x, int n) { _mm256_maskstore_ps(p, leading(n), x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline void to_half(uint8_t *p, Vec x) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+inline void to_bfloat(uint8_t *p, Vec x) {
+    __m256i bits = _mm256_castps_si256(x), last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    rounded = _mm256_srli_epi32(rounded, 16);
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+}
 inline __m128 fold(Vec x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); }
 inline float sum(Vec x) {
     __m128 s = fold(x);
@@ -251,6 +267,18 @@ inline Vec from_crumbs(const uint8_t *p) {
     EACH_LANE v.lane[i] = (p[0] >> (2 * i) & 3) - 1.5f;
     return v;
 }
+inline void to_half(uint8_t *p, Vec x) {
+    EACH_LANE {
+        uint16_t h = float_to_half(x.lane[i]);
+        memcpy(p + 2 * i, &h, 2);
+    }
+}
+inline void to_bfloat(uint8_t *p, Vec x) {
+    EACH_LANE {
+        uint16_t b = float_to_bfloat(x.lane[i]);
+        memcpy(p + 2 * i, &b, 2);
+    }
+}
 #undef EACH_LANE
 
 #endif
@@ -289,6 +317,18 @@ inline void convert_row(float *out, const void *row, int64_t dtype, int n) {
     }
     for (; i + LANES <= n; i += LANES) store(out + i, dtype == BFLOAT16 ? from_bfloat(p + 2 * i) : from_half(p + 2 * i));
     for (; i < n; ++i) out[i] = load_element(row, dtype, i);
+}
+
+// A row of n floats in a dtype.
+inline void store_row(void *out, int64_t dtype, const float *row, int n) {
+    uint8_t *p = (uint8_t *)out;
+    int i = 0;
+    if (dtype == FLOAT32) {
+        memcpy(out, row, n * sizeof *row);
+        return;
+    }
+    for (; i + LANES <= n; i += LANES) dtype == BFLOAT16 ? to_bfloat(p + 2 * i, load(row + i)) : to_half(p + 2 * i, load(row + i));
+    for (; i < n; ++i) store_element(out, dtype, i, row[i]);
 }
 
 }  // namespace

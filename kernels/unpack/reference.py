@@ -8,6 +8,7 @@ from torch import Tensor
 from apack_compile.codec import decode
 from apack_compile.kernels.layout import (
     HELD,
+    check_segments,
     packed_streams,
     stored_before,
     tail_positions,
@@ -31,17 +32,18 @@ def unpack(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
-    vision_turns: Tensor | None = None,
-    text_turns: Tensor | None = None,
+    turns: list[Tensor] | None = None,
     block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """K and V `[B, H_kv, tokens, D]` in `key`'s dtype, the newest tokens exact, zeros where no token is held.
 
-    Every stored token with all its bands: the tiers say what `attend`, which takes this call's place, reads. turns: float32
-    `[B, blocks, 2, P]`, by which the stored keys of each block of slots were turned back; None for keys stored as they came.
+    Every stored token with all its bands: the tiers say what `attend`, which takes this call's place, reads. turns: of each packed
+    segment float32 `[B, blocks, 2, P]`, by which the stored keys of each `block` of slots were turned back; none for keys stored as
+    they came. Raises ValueError for lists that are not those of two or three packed segments.
     """
-    keys = list(_decoded(0, key, dense, codes, bases, bands, (vision_turns, text_turns), block))
-    values = list(_decoded(1, value, dense, codes, bases, bands, (None, None), block))
+    check_segments(codes, bases, bands, positions, turns or ())
+    keys = list(_decoded(0, key, dense, codes, bases, bands, turns or (), block))
+    values = list(_decoded(1, value, dense, codes, bases, bands, (), block))
     return _restore(key, keys, positions, cursor, tokens), _restore(value, values, positions, cursor, tokens)
 
 
@@ -52,12 +54,13 @@ def _decoded(
     codes: list[Tensor],
     bases: list[Tensor],
     bands: list[int],
-    turns: tuple[Tensor | None, Tensor | None],
+    turns: Sequence[Tensor],
     block: int,
 ) -> Iterator[Tensor]:
-    """Decoded segments `[B, H, N, D]` of one stream: first, vision, text, tail."""
+    """Decoded segments `[B, H, N, D]` of one stream: first, the packed ones, tail."""
     yield dense[stream].to(new.dtype)
-    for packed, by in zip(packed_streams(codes, bases, bands)[stream::2], turns, strict=False):
+    packed_segments = packed_streams(codes, bases, bands)[stream::2]
+    for packed, by in zip(packed_segments, turns or (None,) * len(packed_segments), strict=True):
         dtype = new.dtype if by is None else torch.promote_types(new.dtype, torch.float32)
         x = to_heads(decode(packed.codes, packed.scale, packed.basis, packed.bands, dtype), new.shape[1])
         if by is not None:
@@ -70,7 +73,7 @@ def _restore(new: Tensor, segments: list[Tensor], positions: list[Tensor], curso
     """Segments scattered to their positions, with the new tokens laid over them."""
     batch, heads, new_tokens, head_dim = new.shape
     out = new.new_zeros(batch, heads, tokens + 1, head_dim)
-    where = [torch.where(stored_before(p, cursor, new_tokens), p, tokens) for p in positions[: len(segments) - 1]]
+    where = [torch.where(stored_before(p, cursor, new_tokens), p, tokens) for p in positions]
     ring = tail_positions(segments[-1].shape[2], cursor)
     where.append(torch.where(ring < cursor[HELD] - new_tokens, ring, tokens).expand(batch, -1))
     for segment, position in zip(segments, where, strict=True):

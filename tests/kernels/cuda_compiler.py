@@ -86,11 +86,9 @@ def state(bands, heads, groups, head_dim, dtype, batch=2, sequences=1, scaled=Tr
     return dense, codes, bases, flat, positions, torch.tensor([700, 600, 10])
 
 
-def turned_by(block, head_dim, segments):
-    """Keyword arguments for relative keys in these segments, zeros."""
-    slots = {"vision_turns": 512, "text_turns": 256}
-    turns = {name: torch.zeros(2, slots[name] // block + 1, 2, head_dim // 2) for name in segments}
-    return turns | {"block": block}
+def turns_of(slots, block, head_dim):
+    """Turns of a segment of relative keys, zeros."""
+    return torch.zeros(2, slots // block + 1, 2, head_dim // 2)
 
 
 def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False, mask=None, block=0, **kwargs):
@@ -106,7 +104,7 @@ def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False,
             bands.components // 4,
             [0.2] * 4,
         )
-    turns = turned_by(block, head_dim, ("vision_turns", "text_turns")) if block else {}
+    turns = {"turns": [turns_of(slots, block, head_dim) for slots in (512, 256)], "block": block} if block else {}
     attend(query, new, new, mask, None, *given, None, *more, **turns)
 
 
@@ -114,7 +112,7 @@ def append_with(bands, heads, head_dim, dtype, block=0):
     """Compile what one append launches, and encode."""
     dense, codes, bases, flat, _, cursor = state(bands, heads, 1, head_dim, dtype)
     new = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
-    turns = turned_by(block, head_dim, ("text_turns",)) if block else {}
+    turns = {"text_turns": turns_of(256, block, head_dim), "block": block} if block else {}
     append(new, new, dense[2:] + codes[4:], bases[6:], flat[8:], cursor, **turns)
     quantize(torch.zeros(1, 1, 50, bands.components), torch.ones(1, 1, bands.components), bands, True)
 

@@ -19,7 +19,7 @@ def test_the_operations_are_compiled_where_there_is_a_compiler():
     assert native.COMPILED is not None, native.STATUS
 
 
-@pytest.mark.parametrize("operation", ("append", "attend", "attend_tiers"))
+@pytest.mark.parametrize("operation", ("append", "unpack", "attend", "attend_tiers"))
 def test_the_cpu_has_a_kernel_of_its_own_only_where_the_operations_were_compiled(operation):
     own = torch._C._dispatch_has_kernel_for_dispatch_key(f"apack::{operation}", "CPU")
     assert own == (native.COMPILED is not None)
@@ -37,7 +37,7 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     path = native.find_library()
     if path is None:
         pytest.skip(native.STATUS)
-    monkeypatch.setattr(native, "APPEND", native.SEGMENT)
+    monkeypatch.setitem(native.SIZES, "append", native.SEGMENT.size)
     assert native.load_library(path) == (None, "built from other sources: install again")
 
 
@@ -45,10 +45,15 @@ def test_what_serves_an_operation_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native, "COMPILED", ctypes.CDLL(None))
     monkeypatch.setattr(native, "STATUS", "native, avx2")
     serves = ops.implementations("cpu", torch.bfloat16)
-    assert serves == {"append": "cpu (native, avx2)", "unpack": "reference", "attend": "cpu (native, avx2)"}
-    assert ops.implementations("cpu", torch.float64)["attend"] == "reference (float64)"
-    assert ops.implementations("cuda", torch.bfloat16)["attend"] == "cuda (Triton)"
-    assert ops.implementations("mps", torch.bfloat16)["attend"] == "reference"
+    assert serves == dict.fromkeys(("encode", "append", "unpack", "attend"), "cpu (native, avx2)")
+    assert set(ops.implementations("cpu", torch.float64).values()) == {"reference (float64)"}
+    assert ops.implementations("cuda", torch.bfloat16) == {
+        "encode": "cuda (Triton)",
+        "append": "cuda (Triton)",
+        "unpack": "reference",
+        "attend": "cuda (Triton)",
+    }
+    assert set(ops.implementations("mps", torch.bfloat16).values()) == {"reference"}
     monkeypatch.setattr(native, "COMPILED", None)
     monkeypatch.setattr(native, "STATUS", "not built")
-    assert ops.implementations("cpu", torch.float32)["attend"] == "reference (native: not built)"
+    assert set(ops.implementations("cpu", torch.float32).values()) == {"reference (native: not built)"}

@@ -6,12 +6,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from random_calls import build as build_call
+from random_calls import cases, without_garbage
 from torch import Tensor
 
 from apack_compile import kernels  # noqa: F401
 from apack_compile.basis import fit, moments
 from apack_compile.codec import Bands, StreamBasis, decode, encode
+from apack_compile.kernels.attend.reference import attend
 from apack_compile.kernels.layout import to_groups, to_heads
+from apack_compile.kernels.unpack.reference import unpack
 
 APPEND, UNPACK, ATTEND = torch.ops.apack.append, torch.ops.apack.unpack, torch.ops.apack.attend
 IDENTITY = StreamBasis(torch.empty(0), torch.empty(0), torch.empty(0))
@@ -19,7 +23,10 @@ IDENTITY = StreamBasis(torch.empty(0), torch.empty(0), torch.empty(0))
 
 @dataclass(frozen=True)
 class Shape:
-    """What a state looks like; `chunks` are appended after `laid_out` tokens, the last one is the newest; block 0: keys as they come."""
+    """What a state looks like; `chunks` are appended after `laid_out` tokens, the last one is the newest; block 0: keys as they come.
+
+    shares: chance of a token to be in each packed segment before text; bands: of K and V of each packed segment.
+    """
 
     batch: int = 2
     heads: int = 2
@@ -30,6 +37,7 @@ class Shape:
     tail: int = 6
     chunks: tuple[int, ...] = (3, 4, 1)
     bands: tuple[tuple[int, int, int, int], ...] = ((2, 1, 3, 2), (0, 0, 4, 3), (1, 0, 4, 0), (0, 5, 0, 0))
+    shares: tuple[float, ...] = (0.4,)
     scope: str = "model"
     token_scale: bool = True
     padding: bool = True
@@ -62,11 +70,11 @@ class State:
 
     @property
     def appended(self) -> tuple:
-        return self.dense[2:] + self.codes[4:], self.bases[6:], self.bands[8:], self.cursor
+        return self.dense[2:] + self.codes[-4:], self.bases[-6:], self.bands[-8:], self.cursor
 
     @property
     def turned_text(self) -> dict:
-        return {name: value for name, value in self.turned.items() if name != "vision_turns"}
+        return {"text_turns": self.turned["turns"][-1], "block": self.turned["block"]} if self.turned else {}
 
     @property
     def held(self) -> int:
@@ -81,7 +89,7 @@ def padded_indices(flags: Tensor) -> Tensor:
 
 
 def turn_tables(shape: Shape, index: list[Tensor], generator: torch.Generator) -> dict:
-    """Random turns for the blocks of slots of vision and text; none when the shape has no block."""
+    """Random turns for the blocks of slots of each packed segment; none when the shape has no block."""
     if not shape.block:
         return {}
     pairs = int(torch.randint(1, shape.head_dim // 2 + 1, (), generator=generator))
@@ -90,13 +98,12 @@ def turn_tables(shape: Shape, index: list[Tensor], generator: torch.Generator) -
         for count in index[1:]
     ]
     dtype = torch.promote_types(shape.dtype, torch.float32)
-    vision, text = (torch.stack([a.cos(), a.sin()], dim=2).to(dtype) for a in angles)
-    return {"vision_turns": vision, "text_turns": text, "block": shape.block}
+    return {"turns": [torch.stack([a.cos(), a.sin()], dim=2).to(dtype) for a in angles], "block": shape.block}
 
 
-def rotation(turns: dict, segment: str, batch: int, slot: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine `[P]` of one slot."""
-    return turns[f"{segment}_turns"][batch, slot // turns["block"]]
+def rotation(turns: dict, segment: int, batch: int, slot: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[P]` of one slot of a packed segment; -1 is text."""
+    return turns["turns"][segment][batch, slot // turns["block"]]
 
 
 def rotated(x: Tensor, by: tuple[Tensor, Tensor], sign: int) -> Tensor:
@@ -109,7 +116,7 @@ def rotated(x: Tensor, by: tuple[Tensor, Tensor], sign: int) -> Tensor:
     return x
 
 
-def each_slot(x: Tensor, turns: dict, segment: str, slots: list[int], sign: int) -> Tensor:
+def each_slot(x: Tensor, turns: dict, segment: int, slots: list[int], sign: int) -> Tensor:
     """Keys `[B, H, n, D]` of the given slots, turned one by one."""
     if not turns:
         return x
@@ -129,8 +136,11 @@ def build(shape: Shape) -> State:
     starts = torch.randint(0, 4, (batch, 1), generator=generator) if shape.padding else torch.zeros(batch, 1)
     real = torch.arange(n) >= starts
     first = real & (real.cumsum(1) <= 4)
-    vision = (torch.rand(batch, n, generator=generator) < 0.4) & real & ~first
-    index = [padded_indices(flags) for flags in (first, vision, real & ~first & ~vision)]
+    members, left = [first], real & ~first
+    for share in shape.shares:
+        members.append((torch.rand(batch, n, generator=generator) < share) & left)
+        left = left & ~members[-1]
+    index = [padded_indices(flags) for flags in (*members, left)]
 
     def gathered(x: Tensor, where: Tensor) -> Tensor:
         return x.gather(2, where.clamp_min(0)[:, None, :, None].expand(-1, shape.heads, -1, shape.head_dim))
@@ -140,11 +150,11 @@ def build(shape: Shape) -> State:
     codes, bases, bands = [], [], []
     turns = turn_tables(shape, index, generator)
     expected = [torch.where(first[:, None, :, None], x, 0) for x in tokens]
-    for i in range(4):
+    for i in range(2 * len(index) - 2):
         segment = 1 + i // 2
         x, slots = gathered(tokens[i % 2], index[segment]), list(range(index[segment].shape[1]))
         by = {} if i % 2 else turns
-        x = to_groups(each_slot(x, by, ("vision", "text")[i // 2], slots, -1), shape.groups)
+        x = to_groups(each_slot(x, by, i // 2, slots, -1), shape.groups)
         count = Bands(shape.bands[i])
         if shape.scope == "as is":
             basis, count = IDENTITY, Bands()
@@ -155,12 +165,12 @@ def build(shape: Shape) -> State:
             basis = fit(moments(sample)).basis(count)
         stored, scale = encode(x, basis, count, shape.token_scale)
         decoded = to_heads(decode(stored, scale, basis, count, shape.dtype), shape.heads)
-        decoded = each_slot(decoded, by, ("vision", "text")[i // 2], slots, 1)
+        decoded = each_slot(decoded, by, i // 2, slots, 1)
         for b in range(batch):
             for slot, position in enumerate(index[segment][b].tolist()):
                 if position >= 0:
                     expected[i % 2][b, :, position] = decoded[b, :, slot]
-        if segment == 2:
+        if segment == len(index) - 1:
             stored, scale = (
                 torch.cat([s, s.new_zeros(*s.shape[:2], shape.spare, *s.shape[3:])], 2) if s.dim() > 1 else s
                 for s in (stored, scale)
@@ -169,9 +179,9 @@ def build(shape: Shape) -> State:
         bases += list(basis)
         bands += list(count.counts)
     new = torch.arange(n, n + shape.spare).expand(batch, -1)
-    positions = [index[0], index[1], torch.cat([index[2], new], 1)]
+    positions = [*index[:-1], torch.cat([index[-1], new], 1)]
     positions = [p.to(torch.int32) for p in positions]
-    cursor = torch.tensor([n, n, n - index[2].shape[1]])
+    cursor = torch.tensor([n, n, n - index[-1].shape[1]])
     none = tokens[0][:, :, :0]
     return State(none, none, dense, codes, bases, bands, positions, cursor, expected, real, generator, n, turns)
 
@@ -187,15 +197,15 @@ def append(state: State, shape: Shape, count: int) -> None:
         pushed = slice(state.packed, packed)
         if pushed.stop > pushed.start:
             basis, bands = (
-                StreamBasis(*state.bases[6 + 3 * i : 9 + 3 * i]),
-                Bands(tuple(state.bands[8 + 4 * i : 12 + 4 * i])),
+                StreamBasis(*state.bases[-6:][3 * i : 3 * i + 3]),
+                Bands(tuple(state.bands[-8:][4 * i : 4 * i + 4])),
             )
             by = {} if i else state.turned
             slots = [position - int(state.cursor[2]) for position in range(pushed.start, pushed.stop)]
-            leaving = each_slot(exact[:, :, pushed], by, "text", slots, -1)
+            leaving = each_slot(exact[:, :, pushed], by, -1, slots, -1)
             coded = encode(to_groups(leaving, shape.groups), basis, bands, shape.token_scale)
             back = to_heads(decode(*coded, basis, bands, shape.dtype), shape.heads).clone()
-            exact[:, :, pushed] = each_slot(back, by, "text", slots, 1)
+            exact[:, :, pushed] = each_slot(back, by, -1, slots, 1)
         state.expected[i] = exact
     state.packed = packed
     state.real = torch.nn.functional.pad(state.real, (0, held - state.real.shape[1]), value=True)
@@ -229,13 +239,19 @@ def allowed_by(state: State, tokens: int, rows: int) -> Tensor:
     return real & (torch.arange(tokens) <= state.held - n + torch.arange(n)[:, None])
 
 
+# Two and three packed segments, each of them empty in some.
+SHARES = st.sampled_from(((0.4,), (0.0,), (1.0,), (0.3, 0.4), (0.0, 0.4), (0.4, 0.0), (0.5, 1.0), (1.0, 0.0)))
+
+
 @st.composite
 def shapes(draw) -> Shape:
     heads, groups = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 2))))
     head_dim = draw(st.sampled_from((3, 5, 8)))
     width = heads // groups * head_dim
     quarters = st.integers(0, width // 4)
-    bands = tuple(tuple(draw(st.permutations([1, *(draw(quarters) for _ in range(3))]))) for _ in range(4))
+    shares = draw(SHARES)
+    streams = 2 * len(shares) + 2
+    bands = tuple(tuple(draw(st.permutations([1, *(draw(quarters) for _ in range(3))]))) for _ in range(streams))
     bands = tuple(b if sum(b) <= width else (0, 0, 1, 0) for b in bands)
     chunks = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)))
     return Shape(
@@ -248,6 +264,7 @@ def shapes(draw) -> Shape:
         tail=draw(st.sampled_from((0, 1, 3, 8))),
         chunks=chunks,
         bands=bands,
+        shares=shares,
         scope=draw(st.sampled_from(("model", "sequence", "as is"))),
         token_scale=draw(st.booleans()),
         padding=draw(st.booleans()),
@@ -309,6 +326,32 @@ def test_attend_is_attention_over_the_unpacked_tokens(shape, data):
     torch.testing.assert_close(out, attention(query, key, value, allowed, added, scale), atol=1e-10, rtol=1e-10)
 
 
+@settings(max_examples=60, deadline=None)
+@given(cases(st.sampled_from((0, 1, 63, 64, 65)), third=True))
+def test_the_reference_attends_to_what_it_unpacks_whatever_the_lengths_of_segments(case):
+    case = replace(case, tiers=False, dtype=torch.float32)
+    query, key, value, mask, bias, *state, _ = (call := without_garbage(build_call(case)).copy(torch.float64)).arguments
+    key, value, cursor, positions = key.double(), value.double(), state[5], state[4]
+    held, new = int(cursor[0]), key.shape[2]
+    unpacked = unpack(key, value, *state, held, **call.turns)
+    allowed = torch.zeros(case.batch, held, dtype=torch.bool)
+    ring = int(cursor[1]) + torch.arange(held - int(cursor[1]))
+    allowed[:, ring] = True
+    for where in positions:
+        for row, slots in zip(allowed, where.long(), strict=True):
+            row[slots[(slots >= 0) & (slots < int(cursor[1]))]] = True
+    allowed, added = allowed[:, None, None].expand(-1, 1, query.shape[2], -1), torch.zeros((), dtype=torch.float64)
+    if mask is None and query.shape[2] == new:
+        allowed = allowed & (torch.arange(held) <= held - new + torch.arange(new)[:, None])
+    if mask is not None:
+        mask = mask[..., :held]
+        allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, added + mask.double())
+    if bias is not None:
+        added = added + bias[:, None, None, :held]
+    out = attend(*call.arguments, **call.turns)
+    torch.testing.assert_close(out, attention(query, *unpacked, allowed, added, None), atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("scope", ("model", "sequence", "as is"))
 @pytest.mark.parametrize(("groups", "block"), ((1, 0), (2, 0), (1, 16)))
@@ -364,7 +407,7 @@ def test_what_lies_in_unused_slots_never_shows(shape, poison):
     for i in range(2):
         state.dense[i].masked_fill_(empty[:, None, :, None], poison)
         state.dense[2 + i].masked_fill_(ring[:, None], poison)
-    for i in (0, 2, 4, 6):
+    for i in range(0, len(state.codes), 2):
         if state.codes[i].dtype == torch.uint8:
             where = state.positions[1 + i // 4]
             unused = (where < 0) | (where >= state.cursor[1])
@@ -411,10 +454,10 @@ def test_append_leaves_tokens_that_were_packed_before_alone():
     shape = Shape(chunks=(9,))
     state = filled(shape)
     packed = int(state.cursor[1]) - int(state.cursor[2])
-    saved = [state.codes[i][:, :, :packed].clone() for i in (4, 5, 6, 7)]
+    saved = [codes[:, :, :packed].clone() for codes in state.codes[-4:]]
     append(state, shape, 11)
-    for i, before in zip((4, 5, 6, 7), saved, strict=True):
-        assert torch.equal(state.codes[i][:, :, :packed], before)
+    for codes, before in zip(state.codes[-4:], saved, strict=True):
+        assert torch.equal(codes[:, :, :packed], before)
 
 
 OPCHECK_SHAPES = (
@@ -423,6 +466,7 @@ OPCHECK_SHAPES = (
     Shape(batch=3, heads=4, groups=4, head_dim=6, bands=((0, 2, 3, 1),) * 4, chunks=(2, 5), dtype=torch.float64),
     Shape(chunks=(9, 1), block=4, dtype=torch.bfloat16),
     Shape(scope="as is", chunks=(1,), tail=0, dtype=torch.float32),
+    Shape(shares=(0.3, 0.4), bands=((0, 2, 3, 1),) * 6, chunks=(9, 1), block=4, dtype=torch.float32),
     Shape(scope="sequence", token_scale=False, chunks=(3,), dtype=torch.bfloat16),
 )
 
@@ -450,3 +494,45 @@ def test_attend_declares_what_it_does(shape):
         ATTEND.default, (query, state.key, state.value, None, None, *state.stored, None), state.turned
     )
     torch.library.opcheck(ATTEND.default, (query, state.key, state.value, mask, bias, *state.stored, 0.4), state.turned)
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "message"),
+    (
+        (0, 7, "codes: 7 entries must be 4 for each of 2 packed segments"),
+        (1, 6, "bases: 6 entries must be 6 for each of 2 packed segments"),
+        (2, 24, "bands: 24 entries must be 8 for each of 2 packed segments"),
+        (3, 2, "positions: 2 tensors must be 3 or 4, of first and the packed segments"),
+    ),
+)
+@pytest.mark.parametrize("operation", ("attend", "unpack"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_lists_that_are_of_other_segments_are_refused(dtype, operation, index, count, message):
+    state = filled(Shape(dtype=dtype))
+    dense, *lists, cursor = state.stored
+    lists[index] = (lists[index] * 3)[:count]
+    with pytest.raises(ValueError, match=message):
+        if operation == "unpack":
+            UNPACK(state.key, state.value, dense, *lists, cursor, state.held)
+        else:
+            ATTEND(state.key, state.key, state.value, None, None, dense, *lists, cursor, None)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_turns_of_other_segments_are_refused(dtype):
+    state = filled(Shape(dtype=dtype, block=4))
+    turned = {"turns": state.turned["turns"][:1], "block": 4}
+    with pytest.raises(ValueError, match="turns: 1 entries must be one for each of 2 packed segments, or none"):
+        UNPACK(state.key, state.value, *state.stored, state.held, **turned)
+    with pytest.raises(ValueError, match="turns: 1 entries"):
+        ATTEND(state.key, state.key, state.value, None, None, *state.stored, None, **turned)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_tiers_are_of_vision_and_text_only(dtype):
+    state = filled(Shape(shares=(0.3, 0.4), bands=((0, 2, 3, 1),) * 6, dtype=dtype))
+    none, tiers = torch.empty(2, 0), torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="positions: 4 tensors must be 3, of first, vision and text"):
+        torch.ops.apack.attend_tiers(
+            state.key, state.key, state.value, None, None, *state.stored, None, none, none, tiers, 0, [0.0] * 4
+        )

@@ -123,6 +123,40 @@ def test_a_cache_appended_to_twice_reads_the_state_of_its_own_step():
         torch.testing.assert_close(after, before)
 
 
+def with_coarse(state: State) -> State:
+    """The state with position 1 in a coarse segment before vision, instead of among the first."""
+    stored = [x[:, :1, :1].repeat(1, 1, 1, x.shape[1]).flatten(3) for x in state.dense[:2]]
+    none, first = torch.empty(0, dtype=torch.float16), state.positions[0].clone()
+    first[:, 1] = -1
+    positions = [first, torch.ones_like(first[:, :1]), *state.positions[1:]]
+    codes = [x for store in stored for x in (store, none.clone())] + state.codes
+    bases = [torch.empty(0) for _ in range(6)] + state.bases
+    return state._replace(codes=codes, bases=bases, bands=[0] * 8 + state.bands, positions=positions)
+
+
+@pytest.mark.parametrize("relative", (True, False))
+def test_three_packed_segments_and_their_turns_go_over(relative):
+    def attention(q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor, turns: list[Tensor]):
+        by = {"turns": turns, "block": 4} if relative else {}
+        text_by = {"text_turns": turns[-1], "block": 4} if relative else {}
+        stores = [*state.dense[2:], *state.codes[-4:]]
+        torch.ops.apack.append(k, v, stores, state.bases[-6:], state.bands[-8:], state.cursor, **text_by)
+        keys, values = torch.ops.apack.unpack(k, v, *state, mask.shape[-1], **by)
+        return F.scaled_dot_product_attention(q, repeat_kv(keys, 2), repeat_kv(values, 2), mask)
+
+    query, key, value, state, mask = Case().inputs()
+    angles = [torch.randn(2, -(-slots.shape[1] // 4), 3) for slots in with_coarse(state).positions[1:]]
+    turns = [torch.stack([a.cos(), a.sin()], 2) for a in angles]
+    captured = capture(attention, query, key, value, with_coarse(state), mask, turns)
+    (old,), _ = captured.run()
+    rewritten(captured)
+    assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (0, 1)
+    (new,), _ = captured.run()
+    torch.testing.assert_close(new, old)
+    (without,), _ = capture(attention, query, key, value, with_coarse(state), mask, [x.roll(1, 2) for x in turns]).run()
+    assert torch.allclose(without, old) != relative
+
+
 def test_the_new_node_keeps_shape_and_origin_of_the_old():
     captured = capture(Case().function(), *Case().inputs())
     rewritten(captured)

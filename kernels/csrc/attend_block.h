@@ -1,0 +1,168 @@
+// Attention of one block of tokens: scores, weights, sums of values.
+#pragma once
+
+#include "attend_slots.h"
+#include "products.h"
+
+namespace {
+
+// Scores of one block against keys; packed ones by the group's latents.
+__attribute__((noinline)) void score_block(const Work &w, const Item &item, int segment, int token, int tokens, const float *latent,
+                                           const Local &local) {
+    const Attend &a = *w.a;
+    const Segment &s = w.segments[segment];
+    int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.head_dim;
+    int64_t first_head = (int64_t)item.b * a.heads + item.group * per_group;
+    if (is_packed(s.key)) {
+        const Columns &columns = w.key[kind - 1];
+        Packed packed = packed_of(s.key, a.batch, item.b, item.group, s.slots, columns.bytes);
+        int wide = columns.count < KEY_COLUMNS ? columns.count : KEY_COLUMNS;
+        int step = wide ? (TILE / wide & ~3) : BLOCK;
+        if (step > BLOCK) step = BLOCK;
+        if (!wide) memset(local.score, 0, (size_t)M * BLOCK * sizeof(float));
+        for (int t = 0; t < tokens; t += step) {
+            int n = tokens - t < step ? tokens - t : step;
+            for (int c = 0; c < columns.count; c += wide) {
+                int width = columns.count - c < wide ? columns.count - c : wide;
+                unpack_tile(packed, columns, c, width, token + t, n, nullptr, local.tile, local.row);
+                dots(latent + c, columns.count, M, local.tile, width, n, width, local.score + t, BLOCK, c > 0);
+            }
+        }
+        return;
+    }
+    for (int h = 0; h < per_group; ++h) {
+        const float *query = w.query + (first_head + h) * w.R * D;
+        float *score = local.score + (int64_t)h * w.R * BLOCK;
+        int head = item.group * per_group + h, source_heads = (int)(a.heads / s.key.groups), step = TILE / D & ~3;
+        if (s.key.dtype == FLOAT32) {
+            const float *row = (const float *)dense_row(s.key, item.b, head, token, source_heads, D);
+            dots(query, D, w.R, row, s.key.token_stride, tokens, D, score, BLOCK, false);
+            continue;
+        }
+        for (int t = 0; t < tokens; t += step) {
+            int n = tokens - t < step ? tokens - t : step;
+            for (int i = 0; i < n; ++i)
+                convert_row(local.tile + i * D, dense_row(s.key, item.b, head, token + t + i, source_heads, D), s.key.dtype, D);
+            dots(query, D, w.R, local.tile, D, n, D, score + t, BLOCK, false);
+        }
+    }
+}
+
+// Scores of one row become weights relative to its maximum so far; what the sums held before is scaled to it.
+__attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens,
+                         const float *offsets, int width) {
+    const Attend &a = *w.a;
+    int kind = kind_of(segment), per_group = heads_per_group(w, kind), i = m % w.R, row = i % (int)a.rows;
+    int64_t head = (int64_t)item.b * a.heads + item.group * per_group + m / w.R;
+    bool causal = segment == NEW && !a.mask && a.rows == a.new_tokens;
+    bool own_mask = a.mask && !mask_is_shared(a);
+    Vec offset = broadcast(offsets ? offsets[m] : 0.0f);
+    Vec top = broadcast(-INFINITY), hidden = broadcast(-INFINITY);
+    bool nan = false;
+    for (int t = 0; t < BLOCK; t += LANES) {
+        Vec x = fma(load(score + t), load(slots.key_scale + t), add(offset, load(slots.added + t)));
+        if (own_mask || causal) {
+            store(score + t, x);
+            for (int j = t; j < t + LANES && j < tokens; ++j) {
+                bool out = causal && j > row;
+                float more = 0;
+                if (own_mask && slots.holds[j] > 0)
+                    more = mask_at(a, item.b, (item.group * per_group + m / w.R) * w.share + i / a.rows, row, slots.position[j], out);
+                score[j] = out ? -INFINITY : score[j] + more;
+            }
+            x = load(score + t);
+        }
+        x = select_positive(load(slots.holds + t), x, hidden);
+        store(score + t, x);
+        top = maximum(top, x);
+        nan |= any_nan(x);
+    }
+    if (known_importance(w, segment) && i % a.new_tokens == a.new_tokens - 1) {
+        float *newest = w.newest[kind - 1] + (head * w.per_head_newest + i / a.new_tokens) * w.used[segment];
+        memcpy(newest + token, score, tokens * sizeof *score);
+    }
+    float best = largest(top);
+    if (nan) item.total[m] = NAN;
+    if (nan || best == INFINITY) best = best > item.top[m] ? best : item.top[m] > -INFINITY ? item.top[m] : 0;
+    if (best > item.top[m]) {
+        float *sums = item.sums + (int64_t)m * width;
+        if (item.top[m] > -INFINITY) {
+            float shrink = expf(item.top[m] - best);
+            item.total[m] *= shrink;
+            for (int c = 0; c < width; ++c) sums[c] *= shrink;
+        }
+        item.top[m] = best;
+    }
+    if (item.top[m] == -INFINITY) {
+        memset(score, 0, BLOCK * sizeof *score);
+        return;
+    }
+    Vec minus = broadcast(-item.top[m]), total = zero();
+    for (int t = 0; t < BLOCK; t += LANES) {
+        Vec weight = exp_of(add(load(score + t), minus));
+        total = add(total, weight);
+        store(score + t, weight);
+    }
+    item.total[m] += sum(total);
+}
+
+__attribute__((noinline)) void sum_values(const Work &w, const Item &item, int segment, int token, int tokens, const Slots &slots, const Local &local) {
+    const Attend &a = *w.a;
+    const Segment &s = w.segments[segment];
+    int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.value_dim;
+    if (is_packed(s.value)) {
+        if (s.value.scale)
+            for (int m = 0; m < M; ++m)
+                for (int t = 0; t < BLOCK; t += LANES) {
+                    float *weight = local.score + m * BLOCK + t;
+                    store(weight, select_positive(load(slots.holds + t), scaled(load(weight), load(slots.value_scale + t)), zero()));
+                }
+        bool partial = segment == VISION && a.tiers && token >= a.tiers[2 * item.b];
+        const Columns &columns = partial ? w.partial[kind - 1] : w.value[kind - 1];
+        const float *holds = slots.all ? nullptr : slots.holds;
+        Packed packed = packed_of(s.value, a.batch, item.b, item.group, s.slots, columns.bytes);
+        // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
+        for (int i = 0; i < 4; ++i) {
+            Band band = columns.band[i];
+            int full = w.value[kind - 1].band[i].column;
+            for (int c = 0; c < band.columns; c += VALUE_COLUMNS) {
+                int width = band.columns - c < VALUE_COLUMNS ? band.columns - c : VALUE_COLUMNS;
+                unpack_tile(packed, columns, band.column + c, width, token, tokens, holds, local.tile, local.row);
+                weigh(local.score, BLOCK, M, local.tile, width, width, tokens, item.sums + full + c, w.width[kind]);
+            }
+        }
+        return;
+    }
+    for (int h = 0; h < per_group; ++h) {
+        int head = item.group * per_group + h, source_heads = (int)(a.heads / s.value.groups), step = TILE / D;
+        const float *weight = local.score + (int64_t)h * w.R * BLOCK;
+        float *sums = item.sums + (int64_t)h * w.R * D;
+        bool direct = s.value.dtype == FLOAT32 && slots.all;
+        for (int t = 0; t < tokens; t += direct ? tokens : step) {
+            const float *rows = (const float *)dense_row(s.value, item.b, head, token + t, source_heads, D);
+            int64_t stride = s.value.token_stride;
+            int n = direct ? tokens : tokens - t < step ? tokens - t : step;
+            if (!direct) {
+                for (int i = 0; i < n; ++i)
+                    if (slots.holds[t + i] > 0)
+                        convert_row(local.tile + i * D, dense_row(s.value, item.b, head, token + t + i, source_heads, D), s.value.dtype, D);
+                    else
+                        memset(local.tile + i * D, 0, D * sizeof(float));
+                rows = local.tile;
+                stride = D;
+            }
+            weigh(weight + t, BLOCK, w.R, rows, stride, D, n, sums, D);
+        }
+    }
+}
+
+// No attention of the newest token to a block.
+inline void hide_block(const Work &w, const Item &item, int segment, int token, int tokens) {
+    if (!known_importance(w, segment)) return;
+    int rows = heads_per_group(w, segment) * w.per_head_newest;
+    float *newest = w.newest[segment - 1] + ((int64_t)item.b * w.a->heads * w.per_head_newest + item.group * rows) * w.used[segment];
+    for (int i = 0; i < rows; ++i)
+        for (int t = 0; t < tokens; ++t) newest[(int64_t)i * w.used[segment] + token + t] = -INFINITY;
+}
+
+}  // namespace

@@ -1,0 +1,158 @@
+// What the phases of an attend share, and where it lies in scratch memory.
+#pragma once
+
+#include "codes.h"
+#include "scratch.h"
+#include "segments.h"
+
+namespace {
+
+constexpr int TILE = 8192;           // floats of unpacked codes held at once: 32 KiB
+constexpr int KEY_COLUMNS = 512;     // columns of a tile of keys
+constexpr int VALUE_COLUMNS = 128;   // of values
+constexpr int MIN_PART = 256;        // tokens that are worth a part of their own
+constexpr int TURNED = 8;            // blocks of relative keys that queries are turned to at once, at most
+constexpr int TURNED_LATENTS = 1 << 17;  // and floats of their latents: 512 KiB
+
+// Part of one head group's tokens in one segment (or in all dense ones, where `segment` is FIRST).
+struct Item {
+    int segment, b, group, begin, end;
+    float *top, *total, *sums;  // [M], [M], [M][width]
+};
+
+struct Work {
+    const Attend *a;
+    Segment segments[5];
+    int share, R, per_head_newest;            // query heads of a KV head, their rows, and how many of these are the newest token
+    int used[5];                              // slots that any sequence reads, by segment
+    Columns key[2], value[2], partial[2];     // of vision and text
+    int width[3];                             // columns of an item's sums: dense, vision, text
+    int ahead[2];                             // blocks of relative keys that queries are turned to at once; 0 for none
+    float *query;                             // [B][H][R][D], scaled
+    float *latent[2], *offset[2];             // [B][H][R][columns], [B][H][R]
+    float *top, *inverse;                     // [B][H][R]
+    float *newest[2];                         // [B][H][per_head_newest][used], scores of the newest token
+    float *holds[5], *added[5];               // [B][used]: 1 where a slot is read, else 0; what is added to its score
+    int32_t *position[5];                     // [B][used], -1 where a slot is not read
+    Item *items;
+    int *order;                               // items, those of the same heads side by side
+    int item_count, first_item[3], parts[3];  // of dense, vision, text
+};
+
+inline float *known_importance(const Work &w, int segment) {
+    return segment == VISION || segment == TEXT ? w.a->importance[segment - 1].known : nullptr;
+}
+
+inline int kind_of(int segment) { return segment == VISION ? 1 : segment == TEXT ? 2 : 0; }
+
+inline int heads_per_group(const Work &w, int kind) { return kind == 0 ? 1 : (int)(w.a->heads / w.segments[kind].key.groups); }
+
+// Position of a slot, or -1 where it holds no token that is read.
+inline int64_t position_of(const Work &w, int segment, int64_t b, int64_t slot) {
+    const Attend &a = *w.a;
+    const Segment &s = w.segments[segment];
+    if (segment == NEW) return a.cursor[0] - a.new_tokens + slot;
+    if (segment == TAIL) return tail_position(a.cursor, a.new_tokens, s.slots, slot);
+    if (segment == VISION && a.tiers && slot >= a.tiers[2 * b + 1]) return -1;
+    int64_t position = s.positions[b * s.slots + slot];
+    return position < stored_end(a.cursor, a.new_tokens) ? position : -1;
+}
+
+inline int used_slots(const Work &w, int segment) {
+    const Attend &a = *w.a;
+    int64_t n = w.segments[segment].slots;
+    if (segment == TAIL || segment == NEW) return (int)n;
+    int64_t used = 0;
+    for (int64_t b = 0; b < a.batch; ++b) {
+        int64_t last = n;
+        if (segment == VISION && a.tiers && a.tiers[2 * b + 1] < last) last = a.tiers[2 * b + 1];
+        while (last > used && position_of(w, segment, b, last - 1) < 0) --last;
+        if (last > used) used = last;
+    }
+    return (int)used;
+}
+
+// Lays out all scratch memory; with a null arena only its size is counted.
+inline void lay_out(Work &w, Arena &arena) {
+    const Attend &a = *w.a;
+    int64_t rows = a.batch * a.heads * w.R;
+    w.query = arena.floats(rows * a.head_dim);
+    for (int i = 0; i < 2; ++i) {
+        const Source &key = w.segments[VISION + i].key;
+        bool reads = w.used[VISION + i] && is_packed(key) && !w.ahead[i];
+        w.latent[i] = arena.floats(reads ? rows * w.key[i].count : 0);
+        w.offset[i] = arena.floats(reads ? rows : 0);
+        w.newest[i] = arena.floats(
+            a.importance[i].known ? a.batch * a.heads * w.per_head_newest * w.used[VISION + i] : 0);
+    }
+    for (int i = 0; i < 5; ++i) {
+        int64_t slots = a.batch * round_up(w.used[i], BLOCK);
+        w.holds[i] = arena.floats(slots);
+        w.added[i] = arena.floats(slots);
+        w.position[i] = (int32_t *)arena.take(slots * sizeof(int32_t));
+    }
+    w.top = arena.floats(rows);
+    w.inverse = arena.floats(rows);
+    w.items = (Item *)arena.take(w.item_count * sizeof(Item));
+    w.order = (int *)arena.take(w.item_count * sizeof(int));
+    int at = 0;
+    for (int kind = 0; kind < 3; ++kind) {
+        w.first_item[kind] = at;
+        int per_group = heads_per_group(w, kind), groups = (int)a.heads / per_group, M = per_group * w.R;
+        for (int b = 0; b < a.batch; ++b)
+            for (int g = 0; g < groups; ++g)
+                for (int i = 0; i < w.parts[kind]; ++i, ++at) {
+                    float *floats = arena.floats(2 * M + (int64_t)M * w.width[kind]);
+                    if (!arena.at) continue;
+                    int64_t used = w.used[kind];
+                    int begin = round_up(used * i / w.parts[kind], BLOCK), end = round_up(used * (i + 1) / w.parts[kind], BLOCK);
+                    w.items[at] = Item{kind, b, g, begin, end < used ? end : (int)used, floats, floats + M, floats + 2 * M};
+                }
+    }
+}
+
+inline Work work_of(const Attend &a, const State &state) {
+    Work w = {};
+    w.a = &a;
+    memcpy(w.segments, state.segments, sizeof state);
+    Segment &fresh = w.segments[NEW];
+    fresh.slots = a.new_tokens;
+    fresh.key = Source{a.key, a.key_dtype, a.key_strides[0], a.key_strides[1], a.key_strides[2], a.heads, 0, 0, 0, 0, 0, 0, {}};
+    fresh.value = Source{a.value, a.value_dtype, a.value_strides[0], a.value_strides[1], a.value_strides[2], a.heads, 0, 0, 0, 0, 0, 0, {}};
+    w.share = (int)(a.query_heads / a.heads);
+    w.R = (int)(w.share * a.rows);
+    w.per_head_newest = a.new_tokens ? w.R / (int)a.new_tokens : 0;
+    for (int i = 0; i < 5; ++i) w.used[i] = w.segments[i].slots ? used_slots(w, i) : 0;
+    w.width[0] = (int)a.value_dim;
+    w.parts[0] = 1;
+    for (int i = 0; i < 2; ++i) {
+        const Segment &s = w.segments[VISION + i];
+        int groups = s.slots ? (int)s.key.groups : 1;
+        if (s.slots) {
+            w.key[i] = columns_of(s.key, components_of(s.key));
+            w.value[i] = columns_of(s.value, components_of(s.value));
+            w.partial[i] = columns_of(s.value, i == 0 && a.tiers ? a.partial : components_of(s.value));
+        }
+        if (w.used[VISION + i] && is_packed(s.key) && a.turns[i].data) {
+            int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count;
+            int64_t most = latents ? TURNED_LATENTS / latents : TURNED;
+            w.ahead[i] = (int)(most < 1 ? 1 : most > TURNED ? TURNED : most);
+        }
+        w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;
+        int wanted = (int)(a.threads == 1 ? 1 : (4 * a.threads + a.batch * groups - 1) / (a.batch * groups));
+        int most = (w.used[VISION + i] + MIN_PART - 1) / MIN_PART;
+        w.parts[1 + i] = wanted < most ? wanted : most;
+    }
+    for (int kind = 0; kind < 3; ++kind)
+        w.item_count += (int)(a.batch * (a.heads / heads_per_group(w, kind)) * w.parts[kind]);
+    return w;
+}
+
+struct Local {
+    float *tile, *score;      // [TILE], [M][BLOCK]
+    float *turned;            // [TURNED][R][D]
+    float *latent, *offset;   // [TURNED][M][columns], [TURNED][M]
+    uint8_t *row;             // one token's codes and a vector
+};
+
+}  // namespace

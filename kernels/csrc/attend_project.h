@@ -1,0 +1,86 @@
+// Queries projected into the components of packed keys.
+#pragma once
+
+#include "attend_layout.h"
+#include "products.h"
+
+namespace {
+
+// Rows of one head's queries, scaled, as floats.
+inline void load_queries(const Work &w, int64_t b, int64_t head) {
+    const Attend &a = *w.a;
+    float *out = w.query + (b * a.heads + head) * w.R * a.head_dim;
+    for (int i = 0; i < w.R; ++i) {
+        int64_t at = b * a.query_strides[0] + (head * w.share + i / a.rows) * a.query_strides[1] + i % a.rows * a.query_strides[2];
+        for (int64_t d = 0; d < a.head_dim; ++d) out[i * a.head_dim + d] = load_element(a.query, a.query_dtype, at + d) * (float)a.scale;
+    }
+}
+
+// Scores are `latent . levels + offset` for queries projected into the key's components: `turns` times the rows of one head.
+__attribute__((noinline)) void project_rows(const Work &w, int kind, int64_t b, int64_t head, const float *query, int turns, float *latent,
+                                            int64_t latent_step, float *offset, int64_t offset_step, float *tile) {
+    const Attend &a = *w.a;
+    const Source &s = w.segments[kind].key;
+    const Columns &columns = w.key[kind - 1];
+    int D = (int)a.head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
+    int64_t group = head / per_group, W = per_group * D;
+    int64_t at = basis_at(s, b, group), inside = head % per_group * D;
+    auto product = [&](const float *rows, int64_t stride, int n, float *out) {
+        if (w.R == 1) return dots(query, D, turns, rows, stride, n, D, out, latent_step, false);
+        for (int k = 0; k < turns; ++k)
+            dots(query + (int64_t)k * w.R * D, D, w.R, rows, stride, n, D, out + k * latent_step, columns.count, false);
+    };
+    const int most = TILE / round_up(D, LANES) & ~3;
+    for (const Band &band : columns.band) {
+        const float *step = s.step + at * r + band.component;
+        for (int c = 0; c < band.count; c += most) {
+            int n = band.count - c < most ? band.count - c : most;
+            int64_t from = (at * r + band.component + c) * W + inside;
+            float *out = latent + band.column + c;
+            if (s.basis_dtype == FLOAT32) {
+                product((const float *)s.decoder + from, W, n, out);
+            } else {
+                for (int i = 0; i < n; ++i) convert_row(tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
+                product(tile, D, n, out);
+            }
+        }
+        for (int m = 0; m < turns * w.R; ++m)
+            for (int c = 0; c < band.columns; ++c) {
+                float *x = latent + m / w.R * latent_step + (int64_t)(m % w.R) * columns.count + band.column + c;
+                *x = c < band.count ? *x * step[c] : 0.0f;
+            }
+    }
+    const float *mean = basis_row(s, s.mean, at * W + inside, D, tile);
+    for (int m = 0; m < turns * w.R; ++m) {
+        float sum = 0;
+        for (int d = 0; d < D; ++d) sum += query[m * D + d] * mean[d];
+        offset[m / w.R * offset_step + m % w.R] = sum;
+    }
+}
+
+inline void project_queries(const Work &w, int kind, int64_t b, int64_t head, float *tile) {
+    int64_t row = (b * w.a->heads + head) * w.R;
+    float *latent = w.latent[kind - 1] + row * w.key[kind - 1].count;
+    project_rows(w, kind, b, head, w.query + row * w.a->head_dim, 1, latent, 0, w.offset[kind - 1] + row, 0, tile);
+}
+
+// Latents of one head group's queries, turned back to the anchors of blocks [first, first + count) of relative keys.
+__attribute__((noinline)) void project_turned(const Work &w, const Item &item, int segment, int64_t first, int count, const Local &local) {
+    const Attend &a = *w.a;
+    const Turns &turns = a.turns[segment - 1];
+    int per_group = heads_per_group(w, segment), M = per_group * w.R, columns = w.key[segment - 1].count;
+    int64_t size = w.R * a.head_dim;
+    for (int h = 0; h < per_group; ++h) {
+        int64_t head = item.group * per_group + h;
+        for (int k = 0; k < count; ++k) {
+            float *rows = local.turned + k * size;
+            memcpy(rows, w.query + (item.b * a.heads + head) * size, size * sizeof(float));
+            const float *turn = turns.data + (item.b * turns.blocks + first + k) * 2 * turns.pairs;
+            for (int i = 0; i < w.R; ++i) turn_back(rows + i * a.head_dim, turn, turns.pairs);
+        }
+        project_rows(w, segment, item.b, head, local.turned, count, local.latent + (int64_t)h * w.R * columns, (int64_t)M * columns,
+                     local.offset + h * w.R, M, local.tile);
+    }
+}
+
+}  // namespace
