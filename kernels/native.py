@@ -17,21 +17,21 @@ from torch import Tensor
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 # kernels/csrc/arguments.h: Attend, Segment, Append, Encode, Unpack
-ATTEND = Struct("=13qd12qq2dq2d10q8q")
+ATTEND = Struct("=13qd12qq2dq2d10q12q")
 SEGMENT = Struct("=2q16q16q")
 APPEND = Struct("=7q6d27q27q4q")
 ENCODE = Struct("=9q6d16q")
-UNPACK = Struct("=6q14q8q")
+UNPACK = Struct("=6q14q12q")
+# packed segments that there is room for
+MAX_PACKED = 3
 # bytes of what is passed, as the library is asked for them
 SIZES = {
     "attend": ATTEND.size,
-    "state": 4 * SEGMENT.size,
+    "state": (2 + MAX_PACKED) * SEGMENT.size,
     "append": APPEND.size,
     "encode": ENCODE.size,
     "unpack": UNPACK.size,
 }
-# packed segments that the library has room for
-MAX_PACKED = 2
 # the last words of a Source whose tokens are kept as they are
 NO_BASIS = (0,) * 10
 NOT_TURNED = (0, 0, 0, 0)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.layout import check_segments
-from apack_compile.kernels.native import DTYPES, NO_BASIS, SEGMENT, Kept
+from apack_compile.kernels.native import DTYPES, MAX_PACKED, NO_BASIS, SEGMENT, Kept
 
 NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
 
@@ -35,13 +35,10 @@ def packed_state(
     check_segments(codes, bases, bands, positions)
     copies: list[Tensor] = []
     segments = [dense_segment(dense[0], dense[1], positions[0], copies)]
-    for i in range(2):
-        if 4 * i < len(codes):
-            keys, values = (packed_source(codes, bases, bands, j, copies) for j in (2 * i, 2 * i + 1))
-            where = plain(positions[1 + i], copies).data_ptr()
-            segments.append(SEGMENT.pack(codes[4 * i].shape[2], where, *keys, *values))
-        else:
-            segments.append(NO_SEGMENT)
+    for i, where in enumerate(positions[1:]):
+        keys, values = (packed_source(codes, bases, bands, j, copies) for j in (2 * i, 2 * i + 1))
+        segments.append(SEGMENT.pack(codes[4 * i].shape[2], plain(where, copies).data_ptr(), *keys, *values))
+    segments += [NO_SEGMENT] * (1 + MAX_PACKED - len(positions))
     segments.append(dense_segment(dense[2], dense[3], None, copies))
     state = b"".join(segments)
     if not copies:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.attend.reference import attend as reference
+from apack_compile.kernels.layout import check_segments
 from apack_compile.kernels.native import ATTEND, COMPILED, DTYPES, INSTRUCTION_SET, turns_of_segments
 from apack_compile.kernels.state import packed_state, with_rows
 
@@ -43,13 +44,7 @@ def attend(
     _, query_heads, rows, _ = query.shape
     value_dim = value.shape[3]
     turned_as_is = bool(turns) and any(x.dtype != torch.uint8 for x in codes[::4])
-    if (
-        len(positions) != 3
-        or query.dtype == torch.float64
-        or head_dim > MAX_HEAD_DIM
-        or value_dim > MAX_HEAD_DIM
-        or turned_as_is
-    ):
+    if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM or turned_as_is:
         return reference(
             query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
             vision_importance, text_importance, tiers, partial, ema, turns, block,
@@ -79,6 +74,7 @@ def attend(
         biased = (bias.data_ptr(), bias.shape[1])
     importance: tuple[float, ...] = (0, 0.0, 0.0, 0, 0.0, 0.0)
     if tiers is not None:
+        check_segments(codes, bases, bands, positions, tiers=tiers)
         tiers = tiers.contiguous()
         importance = (written(vision_importance), *ema[:2], written(text_importance), *ema[2:])
     copies: list[Tensor] = []

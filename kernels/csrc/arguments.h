@@ -5,7 +5,13 @@
 
 namespace {
 
-enum { FIRST = 0, VISION = 1, TEXT = 2, TAIL = 3, NEW = 4 };
+constexpr int MAX_PACKED = 3;
+
+// Segments. Packed ones follow the first; where there are fewer than the most, those that are missing have no slots.
+enum { FIRST = 0, FIRST_PACKED = 1, TAIL = FIRST_PACKED + MAX_PACKED, NEW, SEGMENTS };
+
+// The packed segments of a cache with tiers.
+enum { VISION = 1, TEXT = 2 };
 
 // One stream of one segment: packed codes, or heads as they are. Strides in elements.
 struct Source {
@@ -25,7 +31,7 @@ struct Segment {
 
 // What stays where it is from step to step.
 struct State {
-    Segment segments[4];
+    Segment segments[TAIL + 1];
 };
 
 // Importance of a segment's slots, and how the newest token's attention goes into it; null where nothing needs it.
@@ -76,7 +82,7 @@ struct Attend {
     Importance importance[2];
     const void *key, *value;
     int64_t key_dtype, key_strides[3], value_dtype, value_strides[3];
-    Turns turns[2];
+    Turns turns[MAX_PACKED];
 };
 
 // K or V of an append: the new tokens, the tail, and the text stream that takes what leaves it.
@@ -121,7 +127,7 @@ struct Unpack {
     int64_t threads, batch, heads, new_tokens, tokens;
     const int64_t *cursor;
     Restored sides[2];
-    Turns turns[2];
+    Turns turns[MAX_PACKED];
 };
 
 }  // namespace

@@ -68,22 +68,22 @@ __attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t hea
     int R = w.R, D = (int)a.value_dim;
     int64_t row = (b * a.heads + head) * R;
     float *top = w.top + row, *inverse = w.inverse + row;
-    const Item *items[3];
-    int at[3];
-    for (int kind = 0; kind < 3; ++kind) {
+    const Item *items[KINDS];
+    int at[KINDS];
+    for (int kind = 0; kind < KINDS; ++kind) {
         int per_group = heads_per_group(w, kind), groups = (int)a.heads / per_group;
         items[kind] = w.items + w.first_item[kind] + (b * groups + head / per_group) * w.parts[kind];
         at[kind] = (int)(head % per_group) * R;
     }
     for (int m = 0; m < R; ++m) {
         top[m] = -INFINITY;
-        for (int kind = 0; kind < 3; ++kind)
+        for (int kind = 0; kind < KINDS; ++kind)
             for (int i = 0; i < w.parts[kind]; ++i) {
                 float other = items[kind][i].top[at[kind] + m];
                 if (!(other <= top[m])) top[m] = other;
             }
         float total = 0;
-        for (int kind = 0; kind < 3; ++kind)
+        for (int kind = 0; kind < KINDS; ++kind)
             for (int i = 0; i < w.parts[kind]; ++i) {
                 float other = items[kind][i].top[at[kind] + m];
                 if (other > -INFINITY) total += items[kind][i].total[at[kind] + m] * expf(other - top[m]);
@@ -91,7 +91,7 @@ __attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t hea
         inverse[m] = total > 0 || total != total ? 1 / total : 0;
     }
     memset(out, 0, (size_t)R * D * sizeof *out);
-    for (int kind = 0; kind < 3; ++kind) {
+    for (int kind = 0; kind < KINDS; ++kind) {
         if (!w.parts[kind]) continue;
         const Source &s = w.segments[kind].value;
         bool packed = kind && is_packed(s);
@@ -166,12 +166,12 @@ inline int64_t pieces_of(int used) { return (used + PIECE - 1) / PIECE; }
 
 // Items of all kinds by how far on their heads are, so that a thread's part of the items has the heads of its part of the queries.
 inline void order_items(const Work &w) {
-    int64_t at[3] = {0, 0, 0}, count[3];
-    for (int kind = 0; kind < 3; ++kind)
+    int64_t at[KINDS] = {}, count[KINDS];
+    for (int kind = 0; kind < KINDS; ++kind)
         count[kind] = w.a->batch * (w.a->heads / heads_per_group(w, kind)) * w.parts[kind];
     for (int i = 0; i < w.item_count; ++i) {
         int next = -1;
-        for (int kind = 0; kind < 3; ++kind)
+        for (int kind = 0; kind < KINDS; ++kind)
             if (at[kind] < count[kind] && (next < 0 || (2 * at[kind] + 1) * count[next] < (2 * at[next] + 1) * count[kind])) next = kind;
         w.order[i] = w.first_item[next] + (int)at[next]++;
     }
@@ -184,7 +184,7 @@ inline int run_attend(const Attend &a, const State &state) {
     lay_out(w, count);
     int most_rows = w.R, most_width = (int)a.value_dim;
     int64_t most_bytes = 0, turned = 0, latents = 0, offsets = 0;
-    for (int kind = 1; kind < 3; ++kind) {
+    for (int kind = 1; kind < KINDS; ++kind) {
         if (!w.parts[kind]) continue;
         int M = heads_per_group(w, kind) * w.R;
         most_rows = M > most_rows ? M : most_rows;
@@ -205,7 +205,7 @@ inline int run_attend(const Attend &a, const State &state) {
     Arena arena = {memory, 0};
     lay_out(w, arena);
     int64_t pairs = a.batch * a.heads, slot_tasks = 0;
-    for (int segment = 0; segment < 5; ++segment) slot_tasks += a.batch * pieces_of(w.used[segment]);
+    for (int segment = 0; segment < SEGMENTS; ++segment) slot_tasks += a.batch * pieces_of(w.used[segment]);
     Team team = {(int)a.threads, (Counter *)(memory + count.size + each * a.threads), {}};
     memset((void *)team.next, 0, Team::bytes(a.threads));
     order_items(w);
@@ -222,12 +222,12 @@ inline int run_attend(const Attend &a, const State &state) {
         auto prepare = [&](int64_t i) {
             if (i < pairs) {
                 load_queries(w, i / a.heads, i % a.heads);
-                for (int kind = 1; kind < 3; ++kind)
+                for (int kind = 1; kind < KINDS; ++kind)
                     if (w.used[kind] && is_packed(w.segments[kind].key) && !w.ahead[kind - 1]) project_queries(w, kind, i / a.heads, i % a.heads, local.tile);
                 return;
             }
             i -= pairs;
-            for (int segment = 0; segment < 5; ++segment) {
+            for (int segment = 0; segment < SEGMENTS; ++segment) {
                 int64_t pieces = pieces_of(w.used[segment]);
                 if (i < a.batch * pieces) {
                     int begin = (int)(i % pieces) * PIECE, used = round_up(w.used[segment], BLOCK);

@@ -10,6 +10,7 @@ namespace {
 constexpr int TILE = 8192;           // floats of unpacked codes held at once: 32 KiB
 constexpr int KEY_COLUMNS = 512;     // columns of a tile of keys
 constexpr int VALUE_COLUMNS = 128;   // of values
+constexpr int KINDS = 1 + MAX_PACKED;  // of items: dense segments, each packed one
 constexpr int MIN_PART = 256;        // tokens that are worth a part of their own
 constexpr int TURNED = 8;            // blocks of relative keys that queries are turned to at once, at most
 constexpr int TURNED_LATENTS = 1 << 17;  // and floats of their latents: 512 KiB
@@ -22,28 +23,28 @@ struct Item {
 
 struct Work {
     const Attend *a;
-    Segment segments[5];
+    Segment segments[SEGMENTS];
     int share, R, per_head_newest;            // query heads of a KV head, their rows, and how many of these are the newest token
-    int used[5];                              // slots that any sequence reads, by segment
-    Columns key[2], value[2], partial[2];     // of vision and text
-    int width[3];                             // columns of an item's sums: dense, vision, text
-    int ahead[2];                             // blocks of relative keys that queries are turned to at once; 0 for none
+    int used[SEGMENTS];                       // slots that any sequence reads, by segment
+    Columns key[MAX_PACKED], value[MAX_PACKED], partial[MAX_PACKED];
+    int width[KINDS];                         // columns of an item's sums
+    int ahead[MAX_PACKED];                    // blocks of relative keys that queries are turned to at once; 0 for none
     float *query;                             // [B][H][R][D], scaled
-    float *latent[2], *offset[2];             // [B][H][R][columns], [B][H][R]
+    float *latent[MAX_PACKED], *offset[MAX_PACKED];  // [B][H][R][columns], [B][H][R]
     float *top, *inverse;                     // [B][H][R]
-    float *newest[2];                         // [B][H][per_head_newest][used], scores of the newest token
-    float *holds[5], *added[5];               // [B][used]: 1 where a slot is read, else 0; what is added to its score
-    int32_t *position[5];                     // [B][used], -1 where a slot is not read
+    float *newest[MAX_PACKED];                // [B][H][per_head_newest][used], scores of the newest token
+    float *holds[SEGMENTS], *added[SEGMENTS];  // [B][used]: 1 where a slot is read, else 0; what is added to its score
+    int32_t *position[SEGMENTS];              // [B][used], -1 where a slot is not read
     Item *items;
     int *order;                               // items, those of the same heads side by side
-    int item_count, first_item[3], parts[3];  // of dense, vision, text
+    int item_count, first_item[KINDS], parts[KINDS];
 };
 
 inline float *known_importance(const Work &w, int segment) {
     return segment == VISION || segment == TEXT ? w.a->importance[segment - 1].known : nullptr;
 }
 
-inline int kind_of(int segment) { return segment == VISION ? 1 : segment == TEXT ? 2 : 0; }
+inline int kind_of(int segment) { return segment < TAIL ? segment : 0; }
 
 inline int heads_per_group(const Work &w, int kind) { return kind == 0 ? 1 : (int)(w.a->heads / w.segments[kind].key.groups); }
 
@@ -77,15 +78,14 @@ inline void lay_out(Work &w, Arena &arena) {
     const Attend &a = *w.a;
     int64_t rows = a.batch * a.heads * w.R;
     w.query = arena.floats(rows * a.head_dim);
-    for (int i = 0; i < 2; ++i) {
-        const Source &key = w.segments[VISION + i].key;
-        bool reads = w.used[VISION + i] && is_packed(key) && !w.ahead[i];
+    for (int i = 0; i < MAX_PACKED; ++i) {
+        const Source &key = w.segments[FIRST_PACKED + i].key;
+        bool reads = w.used[FIRST_PACKED + i] && is_packed(key) && !w.ahead[i];
         w.latent[i] = arena.floats(reads ? rows * w.key[i].count : 0);
         w.offset[i] = arena.floats(reads ? rows : 0);
-        w.newest[i] = arena.floats(
-            a.importance[i].known ? a.batch * a.heads * w.per_head_newest * w.used[VISION + i] : 0);
+        w.newest[i] = arena.floats(known_importance(w, FIRST_PACKED + i) ? a.batch * a.heads * w.per_head_newest * w.used[FIRST_PACKED + i] : 0);
     }
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < SEGMENTS; ++i) {
         int64_t slots = a.batch * round_up(w.used[i], BLOCK);
         w.holds[i] = arena.floats(slots);
         w.added[i] = arena.floats(slots);
@@ -96,7 +96,7 @@ inline void lay_out(Work &w, Arena &arena) {
     w.items = (Item *)arena.take(w.item_count * sizeof(Item));
     w.order = (int *)arena.take(w.item_count * sizeof(int));
     int at = 0;
-    for (int kind = 0; kind < 3; ++kind) {
+    for (int kind = 0; kind < KINDS; ++kind) {
         w.first_item[kind] = at;
         int per_group = heads_per_group(w, kind), groups = (int)a.heads / per_group, M = per_group * w.R;
         for (int b = 0; b < a.batch; ++b)
@@ -122,28 +122,28 @@ inline Work work_of(const Attend &a, const State &state) {
     w.share = (int)(a.query_heads / a.heads);
     w.R = (int)(w.share * a.rows);
     w.per_head_newest = a.new_tokens ? w.R / (int)a.new_tokens : 0;
-    for (int i = 0; i < 5; ++i) w.used[i] = w.segments[i].slots ? used_slots(w, i) : 0;
+    for (int i = 0; i < SEGMENTS; ++i) w.used[i] = w.segments[i].slots ? used_slots(w, i) : 0;
     w.width[0] = (int)a.value_dim;
     w.parts[0] = 1;
-    for (int i = 0; i < 2; ++i) {
-        const Segment &s = w.segments[VISION + i];
+    for (int i = 0; i < MAX_PACKED; ++i) {
+        const Segment &s = w.segments[FIRST_PACKED + i];
         int groups = s.slots ? (int)s.key.groups : 1;
         if (s.slots) {
             w.key[i] = columns_of(s.key, components_of(s.key));
             w.value[i] = columns_of(s.value, components_of(s.value));
             w.partial[i] = columns_of(s.value, i == 0 && a.tiers ? a.partial : components_of(s.value));
         }
-        if (w.used[VISION + i] && is_packed(s.key) && a.turns[i].data) {
+        if (w.used[FIRST_PACKED + i] && is_packed(s.key) && a.turns[i].data) {
             int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count;
             int64_t most = latents ? TURNED_LATENTS / latents : TURNED;
             w.ahead[i] = (int)(most < 1 ? 1 : most > TURNED ? TURNED : most);
         }
         w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;
         int wanted = (int)(a.threads == 1 ? 1 : (4 * a.threads + a.batch * groups - 1) / (a.batch * groups));
-        int most = (w.used[VISION + i] + MIN_PART - 1) / MIN_PART;
+        int most = (w.used[FIRST_PACKED + i] + MIN_PART - 1) / MIN_PART;
         w.parts[1 + i] = wanted < most ? wanted : most;
     }
-    for (int kind = 0; kind < 3; ++kind)
+    for (int kind = 0; kind < KINDS; ++kind)
         w.item_count += (int)(a.batch * (a.heads / heads_per_group(w, kind)) * w.parts[kind]);
     return w;
 }

@@ -19,8 +19,8 @@ constexpr int DECODED_PIECE = 512;      // slots of a task
 struct Unpacking {
     const Unpack *u;
     const Segment *segments;     // of a State
-    Columns columns[2][2];       // of K and V, of vision and text
-    int used[4];                 // slots up to the last one that holds a token, by segment
+    Columns columns[2][MAX_PACKED];  // of K and V
+    int used[TAIL + 1];          // slots up to the last one that holds a token, by segment
     uint8_t *stored;             // [B][tokens]: whether a slot holds the position
 };
 
@@ -144,7 +144,7 @@ inline void copy_slots(const Unpacking &w, int stream, int segment, int64_t b, i
     const Unpack &u = *w.u;
     const Source &s = source_of(w, stream, segment);
     int64_t width = u.sides[stream].width;
-    const Turns *turns = stream == 0 && (segment == VISION || segment == TEXT) ? &u.turns[segment - 1] : nullptr;
+    const Turns *turns = stream == 0 && segment >= FIRST_PACKED && segment < TAIL ? &u.turns[segment - 1] : nullptr;
     for (int slot = begin; slot < end; ++slot) {
         int64_t position = held_position(w, segment, b, slot);
         if (position < 0) continue;
@@ -181,7 +181,7 @@ inline int run_unpack(const Unpack &u, const State &state) {
     for (int stream = 0; stream < 2; ++stream) {
         int64_t padded = round_up(u.sides[stream].width, PANEL);
         widest = padded > widest ? padded : widest;
-        for (int segment = VISION; segment <= TEXT; ++segment) {
+        for (int segment = FIRST_PACKED; segment < TAIL; ++segment) {
             const Source &s = source_of(w, stream, segment);
             if (!is_packed(s)) continue;
             Columns &columns = w.columns[stream][segment - 1] = columns_of(s, components_of(s));
@@ -208,7 +208,7 @@ inline int run_unpack(const Unpack &u, const State &state) {
     memset((void *)team.next, 0, counters);
     w.stored = (uint8_t *)memory + counters;
     find_stored(w);
-    int64_t pieces[4], of_head = 1;
+    int64_t pieces[TAIL + 1], of_head = 1;
     for (int segment = FIRST; segment <= TAIL; ++segment)
         of_head += pieces[segment] = (w.used[segment] + DECODED_PIECE - 1) / DECODED_PIECE;
 #pragma omp parallel num_threads(u.threads) if (u.threads > 1)

@@ -32,7 +32,7 @@ def unpack(
 
     Raises IndexError when more than `tokens` are held, MemoryError when there is no memory for scratch space.
     """
-    if len(positions) != 3 or key.dtype not in DTYPES or value.dtype not in DTYPES:
+    if key.dtype not in DTYPES or value.dtype not in DTYPES:
         return reference(
             key, value, dense, codes, bases, bands, positions, cursor, tokens,
             turns=turns, block=block,

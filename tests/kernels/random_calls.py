@@ -188,12 +188,12 @@ LENGTHS = st.sampled_from((0, 1, 15, 16, 17, 63, 64, 65, 127, 129, 300, 700))
 
 
 @st.composite
-def cases(draw, lengths: st.SearchStrategy[int] = LENGTHS, third: bool = False) -> Case:
-    """Cases with so many slots in each packed segment; third: coarse is there in half of them."""
+def cases(draw, lengths: st.SearchStrategy[int] = LENGTHS) -> Case:
+    """Cases with so many slots in each packed segment, coarse there in half of them."""
     heads, groups = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 2), (5, 1))))
     count = st.integers(0, 40)
     bands = st.one_of(st.none(), st.tuples(count, count, count, count))
-    coarse = draw(st.one_of(st.none(), lengths)) if third else None
+    coarse = draw(st.one_of(st.none(), lengths))
     return Case(
         batch=draw(st.sampled_from((1, 1, 3))),
         heads=heads,
