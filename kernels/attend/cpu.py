@@ -43,8 +43,9 @@ def attend(
     batch, heads, new_tokens, head_dim = key.shape
     _, query_heads, rows, _ = query.shape
     value_dim = value.shape[3]
-    turned = (i for i, turns in enumerate((vision_turns, text_turns)) if turns is not None and 4 * i < len(codes))
-    turned_as_is = any(codes[4 * i].dtype != torch.uint8 for i in turned)
+    turned_as_is = (vision_turns is not None and len(codes) > 0 and codes[0].dtype != torch.uint8) or (
+        text_turns is not None and len(codes) > 4 and codes[4].dtype != torch.uint8
+    )
     if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM or turned_as_is:
         return reference(
             query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
