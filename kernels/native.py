@@ -69,7 +69,8 @@ def turns_of(turns: Tensor | None, block: int, copies: list[Tensor]) -> tuple[in
     if turns.dtype != torch.float32 or not turns.is_contiguous():
         turns = turns.float().contiguous()
         copies.append(turns)
-    return turns.data_ptr(), turns.shape[1], turns.shape[3], block
+    _, blocks, _, pairs = turns.shape
+    return turns.data_ptr(), blocks, pairs, block
 
 
 def turns_of_segments(

@@ -183,7 +183,7 @@ inline int run_attend(const Attend &a, const State &state) {
     Arena count = {};
     lay_out(w, count);
     int most_rows = w.R, most_width = (int)a.value_dim;
-    int64_t most_bytes = 0, turned = 0, latents = 0, offsets = 0;
+    int64_t most_bytes = 0, turned = 0, latents = 0, offsets = 0, transposed = 0;
     for (int kind = 1; kind < KINDS; ++kind) {
         if (!w.parts[kind]) continue;
         int M = heads_per_group(w, kind) * w.R;
@@ -195,9 +195,11 @@ inline int run_attend(const Attend &a, const State &state) {
         turned = ahead * w.R * a.head_dim > turned ? ahead * w.R * a.head_dim : turned;
         latents = columns > latents ? columns : latents;
         offsets = ahead * M > offsets ? ahead * M : offsets;
+        int64_t decoder = w.transposes[kind - 1] ? a.head_dim * w.key[kind - 1].count : 0;
+        transposed = decoder > transposed ? decoder : transposed;
     }
     int64_t score = (int64_t)most_rows * BLOCK, merged = (int64_t)w.R * (most_width + a.value_dim);
-    int64_t relative = round_up(turned, LANES) + round_up(latents, LANES) + round_up(offsets, LANES);
+    int64_t relative = round_up(turned, LANES) + round_up(latents, LANES) + round_up(offsets, LANES) + transposed;
     int64_t local = TILE + LANES + score + relative + merged + most_bytes / 4 + 32;
     size_t each = (size_t)(local * sizeof(float) + 63) / 64 * 64;
     char *memory = scratch(count.size + each * a.threads + Team::bytes(a.threads));
@@ -217,7 +219,8 @@ inline int run_attend(const Attend &a, const State &state) {
         local.turned = local.score + score;
         local.latent = local.turned + round_up(turned, LANES);
         local.offset = local.latent + round_up(latents, LANES);
-        float *latent = local.offset + round_up(offsets, LANES), *out = latent + (int64_t)w.R * most_width;
+        local.transposed = local.offset + round_up(offsets, LANES);
+        float *latent = local.transposed + transposed, *out = latent + (int64_t)w.R * most_width;
         local.row = (uint8_t *)(out + w.R * a.value_dim);
         auto prepare = [&](int64_t i) {
             if (i < pairs) {

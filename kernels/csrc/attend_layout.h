@@ -2,6 +2,7 @@
 #pragma once
 
 #include "codes.h"
+#include "products.h"
 #include "scratch.h"
 #include "segments.h"
 
@@ -14,6 +15,9 @@ constexpr int KINDS = 1 + MAX_PACKED;  // of items: dense segments, each packed 
 constexpr int MIN_PART = 256;        // tokens that are worth a part of their own
 constexpr int TURNED = 8;            // blocks of relative keys that queries are turned to at once, at most
 constexpr int TURNED_LATENTS = 1 << 17;  // and floats of their latents: 512 KiB
+
+// A sum over the lanes for each row and component costs more than transposing the decoder, from so many rows on for each of a head's D.
+constexpr int TRANSPOSED_ROWS = 4;
 
 // Part of one head group's tokens in one segment (or in all dense ones, where `segment` is FIRST).
 struct Item {
@@ -29,6 +33,7 @@ struct Work {
     Columns key[MAX_PACKED], value[MAX_PACKED], partial[MAX_PACKED];
     int width[KINDS];                         // columns of an item's sums
     int ahead[MAX_PACKED];                    // blocks of relative keys that queries are turned to at once; 0 for none
+    bool transposes[MAX_PACKED];              // whether their decoder is transposed for that
     float *query;                             // [B][H][R][D], scaled
     float *latent[MAX_PACKED], *offset[MAX_PACKED];  // [B][H][R][columns], [B][H][R]
     float *top, *inverse;                     // [B][H][R]
@@ -137,6 +142,8 @@ inline Work work_of(const Attend &a, const State &state) {
             int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count;
             int64_t most = latents ? TURNED_LATENTS / latents : TURNED;
             w.ahead[i] = (int)(most < 1 ? 1 : most > TURNED ? TURNED : most);
+            int64_t rows = (int64_t)w.ahead[i] * w.R;
+            w.transposes[i] = TRANSPOSES && s.key.basis_dtype == FLOAT32 && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim;
         }
         w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;
         int wanted = (int)(a.threads == 1 ? 1 : (4 * a.threads + a.batch * groups - 1) / (a.batch * groups));
@@ -152,6 +159,7 @@ struct Local {
     float *tile, *score;      // [TILE], [M][BLOCK]
     float *turned;            // [TURNED][R][D]
     float *latent, *offset;   // [TURNED][M][columns], [TURNED][M]
+    float *transposed;        // [D][columns], one head's part of a decoder
     uint8_t *row;             // one token's codes and a vector
 };
 

@@ -64,6 +64,40 @@ inline void project_queries(const Work &w, int kind, int64_t b, int64_t head, fl
     project_rows(w, kind, b, head, w.query + row * w.a->head_dim, 1, latent, 0, w.offset[kind - 1] + row, 0, tile);
 }
 
+// The same where the decoder is transposed first, its rows times the steps: sums then stay in their lanes.
+__attribute__((noinline)) void project_transposed(const Work &w, int kind, int64_t b, int64_t head, const float *query, int turns, float *latent,
+                                                  int64_t latent_step, float *offset, int64_t offset_step, float *transposed) {
+    const Source &s = w.segments[kind].key;
+    const Columns &columns = w.key[kind - 1];
+    int D = (int)w.a->head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
+    int64_t at = basis_at(s, b, head / per_group), W = (int64_t)per_group * D, inside = head % per_group * D;
+    const float *decoder = (const float *)s.decoder, *mean = (const float *)s.mean + at * W + inside;
+    for (const Band &band : columns.band)
+        for (int c = 0; c < band.columns; c += LANES)
+            for (int d = 0; d < D; d += LANES) {
+                const float *rows[LANES];
+                float step[LANES];
+                for (int i = 0; i < LANES; ++i) {
+                    int64_t component = at * r + band.component + c + i;
+                    bool stored = c + i < band.count;
+                    rows[i] = stored ? decoder + component * W + inside + d : nullptr;
+                    step[i] = stored ? s.step[component] : 0;
+                }
+                transpose_square(rows, step, transposed + (int64_t)d * columns.count + band.column + c, columns.count);
+            }
+    for (int k = 0; k < turns; ++k) {
+        const float *rows = query + (int64_t)k * w.R * D;
+        float *out = latent + k * latent_step;
+        memset(out, 0, (size_t)w.R * columns.count * sizeof *out);
+        weigh(rows, D, w.R, transposed, columns.count, columns.count, D, out, columns.count);
+        for (int m = 0; m < w.R; ++m) {
+            Vec sums = zero();
+            for (int d = 0; d < D; d += LANES) sums = fma(load(rows + m * D + d), load(mean + d), sums);
+            offset[k * offset_step + m] = sum(sums);
+        }
+    }
+}
+
 // Latents of one head group's queries, turned back to the anchors of blocks [first, first + count) of relative keys.
 __attribute__((noinline)) void project_turned(const Work &w, const Item &item, int segment, int64_t first, int count, const Local &local) {
     const Attend &a = *w.a;
@@ -75,11 +109,13 @@ __attribute__((noinline)) void project_turned(const Work &w, const Item &item, i
         for (int k = 0; k < count; ++k) {
             float *rows = local.turned + k * size;
             memcpy(rows, w.query + (item.b * a.heads + head) * size, size * sizeof(float));
-            const float *turn = turns.data + (item.b * turns.blocks + first + k) * 2 * turns.pairs;
+            const float *turn = turn_of(turns, item.b, (first + k) * turns.block);
             for (int i = 0; i < w.R; ++i) turn_back(rows + i * a.head_dim, turn, turns.pairs);
         }
-        project_rows(w, segment, item.b, head, local.turned, count, local.latent + (int64_t)h * w.R * columns, (int64_t)M * columns,
-                     local.offset + h * w.R, M, local.tile);
+        bool transposes = w.transposes[segment - 1];
+        auto project = transposes ? project_transposed : project_rows;
+        project(w, segment, item.b, head, local.turned, count, local.latent + (int64_t)h * w.R * columns, (int64_t)M * columns,
+                local.offset + h * w.R, M, transposes ? local.transposed : local.tile);
     }
 }
 

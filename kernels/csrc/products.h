@@ -31,6 +31,37 @@ inline void store_sums(float *out, const Vec *x) {
 }
 #endif
 
+// out[d][c] = rows[c][d] * factor[c] for a square of LANES; null rows are zeros. Only where a set has the shuffles for it.
+#if defined(APACK_AVX512)
+constexpr bool TRANSPOSES = true;
+inline void transpose_square(const float *const rows[LANES], const float *factor, float *out, int64_t ldo) {
+    __m512d pairs[16];
+    __m512 x[16], y[16];
+    for (int i = 0; i < 16; ++i) x[i] = rows[i] ? scaled(load(rows[i]), broadcast(factor[i])) : zero();
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1]));
+        pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+    }
+    // y[4 i + j]: column j of each quarter, of rows 4 i to 4 i + 3
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            y[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i + j], pairs[i + j + 2]));
+            y[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i + j], pairs[i + j + 2]));
+        }
+    for (int j = 0; j < 4; ++j) {
+        Vec even = _mm512_shuffle_f32x4(y[j], y[4 + j], 0x88), odd = _mm512_shuffle_f32x4(y[j], y[4 + j], 0xdd);
+        Vec later_even = _mm512_shuffle_f32x4(y[8 + j], y[12 + j], 0x88), later_odd = _mm512_shuffle_f32x4(y[8 + j], y[12 + j], 0xdd);
+        store(out + j * ldo, _mm512_shuffle_f32x4(even, later_even, 0x88));
+        store(out + (4 + j) * ldo, _mm512_shuffle_f32x4(odd, later_odd, 0x88));
+        store(out + (8 + j) * ldo, _mm512_shuffle_f32x4(even, later_even, 0xdd));
+        store(out + (12 + j) * ldo, _mm512_shuffle_f32x4(odd, later_odd, 0xdd));
+    }
+}
+#else
+constexpr bool TRANSPOSES = false;
+inline void transpose_square(const float *const *, const float *, float *, int64_t) {}
+#endif
+
 // out[m][n] (+)= sum over k of a[m][k] b[n][k] for MB rows of a and four of b.
 template <int MB>
 inline void dot_tile(const float *a, int64_t lda, const float *const b[4], int k, float *out, int64_t ldo, bool adds) {
