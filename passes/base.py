@@ -37,16 +37,18 @@ class Match(Protocol):
 
 @dataclass(frozen=True)
 class Refusal:
-    """An attention, or a packed cache's reader, that stays as it is; `packed` says that it reads a packed cache."""
+    """What stays as it is; `packed` says that it reads a packed cache, `covers` are further nodes whose reads the reason explains."""
 
     node: fx.Node
     layer: str | None
     reason: str
     packed: bool
+    covers: frozenset[fx.Node] = frozenset()
+    details: Mapping[str, object] = field(default_factory=dict)
 
     def record(self) -> MatchRecord:
         """What a report shows of the refusal."""
-        return MatchRecord(self.node.name, self.layer, self.reason, self.packed)
+        return MatchRecord(self.node.name, self.layer, self.reason, self.packed, self.details)
 
 
 class Pass(ABC):

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from apack_compile.passes.effects import is_pure
+from apack_compile.passes.layout import permutation
 from apack_compile.passes.nodes import op_name, same_sizes, shape, value_of
 
 UNPACK = "apack::unpack"
@@ -60,7 +61,7 @@ def origin(node: Any) -> Origin | Stop:
         unpack = node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
         if isinstance(unpack, fx.Node) and is_unpack(unpack):
             return Origin(unpack, node.args[1], repeats, tuple(path))
-        step = _repeat_interleave(node) or _repeat_kv(node) or _no_change(node)
+        step = _repeat_interleave(node) or _repeat_kv(node) or _turned_back(node) or _no_change(node)
         if step is None or isinstance(step, Stop):
             return step or Stop(
                 node, f"{_spelled(node)} between the packed cache and the attention is no head repetition"
@@ -137,6 +138,15 @@ def _inserts_group_dim(node: fx.Node) -> bool:
         and index[2] is None
         and all(i == slice(None) for i in index[3:])
     )
+
+
+def _turned_back(node: fx.Node) -> _Step | None:
+    """`x.transpose(1, 2).transpose(1, 2)`: two permutes that cancel."""
+    outer = permutation(node)
+    inner = None if outer is None else permutation(outer[0])
+    if outer is None or inner is None or [inner[1][dim] for dim in outer[1]] != list(range(len(outer[1]))):
+        return None
+    return inner[0], 1, [outer[0]]
 
 
 def _no_change(node: fx.Node) -> _Step | None:

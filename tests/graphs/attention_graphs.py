@@ -220,7 +220,7 @@ NEGATIVES: dict[str, tuple[Callable[..., Tensor], str]] = {
         _negative(lambda q, k, v, m, s: _sdpa(q, k.repeat_interleave(2, dim=0)[:2], v, m)),
         "key: getitem",
     ),
-    "softcap": (_negative(_softcap), "unpack's tokens are used by (matmul|__matmul__)"),
+    "softcap": (_negative(_softcap), "softcap 5: attend has none"),
     "second append": (_appended_between, "append may write"),
     "cursor written": (_negative(_cursor_written), "add_ may write"),
     "view of the key written": (_negative(_view_written), "mul_ may write"),
