@@ -6,7 +6,6 @@ like an attention and goes on otherwise is refused with the reason.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,12 +123,12 @@ def _around_softmax(node: fx.Node, walk: Walk, live: set[fx.Node]) -> Attention 
     if scores is None:
         return None
     if isinstance(scores, Unread):
-        return NoAttention(node, scores.why, tuple(_up_to_products(node)))
+        return NoAttention(node, scores.why, _between_products(node))
     if given.get("dim") not in (-1, len(shape(node) or ()) - 1):
-        return NoAttention(node, f"softmax over dim {given.get('dim')}, keys are the last", scores.interior)
+        return NoAttention(node, f"softmax over dim {given.get('dim')}, keys are the last", _between_products(node))
     weights = _weights(node, scores, live)
     if isinstance(weights, Unread):
-        return NoAttention(node, weights.why, (*scores.interior, node))
+        return NoAttention(node, weights.why, _between_products(node))
     interior = tuple(sorted({*scores.interior, *weights.interior}, key=walk.memory.order.__getitem__))
     if any(inner.kwargs.get("out") is not None for inner in (*interior, weights.node)):
         return NoAttention(weights.node, "a step writes to a tensor given by out=", interior)
@@ -229,12 +228,14 @@ def _drops_last_column(node: fx.Node) -> bool:
     return whole and (Ellipsis in index or len(index) == len(shape(node) or ()))
 
 
-def _up_to_products(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that a node is computed from, the nearest products included and nothing behind them."""
-    seen, stack = set(), [node]
-    while stack:
-        here = stack.pop()
-        if here not in seen and here.op in ("call_function", "call_method"):
-            seen.add(here)
-            yield here
-            stack += () if kind(here) in PRODUCTS else here.all_input_nodes
+def _between_products(softmax: fx.Node) -> tuple[fx.Node, ...]:
+    """What a softmax is computed from and what is computed from it, as far as the nearest products, these included."""
+    seen: dict[fx.Node, None] = {}
+    for neighbours in (lambda node: node.all_input_nodes, lambda node: node.users):
+        stack = [softmax]
+        while stack:
+            here = stack.pop()
+            if here.op in ("call_function", "call_method") and (here not in seen or here is softmax):
+                seen[here] = None
+                stack += () if kind(here) in PRODUCTS else neighbours(here)
+    return tuple(seen)

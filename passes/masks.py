@@ -13,7 +13,10 @@ from apack_compile.passes.scores import Added, MaskTerm
 
 
 def why_not_one_mask(masks: Sequence[MaskTerm], full: Sequence[object]) -> str | None:
-    """Why `masks` cannot be one mask that broadcasts to `full`, `[B, H_q, rows, T]`, with all columns; None when they can."""
+    """Why `masks` cannot be one mask that broadcasts to `full` with all columns; None when they can.
+
+    full: the scores' sizes, `[B, H_q, rows, T]`, or `[B, H_kv, groups, rows, T]` where query heads are grouped.
+    """
     if not masks:
         return "no mask: the empty slots that unpack returns would be attended"
     values = [value_of(term.node) for term in masks]
@@ -25,15 +28,23 @@ def why_not_one_mask(masks: Sequence[MaskTerm], full: Sequence[object]) -> str |
         if not isinstance(term, Added) and value.dtype != torch.bool:
             return f"mask is {value.dtype}, not bool"
     rank = max(value.ndim for value in values)
-    if rank != 4:
-        return f"mask has {rank} dimensions, not 4"
+    if rank != len(full):
+        return f"mask has {rank} dimensions, not {len(full)}"
     for value in values:
-        sizes = zip(value.shape, full[4 - value.ndim :], strict=True)
+        sizes = zip(value.shape, full[rank - value.ndim :], strict=True)
         if not all(statically_known_true(m == f) or statically_known_true(m == 1) for m, f in sizes):
             return f"mask {tuple(value.shape)} does not broadcast to {tuple(full)}"
-    if not any(value.ndim and statically_known_true(value.shape[-1] == full[3]) for value in values):
+    if not _given(values, full, -1):
         return f"mask {tuple(values[0].shape)} does not broadcast to {tuple(full)} with all columns given"
+    if rank == 5 and _given(values, full, 1) != _given(values, full, 2) and full[1] != 1 and full[2] != 1:
+        return "mask differs between KV heads or between the query heads of one, not both"
     return None
+
+
+def _given(values: Sequence[torch.Tensor], full: Sequence[object], dim: int) -> bool:
+    """Whether some mask has an entry for each index of a dimension."""
+    dim = dim % len(full) - len(full)
+    return any(v.ndim >= -dim and statically_known_true(v.shape[dim] == full[dim]) for v in values)
 
 
 def one_mask(graph: fx.Graph, masks: Sequence[MaskTerm]) -> fx.Node:

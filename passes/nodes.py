@@ -48,17 +48,21 @@ def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
 
 
 def constant(value: Any) -> float | None:
-    """The number that an argument is: itself, or what `torch.full` or `torch.tensor` made of one; None for everything else."""
+    """The number that an argument is: itself, or what `torch.full` or `torch.tensor` made of one, rounded to its type; else None."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, fx.Node) or value.op != "call_function":
         return None
-    name = kind(value)
-    if name == "full":
-        return constant(arguments(value, "size", "fill_value").get("fill_value"))
-    if name in ("tensor", "scalar_tensor"):
-        return constant(arguments(value, "data").get("data", value.kwargs.get("s")))
-    return None
+    if kind(value) == "full":
+        number = constant(arguments(value, "size", "fill_value").get("fill_value"))
+    elif kind(value) in ("tensor", "scalar_tensor"):
+        number = constant(arguments(value, "data").get("data", value.kwargs.get("s")))
+    else:
+        return None
+    made = value_of(value)
+    if number is None or not isinstance(made, torch.Tensor):
+        return None
+    return float(torch.tensor(number, dtype=made.dtype, device="cpu"))
 
 
 def bind(node: fx.Node, op: torch._ops.OpOverload) -> dict[str, Any]:

@@ -53,9 +53,19 @@ def is_unpack(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) == UNPACK
 
 
-def origin(node: Any) -> Origin | Stop:
-    """Walk from an attention's key or value back through head repetition to an output of `unpack`."""
+def origin(node: Any, grouped: bool = False) -> Origin | Stop:
+    """Walk from an attention's key or value back through head repetition to an output of `unpack`.
+
+    grouped: the tensor is `[B, H_kv, 1 or groups, T, D]`, beside a query whose heads are grouped.
+    """
     repeats, path = 1, []
+    if grouped:
+        step = _group_dim(node)
+        if step is None:
+            return Stop(
+                node, f"{_spelled(node)} between the packed cache and the attention gives no dim of query groups"
+            )
+        (node, repeats, path) = step
     while True:
         path.append(node)
         unpack = node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
@@ -122,6 +132,19 @@ def _repeat_kv(node: fx.Node) -> _Step | None:
         after, (batch, heads * wide[2], tokens, width)
     )
     return (source, wide[2], [*copies, expand, inserted]) if right else None
+
+
+def _group_dim(node: fx.Node) -> _Step | None:
+    """`x[:, :, None]` of a 4-D tensor, as it is or expanded to the groups."""
+    inserted, size = node, shape(node) or ()
+    if op_name(node) == "expand" and isinstance(node.args[0], fx.Node):
+        inserted = node.args[0]
+    source = inserted.args[0] if _inserts_group_dim(inserted) else None
+    before = shape(source) or ()
+    if not isinstance(source, fx.Node) or len(before) != 4 or len(size) != 5 or not isinstance(size[2], int):
+        return None
+    wide = (*before[:2], size[2], *before[2:])
+    return (source, size[2], list(dict.fromkeys((node, inserted)))) if same_sizes(size, wide) else None
 
 
 def _inserts_group_dim(node: fx.Node) -> bool:

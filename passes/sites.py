@@ -21,10 +21,11 @@ from apack_compile.passes.scores import PRODUCTS, imprecise
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention whose keys and values come from a packed cache."""
+    """One attention whose keys and values come from a packed cache; `grouped`: its query is `[B, H_kv, groups, rows, D]`."""
 
     attention: Attention
     groups: int
+    grouped: bool
     unpack: fx.Node
     layer: str | None
     between: frozenset[fx.Node]
@@ -52,30 +53,35 @@ def _site(match: Attention | NoAttention, memory: Memory) -> AttentionSite | Ref
         products = [node for node in (*match.interior, match.node) if kind(node) in PRODUCTS]
         packed = any(reads_unpack(source) for node in products for source in node.all_input_nodes)
         return Refusal(match.node, layer, match.why, packed, frozenset(match.interior))
-    key, value = origin(match.key), origin(match.value)
+    grouped = len(_sizes(match.query)) == 5
+    key, value = origin(match.key, grouped), origin(match.value, grouped)
     details, covers = match.details(), frozenset(match.interior)
-    if isinstance(key, Stop) and not reads_unpack(key.node):
-        if isinstance(value, Origin) or reads_unpack(value.node):
-            reason = "key does not come from a packed cache, but value does"
-            return Refusal(match.node, layer, reason, True, covers, details)
+    packed = [isinstance(end, Origin) or reads_unpack(end.node) for end in (key, value)]
+    if not any(packed):
         return Refusal(match.node, layer, "dense: key does not come from a packed cache", False, covers, details)
+    unexpressed = _not_expressed(match)
+    if not all(packed):
+        names = ("value", "key") if packed[0] else ("key", "value")
+        unexpressed = f"{names[0]} does not come from a packed cache, but {names[1]} does"
+    if unexpressed is not None:
+        return Refusal(match.node, layer, unexpressed, True, covers, details)
     for name, end in (("key", key), ("value", value)):
         if isinstance(end, Stop):
             return Refusal(match.node, layer, f"{name}: {end.why}", True, covers, details)
     assert isinstance(key, Origin) and isinstance(value, Origin)
     reason = (
         _origins_differ(key, value)
-        or _not_expressed(match)
         or _shapes(match, key)
         or _types(match)
-        or why_not_one_mask(match.masks, (*_sizes(match.query)[:3], _packed_shape(key)[2]))
+        or why_not_one_mask(match.masks, (*_sizes(match.query)[:-1], _packed_shape(key)[2]))
         or _writes(match, memory, key, value)
     )
     if reason is not None:
         return Refusal(match.node, layer, reason, True, covers, details)
     return AttentionSite(
         attention=match,
-        groups=int(_sizes(match.query)[1]) // int(_packed_shape(key)[1]),
+        groups=int(_sizes(match.query)[2 if grouped else 1]) // (1 if grouped else int(_packed_shape(key)[1])),
+        grouped=grouped,
         unpack=key.unpack,
         layer=layer,
         between=frozenset((key.unpack, *key.path, *value.path)),
@@ -117,10 +123,13 @@ def _shapes(found: Attention, key: Origin) -> str | None:
     query, packed, out = _sizes(found.query), _packed_shape(key), value_of(found.node)
     if not query or not isinstance(out, torch.Tensor) or len(packed) != 4:
         return "the graph does not record the shapes of query and packed cache"
-    if len(query) != 4 or not same_sizes(query[:1], packed[:1]):
+    if len(query) not in (4, 5) or not same_sizes(query[:1], packed[:1]):
         return f"query {tuple(query)} does not match the packed keys {tuple(packed)}"
-    if not same_sizes(query[3:], packed[3:]):
-        return f"query's head_dim {query[3]} is not the key's {packed[3]}"
+    if not same_sizes(query[-1:], packed[3:]):
+        return f"query's head_dim {query[-1]} is not the key's {packed[3]}"
+    if len(query) == 5:
+        right = same_sizes(query[1:2], packed[1:2]) and key.repeats in (1, query[2]) and isinstance(query[2], int)
+        return None if right else f"query {tuple(query)} is not grouped by the {packed[1]} packed key heads"
     heads, repeated = query[1], packed[1] * key.repeats
     grouped = found.enable_gqa or repeated == 1
     if not (heads % repeated == 0 if grouped else heads == repeated):
