@@ -101,6 +101,11 @@ class GraphRecord:
         return tuple(m for p in self.passes if p.name == "FuseAttend" for m in p.matches)
 
     @property
+    def cache_updates(self) -> tuple[MatchRecord, ...]:
+        """Every update of a stock cache that an attention reads, and why it stays as it is."""
+        return tuple(m for p in self.passes if p.name == "FindCacheUpdates" for m in p.matches)
+
+    @property
     def left(self) -> tuple[MatchRecord, ...]:
         """Sites not rewritten although they read a packed cache: it is unpacked there at every step."""
         return tuple(m for m in self.sites if m.reason is not None and m.packed)

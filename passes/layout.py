@@ -56,7 +56,7 @@ def last_two_swapped(node: fx.Node) -> Turned | None:
             node, order = turned
             dims = tuple(order[dim] for dim in dims)
             if dims == (*range(len(dims) - 2), len(dims) - 1, len(dims) - 2):
-                return _unscaled(node, scale)
+                return unscaled(node, scale)
         elif kind(node) in ("contiguous", "clone") and node.args:
             node = node.args[0]  # type: ignore[assignment]
         else:
@@ -64,8 +64,8 @@ def last_two_swapped(node: fx.Node) -> Turned | None:
     return None
 
 
-def _unscaled(node: fx.Node, scale: float) -> Turned:
-    """Constant factors off the tensor itself."""
+def unscaled(node: fx.Node, scale: float) -> Turned:
+    """A tensor less the constant factors that it was multiplied with."""
     while (factor := _factor(node)) is not None:
         node, scale = factor[0], scale * factor[1]
     return Turned(node, scale)

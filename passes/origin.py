@@ -53,25 +53,28 @@ def is_unpack(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) == UNPACK
 
 
-def origin(node: Any, grouped: bool = False) -> Origin | Stop:
+def origin(node: Any, groups: int | None = None) -> Origin | Stop:
     """Walk from an attention's key or value back through head repetition to an output of `unpack`.
 
-    grouped: the tensor is `[B, H_kv, 1 or groups, T, D]`, beside a query whose heads are grouped.
+    groups: the tensor is `[B, H_kv, 1 or groups, T, D]`, beside a query `[B, H_kv, groups, rows, D]`.
     """
-    repeats, path = 1, []
-    if grouped:
-        step = _group_dim(node)
-        if step is None:
+    repeats = 1
+    path: list[fx.Node] = []
+    if groups is not None:
+        inserted = _group_dim(node, groups)
+        if inserted is None:
             return Stop(
                 node, f"{_spelled(node)} between the packed cache and the attention gives no dim of query groups"
             )
-        (node, repeats, path) = step
+        node, path = inserted
     while True:
         path.append(node)
         unpack = node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
         if isinstance(unpack, fx.Node) and is_unpack(unpack):
             return Origin(unpack, node.args[1], repeats, tuple(path))
-        step = _repeat_interleave(node) or _repeat_kv(node) or _turned_back(node) or _no_change(node)
+        step: _Step | Stop | None = (
+            _repeat_interleave(node) or _repeat_kv(node) or _turned_back(node) or _no_change(node)
+        )
         if step is None or isinstance(step, Stop):
             return step or Stop(
                 node, f"{_spelled(node)} between the packed cache and the attention is no head repetition"
@@ -79,6 +82,12 @@ def origin(node: Any, grouped: bool = False) -> Origin | Stop:
         source, factor, skipped = step
         path += skipped
         repeats, node = repeats * factor, source
+
+
+def head_repetition(node: fx.Node) -> fx.Node | None:
+    """The tensor whose heads a node repeats in one of the ways that keep copies of a head together."""
+    step = _repeat_interleave(node) or _repeat_kv(node)
+    return None if step is None or isinstance(step, Stop) else step[0]
 
 
 def _spelled(node: fx.Node) -> str:
@@ -134,17 +143,18 @@ def _repeat_kv(node: fx.Node) -> _Step | None:
     return (source, wide[2], [*copies, expand, inserted]) if right else None
 
 
-def _group_dim(node: fx.Node) -> _Step | None:
+def _group_dim(node: fx.Node, groups: int) -> tuple[fx.Node, list[fx.Node]] | None:
     """`x[:, :, None]` of a 4-D tensor, as it is or expanded to the groups."""
-    inserted, size = node, shape(node) or ()
+    inserted: fx.Node = node
+    size: tuple[Any, ...] = tuple(shape(node) or ())
     if op_name(node) == "expand" and isinstance(node.args[0], fx.Node):
         inserted = node.args[0]
     source = inserted.args[0] if _inserts_group_dim(inserted) else None
-    before = shape(source) or ()
-    if not isinstance(source, fx.Node) or len(before) != 4 or len(size) != 5 or not isinstance(size[2], int):
+    before = tuple(shape(source) or ())
+    if not isinstance(source, fx.Node) or len(before) != 4 or len(size) != 5 or size[2] not in (1, groups):
         return None
     wide = (*before[:2], size[2], *before[2:])
-    return (source, size[2], list(dict.fromkeys((node, inserted)))) if same_sizes(size, wide) else None
+    return (source, list(dict.fromkeys((node, inserted)))) if same_sizes(size, wide) else None
 
 
 def _inserts_group_dim(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from apack_compile.passes.layout import last_two_swapped
+from apack_compile.passes.layout import last_two_swapped, unscaled
 from apack_compile.passes.memory import Memory
 from apack_compile.passes.nodes import arguments, constant, kind, op_name, same_sizes, shape, value_of
 
@@ -105,7 +105,7 @@ def _product(node: fx.Node) -> Read:
     if kind(node) == "einsum":
         if len(operands) != 3 or operands[0] != "bhqd,bhkd->bhqk":
             return _unread_einsum(node)
-        query, key = operands[1:]
+        query, found = operands[1], unscaled(operands[2], 1.0)
     else:
         if kind(node) == "baddbmm":
             given = arguments(node, "self", "batch1", "batch2")
@@ -120,7 +120,7 @@ def _product(node: fx.Node) -> Read:
         found = last_two_swapped(transposed)
         if found is None:
             return Unread("the scores are a product with a key that is not transposed")
-        key, scale = found.node, scale * found.scale
+    key, scale = found.node, scale * found.scale
     if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
         return None
     return Scores(query, key, scale, (node,), masks, grouped=len(shape(node)) == 3)

@@ -53,15 +53,16 @@ def _site(match: Attention | NoAttention, memory: Memory) -> AttentionSite | Ref
         products = [node for node in (*match.interior, match.node) if kind(node) in PRODUCTS]
         packed = any(reads_unpack(source) for node in products for source in node.all_input_nodes)
         return Refusal(match.node, layer, match.why, packed, frozenset(match.interior))
-    grouped = len(_sizes(match.query)) == 5
-    key, value = origin(match.key, grouped), origin(match.value, grouped)
+    query = _sizes(match.query)
+    grouped = len(query) == 5 and isinstance(query[2], int)
+    key, value = (origin(node, query[2] if grouped else None) for node in (match.key, match.value))
     details, covers = match.details(), frozenset(match.interior)
-    packed = [isinstance(end, Origin) or reads_unpack(end.node) for end in (key, value)]
-    if not any(packed):
+    from_cache = [isinstance(end, Origin) or reads_unpack(end.node) for end in (key, value)]
+    if not any(from_cache):
         return Refusal(match.node, layer, "dense: key does not come from a packed cache", False, covers, details)
     unexpressed = _not_expressed(match)
-    if not all(packed):
-        names = ("value", "key") if packed[0] else ("key", "value")
+    if not all(from_cache):
+        names = ("value", "key") if from_cache[0] else ("key", "value")
         unexpressed = f"{names[0]} does not come from a packed cache, but {names[1]} does"
     if unexpressed is not None:
         return Refusal(match.node, layer, unexpressed, True, covers, details)
@@ -73,14 +74,14 @@ def _site(match: Attention | NoAttention, memory: Memory) -> AttentionSite | Ref
         _origins_differ(key, value)
         or _shapes(match, key)
         or _types(match)
-        or why_not_one_mask(match.masks, (*_sizes(match.query)[:-1], _packed_shape(key)[2]))
+        or why_not_one_mask(match.masks, (*query[:-1], _packed_shape(key)[2]))
         or _writes(match, memory, key, value)
     )
     if reason is not None:
         return Refusal(match.node, layer, reason, True, covers, details)
     return AttentionSite(
         attention=match,
-        groups=int(_sizes(match.query)[2 if grouped else 1]) // (1 if grouped else int(_packed_shape(key)[1])),
+        groups=int(query[2 if grouped else 1]) // (1 if grouped else int(_packed_shape(key)[1])),
         grouped=grouped,
         unpack=key.unpack,
         layer=layer,
@@ -128,7 +129,7 @@ def _shapes(found: Attention, key: Origin) -> str | None:
     if not same_sizes(query[-1:], packed[3:]):
         return f"query's head_dim {query[-1]} is not the key's {packed[3]}"
     if len(query) == 5:
-        right = same_sizes(query[1:2], packed[1:2]) and key.repeats in (1, query[2]) and isinstance(query[2], int)
+        right = same_sizes(query[1:2], packed[1:2]) and key.repeats == 1
         return None if right else f"query {tuple(query)} is not grouped by the {packed[1]} packed key heads"
     heads, repeated = query[1], packed[1] * key.repeats
     grouped = found.enable_gqa or repeated == 1

@@ -206,7 +206,7 @@ class _Generator:
 
     def share_heads(self, how: str, query: fx.Node, keys: fx.Node, values: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Query, keys and values whose heads match."""
-        batch, heads, rows, width = sizes(query)
+        batch, _, rows, width = sizes(query)
         if how == "grouped_query":
             query = self.call("reshape", query, (batch, self.case.kv_heads, self.case.groups * rows, width))
         if how in ("none", "enable_gqa", "grouped_query"):
