@@ -177,7 +177,18 @@ class _Generator:
     def detour(self, x: fx.Node) -> fx.Node:
         """A step between the cache and the attention."""
         usual = ["nothing", "nothing", "nothing", "contiguous", "slice", "twice", "same type"]
-        rare = ["scale", "flip", "roll", "reshaped", "permuted", "clone", "rounded", "views", "negated"]
+        rare = [
+            "scale",
+            "flip",
+            "roll",
+            "reshaped",
+            "permuted",
+            "clone",
+            "rounded",
+            "views",
+            "negated",
+            "heads and batch",
+        ]
         kind = self.pick(usual, rare, 0.06)
         if kind == "slice":
             return self.call(operator.getitem, x, (slice(None), slice(None), slice(None, CAPACITY)))
@@ -187,6 +198,9 @@ class _Generator:
             return self.call("reshape", self.call("permute", x, 0, 1, 3, 2), sizes(x))
         if kind == "reshaped":
             return self.call("reshape", self.call("reshape", x, (sizes(x)[0], -1)), sizes(x))
+        if kind == "heads and batch":
+            swaps = self.case.batch == self.case.kv_heads
+            return self.call("permute", self.call("permute", x, 2, 1, 0, 3), *((1, 2, 0, 3) if swaps else (2, 1, 0, 3)))
         if kind == "rounded":
             return self.call("to", self.call("to", x, self.type(torch.float16)), self.type(self.dtype))
         if kind == "views":
@@ -250,7 +264,9 @@ class _Generator:
     def scores(self, query: fx.Node, keys: fx.Node, masks: list[fx.Node]) -> fx.Node:
         """Scaled and masked scores in one of many spellings."""
         scale = 0.3
-        how = self.random.choice(["mul", "div", "rmul", "mul_", "query", "query div", "key", "both", "full", "none"])
+        how = self.random.choice(
+            ["mul", "div", "rmul", "mul_", "query", "query div", "key", "turned key", "both", "full", "none"]
+        )
         if how in ("query", "query div", "both"):
             root = math.sqrt(scale) if how == "both" else scale
             query = self.call(operator.truediv, query, 1 / root) if "div" in how else self.call("mul", query, root)
@@ -261,6 +277,7 @@ class _Generator:
         else:
             turn = self.random.choice([("transpose", -2, -1), ("transpose", 2, 3), ("permute", 0, 1, 3, 2), "mT"])
             turned = self.call(getattr, keys, "mT") if turn == "mT" else self.call(turn[0], keys, *turn[1:])
+            turned = self.call(operator.mul, turned, scale) if how == "turned key" else turned
             scores = self.call(self.random.choice([torch.matmul, operator.matmul, "matmul"]), query, turned)
         if how == "full":
             scores = self.call(operator.truediv, scores, self.call(torch.full, (), 1 / scale))
@@ -269,6 +286,8 @@ class _Generator:
             target = {"mul_": "mul_", "div": operator.truediv}.get(how, operator.mul)
             scores = self.call(target, left, right)
         self.maybe_write()
+        if self.chance(0.03):
+            self.write(self.random.choice([query, *masks]))
         if self.chance(0.04):
             scores = self.call(operator.mul, self.call(torch.tanh, self.call(operator.truediv, scores, 5.0)), 5.0)
         for mask in masks:
@@ -356,19 +375,15 @@ class _Generator:
 
     def maybe_write(self, among: list[fx.Node] | None = None) -> None:
         """A statement in place on something that was read, will be read, or is a view of it."""
-        if not self.chance(0.05 if among is None else 0.3):
-            return
-        victim = self.random.choice(among or self.victims)
+        if self.chance(0.05 if among is None else 0.3):
+            self.write(self.random.choice(among or self.victims))
+
+    def write(self, victim: fx.Node) -> None:
+        """Change a part or all of a tensor; a mask goes on hiding what it hides."""
         value = victim.meta["example_value"]
-        if not value.is_floating_point() or victim in self.hidden_masks():
-            hide = False if value.dtype == torch.bool else -1e4
-            if value.dtype == torch.bool or value.is_floating_point():
-                self.call(operator.setitem, victim, (Ellipsis, 3), hide)
+        if value.dtype == torch.bool or value.shape[-1:] == (CAPACITY,):
+            self.call(operator.setitem, victim, (Ellipsis, 3), False if value.dtype == torch.bool else -1e4)
         elif self.chance(0.5):
             self.call("mul_", victim, 0.5)
         else:
             self.call(operator.setitem, victim, (0,), 0.25)
-
-    def hidden_masks(self) -> list[fx.Node]:
-        """Added masks, which must go on hiding what they hide."""
-        return [node for node in self.victims if sizes(node)[-1:] == (CAPACITY,)]

@@ -231,6 +231,10 @@ NOT_ATTENTION = {
     "weights on the right": (lambda q, k, v, m, o: v.mT @ (q @ k.mT).softmax(-1), "not the left operand"),
     "doubled mask": (lambda q, k, v, m, o: torch.add(q @ k.mT, m, alpha=2).softmax(-1) @ v, "multiple of a mask"),
     "no values": (lambda q, k, v, m, o: (q @ k.mT).softmax(-1).amax(-1), "amax between the softmax"),
+    "scores in a given tensor": (
+        lambda q, k, v, m, o: torch.add(q @ k.mT, m, out=torch.empty(2, 3, 5, 5)).softmax(-1) @ v,
+        "given by out=",
+    ),
     "other einsum": (lambda q, k, v, m, o: torch.einsum("bhqd,bhkd->bhkq", q, k).softmax(-1) @ v, "einsum"),
     "two dropped columns": (
         lambda q, k, v, m, o: torch.cat([q @ k.mT, m.expand(2, 3, 5, 5)], -1).softmax(-1)[..., :5] @ v,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apack_compile.backend import make_backend
 from apack_compile.passes import CacheUpdate, GraphRecord, Refusal, find_cache_updates
+from apack_compile.reporting import stock_cache_notes
 
 TOKENS, WIDTH = 8, 4
 
@@ -303,3 +304,4 @@ def test_the_record_of_a_graph_lists_its_stock_caches():
         ("index_copy", "l_values_", False),
     ]
     assert all("bytes are unchanged" in u.reason for u in updates)
+    assert stock_cache_notes(records) == ["stock cache updated by index_copy, bytes unchanged (2 streams)"]
