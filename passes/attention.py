@@ -15,7 +15,7 @@ from torch import fx
 from apack_compile.passes.effects import live_nodes
 from apack_compile.passes.memory import Memory
 from apack_compile.passes.nodes import arguments, kind, op_name, same_sizes, shape, value_of
-from apack_compile.passes.scores import KEPT, PRODUCTS, Added, Filled, MaskTerm, Scores, Unread, Walk
+from apack_compile.passes.scores import KEPT, PRODUCTS, Added, Filled, MaskTerm, Scores, Unread, Walk, same_equation
 
 SDPA = "scaled_dot_product_attention"
 FLEX = "flex_attention"
@@ -27,7 +27,7 @@ class Attention:
     """One attention: `node` returns `softmax(scale * query . key, softcapped, masked, beside sinks) . value`.
 
     scale: None means `1 / sqrt(D)`. interior: nodes between the inputs and `node`, in the graph's order, that serve it alone;
-    `grouped`: batch and heads share one dimension in some of them.
+    `grouped`: batch and heads share one dimension in some of them. turned: nodes between `key` and the product with it.
     """
 
     node: fx.Node
@@ -44,6 +44,7 @@ class Attention:
     enable_gqa: bool = False
     grouped: bool = False
     interior: tuple[fx.Node, ...] = ()
+    turned: tuple[fx.Node, ...] = ()
 
     def details(self) -> dict[str, object]:
         """What a report shows of it."""
@@ -150,6 +151,7 @@ def _around_softmax(node: fx.Node, walk: Walk, live: set[fx.Node]) -> Attention 
         dropout=weights.dropout,
         grouped=scores.grouped or weights.grouped,
         interior=interior,
+        turned=scores.turned,
     )
 
 
@@ -196,7 +198,7 @@ def _output(
     if sinks:
         return Unread("the column of sinks is multiplied with the values too")
     if kind(node) == "einsum":
-        if operands.pop(0) != "bhqk,bhkd->bhqd":
+        if not same_equation(operands.pop(0), "bhqk,bhkd->bhqd"):
             return Unread(f"einsum {node.args[0]!r} is not 'bhqk,bhkd->bhqd'")
     elif kind(node) == "baddbmm":
         return Unread("baddbmm adds something to the output")

@@ -94,7 +94,8 @@ class _Unclear:
 
 
 def _update(node: fx.Node, stream: str, attention: fx.Node, memory: Memory) -> CacheUpdate | Refusal | None:
-    found = _walk(_Place(node, attention, len(shape(node) or ()) - 2), memory)
+    size = shape(node)
+    found = None if size is None else _walk(_Place(node, attention, len(size) - 2), memory)
     if found is None:
         return None
     layer = layer_path(found.node)
@@ -135,7 +136,7 @@ def _written(place: _Place, write: fx.Node, memory: Memory) -> _Found | _Unclear
         return None
     token_dim = dims[place.token_dim]
     target = target_of(write) if kind(write) in KINDS else None
-    if target is None:
+    if target is None or shape(target) is None:
         return _Unclear(write, f"{op_name(write)} writes into {state.name}, which is no known cache update")
     written, dims, narrowed = _root(target)
     if written is not state:

@@ -1,5 +1,6 @@
 """Transposes and permutes of a node, read back to the tensor they turned."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -10,10 +11,11 @@ from apack_compile.passes.nodes import arguments, constant, kind, same_sizes, sh
 
 @dataclass(frozen=True)
 class Turned:
-    """A node whose last two dimensions an operand has swapped, times `scale`."""
+    """A node whose last two dimensions an operand has swapped, times `scale`; `path`: the nodes that did it."""
 
     node: fx.Node
     scale: float
+    path: tuple[fx.Node, ...]
 
 
 def permutation(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]] | None:
@@ -44,10 +46,11 @@ def permutation(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]] | None:
 
 def last_two_swapped(node: fx.Node) -> Turned | None:
     """The tensor `[..., T, D]` that an operand `[..., D, T]` was made of by transposes and constant factors."""
-    scale = 1.0
-    size = shape(node)
+    scale, size = 1.0, shape(node)
+    path: list[fx.Node] = []
     dims = tuple(range(len(size or ())))
     while isinstance(node, fx.Node):
+        path.append(node)
         factor = _factor(node)
         turned = permutation(node)
         if factor is not None:
@@ -56,7 +59,7 @@ def last_two_swapped(node: fx.Node) -> Turned | None:
             node, order = turned
             dims = tuple(order[dim] for dim in dims)
             if dims == (*range(len(dims) - 2), len(dims) - 1, len(dims) - 2):
-                return unscaled(node, scale)
+                return unscaled(node, scale, path)
         elif kind(node) in ("contiguous", "clone") and node.args:
             node = node.args[0]  # type: ignore[assignment]
         else:
@@ -64,11 +67,13 @@ def last_two_swapped(node: fx.Node) -> Turned | None:
     return None
 
 
-def unscaled(node: fx.Node, scale: float) -> Turned:
+def unscaled(node: fx.Node, scale: float = 1.0, path: Sequence[fx.Node] = ()) -> Turned:
     """A tensor less the constant factors that it was multiplied with."""
+    path = list(path)
     while (factor := _factor(node)) is not None:
+        path.append(node)
         node, scale = factor[0], scale * factor[1]
-    return Turned(node, scale)
+    return Turned(node, scale, tuple(path))
 
 
 def _factor(node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -45,7 +45,8 @@ MaskTerm = Added | Filled
 class Scores:
     """softmax's input: `softcap * tanh(scale / softcap * query . key)`, masked by `masks` in order, beside a column of `sinks`.
 
-    `interior` are the nodes that compute it, the product first; `grouped` says that batch and heads share one dimension.
+    `interior` are the nodes that compute it, the product first; `turned` those between the key and the product; `grouped` says that
+    batch and heads share one dimension.
     """
 
     query: fx.Node
@@ -57,6 +58,7 @@ class Scores:
     tanh: bool = False
     sinks: fx.Node | None = None
     grouped: bool = False
+    turned: tuple[fx.Node, ...] = ()
 
     def then(self, *nodes: fx.Node, **changes: object) -> "Scores":
         """These scores after one more step."""
@@ -103,9 +105,9 @@ def _product(node: fx.Node) -> Read:
     scale, operands = 1.0, list(node.args)
     masks: tuple[MaskTerm, ...] = ()
     if kind(node) == "einsum":
-        if len(operands) != 3 or operands[0] != "bhqd,bhkd->bhqk":
+        if len(operands) != 3 or not same_equation(operands[0], "bhqd,bhkd->bhqk"):
             return _unread_einsum(node)
-        query, found = operands[1], unscaled(operands[2], 1.0)
+        query, found = operands[1], unscaled(operands[2])
     else:
         if kind(node) == "baddbmm":
             given = arguments(node, "self", "batch1", "batch2")
@@ -123,7 +125,16 @@ def _product(node: fx.Node) -> Read:
     key, scale = found.node, scale * found.scale
     if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
         return None
-    return Scores(query, key, scale, (node,), masks, grouped=len(shape(node)) == 3)
+    return Scores(query, key, scale, (node,), masks, grouped=len(shape(node) or ()) == 3, turned=found.path)
+
+
+def same_equation(equation: object, wanted: str) -> bool:
+    """Whether an einsum equation is `wanted` in other letters."""
+    if not isinstance(equation, str):
+        return False
+    given = equation.replace(" ", "")
+    pairs = set(zip(given, wanted, strict=False))
+    return len(given) == len(wanted) and len(pairs) == len(set(given)) == len(set(wanted))
 
 
 def _unread_einsum(node: fx.Node) -> Read:

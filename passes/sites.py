@@ -85,7 +85,7 @@ def _site(match: Attention | NoAttention, memory: Memory) -> AttentionSite | Ref
         grouped=grouped,
         unpack=key.unpack,
         layer=layer,
-        between=frozenset((key.unpack, *key.path, *value.path)),
+        between=frozenset((key.unpack, *key.path, *match.turned, *value.path)),
     )
 
 
@@ -164,7 +164,7 @@ def _writes(found: Attention, memory: Memory, key: Origin, value: Origin) -> str
 
     Keys and values are read by unpack; query and masks by the first product and what follows it.
     """
-    read = [*key.unpack.all_input_nodes, *key.path, *value.path]
+    read = [*key.unpack.all_input_nodes, *key.path, *found.turned, *value.path]
     before = min((found.node, *found.interior), key=memory.order.__getitem__)
     return memory.write_between(key.unpack, found.node, read) or memory.write_between(
         before, found.node, [found.query, *(term.node for term in found.masks)]

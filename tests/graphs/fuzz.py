@@ -80,8 +80,9 @@ def _difference(old: list[Tensor], new: list[Tensor], exact: list[Tensor] | None
             continue
         a, b = before.double(), after.double()
         reference = a if exact is None else exact[at].double()
-        finite = reference.isfinite()
-        if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(finite, a.isfinite()):
+        # Scores that a graph returns overflow in float32 where two masks add up, not in float64.
+        finite = a.isfinite() & reference.isfinite()
+        if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a.isfinite(), b.isfinite()):
             return f"result {at} is nan or infinite elsewhere than before"
         a, b, reference = (torch.where(finite, x, 0.0) for x in (a, b, reference))
         eps = torch.finfo(before.dtype).eps if before.is_floating_point() else 0.0

@@ -272,12 +272,19 @@ class _Generator:
             query = self.call(operator.truediv, query, 1 / root) if "div" in how else self.call("mul", query, root)
         if how in ("key", "both"):
             keys = self.call(operator.mul, keys, math.sqrt(scale) if how == "both" else scale)
+            self.victims.append(keys)
         if self.chance(0.2):
-            scores = self.call(torch.einsum, "bhqd,bhkd->bhqk", query, keys)
+            if self.chance(0.05):
+                self.write(keys)
+            letters = self.random.choice(["bhqd,bhkd->bhqk", "b n i d, b n j d -> b n i j"])
+            scores = self.call(torch.einsum, letters, query, keys)
         else:
             turn = self.random.choice([("transpose", -2, -1), ("transpose", 2, 3), ("permute", 0, 1, 3, 2), "mT"])
             turned = self.call(getattr, keys, "mT") if turn == "mT" else self.call(turn[0], keys, *turn[1:])
             turned = self.call(operator.mul, turned, scale) if how == "turned key" else turned
+            turned = self.call("contiguous", turned) if self.chance(0.2) else turned
+            if self.chance(0.03):
+                self.write(turned)
             scores = self.call(self.random.choice([torch.matmul, operator.matmul, "matmul"]), query, turned)
         if how == "full":
             scores = self.call(operator.truediv, scores, self.call(torch.full, (), 1 / scale))

@@ -10,8 +10,10 @@ from inductor_patterns import PATTERNS, inputs
 from torch import Tensor, fx
 from torch.nn.attention.flex_attention import flex_attention
 
+from apack_compile.passes import find_cache_updates, find_sites
 from apack_compile.passes.attention import Attention, NoAttention, find_attentions
 from apack_compile.passes.memory import Memory
+from apack_compile.passes.scores import same_equation
 
 
 def found_in(graph: fx.Graph) -> list[Attention | NoAttention]:
@@ -173,6 +175,25 @@ def test_an_exported_graph_is_read_like_a_traced_one():
         ["Added", "Filled"],
     )
     assert fused.spelling == "scaled_dot_product_attention"
+
+
+def test_an_einsum_equation_counts_in_any_letters_but_not_in_another_order():
+    for equation in ("bhqd,bhkd->bhqk", "b n i d, b n j d -> b n i j"):
+        assert same_equation(equation, "bhqd,bhkd->bhqk")
+    for equation in ("bhqd,bhkd->bhkq", "bhqd,bhqd->bhqq", "bhqd,hbkd->bhqk", "bhqd,bhkd->bhq", ["b"]):
+        assert not same_equation(equation, "bhqd,bhkd->bhqk")
+
+
+def test_a_graph_without_recorded_shapes_is_read_without_an_error():
+    class Step(torch.nn.Module):
+        def forward(self, q, k, v, m, at, new):
+            k = torch.index_copy(k, 2, at, new)
+            return (q @ k.transpose(-2, -1) + m).softmax(-1) @ v + F.scaled_dot_product_attention(q, k, v, m)
+
+    graph = fx.symbolic_trace(Step()).graph
+    assert [found.spelling for found in found_in(graph)] == ["scaled_dot_product_attention"]
+    assert find_cache_updates(graph) == []
+    assert [found.packed for found in find_sites(graph)] == [False]
 
 
 def test_what_has_no_queries_and_keys_is_no_attention():
