@@ -31,7 +31,11 @@ def judge(seed: int) -> Verdict:
     program = random_program(seed, dtype)
     old = _run(program, seed)
     before = program.gm.code
-    record = run_passes(program.gm, (FuseAttend(), RemoveDeadCode()))
+    try:
+        record = run_passes(program.gm, (FuseAttend(), RemoveDeadCode()))
+        new = _run(program, seed)
+    except RuntimeError as error:
+        return Verdict(f"rewriting or the rewritten graph fails: {error}"[:300], program.attentions, 0, ())
     count = record.passes[0].count
     reasons = tuple(general(site.reason) for site in record.sites if site.reason is not None)
 
@@ -47,7 +51,7 @@ def judge(seed: int) -> Verdict:
         return verdict("an attention is neither rewritten nor refused")
     if count == 0:
         return verdict(None if program.gm.code == before else "a graph was changed although nothing was rewritten")
-    return verdict(_difference(old, _run(program, seed), None if dtype == torch.float64 else _exact(seed, dtype)))
+    return verdict(_difference(old, new, None if dtype == torch.float64 else _exact(seed, dtype)))
 
 
 def general(reason: str) -> str:

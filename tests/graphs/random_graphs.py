@@ -388,6 +388,8 @@ class _Generator:
     def write(self, victim: fx.Node) -> None:
         """Change a part or all of a tensor; a mask goes on hiding what it hides."""
         value = victim.meta["example_value"]
+        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+            return  # torch refuses to write to an expanded tensor
         if value.dtype == torch.bool or value.shape[-1:] == (CAPACITY,):
             self.call(operator.setitem, victim, (Ellipsis, 3), False if value.dtype == torch.bool else -1e4)
         elif self.chance(0.5):
