@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import fx
 
-from apack_compile.passes import FuseAttend, GraphRecord, RemoveDeadCode, run_passes
+from apack_compile.passes import FindCacheUpdates, FuseAttend, GraphRecord, RemoveDeadCode, run_passes
 from apack_compile.passes.nodes import bind, default_overload
 from apack_compile.passes.origin import is_unpack
 
 INNER = ("inductor", "aot_eager", "eager")
 OPTIONS = ("inner", "strict", "dump_dir")
-PASSES = (FuseAttend(), RemoveDeadCode())
+PASSES = (FuseAttend(), FindCacheUpdates(), RemoveDeadCode())
 
 OnGraph = Callable[[GraphRecord], object]
 

@@ -1,12 +1,14 @@
 """What `report(model)` returns: every attention layer, every byte."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from apack_compile.kernels.ops import implementations
+from apack_compile.passes import GraphRecord
 from apack_compile.plan import FIRST_TOKENS
 from apack_compile.plan_file import versions
 
@@ -139,6 +141,7 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     notes = []
     if any(kind.reason is not None for kind in session.kinds):
         notes.append("layers with transformers' own cache are not compileable here: decode runs eagerly")
+    notes += stock_cache_notes(session.graphs)
     if session.plan is not None:
         notes += version_notes(session.plan.provenance.versions)
     ratio = session.ratio
@@ -148,6 +151,15 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
             f"the tail of {held['tail_slots']} and the free slots weigh too much"
         )
     return notes
+
+
+def stock_cache_notes(graphs: Sequence[GraphRecord]) -> list[str]:
+    """A note for each kind of stock cache update in the compiled graphs, and for each that is no known update."""
+    notes: Counter[str] = Counter()
+    for update in (update for graph in graphs for update in graph.cache_updates):
+        kind = update.details.get("kind")
+        notes[f"updated by {kind}, bytes unchanged" if kind else f"left as it is: {update.reason}"] += 1
+    return [f"stock cache {what} ({count} streams)" for what, count in notes.items()]
 
 
 def version_notes(made_with: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,6 @@
-"""Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, drop what became dead."""
+"""Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, list stock caches,
+drop what became dead.
+"""
 
 if __name__ != "apack_compile.passes":
     raise ImportError(
@@ -7,12 +9,15 @@ if __name__ != "apack_compile.passes":
     )
 
 from apack_compile.passes.base import GraphRecord, MatchRecord, Pass, PassRecord, Refusal, run_passes
+from apack_compile.passes.cache_updates import CacheUpdate, FindCacheUpdates, find_cache_updates
 from apack_compile.passes.dead_code import RemoveDeadCode
 from apack_compile.passes.fuse_attend import FuseAttend
 from apack_compile.passes.sites import AttentionSite, find_sites
 
 __all__ = [
     "AttentionSite",
+    "CacheUpdate",
+    "FindCacheUpdates",
     "FuseAttend",
     "GraphRecord",
     "MatchRecord",
@@ -20,6 +25,7 @@ __all__ = [
     "PassRecord",
     "Refusal",
     "RemoveDeadCode",
+    "find_cache_updates",
     "find_sites",
     "run_passes",
 ]

@@ -37,16 +37,18 @@ class Match(Protocol):
 
 @dataclass(frozen=True)
 class Refusal:
-    """An attention, or a packed cache's reader, that stays as it is; `packed` says that it reads a packed cache."""
+    """What stays as it is; `packed` says that it reads a packed cache, `covers` are further nodes whose reads the reason explains."""
 
     node: fx.Node
     layer: str | None
     reason: str
     packed: bool
+    covers: frozenset[fx.Node] = frozenset()
+    details: Mapping[str, object] = field(default_factory=dict)
 
     def record(self) -> MatchRecord:
         """What a report shows of the refusal."""
-        return MatchRecord(self.node.name, self.layer, self.reason, self.packed)
+        return MatchRecord(self.node.name, self.layer, self.reason, self.packed, self.details)
 
 
 class Pass(ABC):
@@ -97,6 +99,11 @@ class GraphRecord:
     def sites(self) -> tuple[MatchRecord, ...]:
         """Every attention, rewritten (`reason` is None) or not, and every packed cache that something else reads."""
         return tuple(m for p in self.passes if p.name == "FuseAttend" for m in p.matches)
+
+    @property
+    def cache_updates(self) -> tuple[MatchRecord, ...]:
+        """Every update of a stock cache that an attention reads, and why it stays as it is."""
+        return tuple(m for p in self.passes if p.name == "FindCacheUpdates" for m in p.matches)
 
     @property
     def left(self) -> tuple[MatchRecord, ...]:

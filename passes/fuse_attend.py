@@ -1,4 +1,4 @@
-"""Replace unpack + head repetition + scaled_dot_product_attention by one `apack::attend`."""
+"""Replace unpack + head repetition + attention, in any spelling that `find_sites` accepts, by one `apack::attend`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from apack_compile.passes.base import Pass, Refusal
+from apack_compile.passes.masks import one_mask
 from apack_compile.passes.nodes import bind, default_overload
 from apack_compile.passes.sites import AttentionSite, find_sites
 
@@ -17,7 +18,8 @@ class FuseAttend(Pass):
     """Attend over the packed cache where the graph unpacks it first."""
 
     uses: ClassVar[tuple[str, ...]] = tuple(
-        f"apack_compile.passes.{name}" for name in ("sites", "origin", "effects", "nodes")
+        f"apack_compile.passes.{name}"
+        for name in ("attention", "effects", "layout", "masks", "memory", "nodes", "origin", "scores", "sites")
     )
 
     def match(self, graph: fx.Graph) -> list[AttentionSite | Refusal]:
@@ -26,18 +28,32 @@ class FuseAttend(Pass):
 
     def rewrite(self, graph: fx.Graph, matches: Sequence[Any]) -> int:
         """Put an `apack::attend` in each site's place; the unpack stays until dead code is removed."""
+        replaced: dict[fx.Node, fx.Node] = {}
         for site in matches:
-            given = bind(site.unpack, default_overload(site.unpack))
-            given |= {"query": site.query, "mask": site.mask, "bias": None, "scale": site.scale}
-            attend = torch.ops.apack.attend_tiers if given["tiers"] is not None else torch.ops.apack.attend
-            # Cache state goes over by name: unpack and attend call it the same.
-            named = {a.name: a.kwarg_only for a in attend.default._schema.arguments}
-            arguments = tuple(given[name] for name, by_name in named.items() if not by_name)
-            options = {name: given[name] for name, by_name in named.items() if by_name and given[name] is not None}
+            # An earlier attention's result may be this one's query: its node is gone by now.
+            query = replaced.get(site.attention.query, site.attention.query)
             with graph.inserting_before(site.node):
-                node = graph.call_function(attend.default, arguments, options)
+                replaced[site.node] = node = _attend(graph, site, query)
             # source_fn_stack would say that the node came from scaled_dot_product_attention.
             node.meta = {k: v for k, v in site.node.meta.items() if k != "source_fn_stack"}
             site.node.replace_all_uses_with(node)
-            graph.erase_node(site.node)
+            # Not left to dead code removal, which keeps a statement in place on the scores.
+            for inner in (site.node, *reversed(site.attention.interior)):
+                graph.erase_node(inner)
         return len(matches)
+
+
+def _attend(graph: fx.Graph, site: AttentionSite, query: fx.Node) -> fx.Node:
+    """The `apack::attend` of a site, at the graph's insertion point."""
+    mask = one_mask(graph, site.attention.masks)
+    if site.grouped:
+        query, mask = (graph.call_method("flatten", (node, 1, 2)) for node in (query, mask))
+    given = bind(site.unpack, default_overload(site.unpack))
+    given |= {"query": query, "mask": mask, "bias": None, "scale": site.attention.scale}
+    attend = torch.ops.apack.attend_tiers if given["tiers"] is not None else torch.ops.apack.attend
+    # Cache state goes over by name: unpack and attend call it the same.
+    named = {a.name: a.kwarg_only for a in attend.default._schema.arguments}
+    arguments = tuple(given[name] for name, by_name in named.items() if not by_name)
+    options = {name: given[name] for name, by_name in named.items() if by_name and given[name] is not None}
+    out = graph.call_function(attend.default, arguments, options)
+    return graph.call_method("unflatten", (out, 1, (-1, site.groups))) if site.grouped else out

@@ -1,4 +1,8 @@
-"""Reading one node of a Dynamo graph: its operator, its arguments by name, the shape Dynamo recorded for it."""
+"""Reading one node of a traced graph: its operator, its arguments by name, the shape recorded for it.
+
+Dynamo's graphs call torch functions and methods and keep values in `example_value`; exported graphs call ATen operators and keep
+them in `val`. Both are read alike.
+"""
 
 import re
 from typing import Any
@@ -16,6 +20,49 @@ def op_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+_SPELLINGS = {
+    "truediv": "div", "true_divide": "div", "divide": "div", "itruediv": "div", "multiply": "mul", "imul": "mul", "rmul": "mul",
+    "iadd": "add", "radd": "add", "subtract": "sub", "isub": "sub", "_softmax": "softmax", "_safe_softmax": "softmax",
+    "swapaxes": "transpose", "swapdims": "transpose", "concat": "cat", "concatenate": "cat", "_to_copy": "to", "type": "to",
+    "type_as": "to", "float": "to", "double": "to", "half": "to", "bfloat16": "to", "_unsafe_view": "view",
+}  # fmt: skip
+
+
+def kind(node: fx.Node) -> str:
+    """What the node computes, by one name for all spellings: `add` for `+`, `+=`, `torch.add`, `add_` and `aten.add.Tensor`."""
+    name = op_name(node).removeprefix("aten::")
+    if name.startswith("__") and name.endswith("__"):
+        name = name.strip("_")
+    name = name.removesuffix("_")
+    return _SPELLINGS.get(name, name)
+
+
+def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The node's arguments under `names`, whichever were passed by position; missing ones are absent, `input` is `self`."""
+    found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if "input" in found:
+        found["self"] = found.pop("input")
+    return found
+
+
+def constant(value: Any) -> float | None:
+    """The number that an argument is: itself, or what `torch.full` or `torch.tensor` made of one, rounded to its type; else None."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return None
+    if kind(value) == "full":
+        number = constant(arguments(value, "size", "fill_value").get("fill_value"))
+    elif kind(value) in ("tensor", "scalar_tensor"):
+        number = constant(arguments(value, "data").get("data", value.kwargs.get("s")))
+    else:
+        return None
+    made = value_of(value)
+    if number is None or not isinstance(made, torch.Tensor):
+        return None
+    return float(torch.tensor(number, dtype=made.dtype, device="cpu"))
 
 
 def bind(node: fx.Node, op: torch._ops.OpOverload) -> dict[str, Any]:
@@ -42,12 +89,12 @@ def layer_path(node: fx.Node) -> str | None:
 
 
 def value_of(node: Any) -> Any:
-    """The fake tensor or number that Dynamo recorded for a node; a constant is itself."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+    """The fake tensor or number that tracing recorded for a node; a constant is itself."""
+    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else node
 
 
 def shape(node: Any) -> torch.Size | None:
-    """The shape Dynamo recorded for a node."""
+    """The shape recorded for a node."""
     value = value_of(node)
     return value.shape if isinstance(value, torch.Tensor) else None
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from apack_compile.passes.effects import is_pure
+from apack_compile.passes.layout import permutation
 from apack_compile.passes.nodes import op_name, same_sizes, shape, value_of
 
 UNPACK = "apack::unpack"
@@ -52,15 +53,28 @@ def is_unpack(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) == UNPACK
 
 
-def origin(node: Any) -> Origin | Stop:
-    """Walk from an attention's key or value back through head repetition to an output of `unpack`."""
-    repeats, path = 1, []
+def origin(node: Any, groups: int | None = None) -> Origin | Stop:
+    """Walk from an attention's key or value back through head repetition to an output of `unpack`.
+
+    groups: the tensor is `[B, H_kv, 1 or groups, T, D]`, beside a query `[B, H_kv, groups, rows, D]`.
+    """
+    repeats = 1
+    path: list[fx.Node] = []
+    if groups is not None:
+        inserted = _group_dim(node, groups)
+        if inserted is None:
+            return Stop(
+                node, f"{_spelled(node)} between the packed cache and the attention gives no dim of query groups"
+            )
+        node, path = inserted
     while True:
         path.append(node)
         unpack = node.args[0] if node.op == "call_function" and node.target is operator.getitem else None
         if isinstance(unpack, fx.Node) and is_unpack(unpack):
             return Origin(unpack, node.args[1], repeats, tuple(path))
-        step = _repeat_interleave(node) or _repeat_kv(node) or _no_change(node)
+        step: _Step | Stop | None = (
+            _repeat_interleave(node) or _repeat_kv(node) or _turned_back(node) or _no_change(node)
+        )
         if step is None or isinstance(step, Stop):
             return step or Stop(
                 node, f"{_spelled(node)} between the packed cache and the attention is no head repetition"
@@ -68,6 +82,12 @@ def origin(node: Any) -> Origin | Stop:
         source, factor, skipped = step
         path += skipped
         repeats, node = repeats * factor, source
+
+
+def head_repetition(node: fx.Node) -> fx.Node | None:
+    """The tensor whose heads a node repeats in one of the ways that keep copies of a head together."""
+    step = _repeat_interleave(node) or _repeat_kv(node)
+    return None if step is None or isinstance(step, Stop) else step[0]
 
 
 def _spelled(node: fx.Node) -> str:
@@ -123,6 +143,20 @@ def _repeat_kv(node: fx.Node) -> _Step | None:
     return (source, wide[2], [*copies, expand, inserted]) if right else None
 
 
+def _group_dim(node: fx.Node, groups: int) -> tuple[fx.Node, list[fx.Node]] | None:
+    """`x[:, :, None]` of a 4-D tensor, as it is or expanded to the groups."""
+    inserted: fx.Node = node
+    size: tuple[Any, ...] = tuple(shape(node) or ())
+    if op_name(node) == "expand" and isinstance(node.args[0], fx.Node):
+        inserted = node.args[0]
+    source = inserted.args[0] if _inserts_group_dim(inserted) else None
+    before = tuple(shape(source) or ())
+    if not isinstance(source, fx.Node) or len(before) != 4 or len(size) != 5 or size[2] not in (1, groups):
+        return None
+    wide = (*before[:2], size[2], *before[2:])
+    return (source, list(dict.fromkeys((node, inserted)))) if same_sizes(size, wide) else None
+
+
 def _inserts_group_dim(node: fx.Node) -> bool:
     """True for `x[:, :, None]`, `x[:, :, None, :, :]` and `x.unsqueeze(2)` of a 4-D tensor."""
     if op_name(node) == "unsqueeze":
@@ -137,6 +171,15 @@ def _inserts_group_dim(node: fx.Node) -> bool:
         and index[2] is None
         and all(i == slice(None) for i in index[3:])
     )
+
+
+def _turned_back(node: fx.Node) -> _Step | None:
+    """`x.transpose(1, 2).transpose(1, 2)`: two permutes that cancel."""
+    outer = permutation(node)
+    inner = None if outer is None else permutation(outer[0])
+    if outer is None or inner is None or [inner[1][dim] for dim in outer[1]] != list(range(len(outer[1]))):
+        return None
+    return inner[0], 1, [outer[0]]
 
 
 def _no_change(node: fx.Node) -> _Step | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 import apack_compile.kernels
 
@@ -45,6 +46,7 @@ class Case:
     mask: str = "bool"
     scale: float | None = None
     dtype: torch.dtype = torch.float32
+    attention: str = "sdpa"
 
     def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, State, Tensor]:
         """Query, new keys and values, state that holds `HELD` tokens, mask."""
@@ -86,12 +88,12 @@ class Case:
 
     def function(self) -> Callable[..., Tensor]:
         """The attention as a model would write it."""
-        repeat, groups, scale = SPELLINGS[self.gqa], self.groups, self.scale
+        repeat, attend, groups, scale = SPELLINGS[self.gqa], ATTENTIONS[self.attention], self.groups, self.scale
 
         def attention(query: Tensor, key: Tensor, value: Tensor, state: State, mask: Tensor) -> Tensor:
             keys, values = update(key, value, state)
             query, keys, values, extra = repeat(query, keys, values, groups)
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, **extra)
+            out = attend(query, keys, values, mask, scale, **extra)
             return out.reshape(*out.shape[:1], -1, out.shape[-1]) * 2
 
         return attention
@@ -137,6 +139,67 @@ SPELLINGS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, dict[str, Any]]
 }
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, **extra: Any) -> Tensor:
+    """The fused spelling."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **extra)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def transformers_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """As transformers' eager_attention_forward spells it."""
+    weights = torch.matmul(q, k.transpose(2, 3)) * _scale(q, scale)
+    weights = weights + mask if mask.is_floating_point() else weights.masked_fill(~mask, torch.finfo(q.dtype).min)
+    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return torch.matmul(F.dropout(weights, p=0.3, training=False), v)
+
+
+def statements(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Everything in place."""
+    scores = (q / (1 / _scale(q, scale))) @ k.mT
+    if mask.is_floating_point():
+        scores += mask
+    else:
+        scores.masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def einsum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """einsum, the scale on the keys, the mask by where."""
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k * _scale(q, scale))
+    scores = mask + scores if mask.is_floating_point() else torch.where(mask, scores, -1e9)
+    return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, dim=3), v)
+
+
+def two_masks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """An ALiBi bias besides the mask, scores less their largest."""
+    distance = torch.arange(k.shape[2], device=k.device, dtype=q.dtype)
+    slopes = torch.full((1, q.shape[1], 1, 1), 0.125, dtype=q.dtype, device=q.device)
+    scores = q @ k.transpose(-1, -2) * _scale(q, scale) + slopes * distance
+    scores = scores + mask if mask.is_floating_point() else torch.where(~mask, float("-inf"), scores)
+    return (scores - scores.max(-1, keepdim=True).values).softmax(-1) @ v
+
+
+ATTENTIONS: dict[str, Callable[..., Tensor]] = {
+    "sdpa": sdpa,
+    "eager": transformers_eager,
+    "statements": statements,
+    "einsum": einsum,
+    "two masks": two_masks,
+}
+
+
+def five_dimensions(query: Tensor, key: Tensor, value: Tensor, state: State, mask: Tensor) -> Tensor:
+    """Query heads in groups `[B, H_kv, groups, rows, D]` against keys `[B, H_kv, 1, T, D]`."""
+    keys, values = update(key, value, state)
+    grouped = query.unflatten(1, (keys.shape[1], -1))
+    scores = grouped @ keys[:, :, None].mT * 0.3
+    scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    return (scores.softmax(-1) @ values.unsqueeze(2).expand(-1, -1, grouped.shape[2], -1, -1)).flatten(1, 2)
+
+
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **extra: Any) -> Tensor:
     return F.scaled_dot_product_attention(query, repeat_kv(keys, 2), repeat_kv(values, 2), mask, **extra)
 
@@ -173,6 +236,57 @@ def _item_set(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
 def _out_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
     torch.mul(s.dense[0], 2.0, out=s.dense[0])
     return _sdpa(q, k, v, m)
+
+
+def _eager(edit: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """matmul-softmax-matmul; `edit` gets the masked scores and the mask, and gives the weights."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
+        scores = (q @ repeat_kv(k, 2).mT * 0.5).masked_fill(~m, float("-inf"))
+        return edit(scores, m) @ repeat_kv(v, 2)
+
+    return _negative(attention)
+
+
+def _weights_twice(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> tuple[Tensor, Tensor]:
+    weights = (q @ repeat_kv(k, 2).mT).masked_fill(~m, float("-inf")).softmax(-1)
+    return weights @ repeat_kv(v, 2), weights
+
+
+def _written_between(what: str) -> Callable[..., Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
+        scores = torch.where(m, q @ repeat_kv(k, 2).mT, float("-inf"))
+        {"query": q, "key": k, "mask": m}[what][:, :, :1] = 0
+        return scores.softmax(-1) @ repeat_kv(v, 2)
+
+    return attention
+
+
+def _turned_key_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
+    turned = (repeat_kv(k, 2) * 0.5).mT.contiguous()
+    turned.mul_(2)
+    return torch.where(m, q @ turned, float("-inf")).softmax(-1) @ repeat_kv(v, 2)
+
+
+def _scaled_key_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
+    scaled = repeat_kv(k, 2) * 0.5
+    scaled.mul_(2)
+    return torch.where(m, torch.einsum("bhqd,bhkd->bhqk", q, scaled), float("-inf")).softmax(-1) @ repeat_kv(v, 2)
+
+
+def _sinks(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
+    scores = (q @ repeat_kv(k, 2).mT).masked_fill(~m, float("-inf"))
+    return torch.cat([scores, q[..., :1] * 2], -1).softmax(-1)[..., :-1] @ repeat_kv(v, 2)
+
+
+def _bmm(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
+    q, k, v = (x.flatten(0, 1) for x in (q, repeat_kv(k, 2), repeat_kv(v, 2)))
+    scores = torch.bmm(q, k.mT).unflatten(0, (2, 4)).masked_fill(~m, float("-inf"))
+    return torch.bmm(scores.flatten(0, 1).softmax(-1), v)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
+    return flex_attention(q, k, v, enable_gqa=True)
 
 
 def _softcap(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
@@ -220,7 +334,25 @@ NEGATIVES: dict[str, tuple[Callable[..., Tensor], str]] = {
         _negative(lambda q, k, v, m, s: _sdpa(q, k.repeat_interleave(2, dim=0)[:2], v, m)),
         "key: getitem",
     ),
-    "softcap": (_negative(_softcap), "unpack's tokens are used by (matmul|__matmul__)"),
+    "softcap": (_negative(_softcap), "softcap 5: attend has none"),
+    "sinks": (_negative(_sinks), "attention sinks: attend has none"),
+    "flex_attention": (_negative(_flex), "neither score_mod nor block_mask"),
+    "bmm": (_negative(_bmm), "batch and heads share one dimension"),
+    "weights used twice": (_negative(_weights_twice), "weights are used by"),
+    "softmax over queries": (_eager(lambda s, m: s.softmax(-2)), "softmax over dim -2"),
+    "weights scaled": (_eager(lambda s, m: s.softmax(-1) * 0.5), "mul between the softmax"),
+    "weights dropped": (_eager(lambda s, m: F.dropout(s.softmax(-1), 0.5)), "dropout_p is 0.5"),
+    "scaled after the mask": (_eager(lambda s, m: (s * 0.5).softmax(-1)), "scaled after they are masked"),
+    "softmax in half": (_eager(lambda s, m: s.half().softmax(-1).float()), "computes in torch.float16"),
+    "mask that hides nothing": (
+        _eager(lambda s, m: s.masked_fill(~m, -5.0).softmax(-1)),
+        "masked_fill puts -5 into the scores",
+    ),
+    "query written in the attention": (_negative(_written_between("query")), "setitem may write l_query_"),
+    "key written in the attention": (_negative(_written_between("key")), "setitem may write"),
+    "mask written in the attention": (_negative(_written_between("mask")), "setitem may write l_mask_"),
+    "turned key written": (_negative(_turned_key_written), "mul_ may write contiguous|mul_ may write turned"),
+    "scaled key written": (_negative(_scaled_key_written), "mul_ may write"),
     "second append": (_appended_between, "append may write"),
     "cursor written": (_negative(_cursor_written), "add_ may write"),
     "view of the key written": (_negative(_view_written), "mul_ may write"),

@@ -59,6 +59,20 @@ def test_inductor_gives_the_dense_tokens():
     assert [line.status for line in apack_compile.report(model).layers] == ["rewritten"] * 3
 
 
+def test_attention_spelled_as_a_softmax_between_two_products_is_rewritten_in_every_layer():
+    model, placeholders = build("llava")
+    model.set_attn_implementation("eager")
+    inputs = prompt("llava", [[30, 10], [5, 8, 8]], placeholders)
+    dense = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    apack_compile.optimize(model, preset="lossless", compile="eager", strict=True)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=12, do_sample=False), dense)
+    report = apack_compile.report(model)
+    assert [line.status for line in report.layers] == ["rewritten"] * 3
+    assert {site["details"]["spelling"] for graph in report.graphs for site in graph["passes"][0]["matches"]} == {
+        "matmul"
+    }
+
+
 def test_compiled_and_eager_decode_agree_for_a_lossy_plan():
     model, placeholders = build("llava")
     inputs = prompt("llava", [[60, 10], [5, 48, 8]], placeholders)

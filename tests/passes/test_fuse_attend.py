@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_graphs import NEGATIVES, SPELLINGS, Case, State, repeat_kv, update
+from attention_graphs import ATTENTIONS, NEGATIVES, SPELLINGS, Case, State, five_dimensions, repeat_kv, update
 from capture import Captured, capture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,12 +23,14 @@ CASES = st.builds(
     mask=st.sampled_from(["bool", "float", "full", "sliding"]),
     scale=st.sampled_from([None, 0.25]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    attention=st.sampled_from(sorted(ATTENTIONS)),
 )
 
 
 def runs(case: Case) -> bool:
-    """Grouped rows share one mask row only when there is one query row."""
-    return not (case.gqa == "grouped_query" and case.rows > 1 and case.mask != "full")
+    """enable_gqa is an argument of the fused spelling; grouped rows share one mask row only when there is one query row."""
+    shared_row = case.gqa == "grouped_query" and case.rows > 1 and case.mask != "full"
+    return (case.gqa != "enable_gqa" or case.attention == "sdpa") and not shared_row
 
 
 def in_double(case: Case, inputs: tuple) -> Tensor:
@@ -49,7 +51,7 @@ def rewritten(captured: Captured) -> GraphRecord:
     return run_passes(captured.gm, PASSES)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=CASES.filter(runs), seed=st.integers(0, 1000))
 def test_rewritten_attention_is_as_close_to_float64_as_the_original(case, seed):
     exact = in_double(case, case.inputs(seed))
@@ -59,7 +61,7 @@ def test_rewritten_attention_is_as_close_to_float64_as_the_original(case, seed):
     record = rewritten(captured)
     assert [site.reason for site in record.sites] == [None]
     assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (0, 1)
-    assert captured.count("scaled_dot_product_attention") == 0
+    assert [captured.count(name) for name in ("scaled_dot_product_attention", "softmax", "matmul", "einsum")] == [0] * 4
     (new,), new_state = captured.run()
     assert (new.shape, new.dtype) == (old.shape, old.dtype)
     assert_no_worse(new, old, exact)
@@ -74,6 +76,50 @@ def test_a_refused_graph_stays_as_it_was(name):
     record = rewritten(captured)
     assert all(p.count == 0 for p in record.passes)
     assert captured.gm.code == code
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_every_spelling_becomes_one_attend(attention, mask):
+    case = Case(rows=2, mask=mask, attention=attention, dtype=torch.float64)
+    captured = capture(case.function(), *case.inputs())
+    (old,), _ = captured.run()
+    record = rewritten(captured)
+    assert [site.reason for site in record.sites] == [None]
+    assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (0, 1)
+    (new,), _ = captured.run()
+    torch.testing.assert_close(new, old, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", ["bool", "full"])
+def test_a_query_grouped_in_five_dimensions_becomes_one_attend(mask):
+    case = Case(groups=3, rows=2, mask="bool", dtype=torch.float64)
+    *inputs, bool_mask = case.inputs()
+    if mask == "full":
+        bool_mask = bool_mask.expand(2, 1, 2, -1).clone()
+        bool_mask[0, :, :, 3] = False
+    captured = capture(five_dimensions, *inputs, bool_mask)
+    (old,), _ = captured.run()
+    rewritten(captured)
+    assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (0, 1)
+    (new,), _ = captured.run()
+    torch.testing.assert_close(new, old, rtol=1e-12, atol=1e-12)
+
+
+def test_the_result_of_one_attention_may_be_the_query_of_the_next():
+    def two(q: Tensor, k: Tensor, v: Tensor, state: State, other: State, mask: Tensor):
+        for held in (state, other):
+            keys, values = update(k, v, held)
+            q = F.scaled_dot_product_attention(q, repeat_kv(keys, 2), repeat_kv(values, 2), mask)
+        return q
+
+    case = Case()
+    q, k, v, state, mask = case.inputs()
+    captured = capture(two, q, k, v, state, case.state(), mask)
+    (old,), _ = captured.run()
+    assert rewritten(captured).passes[0].count == 2
+    (new,), _ = captured.run()
+    torch.testing.assert_close(new, old)
 
 
 def test_keys_read_elsewhere_too_keep_their_unpack_and_both_results_stay_right():

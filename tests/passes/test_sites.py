@@ -13,7 +13,6 @@ from torch import nn
 from apack_compile.passes import AttentionSite, Refusal, find_sites
 from apack_compile.passes.effects import is_pure, written
 from apack_compile.passes.nodes import layer_path
-from apack_compile.passes.sites import is_attention
 
 
 def only_site(captured: Captured) -> AttentionSite:
@@ -30,10 +29,9 @@ def reasons(captured: Captured) -> list[str]:
 def test_a_site_is_found_through_every_spelling_of_shared_heads(spelling):
     case = Case(gqa=spelling, scale=0.3)
     site = only_site(capture(case.function(), *case.inputs()))
-    assert is_attention(site.node)
-    assert site.scale == 0.3
+    assert (site.attention.spelling, site.attention.scale) == ("scaled_dot_product_attention", 0.3)
     assert site.groups == (1 if spelling == "grouped_query" else 2)
-    assert site.mask.op == "placeholder"
+    assert [term.node.op for term in site.attention.masks] == ["placeholder"]
 
 
 def test_arguments_are_read_by_position_and_by_keyword():
@@ -48,8 +46,8 @@ def test_arguments_are_read_by_position_and_by_keyword():
         )
 
     for spelled in (by_position, by_keyword):
-        site = only_site(capture(spelled, *Case().inputs()))
-        assert (site.query.name, site.mask.name, site.scale) == ("l_q_", "l_mask_", 2.0)
+        found = only_site(capture(spelled, *Case().inputs())).attention
+        assert (found.query.name, found.masks[0].node.name, found.scale) == ("l_q_", "l_mask_", 2.0)
 
 
 def test_one_kv_head_may_be_broadcast_without_repetition():
