@@ -169,6 +169,7 @@ class CompactedCache(Cache):
         if appends:
             self.reserve(tokens)
         self._remember(appends)
+        self.index.length = None if self.is_compileable else held + tokens
         if appends:
             self.index.chunk = self.index.assignment = None
             return
@@ -343,8 +344,12 @@ class CompactedCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` will return for `query_length` new tokens of this layer."""
-        if not torch.compiler.is_compiling() and query_length <= MAX_APPEND:
+        eager, layer = not torch.compiler.is_compiling(), self.layers[layer_idx]
+        if eager and query_length <= MAX_APPEND:
             self.reserve(query_length)
+        if eager and isinstance(layer, CompactedLayer) and not self.is_compileable:
+            # where a cache is not compileable, transformers makes no mask for one token that attends to all keys: none may be empty
+            return int(layer.get_seq_length()) + query_length, 0
         return super().get_mask_sizes(query_length, layer_idx)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
