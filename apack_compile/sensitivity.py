@@ -81,9 +81,11 @@ def split(batch: Mapping[str, Any], queries: int) -> tuple[dict[str, Any], dict[
     rows, tokens = states_of(batch).shape[:2]
 
     def part(name: str, x: Any, where: slice) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         if name == "position_ids":
             return x[..., where]
-        return x[:, where] if isinstance(x, Tensor) and x.shape[:2] == (rows, tokens) else x
+        return x[:, where] if x.shape[:2] == (rows, tokens) else x
 
     read = {name: part(name, x, slice(-queries)) for name, x in batch.items() if name != "cache_position"}
     names = ("input_ids", "inputs_embeds", "position_ids")

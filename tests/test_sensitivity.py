@@ -106,3 +106,9 @@ def test_padding_draws_no_labels():
     read, following = split({"input_ids": ids, "attention_mask": mask, "pixel_values": torch.zeros(1)}, 6)
     assert read["input_ids"].shape == read["attention_mask"].shape == (2, TOKENS - 6)
     assert following["attention_mask"].shape == (2, TOKENS) and "pixel_values" not in following
+
+
+def test_an_input_that_is_none_is_passed_on():
+    read, following = split({"input_ids": prompt(), "position_ids": None, "pixel_values": None}, 6)
+    assert read["position_ids"] is None and read["pixel_values"] is None
+    assert read["input_ids"].shape[1] == TOKENS - 6 and "position_ids" not in following
