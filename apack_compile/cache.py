@@ -21,11 +21,15 @@ CAPACITY_GRAIN = 256
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What a layer of the model gets: `reason` is None when it is packed, else why it keeps transformers' own layer."""
+    """What a layer of the model gets: `reason` is None when it is packed, else why it keeps transformers' own layer.
+
+    compileable: whether a decode step over it can be compiled.
+    """
 
     layer: int
     layer_type: str
     reason: str | None
+    compileable: bool = True
 
 
 class CompactedCache(Cache):
@@ -59,6 +63,7 @@ class CompactedCache(Cache):
         self.last_update: tuple[CompactedLayer, Tensor, Tensor, bool] | None = None
         self.watch: AbstractContextManager | None = None
         self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.is_told = False
         self._undo: Callable[[], None] | None = None
         self.history: tuple[Tensor, Tensor] | None = None
 
@@ -94,7 +99,7 @@ class CompactedCache(Cache):
 
     def expect(self, vision: Tensor | None, padding: Tensor | None) -> None:
         """Tell which tokens of the coming chunk are vision and which padding, bool `[B, n]`; None for none of them."""
-        self._incoming = (vision, padding)
+        self._incoming, self.is_told = (vision, padding), True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -162,7 +167,7 @@ class CompactedCache(Cache):
         """Decide, at the first packed layer, what happens to the coming chunk `[B, H_kv, n, D]`."""
         batch, _, tokens, _ = key.shape
         vision, padding = self._incoming
-        self._incoming = (None, None)
+        self._incoming, self.is_told = (None, None), False
         first = self.packed_layers[0]
         held = int(first.get_seq_length())
         appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))

@@ -191,6 +191,8 @@ class CompactedLayer(CacheLayerMixin):
             codes = codes.to(dense_dtype) if plan.scope == "half" else codes
             self.codes += [codes, x.new_empty((*x.shape[:3],) if plan.token_scale else 0, dtype=torch.float16)]
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.device)
+        # Models look at these to see whether a layer is filled; who would read numbers gets an error.
+        self.keys, self.values = (x[:, :, :0].to("meta") for x in (key_states, value_states))
         if self.index.plan.tiers is not None and self.tiers is None:
             self.tiers = LayerTiers(self.index.plan.tiers, self.batch_size, self.device)
         self.is_initialized = True
