@@ -153,3 +153,15 @@ def test_next_to_sliding_layers_a_picture_of_few_tokens_continues_a_conversation
 
     dense = logits(DynamicCache(config=model.config.get_text_config()))
     torch.testing.assert_close(logits(apack_compile.new_cache(model)), dense)
+
+
+@pytest.mark.parametrize("compile", ["none", "eager"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_quantized_weights_give_the_tokens_of_their_dense_cache(name, compile):
+    pytest.importorskip("torchao", reason="torchao is an extra")
+    model, placeholders = build(name)
+    inputs = prompt(name, [[5, 9, 7]], placeholders)
+    apack_compile.optimize(model, preset="lossless", quantize="int8wo", compile=compile)
+    packed = generate(model, inputs)
+    assert apack_compile.report(model).quantized_layers == 3 * 7
+    assert torch.equal(packed, generate(apack_compile.restore(model), inputs))
