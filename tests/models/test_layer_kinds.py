@@ -6,10 +6,12 @@ import pytest
 import torch
 from matrix.building import build, class_names
 from matrix.prompts import one_picture, prompt_for
+from transformers import CONFIG_MAPPING, PretrainedConfig, cache_utils
 from vlms import build as build_vlm
 from vlms import prompt
 
 import apack_compile
+from apack_compile.modality import vision_of
 from apack_compile.reporting import ONE_BY_ONE
 
 
@@ -31,10 +33,10 @@ def test_cross_attention_layers_keep_what_they_read_from_pictures():
 
 
 def test_layers_that_read_another_layer_s_keys_hold_none():
-    reasons = [reason for _, _, reason in kinds(small("gemma4"))]
-    assert reasons[2:] == [
-        f"{kind}: holds no keys and values of its own" for kind in ("sliding_attention", "full_attention")
-    ]
+    reasons = [reason for _, _, reason in kinds(small("gemma4"))][2:]
+    shared = [f"{kind}: holds no keys and values of its own" for kind in ("sliding_attention", "full_attention")]
+    # older transformers have no cache entry for them at all
+    assert reasons == (shared if hasattr(cache_utils, "DummyLayer") else [])
 
 
 def test_heads_are_those_of_full_attention_where_layers_differ():
@@ -51,7 +53,7 @@ def test_latents_are_left_alone():
 
 
 def test_every_reason_why_no_layer_can_be_packed_is_named():
-    with pytest.raises(ValueError, match=r"LinearAttentionLayer is kept; indexed_attention: transformers' Dynamic"):
+    with pytest.raises(ValueError, match=r"LinearAttentionLayer is kept; \w+: transformers' DynamicIndexedLayer is"):
         apack_compile.optimize(small("glm5_next"))
 
 
@@ -65,6 +67,8 @@ def test_every_reason_why_no_layer_can_be_packed_is_named():
     ],
 )
 def test_models_that_generate_in_another_way_are_refused(model_type, message):
+    if model_type == "diffusion_gemma" and CONFIG_MAPPING[model_type]().vision_config is None:
+        pytest.skip("its default config in this transformers builds no model")
     with pytest.raises(ValueError, match=message):
         apack_compile.optimize(small(model_type))
 
@@ -125,3 +129,9 @@ def test_sites_of_graphs_that_name_no_layer_are_reported():
     model.generate(**prompt("llava", [[9]], placeholders), max_new_tokens=3, disable_compile=True)
     lines = apack_compile.report(model).layers
     assert {line.reason for line in lines} == {ONE_BY_ONE} and {line.status for line in lines} == {"packed"}
+
+
+@pytest.mark.parametrize("name", ["image_token_id", "image_token_index", "image_patch_id", "video_token_index"])
+def test_a_picture_s_token_is_known_by_the_names_that_configs_use(name):
+    config = PretrainedConfig(**{name: 9})
+    assert vision_of(config, {"input_ids": torch.tensor([[1, 9, 9, 2]])}).tolist() == [[False, True, True, False]]

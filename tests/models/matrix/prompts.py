@@ -13,7 +13,7 @@ from .shrink import FIRST_SPECIAL, IMAGE_SIZE, PATCH
 GRID = IMAGE_SIZE // PATCH
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_index")
 # For models that are told by a mask where a picture is.
-ANY_TOKEN = 420
+ANY_TOKEN = 399
 
 
 def noise(*shape: int) -> Tensor:
