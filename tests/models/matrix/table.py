@@ -14,9 +14,11 @@ compiled where all of the cache can be traced) and with `ratio=4`. The configura
 every kind of layer in it (`tests/models/matrix/`).
 
 * **works**: every attention layer is packed. Lossless tokens equal the dense ones and scores agree to 1e-4 of the largest;
-  `ratio=4` generates, and the packed layers hold 90 % of it or more at about 600 tokens. Compiled: every site was rewritten.
+  `ratio=4` generates, and the packed layers hold 90 % of it or more at about 600 tokens. Compiled (`compile="eager"`: traced and
+  rewritten, run without Inductor): every site was rewritten.
 * **works with dense layers**: the same; the layers named keep transformers' own cache.
-* **not applicable**: `optimize` refuses the model with the error given.
+* **not applicable**: `optimize` refuses the model with the error given. There may be nothing to pack (no generation, an encoder
+  that holds the prompt, latents), or only layers that apack-compile does not pack (sliding, linear, sparse, hybrid).
 * **broken upstream**: the model fails with transformers' own dense or static cache in the same way.
 
 "Text" in the column of prompts: the prompt had no picture, and why. "Held": what the packed layers hold at `ratio=4`.
