@@ -10,7 +10,7 @@ STAMP = $(VENV)/.apack-installed
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -P -m pytest -n 2 --dist worksteal
 TESTS ?= tests
 
-.PHONY: install demo test test-oldest lint format wheel-test clean
+.PHONY: install demo test test-models test-oldest lint format wheel-test clean
 
 install: $(STAMP)
 
@@ -27,6 +27,12 @@ demo: install
 
 test: install
 	$(PYTEST) $(TESTS)
+
+# Every model type of transformers; docs/support.md is written anew where all of them do as expected.
+test-models: install
+	rm -rf build/support
+	$(PYTEST) tests/models/test_matrix.py --every-model --results=build/support
+	$(VENV)/bin/python -P tests/models/matrix/table.py build/support docs/support.md
 
 test-oldest:
 	$(MAKE) test VENV=$(OLDEST_VENV) EXTRA_PINS="transformers==$(OLDEST_TRANSFORMERS)"

@@ -3,10 +3,12 @@
 import types
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 
 from apack_compile import quantize as quantization
 from apack_compile.cache import CompactedCache
@@ -21,6 +23,7 @@ from apack_compile.session import (
     compile_config_of,
     describe,
     end_forward,
+    generating_parts,
     layer_kinds,
     resolve_compile,
     session_of,
@@ -139,11 +142,16 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
     """A session for a model that can be optimized; raises ValueError for one that cannot."""
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
         raise ValueError(f"model: {type(model).__name__} has no generate(); pass a transformers generation model")
+    if not isinstance(model, GenerationMixin):
+        raise ValueError(
+            f"model: {type(model).__name__} has a generate() of its own, not transformers' GenerationMixin"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model: weights are on the meta device; load them first")
     kinds = layer_kinds(model)
     if not any(kind.reason is None for kind in kinds):
-        raise ValueError(f"model: none of its {len(kinds)} layers can be packed ({kinds[0].reason})")
+        reasons = "; ".join(dict.fromkeys(str(kind.reason) for kind in kinds))
+        raise ValueError(f"model: none of its {len(kinds)} layers can be packed ({reasons})")
     signature = signature_of(model)
     packed = [kind.layer for kind in kinds if kind.reason is None]
     if plan is not None:
@@ -167,8 +175,9 @@ def _check_plan_fits(plan: Plan, signature: tuple, packed: list[int]) -> None:
 def _install(model: nn.Module, session: Session) -> None:
     """Put a session on a model: its generate, its hook, its compile config."""
     session.compile_config = compile_config_of(session)
+    parts = generating_parts(model)
     session.hooks = (
-        model.register_forward_pre_hook(watch_forward, with_kwargs=True),
+        *(part.register_forward_pre_hook(partial(watch_forward, model), with_kwargs=True) for part in parts),
         model.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
     )
     vars(model)[ATTRIBUTE] = session
@@ -193,12 +202,14 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     chosen = (kwargs.get(name, getattr(settings, name, None)) for name in ("use_cache", "cache_implementation"))
     use_cache, implementation = chosen
     if cache is None and (use_cache is False or implementation is not None):
+        session.unused = "use_cache=False" if use_cache is False else f"cache_implementation={implementation!r}"
         return plain(model, *args, **kwargs)
     if cache is None:
         prompt = _prompt_length(args, kwargs)
         _check_length(model, prompt)
         cache = kwargs["past_key_values"] = new_cache(model, _new_tokens(kwargs, settings, prompt))
-    if not isinstance(cache, CompactedCache):
+    session.unused = None if isinstance(cache, CompactedCache) else f"past_key_values is a {type(cache).__name__}"
+    if session.unused:
         return plain(model, *args, **kwargs)
     own_compile = kwargs.get("compile_config") or getattr(settings, "compile_config", None)
     if session.inner is None:

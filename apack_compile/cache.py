@@ -21,11 +21,15 @@ CAPACITY_GRAIN = 256
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What a layer of the model gets: `reason` is None when it is packed, else why it keeps transformers' own layer."""
+    """What a layer of the model gets: `reason` is None when it is packed, else why it keeps transformers' own layer.
+
+    compileable: whether a decode step over it can be compiled.
+    """
 
     layer: int
     layer_type: str
     reason: str | None
+    compileable: bool = True
 
 
 class CompactedCache(Cache):
@@ -59,6 +63,7 @@ class CompactedCache(Cache):
         self.last_update: tuple[CompactedLayer, Tensor, Tensor, bool] | None = None
         self.watch: AbstractContextManager | None = None
         self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.is_told = False
         self._undo: Callable[[], None] | None = None
         self.history: tuple[Tensor, Tensor] | None = None
 
@@ -94,7 +99,7 @@ class CompactedCache(Cache):
 
     def expect(self, vision: Tensor | None, padding: Tensor | None) -> None:
         """Tell which tokens of the coming chunk are vision and which padding, bool `[B, n]`; None for none of them."""
-        self._incoming = (vision, padding)
+        self._incoming, self.is_told = (vision, padding), True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -162,13 +167,14 @@ class CompactedCache(Cache):
         """Decide, at the first packed layer, what happens to the coming chunk `[B, H_kv, n, D]`."""
         batch, _, tokens, _ = key.shape
         vision, padding = self._incoming
-        self._incoming = (None, None)
+        self._incoming, self.is_told = (None, None), False
         first = self.packed_layers[0]
         held = int(first.get_seq_length())
         appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))
         if appends:
             self.reserve(tokens)
         self._remember(appends)
+        self.index.length = None if self.is_compileable else held + tokens
         if appends:
             self.index.chunk = self.index.assignment = None
             return
@@ -346,8 +352,12 @@ class CompactedCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` will return for `query_length` new tokens of this layer."""
-        if not torch.compiler.is_compiling() and query_length <= MAX_APPEND:
+        eager, layer = not torch.compiler.is_compiling(), self.layers[layer_idx]
+        if eager and query_length <= MAX_APPEND:
             self.reserve(query_length)
+        if eager and isinstance(layer, CompactedLayer) and not self.is_compileable:
+            # where a cache is not compileable, transformers makes no mask for one token that attends to all keys: none may be empty
+            return int(layer.get_seq_length()) + query_length, 0
         return super().get_mask_sizes(query_length, layer_idx)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

@@ -26,8 +26,9 @@ MIN_WATCHED = 32
 class SharedIndex:
     """What all packed layers of a cache share: the plan, the slots' positions, and what the coming chunk is.
 
-    positions: int32 `[B, slots]` of first, vision, text. capacity: logical length of what `unpack` returns. floor: first
-    position that can still be cropped. steps: decode steps since the last layout; refreshed_at: tokens held at the last one.
+    positions: int32 `[B, slots]` of first, vision, text. capacity: logical length of what `unpack` returns; length: instead of
+    it, of an eager step that may return held tokens alone. floor: first position that can still be cropped. steps: decode steps
+    since the last layout; refreshed_at: tokens held at the last one.
     turns: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are turned back; empty where they are not.
     start: `[B, 1]`, the position whose rotary angle is 0. laid_out, laid_out_turns: what layers have which the chunk being
     stored has not reached. chunk, assignment: of the chunk being
@@ -42,6 +43,7 @@ class SharedIndex:
         self.laid_out: list[Tensor] = []
         self.laid_out_turns: list[Tensor] = []
         self.capacity = 0
+        self.length: int | None = None
         self.floor = 0
         self.chunk: Chunk | None = None
         self.assignment: Assignment | None = None
@@ -82,8 +84,10 @@ class CompactedLayer(CacheLayerMixin):
             torch.ops.apack.append.default(
                 key_states, value_states, *self.append_state(), **self.turn_state(text_only=True)
             )
+            padded = self.index.length is None or torch.compiler.is_compiling()
+            tokens = self.index.capacity if padded else self.index.length
             return torch.ops.apack.unpack.default(
-                key_states, value_states, *self.state(), self.index.capacity, *self.tier_state(), **self.turn_state()
+                key_states, value_states, *self.state(), tokens, *self.tier_state(), **self.turn_state()
             )
         return self._store(key_states, value_states)
 
@@ -149,7 +153,7 @@ class CompactedLayer(CacheLayerMixin):
     def _exact(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What is held, decoded, with the chunk exact at its end."""
         held = self.cursor + torch.tensor([key.shape[2], 0, 0], device=key.device)
-        tokens = max(self.get_mask_sizes(key.shape[2])[0], int(held[HELD]))
+        tokens = self.index.length or max(self.get_mask_sizes(key.shape[2])[0], int(held[HELD]))
         positions = self.positions() if self.index.plan.layers_place_tokens else self.index.laid_out
         state = (self.dense, self.codes, self.bases, self.bands, positions)
         turns = self.turn_state(self.own_turns or self.index.laid_out_turns)
@@ -198,6 +202,8 @@ class CompactedLayer(CacheLayerMixin):
             codes = codes.to(dense_dtype) if plan.scope == "half" else codes
             self.codes += [codes, x.new_empty((*x.shape[:3],) if plan.token_scale else 0, dtype=torch.float16)]
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.device)
+        # Models look at these to see whether a layer is filled; who would read numbers gets an error.
+        self.keys, self.values = (x[:, :, :0].to("meta") for x in (key_states, value_states))
         if self.index.plan.tiers is not None and self.tiers is None:
             self.tiers = LayerTiers(self.index.plan.tiers, self.batch_size, self.device)
         self.is_initialized = True

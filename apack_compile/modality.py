@@ -9,6 +9,7 @@ from torch import Tensor
 PLACEHOLDERS = (
     "image_token_id",
     "image_token_index",
+    "image_patch_id",
     "video_token_id",
     "video_token_index",
     "audio_token_id",

@@ -12,6 +12,9 @@ from apack_compile.passes import GraphRecord
 from apack_compile.plan import FIRST_TOKENS
 from apack_compile.plan_file import versions
 
+# A graph of a single layer does not name it.
+ONE_BY_ONE = "decode is compiled layer by layer: every site was rewritten, no graph names its layer"
+
 
 @dataclass(frozen=True)
 class LayerLine:
@@ -69,6 +72,8 @@ def build_report(model: nn.Module, session: Any) -> Report:
     graphs = tuple(record.to_dict() for record in session.graphs)
     held, cache_notes = session.held() or (None, [])
     rewritten, refused = sites_by_layer(session.graphs)
+    sites = [site for graph in session.graphs for site in graph.sites if site.packed]
+    unnamed = bool(sites) and all(site.reason is None and layer_of(site.layer) is None for site in sites)
     return Report(
         setting=setting_of(session),
         compile=session.inner or "none",
@@ -77,7 +82,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         calibrated_on=session.plan.provenance.calibrated_on if session.plan else session.calibrated_on,
         keys=keys_of(session),
         quantized_layers=session.quantized,
-        layers=tuple(layer_line(kind, rewritten, refused, session.inner) for kind in session.kinds),
+        layers=tuple(layer_line(kind, rewritten, refused, session.inner, unnamed) for kind in session.kinds),
         graphs=graphs,
         bytes=held,
         notes=(*cache_notes, *notes_of(session, held)),
@@ -124,7 +129,7 @@ def layer_of(path: str | None) -> int | None:
     return numbers[-1] if numbers else None
 
 
-def layer_line(kind: Any, rewritten: set[int], refused: dict[int, str], inner: str | None) -> LayerLine:
+def layer_line(kind: Any, rewritten: set[int], refused: dict[int, str], inner: str | None, unnamed: bool) -> LayerLine:
     """The line of one layer."""
     if kind.reason is not None:
         return LayerLine(kind.layer, kind.layer_type, "dense", kind.reason)
@@ -132,15 +137,19 @@ def layer_line(kind: Any, rewritten: set[int], refused: dict[int, str], inner: s
         return LayerLine(kind.layer, kind.layer_type, "skipped", refused[kind.layer])
     if kind.layer in rewritten:
         return LayerLine(kind.layer, kind.layer_type, "rewritten", "")
-    reason = "decode is not compiled" if inner is None else "no decode step compiled yet"
+    not_yet = ONE_BY_ONE if unnamed else "no decode step compiled yet"
+    reason = "decode is not compiled" if inner is None else not_yet
     return LayerLine(kind.layer, kind.layer_type, "packed", reason)
 
 
 def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     """What a reader of the report must know."""
-    notes = []
-    if any(kind.reason is not None for kind in session.kinds):
-        notes.append("layers with transformers' own cache are not compileable here: decode runs eagerly")
+    notes = [] if session.unused is None else [f"the last generate used no packed cache: {session.unused}"]
+    eager = sorted({kind.layer_type for kind in session.kinds if not kind.compileable})
+    if eager:
+        notes.append(
+            f"{', '.join(eager)}: transformers' own cache of these layers is not compileable: decode runs eagerly"
+        )
     notes += stock_cache_notes(session.graphs)
     if session.plan is not None:
         notes += version_notes(session.plan.provenance.versions)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.kernels.turns import turned
+from apack_compile.sensitivity import pictures_beside
 
 # Slots that share an anchor by default. Fewer serve the basis better, and cost a query more turns (docs/quality.md).
 BLOCK = 64
@@ -84,7 +85,8 @@ def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[st
     last = batch[name][:1, -1:]
     with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         repeated = last.clone().expand(-1, PROBE_TOKENS, *last.shape[2:])
-        model(**{name: repeated, "past_key_values": cache, "use_cache": True})
+        beside = {key: x[:1].clone() for key, x in pictures_beside(batch, PROBE_TOKENS).items()}
+        model(**{name: repeated, **beside, "past_key_values": cache, "use_cache": True})
     return [cache.layers[i].keys[0] for i in layers]
 
 

@@ -81,19 +81,30 @@ def split(batch: Mapping[str, Any], queries: int) -> tuple[dict[str, Any], dict[
     rows, tokens = states_of(batch).shape[:2]
 
     def part(name: str, x: Any, where: slice) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         if name == "position_ids":
             return x[..., where]
-        return x[:, where] if isinstance(x, Tensor) and x.shape[:2] == (rows, tokens) else x
+        return x[:, where] if x.shape[:2] == (rows, tokens) else x
 
     read = {name: part(name, x, slice(-queries)) for name, x in batch.items() if name != "cache_position"}
     names = ("input_ids", "inputs_embeds", "position_ids")
     following = {name: part(name, batch[name], slice(-queries, None)) for name in names if batch.get(name) is not None}
+    following |= pictures_beside(batch, queries)
     padding = padding_of(batch, tokens)
     if padding is not None:
         # generate may have prepared a mask for another cache; the two dimensions serve any
         following["attention_mask"] = (~padding).long()
         read["attention_mask"] = following["attention_mask"][:, :-queries]
     return read, following
+
+
+def pictures_beside(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """Inputs that `tokens` more tokens need in models which read the pictures again at every step (Idefics); else none."""
+    mask = batch.get("image_attention_mask")
+    if mask is None or batch.get("pixel_values") is None:
+        return {}
+    return {"pixel_values": batch["pixel_values"], "image_attention_mask": mask[:, -1:].expand(-1, tokens, -1)}
 
 
 def states_of(batch: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.backend import StrictError, make_backend
@@ -32,6 +32,8 @@ from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
 FULL_ATTENTION = "full_attention"
+CROSS_ATTENTION = "cross_attention"
+LATENT_ATTENTION = "latent_attention"
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Session:
     compile_config: CompileConfig | None = None
     last_cache: Any = None
     last_held: tuple[dict[str, Any], list[str]] | None = None
+    # Why the last generate used no packed cache.
+    unused: str | None = None
 
     @property
     def packed(self) -> list[int]:
@@ -137,10 +141,31 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
     """What each layer of the model's cache gets; raises ValueError for a model without a KV cache."""
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
-    if not layers or model.config.is_encoder_decoder:
-        raise ValueError(f"model: {type(model).__name__} has no decoder-only KV cache that could be packed")
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"model: {name} has no decoder-only KV cache that could be packed: an encoder reads pictures and prompt"
+        )
+    if not layers:
+        raise ValueError(f"model: {name} has no decoder-only KV cache that could be packed: its config names no layers")
     types = list(getattr(config, "layer_types", None) or [FULL_ATTENTION] * len(layers))[: len(layers)]
-    return [LayerKind(i, kind_name(types[i], layer), reason_of(types[i], layer)) for i, layer in enumerate(layers)]
+    crossing = [type(part).__name__ for part in generating_parts(model)[1:] if shares_cross_attention(part)]
+    if crossing:
+        raise ValueError(f"model: {crossing[0]} keeps what it attends to across in the layers of its own tokens")
+    if getattr(config, "kv_lora_rank", None):
+        types = [LATENT_ATTENTION if kind == FULL_ATTENTION else kind for kind in types]
+    for i in getattr(config, "cross_attention_layers", None) or ():
+        types[i] = CROSS_ATTENTION
+    kinds = []
+    for i, (kind, layer) in enumerate(zip(types, layers, strict=True)):
+        reason = reason_of(kind, layer)
+        kinds.append(LayerKind(i, kind_name(kind, layer), reason, reason is None or bool(layer.is_compileable)))
+    return kinds
+
+
+def shares_cross_attention(part: nn.Module) -> bool:
+    """Whether a model is a BERT-like decoder, which uses one cache layer for both its attentions."""
+    return any(name.endswith(".crossattention") for name, _ in part.named_modules())
 
 
 def kind_name(layer_type: str, layer: Any) -> str:
@@ -150,16 +175,24 @@ def kind_name(layer_type: str, layer: Any) -> str:
 
 def reason_of(layer_type: str, layer: Any) -> str | None:
     """Why a layer keeps transformers' own cache layer; None when it is packed."""
-    if type(layer).__name__ == "DynamicLayer":
-        return None
-    return f"{kind_name(layer_type, layer)}: transformers' {type(layer).__name__} is kept"
+    kept = f"transformers' {type(layer).__name__} is kept"
+    if layer_type == CROSS_ATTENTION:
+        return f"{layer_type}: written once, from the pictures; {kept}"
+    if layer_type == LATENT_ATTENTION:
+        return f"{layer_type}: what is cached is latent already; {kept}"
+    if type(layer).__name__ == "DummyLayer":
+        return f"{layer_type}: holds no keys and values of its own"
+    return None if type(layer).__name__ == "DynamicLayer" else f"{kind_name(layer_type, layer)}: {kept}"
 
 
 def signature_of(model: nn.Module) -> tuple:
-    """What a cache must agree on with a model: layers, KV heads, head_dim, dtype."""
+    """What a cache must agree on with a model: layers, dtype, and KV heads and head_dim of the first full-attention layer."""
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    types = getattr(config, "layer_types", None) or []
+    full = types.index(FULL_ATTENTION) if FULL_ATTENTION in types else 0
+    layer = config.per_layer_config[full] if config.is_heterogeneous else config
+    heads = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", None)
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
     return (config.num_hidden_layers, heads, head_dim, str(model.dtype))
 
 
@@ -200,13 +233,23 @@ def compile_config_of(session: Session) -> CompileConfig | None:
     return config
 
 
-def watch_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: tell a packed cache what is coming; nothing for any other cache."""
+def generating_parts(model: nn.Module) -> list[nn.Module]:
+    """The model, and the models inside of it that its own kind of generate may hand the cache to."""
+    if type(model).generate is GenerationMixin.generate:
+        return [model]
+    return [module for module in model.modules() if isinstance(module, GenerationMixin)]
+
+
+def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a generating part: tell a packed cache what is coming; nothing for any other cache."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, CompactedCache) and not (torch.compiler.is_compiling() and cache.is_filled):
-        announce(model, cache, args, kwargs)
-        if not torch.compiler.is_compiling():
-            start_watching(cache)
+    if not isinstance(cache, CompactedCache) or (torch.compiler.is_compiling() and cache.is_filled):
+        return
+    if part is not model and cache.is_told:
+        return
+    announce(model, part, cache, args, kwargs)
+    if not torch.compiler.is_compiling():
+        start_watching(cache)
 
 
 def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -225,7 +268,7 @@ def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
 
 
 @torch.compiler.disable
-def announce(model: nn.Module, cache: CompactedCache, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tuple, kwargs: Mapping[str, Any]) -> None:
     """Check that a cache belongs to the model, calibrate on its first prompt if nothing else did, and pass on modalities."""
     if cache.signature != signature_of(model):
         raise ValueError(
@@ -237,7 +280,7 @@ def announce(model: nn.Module, cache: CompactedCache, args: tuple, kwargs: Mappi
         raise ValueError("input_ids: the prompt has zero tokens; pass at least one")
     session = session_of(model)
     if session is not None and session.needs_calibration() and cache.planner is not None:
-        session.calibrate(model, inputs, "the first request")
+        session.calibrate(part, inputs, "the first request")
     if inputs.get("input_ids") is None:
         cache.note("inputs_embeds without input_ids: vision positions unknown, all tokens taken as text")
     # A single token is a generated one, whatever its id: no picture is that small.

@@ -17,8 +17,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where Triton's kernels run: compiled on a GPU, or in Triton's interpreter on CPU tensors."""
+    """Where Triton's kernels run: compiled on a GPU, or in Triton's interpreter on CPU tensors; how many model types run."""
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the kernels are tested")
+    parser.addoption("--every-model", action="store_true", help="run every model type, not a sample")
+    parser.addoption("--results", help="a folder for the outcome of each model type")
 
 
 def pytest_configure(config: pytest.Config) -> None:

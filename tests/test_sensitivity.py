@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from apack_compile.calibration import collect
-from apack_compile.sensitivity import gradients_of, observe, query_tokens, split
+from apack_compile.sensitivity import gradients_of, observe, pictures_beside, query_tokens, split
 
 TOKENS = 48
 
@@ -106,3 +106,19 @@ def test_padding_draws_no_labels():
     read, following = split({"input_ids": ids, "attention_mask": mask, "pixel_values": torch.zeros(1)}, 6)
     assert read["input_ids"].shape == read["attention_mask"].shape == (2, TOKENS - 6)
     assert following["attention_mask"].shape == (2, TOKENS) and "pixel_values" not in following
+
+
+def test_an_input_that_is_none_is_passed_on():
+    read, following = split({"input_ids": prompt(), "position_ids": None, "pixel_values": None}, 6)
+    assert read["position_ids"] is None and read["pixel_values"] is None
+    assert read["input_ids"].shape[1] == TOKENS - 6 and "position_ids" not in following
+
+
+def test_tokens_to_come_see_the_pictures_beside_the_text_again():
+    mask = torch.tensor([[[1, 0]] * 20 + [[0, 1]]])
+    batch = {"input_ids": prompt(tokens=21), "pixel_values": torch.ones(1, 2, 3, 4, 4), "image_attention_mask": mask}
+    read, following = split(batch, 5)
+    assert read["image_attention_mask"].shape == (1, 16, 2)
+    assert torch.equal(following["image_attention_mask"], torch.tensor([[[0, 1]] * 5]))
+    assert following["pixel_values"] is batch["pixel_values"]
+    assert pictures_beside({"input_ids": prompt(), "pixel_values": torch.ones(1, 3, 4, 4)}, 5) == {}

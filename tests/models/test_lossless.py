@@ -123,3 +123,45 @@ def test_gradients_may_be_enabled_and_the_mode_of_the_model_stays():
         out = model(**inputs, past_key_values=cache)
     assert out.logits.requires_grad and not model.training
     assert not any(t.requires_grad for t in (*cache.layers[0].dense, *cache.layers[0].codes))
+
+
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
+def test_next_to_sliding_layers_a_step_attends_to_held_tokens_alone(rows):
+    model, placeholders = build("gemma3")
+    inputs = prompt("gemma3", rows, placeholders)
+    inputs = {name: x for name, x in inputs.items() if name in ("input_ids", "attention_mask")}
+    settings = {"output_scores": True, "return_dict_in_generate": True}
+    dense = generate(model, inputs, **settings)
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    packed = generate(model, inputs, **settings)
+    torch.testing.assert_close(torch.stack(packed.scores), torch.stack(dense.scores))
+
+
+def test_next_to_sliding_layers_a_picture_of_few_tokens_continues_a_conversation():
+    model, placeholders = build("gemma3")
+    first, second = (prompt("gemma3", [[5, 9]], placeholders, seed=seed) for seed in range(2))
+    apack_compile.optimize(model, preset="lossless", compile="none")
+
+    def logits(cache):
+        with torch.no_grad():
+            return [model(**inputs, past_key_values=cache).logits for inputs in (
+                {name: x for name, x in first.items() if name != "attention_mask"},
+                {name: x for name, x in second.items() if name != "attention_mask"},
+            )]  # fmt: skip
+
+    from transformers import DynamicCache
+
+    dense = logits(DynamicCache(config=model.config.get_text_config()))
+    torch.testing.assert_close(logits(apack_compile.new_cache(model)), dense)
+
+
+@pytest.mark.parametrize("compile", ["none", "eager"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_quantized_weights_give_the_tokens_of_their_dense_cache(name, compile):
+    pytest.importorskip("torchao", reason="torchao is an extra")
+    model, placeholders = build(name)
+    inputs = prompt(name, [[5, 9, 7]], placeholders)
+    apack_compile.optimize(model, preset="lossless", quantize="int8wo", compile=compile)
+    packed = generate(model, inputs)
+    assert apack_compile.report(model).quantized_layers == 3 * 7
+    assert torch.equal(packed, generate(apack_compile.restore(model), inputs))
