@@ -33,8 +33,8 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
 
     tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for layers that are not packed, of what they
     hold). sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, turns.
-    model_bytes: model-scoped bases, rotary frequencies and a coarse rule's weights. captured: smallest share of a stream's variance that a shared basis
-    kept (1 without any). ratio: dense_bytes / sequence_bytes.
+    model_bytes: model-scoped bases, rotary frequencies and a coarse rule's weights. captured: smallest share of a stream's
+    variance that a shared basis kept (1 without any). ratio: dense_bytes / sequence_bytes.
     """
     plan, packed = cache.index.plan, [layer for layer in cache.packed_layers if layer.is_initialized]
     model = [t for bases in plan.bases.values() for basis in bases for t in basis] if plan is not None else []

@@ -101,6 +101,16 @@ class Plan:
         """The packed segments, in the operations' order."""
         return SEGMENTS if self.coarse is not None else MODALITIES
 
+    def shares(self, vision_share: float) -> dict[str, float]:
+        """Share of a prompt's tokens that each packed segment holds, of so many vision tokens, in the segments' order."""
+        vision = vision_share if self.separates_vision else 0.0
+        held = {"vision": vision, "text": 1 - vision}
+        if self.coarse is not None:
+            coarse = held[self.coarse.modality] * self.coarse.share
+            held[self.coarse.modality] -= coarse
+            held["coarse"] = coarse
+        return {segment: held[segment] for segment in self.segments}
+
     @property
     def layers_place_tokens(self) -> bool:
         """Whether each layer has positions of its own, because it orders, evicts or separates tokens by itself."""

@@ -33,9 +33,8 @@ def option_of(plan: Plan, load: Load, device: Device) -> Option:
 
 
 def expected_error(plan: Plan, vision_share: float) -> float:
-    """Share of a stream's variance that coding loses, mean over streams and layers, weighted by the modality's tokens."""
-    vision, text = (vision_share, 1 - vision_share) if plan.separates_vision else (0.0, 1.0)
-    weights = (vision / 2, vision / 2, text / 2, text / 2)
+    """Share of a stream's variance that coding loses, mean over streams and layers, weighted by the segment's tokens."""
+    weights = [share / 2 for share in plan.shares(vision_share).values() for _ in range(2)]
     losses = [
         weight * stream.expected_error
         for layer in plan.layers.values()

@@ -168,16 +168,15 @@ def packed_limits(plan: Plan, layer: int, load: Load, device: Device, materialis
     """
     work, streams = _Work(device), plan.layers[layer].streams
     stored = max(load.tokens - plan.first_tokens - plan.tail_slots, 0)
-    shares = (load.vision_share, 1 - load.vision_share) if plan.separates_vision else (0.0, 1.0)
     tiers, turning = plan.tiers, 0.0
-    for segment, share in enumerate(shares):
-        tokens, vision = load.batch * stored * share, segment == 0
+    for i, (segment, share) in enumerate(plan.shares(load.vision_share).items()):
+        tokens, vision = load.batch * stored * share, segment == "vision"
         if not tokens:
             continue
         if tiers is not None and vision:
             tokens *= min(tiers.kept, tiers.attended)
         work.bytes += tokens * POSITION_BYTES
-        for name, stream in zip(("key", "value"), streams[2 * segment : 2 * segment + 2], strict=True):
+        for name, stream in zip(("key", "value"), streams[2 * i : 2 * i + 2], strict=True):
             if stream.scope in ("as_is", "half"):
                 half = _Work(device)
                 half.dense(load, tokens, load.element_bytes if stream.scope == "as_is" else 2)

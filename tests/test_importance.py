@@ -68,7 +68,12 @@ def test_features_are_components_and_norms():
     key, value = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 6)
     found = features(key.bfloat16(), value.bfloat16())
     assert found.shape == (2, 5, 3 * 4 + 3 * 6 + 3 + 3) and found.dtype == torch.float32
-    token = [*key[1, :, 2].flatten(), *value[1, :, 2].flatten(), *key[1, :, 2].norm(dim=-1), *value[1, :, 2].norm(dim=-1)]
+    token = [
+        *key[1, :, 2].flatten(),
+        *value[1, :, 2].flatten(),
+        *key[1, :, 2].norm(dim=-1),
+        *value[1, :, 2].norm(dim=-1),
+    ]
     torch.testing.assert_close(found[1, 2], torch.stack(token), atol=0.05, rtol=0.05)
 
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
 from apack_compile.codec import Bands, StreamBasis
+from apack_compile.importance import CoarseRule
 from apack_compile.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan, attentionpack_plan, lossless_plan
 from apack_compile.plan_file import FORMAT_VERSION, digest, tensors_of, values_of, versions
 
@@ -60,6 +61,15 @@ def plan(calibrated) -> Plan:
     return apack_compile.plan_for(calibrated, 240, 0.375)
 
 
+@pytest.fixture(scope="module")
+def coarse_plan() -> Plan:
+    model = apack_compile.optimize(llama(), ratio=6, compile="none")
+    apack_compile.calibrate(model, [prompt(1), prompt(2), prompt(3)])
+    plan = apack_compile.plan_for(model, 240, 0.375)
+    assert plan.coarse is not None
+    return plan
+
+
 @pytest.fixture
 def saved(plan, tmp_path) -> Path:
     path = tmp_path / "plan.safetensors"
@@ -68,8 +78,13 @@ def saved(plan, tmp_path) -> Path:
 
 
 def assert_equal(found: Plan, expected: Plan) -> None:
-    others = {"bases": {}, "provenance": Provenance(), "turn": None}
+    others = {"bases": {}, "provenance": Provenance(), "turn": None, "coarse": None}
     assert replace(found, **others) == replace(expected, **others)
+    assert (found.coarse is None) == (expected.coarse is None)
+    if expected.coarse is not None:
+        assert (found.coarse.modality, found.coarse.share) == (expected.coarse.modality, expected.coarse.share)
+        assert set(found.coarse.weights) == set(expected.coarse.weights)
+        assert all(torch.equal(w, expected.coarse.weights[i]) for i, w in found.coarse.weights.items())
     assert (found.turn is None) == (expected.turn is None)
     if expected.turn is not None:
         assert found.turn.block == expected.turn.block
@@ -110,12 +125,15 @@ def plans(draw) -> Plan:
         basis = StreamBasis(*(torch.rand(shape, generator=generator) + 0.1 for shape in shapes))
         return StreamPlan(own, bands, draw(st.booleans())), basis
 
+    tells_apart = scope == "model" and draw(st.booleans())
     layers, bases = {}, {}
     for layer in draw(st.sets(st.integers(0, 5), min_size=1, max_size=3)):
-        streams = [stream() for _ in range(4)]
+        streams = [stream() for _ in range(6 if tells_apart else 4)]
         layers[layer] = LayerPlan(*(part for part, _ in streams))
         if any(part.scope == "model" for part, _ in streams):
-            bases[layer] = tuple(basis for _, basis in streams)
+            order = (4, 5, 0, 1, 2, 3) if tells_apart else range(4)
+            bases[layer] = tuple(streams[i][1] for i in order)
+    weights = {layer: torch.rand(2 * groups * width + 2 * 2, generator=generator) for layer in layers}
     return Plan(
         layers,
         draw(st.integers(32 if scope in FITTED_SCOPES else 0, 64)),
@@ -125,6 +143,7 @@ def plans(draw) -> Plan:
         draw(st.booleans()),
         (6, 2, 8, "torch.bfloat16"),
         Provenance(draw(st.none() | st.text())),
+        coarse=CoarseRule(draw(st.sampled_from(("vision", "text"))), 0.6, weights) if tells_apart else None,
     )
 
 
@@ -319,7 +338,7 @@ def test_a_foreign_file_is_refused(tmp_path, content):
 
 def test_a_file_of_another_format_version_is_refused(plan, tmp_path):
     write(tmp_path / "plan", values_of(plan), tensors_of(plan), version="1")
-    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads format '2'"):
+    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads format '3'"):
         Plan.load(tmp_path / "plan")
 
 
@@ -355,7 +374,7 @@ def test_one_width_for_text_another_for_vision_is_refused(plan, tmp_path):
     for name, cut in cuts.items():
         tensors[f"{NAME}.{name}"] = tensors[f"{NAME}.{name}"][cut].contiguous()
     write(path, values, tensors)
-    with pytest.raises(ValueError, match=r"layer 1 mean of vision is \(1, 1, 32\), must be that of text, \(1, 1, 24\)"):
+    with pytest.raises(ValueError, match=r"layer 1 mean of vision_value is \(1, 1, 32\), must be that of text, \(1, 1, 24\)"):
         Plan.load(path)
 
 
@@ -383,14 +402,14 @@ def stream_change(**changes):
         (lambda values: values.update(separates_vision="no"), "separates_vision is 'no'"),
         (lambda values: values.update(signature=[2, 2, 16]), "signature is"),
         (lambda values: values.update(signature=[1, 2, 16, "torch.float32"]), r"layers is \[0, 1\], must be .* 0 to 0"),
-        (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 2"),
-        (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 2"),
+        (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 3"),
+        (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 3"),
         (lambda values: values["turn"].update(block=0), "turn block is 0, must be an integer >= 1"),
         (lambda values: values["turn"].update(block="32"), "turn block is '32'"),
         (lambda values: values.update(turn=None), "more than a plan"),
         (lambda values: values["turn"].pop("block"), "not laid out"),
-        (lambda values: values["layers"].pop(), "not laid out as plan format 2 says: .*more than a plan"),
-        (lambda values: values.pop("groups"), "not laid out as plan format 2 says: KeyError"),
+        (lambda values: values["layers"].pop(), "not laid out as plan format 3 says: .*more than a plan"),
+        (lambda values: values.pop("groups"), "not laid out as plan format 3 says: KeyError"),
         (lambda values: values.update(more=1), "more than a plan"),
         (lambda values: values.update(layers=None), "not laid out"),
         (lambda values: values.update(versions=[]), "not laid out"),
@@ -404,6 +423,51 @@ def test_values_that_make_no_plan_are_refused(plan, tmp_path, change, message):
     write(path, values, tensors_of(plan))
     with pytest.raises(ValueError, match=rf"path='{path}': .*{message}"):
         Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda values: values["coarse"].update(modality="sound"),
+            "coarse modality is 'sound', must be one of vision, text",
+        ),
+        (lambda values: values["coarse"].update(share=1.0), "coarse share is 1.0, must be a number between 0 and 1"),
+        (lambda values: values["coarse"].update(share="half"), "coarse share is 'half'"),
+        (lambda values: values["coarse"].pop("share"), "not laid out"),
+        (lambda values: values.update(coarse=None), "more than a plan"),
+        (lambda values: values["layers"][1].pop("coarse_key"), "not laid out|more than a plan"),
+    ],
+)
+def test_a_rule_that_makes_no_plan_is_refused(coarse_plan, tmp_path, change, message):
+    path, values = tmp_path / "plan", copy.deepcopy(values_of(coarse_plan))
+    change(values)
+    write(path, values, tensors_of(coarse_plan))
+    with pytest.raises(ValueError, match=rf"path='{path}': .*({message})"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.ones(67), r"layer 1 coarse weights shape is \(67,\), must be \(68,\)"),
+        (torch.ones(68).double(), "layer 1 coarse weights dtype is torch.float64"),
+        (torch.full((68,), torch.nan), "layer 1 coarse weights is 'NaN or Inf somewhere'"),
+    ],
+)
+def test_weights_that_fit_no_token_are_refused(coarse_plan, tmp_path, weights, message):
+    write(tmp_path / "plan", values_of(coarse_plan), {**tensors_of(coarse_plan), "coarse.1": weights})
+    with pytest.raises(ValueError, match=message):
+        Plan.load(tmp_path / "plan")
+
+
+def test_a_plan_that_tells_tokens_apart_decodes_as_the_one_it_was_saved_from(calibrated, coarse_plan, tmp_path):
+    coarse_plan.save(tmp_path / "plan")
+    made, loaded = (
+        decoded(apack_compile.optimize(llama(), plan=p, compile="none"))
+        for p in (coarse_plan, Plan.load(tmp_path / "plan"))
+    )
+    assert torch.equal(made[0], loaded[0]) and torch.equal(made[1], loaded[1])
 
 
 def test_tensors_too_many_or_too_few_are_refused(plan, tmp_path):
