@@ -41,13 +41,16 @@ from apack_compile.kernels.attend.triton_launch import (
     shared_bytes,
 )
 from apack_compile.kernels.attend.triton_softmax import LOG2E
-from apack_compile.kernels.layout import TEXT, VISION, PackedStream, packed_streams
+from apack_compile.kernels.layout import TEXT, VISION, PackedStream, check_segments, packed_streams
 from apack_compile.kernels.triton_bands import first_column, first_component, key_layout, value_layout
 from apack_compile.kernels.triton_turns import pairs_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Latent columns, head channels and slots that one program of the small kernels takes.
 COLUMNS, CHANNELS, SLOTS = 64, 64, 64
+# The packed segments that the kernels know, in order; without coarse ones, that is absent.
+COARSE = 0
+SEGMENTS = (COARSE, VISION, TEXT)
 
 
 def serves(query: Tensor, packed: Sequence[PackedStream], turns: Sequence[Tensor] = (), block: int = 0) -> bool:
@@ -58,7 +61,7 @@ def serves(query: Tensor, packed: Sequence[PackedStream], turns: Sequence[Tensor
     alike = all(key.as_is == value.as_is for key, value in zip(packed[::2], packed[1::2], strict=True))
     one_grouping = len({stream.groups for stream in packed if not stream.as_is}) <= 1
     in_tiles = not turns or (block >= 16 and block.bit_count() == 1 and not any(key.as_is for key in packed[::2]))
-    return len(packed) == 4 and query.dtype in DTYPES and alike and one_grouping and in_tiles
+    return query.dtype in DTYPES and alike and one_grouping and in_tiles
 
 
 def attend(
@@ -83,6 +86,7 @@ def attend(
     block: int = 0,
 ) -> Tensor:
     """As `reference.attend`, which also serves here what `serves` says no to (float64, a segment half packed, an odd block)."""
+    check_segments(codes, bases, bands, positions, turns or (), tiers)
     packed = packed_streams(codes, bases, bands)
     if not serves(query, packed, turns or (), block):
         # fmt: off
@@ -91,11 +95,10 @@ def attend(
             vision_importance, text_importance, tiers, partial, ema, turns, block,
         )
     # fmt: on
-    by_segment = dict(zip((VISION, TEXT), turns or (), strict=False))
     importance = {VISION: vision_importance, TEXT: text_importance}
     wanted = {segment for segment, known in importance.items() if known is not None and known.numel()}
     with torch.cuda.device_of(query):
-        call = _Call(query, key, value, dense, packed, positions, cursor, wanted, tiers, by_segment, block)
+        call = _Call(query, key, value, dense, packed, positions, cursor, wanted, tiers, turns or (), block)
         # the kernels' scores are in base 2
         scale = LOG2E.value * (query.shape[-1] ** -0.5 if scale is None else scale)
         call.project(scale)
@@ -131,19 +134,22 @@ class _Call:
         cursor: Tensor,
         wanted: set[int],
         tiers: Tensor | None,
-        turns: dict[int, Tensor],
+        turns: Sequence[Tensor],
         block: int,
     ) -> None:
         self.query, self.key, self.value, self.dense = query, key, value, dense
-        self.positions, self.cursor, self.wanted = [p.contiguous() for p in positions], cursor, wanted
+        self.first_positions, self.cursor, self.wanted = positions[0].contiguous(), cursor, wanted
+        segments = SEGMENTS[-len(positions) + 1 :]
+        self.positions = dict(zip(segments, (p.contiguous() for p in positions[1:]), strict=True))
         self.tiers = None if tiers is None else tiers.contiguous()
-        self.turns, self.anchor_slots = {s: by.contiguous() for s, by in turns.items()}, block
+        self.turns = dict(zip(segments if turns else (), (by.contiguous() for by in turns), strict=True))
+        self.anchor_slots = block
         self.batch, self.kv_heads, self.new_tokens, self.head_dim = key.shape
         self.value_dim = value.shape[3]
         self.all_rows = query.shape[1] * query.shape[2]
         self.kv_rows = self.all_rows // self.kv_heads
         self.half = query.dtype.itemsize == 2
-        self.streams = dict(zip((VISION, TEXT), zip(packed[::2], packed[1::2], strict=True), strict=False))
+        self.streams = dict(zip(segments, zip(packed[::2], packed[1::2], strict=True), strict=True))
         coded = [pair for pair in self.streams.values() if not pair[0].as_is]
         self.groups = coded[0][0].groups if coded else self.kv_heads
         self.group_rows = self.all_rows // self.groups
@@ -242,9 +248,10 @@ class _Call:
 
     def _has(self) -> dict[str, bool]:
         """Which segments are packed, for the kernels."""
-        return {"HAS_VISION": VISION in self.packed, "HAS_TEXT": TEXT in self.packed}
+        names = ("HAS_COARSE", "HAS_VISION", "HAS_TEXT")
+        return {name: segment in self.packed for name, segment in zip(names, SEGMENTS, strict=True)}
 
-    def _of(self, segment: int, name: str) -> Any:
+    def _of(self, segment: int | None, name: str) -> Any:
         """An attribute of a packed segment, None where there is none."""
         return getattr(self.packed[segment], name) if segment in self.packed else None
 
@@ -262,7 +269,7 @@ class _Call:
         rows = self.kv_rows * anchors * (self.batch if fold else 1)
         return fold, row_tile(rows), triton.cdiv(rows, row_tile(rows)), self.kv_heads * (1 if fold else self.batch)
 
-    def _rows(self, segment: int) -> Rows:
+    def _rows(self, segment: int | None = None) -> Rows:
         """Query rows, with a packed segment's latents."""
         latents = self._of(segment, "query")
         return Rows(self.query, *self.query.stride(), *(latents or (None, None, None)))
@@ -273,25 +280,24 @@ class _Call:
             return
         streams = {segment: packed.key for segment, packed in self.packed.items()}
         fold, tile, *grid = self._rows_grid(list(streams.values()), max(map(self._anchors, streams)))
-        blocks = [triton.cdiv(first_column(self._layout(segment, "key"), 4), COLUMNS) for segment in (VISION, TEXT)]
+        blocks = [triton.cdiv(first_column(self._layout(segment, "key"), 4), COLUMNS) for segment in SEGMENTS]
         # a stream of no components still has a mean
-        blocks = [
-            max(count, int(segment in self.packed)) for count, segment in zip(blocks, (VISION, TEXT), strict=True)
-        ]
+        blocks = [max(count, int(segment in self.packed)) for count, segment in zip(blocks, SEGMENTS, strict=True)]
         project_kernel[(*grid, sum(blocks))](
-            self._rows(0),
-            *(basis_of(streams.get(segment)) for segment in (VISION, TEXT)),
-            *(self._of(segment, "query") for segment in (VISION, TEXT)),
-            *(self.turns.get(segment) for segment in (VISION, TEXT)),
-            *(self._anchors(segment) for segment in (VISION, TEXT)),
-            blocks[0],
+            self._rows(),
+            *(basis_of(streams.get(segment)) for segment in SEGMENTS),
+            *(self._of(segment, "query") for segment in SEGMENTS),
+            *(self.turns.get(segment) for segment in SEGMENTS),
+            *(self._anchors(segment) for segment in SEGMENTS),
+            *blocks[:2],
             self.sizes,
             self.batch,
             scale,
             **self._has(),
+            COARSE=self._layout(COARSE, "key"),
             VISION=self._layout(VISION, "key"),
             TEXT=self._layout(TEXT, "key"),
-            PAIRS=tuple(pairs_of(self.turns.get(segment)) for segment in (VISION, TEXT)),
+            PAIRS=tuple(pairs_of(self.turns.get(segment)) for segment in SEGMENTS),
             FOLD=fold,
             HEAD_DIM=self.head_dim,
             PRECISION=self.precision,
@@ -304,60 +310,60 @@ class _Call:
         """Scores, softmax and latent outputs of every split: all segments in the first launch, values left over in further ones."""
         launch, packed = self.launch, self.packed
         spans = {segment: self._passes(segment) for segment in packed}
-        part = {segment: self._of(segment, "part") for segment in (VISION, TEXT)}
-        results = Results(self.lse, part[VISION], part[TEXT], self.dense_part, self.scores)
+        parts = (self._of(segment, "part") for segment in SEGMENTS)
+        results = Results(self.lse, *parts, self.dense_part, self.scores)
         values = self._layout(VISION, "value")
         first_key, first_value, tail_key, tail_value = map(strided, self.dense)
         segments = [
-            self._segment(VISION),
-            self._segment(TEXT),
-            Segment(first_key, None, first_value, None, self.positions[0]),
+            *map(self._segment, SEGMENTS),
+            Segment(first_key, None, first_value, None, self.first_positions),
             Segment(tail_key, None, tail_value),
             Segment(strided(self.key), None, strided(self.value)),
         ]
         for number in range(max([1, *map(len, spans.values())])):
-            runs = [segment in self.streams and number < len(spans.get(segment, (0,))) for segment in (VISION, TEXT)]
+            runs = [segment in self.streams and number < len(spans.get(segment, (0,))) for segment in SEGMENTS]
             programs = self.tail_splits * self.tail_copies if number == 0 else 0
-            for segment, run in zip((VISION, TEXT), runs, strict=True):
+            for segment, run in zip(SEGMENTS, runs, strict=True):
                 programs += self.splits[segment] * self._copies(segment) if run else 0
             if programs == 0:
                 continue
-            tiles = {s: spans[s][number] if s in spans and number < len(spans[s]) else (0, 0) for s in (VISION, TEXT)}
+            tiles = {s: spans[s][number] if s in spans and number < len(spans[s]) else (0, 0) for s in SEGMENTS}
             attend_kernel[(programs, self.batch)](
-                *(self.splits.get(segment, 0) for segment in (VISION, TEXT)),
+                *(self.splits.get(segment, 0) for segment in SEGMENTS),
                 self.tail_splits,
-                *(
-                    self.streams[segment][0].codes.shape[2] if segment in self.streams else 0
-                    for segment in (VISION, TEXT)
-                ),
+                *(self.streams[segment][0].codes.shape[2] if segment in self.streams else 0 for segment in SEGMENTS),
                 self.dense[2].shape[2],
                 self.blocks,
-                *(self._anchors(segment) for segment in (VISION, TEXT)),
+                *(self._anchors(segment) for segment in SEGMENTS),
                 *segments,
-                self._rows(VISION),
-                self._rows(TEXT),
+                *map(self._rows, SEGMENTS),
                 results,
                 masks_of(mask, bias),
                 self.sizes,
                 self.cursor,
                 self.tiers,
                 scale,
+                COARSE_KIND=self._kind(COARSE),
                 VISION_KIND=self._kind(VISION),
                 TEXT_KIND=self._kind(TEXT),
+                COARSE_KEY=self._layout(COARSE, "key"),
+                COARSE_VALUE=self._layout(COARSE, "value"),
                 VISION_KEY=self._layout(VISION, "key"),
                 VISION_VALUE=values,
                 TEXT_KEY=self._layout(TEXT, "key"),
                 TEXT_VALUE=self._layout(TEXT, "value"),
                 EVEN=tuple(
-                    reads_halves(self._of(segment, stream)) for segment in (VISION, TEXT) for stream in ("key", "value")
+                    reads_halves(self._of(segment, stream)) for segment in SEGMENTS for stream in ("key", "value")
                 ),
                 PARTIAL=first_component(values, 4) if self.tiers is None else min(partial, first_component(values, 4)),
                 FIRST_PASS=number == 0,
                 RUNS=tuple(runs),
+                COARSE_TILES=tiles[COARSE],
                 VISION_TILES=tiles[VISION],
                 TEXT_TILES=tiles[TEXT],
                 RESIDENT=launch.resident,
-                ANCHOR_SLOTS=tuple(self.anchor_slots if s in self.turns else 0 for s in (VISION, TEXT)),
+                ANCHOR_SLOTS=tuple(self.anchor_slots if s in self.turns else 0 for s in SEGMENTS),
+                KEEP_COARSE=self.slots.get(COARSE, 0) > 0,
                 KEEP_VISION=self.slots.get(VISION, 0) > 0,
                 KEEP_TEXT=self.slots.get(TEXT, 0) > 0,
                 ALIGNED=alignment([x for s in segments for x in (s.key, s.value) if isinstance(x, Strided)]),
@@ -406,17 +412,15 @@ class _Call:
         dense = Splits(self.dense_part, self.value_dim, merged)
         columns = 128
         blocks = [triton.cdiv(self.value_dim, columns)]
-        blocks += [max(1, triton.cdiv(splits[s].columns, columns)) if s in splits else 0 for s in (VISION, TEXT)]
+        blocks += [max(1, triton.cdiv(splits[s].columns, columns)) if s in splits else 0 for s in SEGMENTS]
         merge_kernel[(self.all_rows, self.batch, sum(blocks))](
             self.lse,
             dense,
-            splits.get(VISION),
-            splits.get(TEXT),
+            *map(splits.get, SEGMENTS),
             self.row_lse,
-            blocks[0],
-            blocks[1],
+            *blocks[:3],
             self.dense_splits,
-            *(self.splits[segment] if segment in splits else 0 for segment in (VISION, TEXT)),
+            *(self.splits[segment] if segment in splits else 0 for segment in SEGMENTS),
             self.all_rows,
             **self._has(),
             SPLITS=triton.next_power_of_2(self.lse.shape[1]),
@@ -427,13 +431,13 @@ class _Call:
         fold, tile, *grid = self._rows_grid([packed.value for packed in self.packed.values()])
         expand_kernel[(*grid, triton.cdiv(self.value_dim, _channels(self.value_dim)))](
             merged.latent,
-            self._of(VISION, "output"),
-            self._of(TEXT, "output"),
-            *(basis_of(self._of(segment, "value")) for segment in (VISION, TEXT)),
+            *(self._of(segment, "output") for segment in SEGMENTS),
+            *(basis_of(self._of(segment, "value")) for segment in SEGMENTS),
             out,
             self.sizes,
             self.batch,
             **self._has(),
+            COARSE=self._layout(COARSE, "value"),
             VISION=self._layout(VISION, "value"),
             TEXT=self._layout(TEXT, "value"),
             FOLD=fold,
@@ -457,7 +461,7 @@ class _Call:
             self.tiers if segment == VISION else None,
             keep,
             add,
-            0 if segment == VISION else self.slots.get(VISION, 0),
+            sum(count for before, count in self.slots.items() if before < segment),
             slots,
             self.scores.shape[1],
             self.sizes,

@@ -104,6 +104,7 @@ class Results(NamedTuple):
     """Per split: log-sum-exp `[B, splits, rows]`, latents `[B, own splits, rows, columns]`; scores `[B, slots, rows]` or None."""
 
     lse: Tensor
+    coarse: Tensor | None
     vision: Tensor | None
     text: Tensor | None
     dense: Tensor

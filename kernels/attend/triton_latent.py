@@ -103,23 +103,30 @@ def project_segment(
         tl.store(out.shift + at_row, shift * scale, mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["vision_anchors", "text_anchors"])
+@triton.jit(do_not_specialize=["coarse_anchors", "vision_anchors", "text_anchors"])
 def project_kernel(
     query,
+    coarse_basis,
     vision_basis,
     text_basis,
+    coarse,
     vision,
     text,
+    coarse_turns,
     vision_turns,
     text_turns,
+    coarse_anchors,
     vision_anchors,
     text_anchors,
+    coarse_blocks,
     vision_blocks,
     sizes,
     batch,
     scale,
+    HAS_COARSE: tl.constexpr,
     HAS_VISION: tl.constexpr,
     HAS_TEXT: tl.constexpr,
+    COARSE: tl.constexpr,
     VISION: tl.constexpr,
     TEXT: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -131,25 +138,32 @@ def project_kernel(
     CHANNELS: tl.constexpr,
 ):
     """Query latents of the packed segments. Grid: tiles of rows, times the anchors of the segment that has most; KV heads (of each
-    sequence); blocks of columns, vision's first.
+    sequence); blocks of columns of coarse, vision and text.
     """
     block = tl.program_id(2)
     first_row = tl.program_id(0) * ROW_TILE
     rows = sizes.kv_rows * batch if FOLD else sizes.kv_rows
     # fmt: off
-    if block < vision_blocks:
+    if block < coarse_blocks:
+        if HAS_COARSE:
+            if first_row < rows * coarse_anchors:
+                project_segment(
+                    query, coarse_basis, coarse, coarse_turns, coarse_anchors, block, sizes, batch, scale,
+                    COARSE, PAIRS[0], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                )
+    elif block < coarse_blocks + vision_blocks:
         if HAS_VISION:
             if first_row < rows * vision_anchors:
                 project_segment(
-                    query, vision_basis, vision, vision_turns, vision_anchors, block, sizes, batch, scale,
-                    VISION, PAIRS[0], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                    query, vision_basis, vision, vision_turns, vision_anchors, block - coarse_blocks, sizes, batch, scale,
+                    VISION, PAIRS[1], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
                 )
     else:
         if HAS_TEXT:
             if first_row < rows * text_anchors:
                 project_segment(
-                    query, text_basis, text, text_turns, text_anchors, block - vision_blocks, sizes, batch, scale,
-                    TEXT, PAIRS[1], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                    query, text_basis, text, text_turns, text_anchors, block - coarse_blocks - vision_blocks, sizes, batch, scale,
+                    TEXT, PAIRS[2], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
                 )
     # fmt: on
 
@@ -181,33 +195,39 @@ def merge_segment(
             tl.store(segment.out.scale + at_row, tl.sum(shares, 0))
 
 
-@triton.jit(do_not_specialize=["dense_splits", "vision_splits", "text_splits"])
+@triton.jit(do_not_specialize=["dense_splits", "coarse_splits", "vision_splits", "text_splits"])
 def merge_kernel(
     lse,
     dense,
+    coarse,
     vision,
     text,
     row_lse,
     dense_blocks,
+    coarse_blocks,
     vision_blocks,
     dense_splits,
+    coarse_splits,
     vision_splits,
     text_splits,
     all_rows,
+    HAS_COARSE: tl.constexpr,
     HAS_VISION: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sum the splits of the dense tokens, and of vision and text where these are packed; their log-sum-exps lie in this order.
+    """Sum the splits of the dense tokens, and of coarse, vision and text where these are packed; log-sum-exps lie in this order.
 
-    Grid: rows; batch; blocks of columns of dense, vision and text. SPLITS: all, padded.
+    Grid: rows; batch; blocks of columns in this order. SPLITS: all, padded.
     """
     row = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     split = tl.arange(0, SPLITS)
-    all_splits = dense_splits + vision_splits + text_splits
+    vision_first = dense_splits + coarse_splits
+    text_first = vision_first + vision_splits
+    all_splits = text_first + text_splits
     at_lse = lse + (b * all_splits + split) * all_rows + row
     own = tl.load(at_lse, mask=split < all_splits, other=float("-inf"))
     top = tl.max(own, 0)
@@ -222,17 +242,22 @@ def merge_kernel(
     # fmt: off
     if block < dense_blocks:
         merge_segment(lse, dense, 0, dense_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
-    elif block < dense_blocks + vision_blocks:
-        if HAS_VISION:
+    elif block < dense_blocks + coarse_blocks:
+        if HAS_COARSE:
             block -= dense_blocks
             merge_segment(
-                lse, vision, dense_splits, vision_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS
+                lse, coarse, dense_splits, coarse_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS
+            )
+    elif block < dense_blocks + coarse_blocks + vision_blocks:
+        if HAS_VISION:
+            block -= dense_blocks + coarse_blocks
+            merge_segment(
+                lse, vision, vision_first, vision_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS
             )
     else:
         if HAS_TEXT:
-            block -= dense_blocks + vision_blocks
-            first = dense_splits + vision_splits
-            merge_segment(lse, text, first, text_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
+            block -= dense_blocks + coarse_blocks + vision_blocks
+            merge_segment(lse, text, text_first, text_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
     # fmt: on
 
 
@@ -282,15 +307,19 @@ def expand_segment(
 @triton.jit
 def expand_kernel(
     dense,
+    coarse,
     vision,
     text,
+    coarse_basis,
     vision_basis,
     text_basis,
     out,
     sizes,
     batch,
+    HAS_COARSE: tl.constexpr,
     HAS_VISION: tl.constexpr,
     HAS_TEXT: tl.constexpr,
+    COARSE: tl.constexpr,
     VISION: tl.constexpr,
     TEXT: tl.constexpr,
     FOLD: tl.constexpr,
@@ -310,6 +339,10 @@ def expand_kernel(
     both = row_ok[:, None] & (channel < VALUE_DIM)[None, :]
     summed = tl.load(dense + at, mask=both, other=0.0)
     # fmt: off
+    if HAS_COARSE:
+        summed = expand_segment(
+            summed, coarse, coarse_basis, b, z, row, row_ok, head, channel, sizes, COARSE, VALUE_DIM, PRECISION, COLUMNS
+        )
     if HAS_VISION:
         summed = expand_segment(
             summed, vision, vision_basis, b, z, row, row_ok, head, channel, sizes, VISION, VALUE_DIM, PRECISION, COLUMNS

@@ -65,24 +65,24 @@ class Driver:
         return torch.device("cpu")
 
 
-def state(bands, heads, groups, head_dim, dtype, batch=2, sequences=1, scaled=True):
-    """State arguments of attend, zeros; no bands for a cache that keeps tokens as they are."""
+def state(bands, heads, groups, head_dim, dtype, batch=2, sequences=1, scaled=True, slots=(512, 256)):
+    """State arguments of attend, zeros; no bands for a cache that keeps tokens as they are. slots: of the packed segments."""
     width = heads // groups * head_dim
-    dense = [torch.zeros(batch, heads, slots, head_dim, dtype=dtype) for slots in (4, 4, 128, 128)]
+    dense = [torch.zeros(batch, heads, count, head_dim, dtype=dtype) for count in (4, 4, 128, 128)]
     codes, bases, flat = [], [], []
-    for i in range(4):
-        slots, no_scale = (512, 256)[i // 2], torch.zeros(0, dtype=torch.float16)
+    for i in range(2 * len(slots)):
+        count, no_scale = slots[i // 2], torch.zeros(0, dtype=torch.float16)
         if bands is None:
-            codes += [torch.zeros(batch, groups, slots, width, dtype=dtype), no_scale]
+            codes += [torch.zeros(batch, groups, count, width, dtype=dtype), no_scale]
             bases += [torch.zeros(0)] * 3
             flat += [0] * 4
             continue
         rank = bands.components
-        codes.append(torch.zeros(batch, groups, slots, bands.token_bytes, dtype=torch.uint8))
-        codes.append(torch.zeros(batch, groups, slots, dtype=torch.float16) if scaled else no_scale)
+        codes.append(torch.zeros(batch, groups, count, bands.token_bytes, dtype=torch.uint8))
+        codes.append(torch.zeros(batch, groups, count, dtype=torch.float16) if scaled else no_scale)
         bases += [torch.zeros(sequences, groups, *shape) for shape in ((width,), (rank, width), (rank,))]
         flat += bands.counts
-    positions = [torch.zeros(batch, slots, dtype=torch.int32) for slots in (4, 512, 256)]
+    positions = [torch.zeros(batch, count, dtype=torch.int32) for count in (4, *slots)]
     return dense, codes, bases, flat, positions, torch.tensor([700, 600, 10])
 
 
@@ -104,7 +104,7 @@ def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False,
             bands.components // 4,
             [0.2] * 4,
         )
-    turns = {"turns": [turns_of(slots, block, head_dim) for slots in (512, 256)], "block": block} if block else {}
+    turns = {"turns": [turns_of(x.shape[1], block, head_dim) for x in given[4][1:]], "block": block} if block else {}
     attend(query, new, new, mask, None, *given, None, *more, **turns)
 
 
@@ -128,6 +128,10 @@ CASES = {
     "kept as it is": lambda: attend_with(None, 16, 4, 1, 72, torch.bfloat16),
     "wide heads": lambda: attend_with(ALL_WIDTHS, 8, 4, 1, 256, torch.bfloat16),
     "relative keys": lambda: attend_with(ALL_WIDTHS, 28, 4, 1, 128, torch.bfloat16, block=64),
+    "three segments": lambda: attend_with(ALL_WIDTHS, 28, 4, 1, 128, torch.bfloat16, slots=(1024, 512, 256), mask=MASK),
+    "three segments, relative keys": lambda: attend_with(
+        ALL_WIDTHS, 28, 4, 1, 128, torch.bfloat16, slots=(1024, 512, 256), block=64
+    ),
     "append": lambda: append_with(ALL_WIDTHS, 4, 128, torch.bfloat16),
     "append relative keys": lambda: append_with(ALL_WIDTHS, 4, 128, torch.bfloat16, block=64),
 }

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_operations import Shape, State, allowed_by, attention, filled
+from random_calls import Case, build, without_garbage
+from test_operations import SHARES, Shape, State, allowed_by, attention, filled
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
@@ -81,7 +82,7 @@ def shapes(draw) -> Shape:
     """States of odd sizes, about one block of tokens long."""
     heads, groups = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (4, 2))))
     head_dim = draw(st.sampled_from((5, 16, 17, 40, 72)))
-    scope = draw(st.sampled_from(("model", "model", "sequence", "as is")))
+    scope, shares = draw(st.sampled_from(("model", "model", "sequence", "as is"))), draw(SHARES)
     return Shape(
         batch=draw(st.sampled_from((1, 2, 3))),
         heads=heads,
@@ -91,7 +92,8 @@ def shapes(draw) -> Shape:
         spare=30,
         tail=draw(st.sampled_from((0, 1, 7, 64))),
         chunks=tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))),
-        bands=tuple(draw(bands(heads // groups * head_dim)) for _ in range(4)),
+        bands=tuple(draw(bands(heads // groups * head_dim)) for _ in range(2 * len(shares) + 2)),
+        shares=shares,
         scope=scope,
         token_scale=draw(st.booleans()),
         padding=draw(st.booleans()),
@@ -181,7 +183,7 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
 @settings(max_examples=15, deadline=None)
 @given(shapes(), st.data())
 def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape, data):
-    shape = replace(shape, dtype=torch.float32)
+    shape = replace(shape, dtype=torch.float32, shares=shape.shares[-1:], bands=shape.bands[-4:])
     state = filled(shape)
     n, share = state.key.shape[2], data.draw(st.sampled_from((1, 3)))
     query = torch.randn(shape.batch, shape.heads * share, n, shape.head_dim, generator=state.generator)
@@ -212,6 +214,32 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
     assert_close_as(own.cpu(), exact, None, 4 * largest)
     for got, wanted in zip(own_known, expected_known, strict=True):
         torch.testing.assert_close(got.cpu().double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+LENGTHS = (0, 1, 63, 64, 65)
+
+
+@pytest.mark.parametrize("block", (0, 16, 64))
+@pytest.mark.parametrize("shift", range(len(LENGTHS)))
+def test_lengths_of_three_packed_segments_around_a_block(device, shift, block, monkeypatch):
+    coarse, vision, text = (LENGTHS[(shift + i) % len(LENGTHS)] for i in range(3))
+    batch, groups = ((3, 1), (1, 2))[shift % 2]
+    bands = ((4, 0, 12, 0), (0, 6, 0, 10), (0, 0, 16, 0), (0, 0, 0, 16), (0, 0, 3, 9), (0, 0, 0, 12))
+    case = Case(
+        batch=batch, groups=groups, coarse=coarse, vision=vision, text=text, bands=bands, block=block, new=1 + shift % 2, seed=shift
+    )  # fmt: skip
+    call = build(case)
+    clean = without_garbage(call)
+    exact = reference.attend(*clean.copy(torch.float64).arguments, **clean.turns)
+    launch = tuple(LAUNCHES)[(shift + block // 16) % len(LAUNCHES)]
+    for name, number in LAUNCHES[launch].items():
+        monkeypatch.setattr(triton_launch, name, number)
+
+    def placed(x):
+        return [placed(y) for y in x] if isinstance(x, list) else x.to(device) if isinstance(x, Tensor) else x
+
+    own = attend(*map(placed, call.arguments), **{name: placed(x) for name, x in call.turns.items()})
+    assert_close_as(own.cpu(), exact, None, 4 * float(exact.abs().max()))
 
 
 def test_many_heads_share_one_wide_basis(device):

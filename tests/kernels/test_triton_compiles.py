@@ -21,6 +21,8 @@ EXPECTED = {
     "kept as it is": ATTEND,
     "wide heads": ATTEND | LATENT,
     "relative keys": ATTEND | LATENT,
+    "three segments": ATTEND | LATENT,
+    "three segments, relative keys": ATTEND | LATENT,
     "append": {"project_kernel", "write_kernel", "quantize_kernel"},
     "append relative keys": {"project_kernel", "write_kernel", "quantize_kernel"},
 }
