@@ -139,6 +139,22 @@ def test_tensors_that_took_the_place_of_others_are_read():
     assert not torch.equal(after, before)
 
 
+def assert_reads_nothing_past_the_end(case: Case) -> None:
+    """The same result where a page that may not be touched follows each tensor."""
+    call, keep = build(case), []
+
+    def placed(x):
+        if isinstance(x, list):
+            return [placed(y) for y in x]
+        return guarded(x.contiguous(), keep) if isinstance(x, Tensor) and x.numel() else x
+
+    turns = {name: placed(x) for name, x in call.turns.items()}
+    wanted = run(cpu.attend, call.copy())
+    got = run(cpu.attend, Call(placed(call.arguments), placed(call.tiers), turns))
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs mprotect")
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 @pytest.mark.parametrize("seed", range(6))
@@ -152,15 +168,12 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
         mask="float", bias=True, seed=seed, scope=("model", "sequence")[seed % 2], dtype=(torch.float32, torch.bfloat16)[seed // 3],
         block=(0, 16, 64)[seed % 3],
     )  # fmt: skip
-    call, keep = build(case), []
+    assert_reads_nothing_past_the_end(case)
 
-    def placed(x):
-        if isinstance(x, list):
-            return [placed(y) for y in x]
-        return guarded(x.contiguous(), keep) if isinstance(x, Tensor) and x.numel() else x
 
-    turns = {name: placed(x) for name, x in call.turns.items()}
-    wanted = run(cpu.attend, call.copy())
-    got = run(cpu.attend, Call(placed(call.arguments), placed(call.tiers), turns))
-    for a, b in zip(got, wanted, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs mprotect")
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+def test_nothing_past_the_end_of_a_transposed_decoder_is_read(instructions, monkeypatch):
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+    bands = ((0, 0, 0, 5), (0, 0, 16, 0), (0, 0, 3, 0), (0, 0, 16, 0))
+    assert_reads_nothing_past_the_end(Case(heads=1, head_dim=32, vision=65, text=300, bands=bands, empty=0.0, block=16))

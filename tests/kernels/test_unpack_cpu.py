@@ -143,7 +143,9 @@ def test_relative_keys_kept_as_they_are_are_turned(instructions, monkeypatch):
     assert not torch.equal(cpu.unpack(*arguments, **turns)[0], cpu.unpack(*arguments)[0])
 
 
-def test_a_dense_dtype_other_than_the_models_is_converted():
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+def test_a_dense_dtype_other_than_the_models_is_converted(instructions, monkeypatch):
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
     arguments, turns = arguments_of(Case(dtype=torch.float16, vision=65, tail=32))
     for dtype in (torch.float32, torch.bfloat16):
         assert_close_to_float64(in_dtype(arguments, dtype), turns)
