@@ -63,6 +63,11 @@ class Report:
                 f"{self.bytes['sequence_bytes']:,} packed ({self.bytes['ratio']:.2f}x), "
                 f"{self.bytes['model_bytes']:,} of bases shared by all requests"
             )
+            if coarse := self.bytes["coarse"]:
+                lines.append(
+                    f"coarse tokens: in each layer, the {coarse['share']:.0%} of its {coarse['modality']} tokens that are "
+                    "expected to matter least"
+                )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -114,7 +114,10 @@ class Session:
 
     def remember(self, cache: CompactedCache) -> None:
         """Keep what a cache holds, for the report; the cache itself may go."""
-        self.last_held = ({**cache.report(), "tail_slots": cache.index.plan.tail_slots}, list(cache.notes))
+        plan = cache.index.plan
+        coarse = None if plan.coarse is None else {"modality": plan.coarse.modality, "share": plan.coarse.share}
+        held = {**cache.report(), "tail_slots": plan.tail_slots, "coarse": coarse}
+        self.last_held = (held, list(cache.notes))
 
     def held(self) -> tuple[dict[str, Any], list[str]] | None:
         """Bytes and notes of the last cache: as it is now, or as its last generate left it."""
