@@ -11,6 +11,7 @@ from torch import Tensor
 from apack_compile.basis import Moments, Spectrum, fit, fit_steps, mixed
 from apack_compile.importance import (
     COARSE_SHARE,
+    NEWEST,
     CoarseRule,
     RunningImportance,
     features,
@@ -142,7 +143,7 @@ def add_observation(
     keys = next(iter(seen.states.values()))[0]
     usable, start = usable_tokens(config, batch, keys), start_of(batch, keys)
     for layer, both in seen.states.items():
-        segments = usable if rules is None else separated(rules, layer, both, usable, start, turn)
+        segments = usable if rules is None else separated(rules, layer, seen, usable, start, turn)
         for name, chosen in segments.items():
             if not bool(chosen.any()):
                 continue
@@ -158,17 +159,18 @@ def add_observation(
 def separated(
     rules: Mapping[str, CoarseRule],
     layer: int,
-    both: tuple[Tensor, Tensor],
+    seen: Observation,
     usable: Mapping[str, Tensor],
     start: Tensor,
     turn: KeyTurn | None,
 ) -> dict[str, Tensor]:
     """Coarse and fine tokens of each modality with a rule, bool `[B, T]`, among the usable ones."""
     segments = {}
-    positions = torch.arange(both[0].shape[2], device=start.device) - start
+    column = torch.arange(seen.states[layer][0].shape[2], device=start.device)
+    older = column < len(column) - seen.queries - NEWEST
     for modality, rule in rules.items():
-        scores = scores_of(*both, positions, turn, rule.weights[layer])
-        coarse = least_important(usable[modality], scores, rule.share)
+        scores = scores_of(*seen.states[layer], column - start, turn, rule.weights[layer])
+        coarse = least_important(usable[modality] & older, scores, rule.share)
         segments |= {f"coarse_{modality}": coarse, f"fine_{modality}": usable[modality] & ~coarse}
     return segments
 
@@ -193,9 +195,9 @@ def add_importance(
             for gradient in drawn
         )
         for modality, flags in usable.items():
-            cached = flags[:, : energy.shape[1]]
+            older = flags[:, : max(energy.shape[1] - NEWEST, 0)]
             known = importance.setdefault((modality, layer), RunningImportance())
-            known.add(x[:, : energy.shape[1]][cached], energy[cached])
+            known.add(x[:, : older.shape[1]][older], energy[:, : older.shape[1]][older])
 
 
 def rules_of(importance: Mapping[tuple[str, int], RunningImportance], layers: Iterable[int]) -> dict[str, CoarseRule]:

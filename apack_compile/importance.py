@@ -17,6 +17,8 @@ from apack_compile.tiers import rank_of
 # Least ratio at which tokens are told apart: below, all need their bits (docs/quality.md).
 LEAST_RATIO = 5.0
 COARSE_SHARE = 0.75
+# The newest tokens are read because they are near, whatever they are: they are fine, and say nothing about the others.
+NEWEST = 64
 # Fewer tokens for each weight of the regression do not tell which of them matter.
 TOKENS_A_WEIGHT = 2
 # Of the features' variance; gradients of few queries are noisy.

@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
 from apack_compile.drift import Fit, lost_share, refit
-from apack_compile.importance import least_important, scores_of
+from apack_compile.importance import NEWEST, least_important, scores_of
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
@@ -320,14 +320,15 @@ class CompactedLayer(CacheLayerMixin):
         plan, chunk, assignment = self.index.plan, self.index.chunk, self.index.assignment
         tokens, recent = parts[0].shape[2], assignment.recent - assignment.tail
         older, newest = assignment.text.split([assignment.text.shape[1] - recent, recent], dim=1)
+        column = torch.arange(tokens, device=older.device)
         candidates = flags_at(assignment.vision if plan.coarse.modality == "vision" else older, tokens)
-        positions = chunk.start + torch.arange(tokens, device=older.device) - self.index.start
+        candidates &= column < tokens - NEWEST
+        positions = chunk.start + column - self.index.start
         scores = scores_of(*parts, positions, plan.turn, plan.coarse.weights[self.layer_idx])
         coarse = least_important(candidates, scores, plan.coarse.share)
-        fine = compact(candidates & ~coarse)
         if plan.coarse.modality == "vision":
-            return [compact(coarse), fine, assignment.text]
-        return [compact(coarse), assignment.vision, torch.cat([fine, newest], 1)]
+            return [compact(coarse), compact(flags_at(assignment.vision, tokens) & ~coarse), assignment.text]
+        return [compact(coarse), assignment.vision, torch.cat([compact(flags_at(older, tokens) & ~coarse), newest], 1)]
 
     def _place(self, where: list[Tensor], used: list[int]) -> None:
         """Positions and turns of a chunk's tokens, behind those of the `used` slots."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apack_compile.basis import BAND_GRAIN, Spectrum
 from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
-from apack_compile.importance import CoarseRule
+from apack_compile.importance import NEWEST, CoarseRule
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
@@ -293,7 +293,8 @@ def budget_plan(
     if coarse is not None:
         grades = {"coarse": f"coarse_{coarse.modality}", coarse.modality: f"fine_{coarse.modality}"}
         whole = share.pop(coarse.modality)
-        share |= {grades["coarse"]: whole * coarse.share, grades[coarse.modality]: whole * (1 - coarse.share)}
+        told = whole * coarse.share * max(1 - NEWEST / tokens, 0.0)
+        share |= {grades["coarse"]: told, grades[coarse.modality]: whole - told}
         sources |= grades
     sources.setdefault("vision", sources["text"])
     dense_bits = sum(8 * element_bytes * width_of(s) for layer in statistics.values() for s in layer["text"])

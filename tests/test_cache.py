@@ -14,14 +14,13 @@ from transformers.cache_utils import DynamicCache
 from apack_compile.basis import fit, moments
 from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.codec import Bands
-from apack_compile.importance import CoarseRule, scores_of
+from apack_compile.importance import NEWEST, CoarseRule, scores_of
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.layer import MAX_APPEND
 from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, budget_plan, lossless_plan
 from apack_compile.preset_options import AttentionPackOptions
 from apack_compile.rotary import KeyTurn, turns_at
-from apack_compile.token_index import MAX_CROP
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
 WIDTH = HEADS * HEAD_DIM
@@ -343,8 +342,7 @@ def test_the_tokens_of_least_predicted_importance_are_coarse_by_layer(plan):
             packed_first = {p for p in first[row].tolist() if p >= 0}
             of_modality = vision[row] if rule.modality == "vision" else ~vision[row] & ~padding[row]
             candidates = [p for p in of_modality.nonzero().flatten().tolist() if p not in packed_first]
-            if rule.modality == "text":
-                candidates = [p for p in candidates if p < 160 - MAX_CROP]
+            candidates = [p for p in candidates if p < 160 - NEWEST]
             ranked = sorted(candidates, key=lambda p: float(scores[row, p]))
             expected = sorted(ranked[: int(0.6 * len(ranked))])
             assert coarse[row][coarse[row] >= 0].tolist() == expected

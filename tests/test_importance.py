@@ -13,6 +13,7 @@ from apack_compile.calibration import collect
 from apack_compile.importance import RIDGE, RunningImportance, features, least_important, unturned
 from apack_compile.rotary import BLOCK, find_turn
 
+IMAGE = 9
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -30,6 +31,12 @@ def small_model() -> LlamaForCausalLM:
 
 def prompt(tokens: int, rows: int = 1, seed: int = 0) -> Tensor:
     return torch.randint(10, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def with_pictures(ids: Tensor, tokens: int) -> dict[str, Tensor]:
+    ids = ids.clone()
+    ids[:, 20 : 20 + tokens] = IMAGE
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6))
@@ -112,3 +119,26 @@ def test_a_plan_tells_tokens_apart_where_bytes_are_few(ratio, coarse):
     if coarse:
         bits = {name: s.bands.counts for name, s in plan.layers[0].named.items()}
         assert sum(bits["text_value"]) >= sum(bits["coarse_value"])
+
+
+@pytest.mark.parametrize("modality", ("vision", "text"))
+def test_one_graph_decodes_from_three_packed_segments(modality):
+    torch._dynamo.reset()
+    model = small_model()
+    model.config.image_token_id = IMAGE
+    model.generation_config.eos_token_id = None
+    pictures = 120 if modality == "vision" else 0
+    apack_compile.optimize(model, ratio=6, compile="none")
+    apack_compile.calibrate(model, [with_pictures(prompt(240, seed=seed), pictures) for seed in range(3)])
+    plan = apack_compile.plan_for(model, 240, pictures / 240)
+    assert plan.coarse.modality == modality
+    prompts = [with_pictures(prompt(length, rows=2, seed=9), pictures) for length in (240, 301)]
+    said = {}
+    for mode in ("none", "eager"):
+        apack_compile.optimize(model, plan=plan, compile=mode, strict=True)
+        said[mode] = [model.generate(**inputs, max_new_tokens=40, do_sample=False) for inputs in prompts]
+    assert all(torch.equal(*pair) for pair in zip(*said.values(), strict=True))
+    report = apack_compile.report(model)
+    assert len(report.graphs) == 1 and [line.status for line in report.layers] == ["rewritten"] * 2
+    assert report.bytes["coarse"] == {"modality": modality, "share": plan.coarse.share}
+    assert f"75% of its {modality} tokens" in str(report)

@@ -67,6 +67,22 @@ def test_attend_is_as_close_to_float64_as_the_reference(instructions, monkeypatc
     check()
 
 
+LENGTHS = (0, 1, 63, 64, 65)
+
+
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+@pytest.mark.parametrize("block", (0, 16, 64))
+@pytest.mark.parametrize("shift", range(len(LENGTHS)))
+def test_lengths_of_three_packed_segments_around_a_block(shift, block, instructions, monkeypatch):
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+    coarse, vision, text = (LENGTHS[(shift + i) % len(LENGTHS)] for i in range(3))
+    batch, heads, groups = ((1, 2, 1), (3, 4, 2))[shift % 2]
+    case = Case(
+        batch=batch, heads=heads, groups=groups, coarse=coarse, vision=vision, text=text, block=block, seed=shift
+    )
+    assert_close_to_float64(case, build(case))
+
+
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 @pytest.mark.parametrize("width", (1100, 4096))
 def test_wide_streams_run_in_several_tiles(width, instructions, monkeypatch):

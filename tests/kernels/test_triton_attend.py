@@ -224,7 +224,7 @@ LENGTHS = (0, 1, 63, 64, 65)
 def test_lengths_of_three_packed_segments_around_a_block(device, shift, block, monkeypatch):
     coarse, vision, text = (LENGTHS[(shift + i) % len(LENGTHS)] for i in range(3))
     batch, groups = ((3, 1), (1, 2))[shift % 2]
-    bands = ((4, 0, 12, 0), (0, 6, 0, 10), (0, 0, 16, 0), (0, 0, 0, 16), (0, 0, 3, 9), (0, 0, 0, 12))
+    bands = ((4, 0, 12, 0), (0, 6, 0, 10), (0, 0, 16, 0), (4, 0, 0, 12), (0, 0, 3, 9), (0, 4, 0, 8))
     case = Case(
         batch=batch, groups=groups, coarse=coarse, vision=vision, text=text, bands=bands, block=block, new=1 + shift % 2, seed=shift
     )  # fmt: skip

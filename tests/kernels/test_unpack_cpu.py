@@ -90,12 +90,22 @@ def test_unpack_is_as_close_to_float64_as_the_reference(instructions, monkeypatc
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 @pytest.mark.parametrize("length", (0, 1, 63, 64, 65, 511, 513))
+@pytest.mark.parametrize("third", (False, True), ids=("two segments", "three segments"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-def test_lengths_around_a_block_and_a_piece(length, dtype, instructions, monkeypatch):
+def test_lengths_around_a_block_and_a_piece(length, dtype, third, instructions, monkeypatch):
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
-    bands = ((3, 5, 17, 30), (0, 0, 16, 16), (1, 0, 7, 33), (0, 9, 0, 0))
+    bands = ((3, 5, 17, 30), (0, 0, 16, 16), (1, 0, 7, 33), (0, 9, 0, 0), (0, 0, 5, 11), (0, 2, 0, 20))
     case = Case(
-        batch=2, heads=3, groups=1, vision=length, text=length + 1, bands=bands, empty=0.0, dtype=dtype, block=64
+        batch=2,
+        heads=3,
+        groups=1,
+        coarse=abs(length - 1) if third else None,
+        vision=length,
+        text=length + 1,
+        bands=bands,
+        empty=0.0,
+        dtype=dtype,
+        block=64,
     )
     assert_close_to_float64(*arguments_of(case))
 
