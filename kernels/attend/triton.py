@@ -310,8 +310,8 @@ class _Call:
         """Scores, softmax and latent outputs of every split: all segments in the first launch, values left over in further ones."""
         launch, packed = self.launch, self.packed
         spans = {segment: self._passes(segment) for segment in packed}
-        parts = (self._of(segment, "part") for segment in SEGMENTS)
-        results = Results(self.lse, *parts, self.dense_part, self.scores)
+        part = {segment: self._of(segment, "part") for segment in SEGMENTS}
+        results = Results(self.lse, part[COARSE], part[VISION], part[TEXT], self.dense_part, self.scores)
         values = self._layout(VISION, "value")
         first_key, first_value, tail_key, tail_value = map(strided, self.dense)
         segments = [

@@ -77,11 +77,13 @@ def choose_launch(
     resident = latents <= shared / 2 and not anchor_slots
     held = latents if resident else 0
     # an anchor's latents are loaded with its tokens, and as far ahead of their use
-    loaded = latents if anchor_slots else 0
+    # the compiler was seen to keep the buffers of each packed segment's loop, so a third one takes half as much again as two
+    loaded = latents * max(len(keys), 2) / 2 if anchor_slots else 0
     channels = channel_tile(head_dim) * channel_tiles(head_dim)
     # with a segment kept as it is, the compiler was seen to keep the buffers of two dense loops
     token_bytes = [(2 if kept else 1) * 2 * itemsize * channels]
-    token_bytes += [key.token_bytes + value.token_bytes for key, value in zip(keys, values, strict=True)]
+    packed_bytes = [key.token_bytes + value.token_bytes for key, value in zip(keys, values, strict=True)]
+    token_bytes += [*packed_bytes, sum(packed_bytes) / 2]
     for block, stages in ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1)):
         block = min(block, anchor_slots or block)
         if held + stages * (loaded + block * max(token_bytes)) <= shared:

@@ -536,3 +536,13 @@ def test_tiers_are_of_vision_and_text_only(dtype):
         torch.ops.apack.attend_tiers(
             state.key, state.key, state.value, None, None, *state.stored, None, none, none, tiers, 0, [0.0] * 4
         )
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_no_turns_and_an_empty_list_of_them_are_keys_as_they_come(dtype):
+    state = filled(Shape(dtype=dtype))
+    given = (state.key, state.value, *state.stored, state.held)
+    for got, wanted in zip(UNPACK(*given, turns=[]), UNPACK(*given), strict=True):
+        assert torch.equal(got, wanted)
+    query = (state.key, state.key, state.value, None, None, *state.stored, None)
+    assert torch.equal(ATTEND(*query, turns=[]), ATTEND(*query))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+from apack_compile.codec import Bands
 from apack_compile.kernels.attend import reference, triton_launch
 from apack_compile.kernels.attend.triton import attend, serves
 from apack_compile.kernels.layout import TEXT, VISION, packed_streams
@@ -240,6 +241,20 @@ def test_lengths_of_three_packed_segments_around_a_block(device, shift, block, m
 
     own = attend(*map(placed, call.arguments), **{name: placed(x) for name, x in call.turns.items()})
     assert_close_as(own.cpu(), exact, None, 4 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("anchor_slots", (0, 64))
+@pytest.mark.parametrize("count", (16, 64, 128, 192, 256))
+def test_three_packed_segments_take_no_more_shared_memory_than_two_may(count, anchor_slots):
+    bands, shared = Bands((0, count, count, 0)), triton_launch.shared_bytes(torch.device("cpu"))
+    taken = {}
+    for segments in (2, 3):
+        launch = triton_launch.choose_launch(
+            [bands] * segments, [bands] * segments, 16, 16, 64, 2, False, shared, anchor_slots
+        )
+        latents = 0 if launch.resident else 2 * 2 * count * launch.group_tile
+        taken[segments] = segments * launch.stages * (launch.block * 2 * bands.token_bytes + latents)
+    assert max(taken.values()) <= 2 * shared
 
 
 def test_many_heads_share_one_wide_basis(device):
