@@ -374,7 +374,9 @@ def test_one_width_for_text_another_for_vision_is_refused(plan, tmp_path):
     for name, cut in cuts.items():
         tensors[f"{NAME}.{name}"] = tensors[f"{NAME}.{name}"][cut].contiguous()
     write(path, values, tensors)
-    with pytest.raises(ValueError, match=r"layer 1 mean of vision_value is \(1, 1, 32\), must be that of text, \(1, 1, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"layer 1 mean of vision_value is \(1, 1, 32\), must be that of text, \(1, 1, 24\)"
+    ):
         Plan.load(path)
 
 
