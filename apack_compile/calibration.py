@@ -165,7 +165,7 @@ def separated(
     turn: KeyTurn | None,
 ) -> dict[str, Tensor]:
     """Coarse and fine tokens of each modality with a rule, bool `[B, T]`, among the usable ones."""
-    segments = {}
+    segments: dict[str, Tensor] = {}
     column = torch.arange(seen.states[layer][0].shape[2], device=start.device)
     older = column < len(column) - seen.queries - NEWEST
     for modality, rule in rules.items():

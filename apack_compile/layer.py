@@ -324,7 +324,7 @@ class CompactedLayer(CacheLayerMixin):
         candidates = flags_at(assignment.vision if plan.coarse.modality == "vision" else older, tokens)
         candidates &= column < tokens - NEWEST
         positions = chunk.start + column - self.index.start
-        scores = scores_of(*parts, positions, plan.turn, plan.coarse.weights[self.layer_idx])
+        scores = scores_of(parts[0], parts[1], positions, plan.turn, plan.coarse.weights[self.layer_idx])
         coarse = least_important(candidates, scores, plan.coarse.share)
         if plan.coarse.modality == "vision":
             return [compact(coarse), compact(flags_at(assignment.vision, tokens) & ~coarse), assignment.text]

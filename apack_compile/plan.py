@@ -323,10 +323,10 @@ def budget_plan(
     for layer, segments in statistics.items():
         streams, layer_bases = {}, {}
         for segment, source in sources.items():
-            for i, stream in enumerate(STREAMS):
+            for i, name in enumerate(f"{segment}_{stream}" for stream in STREAMS):
                 bands, spectrum = chosen[layer, source, i], segments[source][i].spectrum
-                streams[f"{segment}_{stream}"] = StreamPlan("model", bands, True, expected_error(spectrum, bands))
-                layer_bases[f"{segment}_{stream}"] = spectrum.basis(bands)
+                streams[name] = StreamPlan("model", bands, True, expected_error(spectrum, bands))
+                layer_bases[name] = spectrum.basis(bands)
         layers[layer] = LayerPlan(**streams)
         bases[layer] = tuple(layer_bases[name] for name in layers[layer].named)
     groups = groups_of(next(iter(statistics.values()))["text"][0])

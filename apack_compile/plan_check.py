@@ -58,14 +58,12 @@ def claims(plan: Plan) -> Iterator[Claim]:
     wanted = sorted(layer for layer, streams in plan.layers.items() if uses_bases(streams))
     yield Claim(sorted(plan.bases) == wanted, "layers with bases", sorted(plan.bases), f"{wanted}")
     for layer, bases in plan.bases.items():
-        streams = plan.layers[layer].named
-        yield Claim(
-            len(bases) == len(streams), f"layer {layer} bases", len(bases), f"{len(streams)}: {', '.join(streams)}"
-        )
-        for (name, stream), basis in zip(streams.items(), bases, strict=True):
+        named = plan.layers[layer].named
+        yield Claim(len(bases) == len(named), f"layer {layer} bases", len(bases), f"{len(named)}: {', '.join(named)}")
+        for (name, stream), basis in zip(named.items(), bases, strict=True):
             yield from basis_claims(stream, basis, plan.groups, f"layer {layer} {name}")
         for i, other in enumerate(bases[:-2]):
-            text, name = bases[i % 2 - 2], list(streams)[i]
+            text, name = bases[i % 2 - 2], list(named)[i]
             alike = 0 in (text.mean.numel(), other.mean.numel()) or text.mean.shape == other.mean.shape
             yield Claim(
                 alike, f"layer {layer} mean of {name}", shape_of(other.mean), f"that of text, {shape_of(text.mean)}"
