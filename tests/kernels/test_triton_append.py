@@ -109,7 +109,7 @@ def test_append_packs_what_leaves_the_tail_and_nothing_else(device, shape):
                 assert torch.equal(own[:, :, last_slot:], untouched[:, :, last_slot:])
         left = torch.cat(tokens[i], dim=2)[:, :, : last_slot - first_slot]
         if i == 0 and state.turned:
-            left = each_slot(left.double(), state.turned, "text", list(range(first_slot, last_slot)), -1)
+            left = each_slot(left.double(), state.turned, -1, list(range(first_slot, last_slot)), -1)
         left = to_groups(left, shape.groups)
         written = slice(first_slot, last_slot)
         if shape.scope == "as is":
