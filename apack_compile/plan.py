@@ -286,6 +286,7 @@ def budget_plan(
     stays dense: the first tokens, the tail, and positions and turns, shared or by layer.
     """
     tail_slots = tail_slots_for(tokens, ratio)
+    packed_tokens = max(tokens - FIRST_TOKENS - tail_slots, 1) + spare_slots(tokens) // 2
     separates_vision = all("vision" in layer for layer in statistics.values())
     share = {"vision": vision_share, "text": 1 - vision_share} if separates_vision else {"text": 1.0}
     coarse = (rules or {}).get(max(share, key=lambda modality: share[modality]))
@@ -293,12 +294,11 @@ def budget_plan(
     if coarse is not None:
         grades = {"coarse": f"coarse_{coarse.modality}", coarse.modality: f"fine_{coarse.modality}"}
         whole = share.pop(coarse.modality)
-        told = whole * coarse.share * max(1 - NEWEST / tokens, 0.0)
+        told = whole * coarse.share * max(tokens - NEWEST, 0) / packed_tokens
         share |= {grades["coarse"]: told, grades[coarse.modality]: whole - told}
         sources |= grades
     sources.setdefault("vision", sources["text"])
     dense_bits = sum(8 * element_bytes * width_of(s) for layer in statistics.values() for s in layer["text"])
-    packed_tokens = max(tokens - FIRST_TOKENS - tail_slots, 1) + spare_slots(tokens) // 2
     place_bits = 32 + (0 if turn is None else 64 * len(turn.frequencies) / turn.block)
     if coarse is not None:
         place_bits *= len(statistics)
