@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile.calibration import collect
-from apack_compile.importance import RIDGE, RunningImportance, features, least_important, unturned
+from apack_compile.importance import NEWEST, RIDGE, RunningImportance, features, least_important, unturned
 from apack_compile.rotary import BLOCK, find_turn
 
 IMAGE = 9
@@ -100,11 +100,11 @@ def test_unturned_keys_of_a_token_are_the_same_wherever_it_stands():
 def test_a_rule_needs_tokens_enough():
     model = small_model()
     width = 2 * (2 * 16 * 2 + 2 * 2)
-    enough, few = prompt(2 * width), prompt(width)
+    enough, few = prompt(2 * width + NEWEST), prompt(width)
     assert set(collect(model, [0, 1], {"input_ids": few})[1]) == set()
     statistics, rules = collect(model, [0, 1], {"input_ids": enough})
     assert set(rules) == {"text"} and set(statistics[0]) == {"text", "coarse_text", "fine_text"}
-    several = [{"input_ids": prompt(100, seed=seed)} for seed in range(4)]
+    several = [{"input_ids": prompt(150, seed=seed)} for seed in range(4)]
     statistics, rules = collect(model, [0, 1], several)
     assert set(statistics[1]) == {"text", "coarse_text", "fine_text"}
 
