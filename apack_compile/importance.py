@@ -19,6 +19,8 @@ LEAST_RATIO = 5.0
 COARSE_SHARE = 0.75
 # The newest tokens are read because they are near, whatever they are: they are fine, and say nothing about the others.
 NEWEST = 64
+# Components of a stream that the regression sees: it keeps a matrix of all pairs per layer.
+WIDEST = 512
 # Fewer tokens for each weight of the regression do not tell which of them matter.
 TOKENS_A_WEIGHT = 2
 # Of the features' variance; gradients of few queries are noisy.
@@ -42,10 +44,22 @@ class CoarseRule:
 
 
 def features(key: Tensor, value: Tensor) -> Tensor:
-    """Features `[B, T, F]`, float32, of tokens `[B, H_kv, T, D]`: all components, and each head's norms."""
+    """Features `[B, T, F]`, float32, of tokens `[B, H_kv, T, D]`: the components, means over some heads where they are many, and norms."""
     both = [states.float() for states in (key, value)]
-    parts = [states.transpose(1, 2).flatten(2) for states in both]
+    parts = [
+        states.unflatten(1, (averages(*states.shape[1::2]), -1)).mean(2).transpose(1, 2).flatten(2) for states in both
+    ]
     return torch.cat([*parts, *(states.norm(dim=-1).mT for states in both)], dim=-1)
+
+
+def averages(heads: int, head_dim: int) -> int:
+    """Into how many means the heads' components go: as many as there are heads, or the most that keep a stream narrow."""
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * head_dim <= WIDEST))
+
+
+def feature_count(heads: int, key_dim: int, value_dim: int) -> int:
+    """Features of a token."""
+    return sum(averages(heads, dim) * dim + heads for dim in (key_dim, value_dim))
 
 
 def scores_of(key: Tensor, value: Tensor, positions: Tensor, turn: KeyTurn | None, weights: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from apack_compile.codec import Bands, StreamBasis
 from apack_compile.config import MIN_TAIL_SLOTS
-from apack_compile.importance import CoarseRule
+from apack_compile.importance import CoarseRule, feature_count
 from apack_compile.plan import FITTED_SCOPES, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.rotary import KeyTurn
 
@@ -71,8 +71,9 @@ def claims(plan: Plan) -> Iterator[Claim]:
     if plan.coarse is not None:
         yield Claim(plan.tiers is None, "coarse", "given", "null where there are tiers: they place tokens too")
         yield Claim(scopes <= {"model"}, "coarse", "given", "null unless all bases are model-scoped")
-        widths = {i: plan.groups * sum(basis.mean.shape[-1] for basis in bases[-2:]) for i, bases in plan.bases.items()}
-        yield from coarse_claims(plan.coarse, {i: width + 2 * about_model[1] for i, width in sorted(widths.items())})
+        heads = about_model[1]
+        dims = {i: [plan.groups * b.mean.shape[-1] // heads for b in bases[-2:]] for i, bases in plan.bases.items()}
+        yield from coarse_claims(plan.coarse, {i: feature_count(heads, *both) for i, both in sorted(dims.items())})
     if plan.turn is not None:
         yield from turn_claims(plan.turn, about_model[2])
         yield Claim(plan.tiers is None, "turn", "given", "null where there are tiers: they move tokens between blocks")

@@ -10,7 +10,17 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile.calibration import collect
-from apack_compile.importance import NEWEST, RIDGE, RunningImportance, features, least_important, unturned
+from apack_compile.importance import (
+    NEWEST,
+    RIDGE,
+    WIDEST,
+    RunningImportance,
+    averages,
+    feature_count,
+    features,
+    least_important,
+    unturned,
+)
 from apack_compile.rotary import BLOCK, find_turn
 
 IMAGE = 9
@@ -84,6 +94,17 @@ def test_features_are_components_and_norms():
     torch.testing.assert_close(found[1, 2], torch.stack(token), atol=0.05, rtol=0.05)
 
 
+@given(st.integers(1, 40), st.sampled_from((5, 64, 128, 600)))
+def test_many_heads_are_averaged(heads, head_dim):
+    states = torch.randn(1, heads, 2, head_dim, generator=torch.Generator().manual_seed(heads))
+    found = features(states, states[..., :3])
+    means = averages(heads, head_dim)
+    assert heads % means == 0 and (means == heads or means * head_dim <= WIDEST or means == 1)
+    assert found.shape[-1] == feature_count(heads, head_dim, 3) == means * head_dim + heads * 5
+    share = heads // means
+    torch.testing.assert_close(found[0, 1, :head_dim], states[0, :share, 1].mean(0))
+
+
 def test_unturned_keys_of_a_token_are_the_same_wherever_it_stands():
     model = small_model()
     turn, _ = find_turn(model, [0, 1], {"input_ids": prompt(40)}, BLOCK)
@@ -107,6 +128,15 @@ def test_a_rule_needs_tokens_enough():
     several = [{"input_ids": prompt(150, seed=seed)} for seed in range(4)]
     statistics, rules = collect(model, [0, 1], several)
     assert set(statistics[1]) == {"text", "coarse_text", "fine_text"}
+
+
+def test_the_report_says_where_calibration_saw_too_few_tokens():
+    model = apack_compile.optimize(small_model(), ratio=6, compile="none")
+    apack_compile.calibrate(model, {"input_ids": prompt(100)})
+    assert any("no coarse tokens" in note for note in apack_compile.report(model).notes)
+    assert apack_compile.plan_for(model, 1000).coarse is None
+    apack_compile.calibrate(model, [{"input_ids": prompt(200, seed=seed)} for seed in range(3)])
+    assert not any("no coarse tokens" in note for note in apack_compile.report(model).notes)
 
 
 @pytest.mark.parametrize(("ratio", "coarse"), ((4, False), (6, True)))
