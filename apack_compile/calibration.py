@@ -1,7 +1,7 @@
 """Statistics of a model's keys and values, from passes over calibration inputs."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,10 +89,12 @@ def collect(
     inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     groups: int = 1,
     turn: KeyTurn | None = None,
+    coarse: Collection[str] = ("text",),
 ) -> tuple[Statistics, Mapping[str, CoarseRule]]:
     """Statistics of the given layers over model inputs (dictionaries with at least `input_ids`), keys turned back; coarse rules.
 
-    By modality and, of modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the modality's rule.
+    By modality and, of the `coarse` modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the
+    modality's rule.
     Raises ValueError when no input has a usable token (padding and the first tokens are left out).
     """
     batches, layers = [inputs] if isinstance(inputs, Mapping) else list(inputs), list(layers)
@@ -106,7 +108,7 @@ def collect(
     importance: dict[tuple[str, int], RunningImportance] = {}
     for batch, seen in observations():
         add_observation(running, seen, model.config, batch, groups, turn)
-        add_importance(importance, seen, model.config, batch, turn)
+        add_importance(importance, seen, model.config, batch, turn, coarse)
     if not running:
         raise ValueError(
             f"inputs: {len(batches)} calibration inputs hold no usable token (only padding or first tokens)"
@@ -181,12 +183,13 @@ def add_importance(
     config: Any,
     batch: Mapping[str, Any],
     turn: KeyTurn | None,
+    coarse: Collection[str],
 ) -> None:
-    """Add one input's tokens, and how much disturbing each of them costs, by modality and layer."""
+    """Add one input's tokens of the `coarse` modalities, and how much disturbing each of them costs, by modality and layer."""
     keys = next(iter(seen.states.values()))[0]
     positions = torch.arange(keys.shape[2], device=keys.device) - start_of(batch, keys)
-    usable = usable_tokens(config, batch, keys)
-    for layer, both in seen.gradients.items():
+    usable = {name: flags for name, flags in usable_tokens(config, batch, keys).items() if name in coarse}
+    for layer, both in seen.gradients.items() if usable else ():
         key, value = seen.states[layer]
         x = features(unturned(key, positions, turn), value)
         energy = sum(

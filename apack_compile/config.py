@@ -23,7 +23,8 @@ class AttentionPackConfig:
     back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. On CUDA
     attention is fast for powers of two from 16 up, and is the reference for others.
     head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
-    many heads. For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer;
+    many heads. coarse: with a ratio of 5 or more, the modalities whose tokens get more or fewer bits by how much they are expected
+    to matter, "text", "vision", both or none. For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer;
     `tail_slots` newest tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile:
     how decode is compiled. strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming
     the argument.
@@ -37,6 +38,7 @@ class AttentionPackConfig:
     tail_slots: int = 64
     key_block: int = BLOCK
     head_groups: int = 1
+    coarse: tuple[str, ...] = ("text",)
     attentionpack: AttentionPackOptions = field(default_factory=AttentionPackOptions)
     a_vl: AVLOptions = field(default_factory=AVLOptions)
     quantize: str | None = None
@@ -66,6 +68,9 @@ class AttentionPackConfig:
             raise ValueError(f"head_groups={self.head_groups!r} must be an integer >= 1")
         if not isinstance(self.key_block, int) or isinstance(self.key_block, bool) or self.key_block < 0:
             raise ValueError(f"key_block={self.key_block!r} must be an integer >= 0")
+        if not isinstance(self.coarse, (list, tuple)) or not set(self.coarse) <= {"text", "vision"}:
+            raise ValueError(f'coarse={self.coarse!r} must hold "text", "vision", both or none')
+        object.__setattr__(self, "coarse", tuple(self.coarse))
         for name, options in (("attentionpack", AttentionPackOptions), ("a_vl", AVLOptions)):
             if not isinstance(getattr(self, name), options):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {options.__name__}")

@@ -160,8 +160,11 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     if session.plan is not None:
         notes += version_notes(session.plan.provenance.versions)
     ratio = session.ratio
-    if ratio is not None and ratio >= LEAST_RATIO and session.statistics is not None and not session.rules:
-        notes.append("no coarse tokens: calibration saw too few tokens to tell which of them matter less")
+    if ratio is not None and ratio >= LEAST_RATIO and session.statistics is not None:
+        missing = [name for name in session.config.coarse if name not in session.rules]
+        if missing:
+            what = " and ".join(missing)
+            notes.append(f"no coarse {what} tokens: calibration saw too few to tell which of them matter less")
     if held is not None and ratio is not None and held["ratio"] < 0.95 * ratio:
         notes.append(
             f"holds {held['ratio']:.2f}x, not {ratio:g}x: at {held['tokens']} tokens the first {FIRST_TOKENS} dense tokens, "

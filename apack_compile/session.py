@@ -107,7 +107,9 @@ class Session:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         turn, reason = find_turn(model, self.packed, batches[0], self.config.key_block) if batches else (None, "")
-        self.statistics, self.rules = collect(model, self.packed, batches, self.config.head_groups, turn)
+        self.statistics, self.rules = collect(
+            model, self.packed, batches, self.config.head_groups, turn, self.config.coarse
+        )
         self.turn, self.turn_reason = turn, reason
         self.calibrated_on = source
         self.plans = {}
@@ -128,7 +130,9 @@ class Session:
 
     def calibrates_like(self, other: "Session") -> bool:
         """Whether statistics of this session serve the other's plans."""
-        return all(getattr(self.config, name) == getattr(other.config, name) for name in ("key_block", "head_groups"))
+        return all(
+            getattr(self.config, name) == getattr(other.config, name) for name in ("key_block", "head_groups", "coarse")
+        )
 
     def needs_calibration(self) -> bool:
         """Whether a plan needs statistics that are not there."""

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import apack_compile
+from apack_compile import AttentionPackConfig
 from apack_compile.calibration import collect
 from apack_compile.importance import (
     NEWEST,
@@ -133,10 +134,10 @@ def test_a_rule_needs_tokens_enough():
 def test_the_report_says_where_calibration_saw_too_few_tokens():
     model = apack_compile.optimize(small_model(), ratio=6, compile="none")
     apack_compile.calibrate(model, {"input_ids": prompt(100)})
-    assert any("no coarse tokens" in note for note in apack_compile.report(model).notes)
+    assert any("no coarse text tokens" in note for note in apack_compile.report(model).notes)
     assert apack_compile.plan_for(model, 1000).coarse is None
     apack_compile.calibrate(model, [{"input_ids": prompt(200, seed=seed)} for seed in range(3)])
-    assert not any("no coarse tokens" in note for note in apack_compile.report(model).notes)
+    assert not any("no coarse text tokens" in note for note in apack_compile.report(model).notes)
 
 
 @pytest.mark.parametrize(("ratio", "coarse"), ((4, False), (6, True)))
@@ -158,7 +159,7 @@ def test_one_graph_decodes_from_three_packed_segments(modality):
     model.config.image_token_id = IMAGE
     model.generation_config.eos_token_id = None
     pictures = 120 if modality == "vision" else 0
-    apack_compile.optimize(model, ratio=6, compile="none")
+    apack_compile.optimize(model, AttentionPackConfig(ratio=6, compile="none", coarse=(modality,)))
     apack_compile.calibrate(model, [with_pictures(prompt(240, seed=seed), pictures) for seed in range(3)])
     plan = apack_compile.plan_for(model, 240, pictures / 240)
     assert plan.coarse.modality == modality
@@ -172,3 +173,24 @@ def test_one_graph_decodes_from_three_packed_segments(modality):
     assert len(report.graphs) == 1 and [line.status for line in report.layers] == ["rewritten"] * 2
     assert report.bytes["coarse"] == {"modality": modality, "share": plan.coarse.share}
     assert f"75% of its {modality} tokens" in str(report)
+
+
+def test_which_modalities_are_told_apart_is_chosen():
+    for value in ("text", ["sound"], 3):
+        with pytest.raises(ValueError, match=r"coarse=.* must hold"):
+            AttentionPackConfig(ratio=6, coarse=value)
+    config = AttentionPackConfig(ratio=6, coarse=["vision", "text"], compile="none")
+    assert AttentionPackConfig.from_json(config.to_json()) == config
+    model = small_model()
+    model.config.image_token_id = IMAGE
+    inputs = [with_pictures(prompt(300, seed=seed), 120) for seed in range(3)]
+    for coarse, share, expected in (
+        ((), 0.6, None),
+        (("text",), 0.6, None),
+        (("text",), 0.3, "text"),
+        (("vision", "text"), 0.6, "vision"),
+    ):
+        apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=coarse, compile="none"))
+        apack_compile.calibrate(model, inputs)
+        plan = apack_compile.plan_for(model, 1000, share)
+        assert (None if plan.coarse is None else plan.coarse.modality) == expected
