@@ -24,8 +24,9 @@ class AttentionPackConfig:
     attention is fast for powers of two from 16 up, and is the reference for others.
     head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
     many heads. coarse: with a ratio of 5 or more, the modalities whose tokens get more or fewer bits by how much they are expected
-    to matter, "text", "vision", both or none. For attentionpack: `ranks` per modality and stream, for all layers or a list with one
-    per packed layer; `tail_slots` newest tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile:
+    to matter, "text", "vision", both or none. For attentionpack: `ranks` per modality and stream, for all layers or a list
+    with one per packed layer; `tail_slots` newest tokens stay dense until they are packed anew; the rest in `attentionpack`.
+    For a-vl: `a_vl`. compile:
     how decode is compiled. strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming
     the argument.
     """
