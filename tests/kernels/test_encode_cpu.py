@@ -13,7 +13,10 @@ from apack_compile.codec import FLOAT16_MAX, WIDTHS, Bands, StreamBasis
 from apack_compile.kernels import native
 from apack_compile.kernels.encode import cpu
 
-pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
+pytestmark = [
+    pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
 EPSILON = torch.finfo(torch.float32).eps
@@ -85,17 +88,10 @@ def cases(draw) -> Case:
     )
 
 
-def poisoned(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool) -> tuple[Tensor, Tensor]:
-    """Codes and scales of an encode whose scratch memory and outputs held NaN before."""
+def encode_over_nan(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of an encode whose scratch memory held NaN before."""
     cpu.encode(torch.full_like(x, float("nan")), basis, bands, token_scale)
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    try:
-        return cpu.encode(x, basis, bands, token_scale)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before[0]
-        torch.use_deterministic_algorithms(before[1])
+    return cpu.encode(x, basis, bands, token_scale)
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
@@ -107,7 +103,7 @@ def test_each_code_is_the_nearest_level(instructions, monkeypatch):
     @example(Case(bands=(0, 0, 0, 0)))
     def check(case: Case) -> None:
         x, basis, bands = build(case)
-        codes, scale = poisoned(x, basis, bands, case.token_scale)
+        codes, scale = encode_over_nan(x, basis, bands, case.token_scale)
         wanted_codes, wanted_scale = codec.quantize(codec.project(x, basis), basis.step, bands, case.token_scale)
         assert codes.shape == wanted_codes.shape and codes.dtype == torch.uint8
         assert scale.shape == wanted_scale.shape and scale.dtype == torch.float16

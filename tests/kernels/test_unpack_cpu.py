@@ -59,17 +59,11 @@ def assert_close_to_float64(arguments: list, turns: dict) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_scratch(poisoned):
     """New tensors start as NaN, and the operation's scratch memory holds what a call with bases of NaN left there."""
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
     arguments, _ = arguments_of(Case(batch=4, heads=8, text=2000, bands=((64, 0, 0, 0),) * 4, empty=0.0))
     arguments[BASES] = [torch.full_like(x, float("nan")) for x in arguments[BASES]]
     assert cpu.unpack(*arguments)[0][:, :, :1000].isnan().any(-1).double().mean() > 0.9
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before[0]
-    torch.use_deterministic_algorithms(before[1])
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
