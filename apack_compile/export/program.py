@@ -1,0 +1,178 @@
+"""`optimize` for exported programs and graph modules."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from apack_compile.backend import StrictError
+from apack_compile.config import AttentionPackConfig
+from apack_compile.export.find import LeftCache, OwnedCache, find_caches
+from apack_compile.export.observe import Call, calls_of, observe
+from apack_compile.export.plans import budget_plans, given_plans
+from apack_compile.export.rewrite import rewrite
+from apack_compile.export.state import LOSSLESS
+from apack_compile.passes.nodes import value_of
+from apack_compile.plan import Plan
+
+Program = ExportedProgram | fx.GraphModule
+
+
+def optimize_program(
+    program: Program, ratio: float | None, plan: Plan | None, calibration_inputs: Any, strict: bool
+) -> Program:
+    """A new program of the same kind whose KV cache buffers are packed state; weights are shared with the given one.
+
+    Raises ValueError where no cache can be packed, where there is neither a plan nor calibration inputs, and for a plan that does
+    not fit; StrictError where strict is set and a cache is left dense.
+    """
+    if plan is None and calibration_inputs is None:
+        raise ValueError("calibration_inputs: a program needs them to fit bases to, or a plan with its bases; pass one of them")
+    if plan is not None and (calibration_inputs is not None or ratio is not None):
+        raise ValueError("plan: excludes ratio and calibration_inputs; pass one of them")
+    calls = None if calibration_inputs is None else calls_of(calibration_inputs)
+    config = AttentionPackConfig(ratio=ratio) if plan is None else None
+    gm = graph_module_of(program, calls[0] if calls else None)
+    caches, left = packable(gm)
+    if strict and left:
+        lines = [f"  {cache.name}: {cache.reason}" for cache in left]
+        raise StrictError("strict=True, but a cache stays dense:\n" + "\n".join(lines))
+    if not caches:
+        reasons = "; ".join(f"{cache.name}: {cache.reason}" for cache in left) or "it has no attention over a cache"
+        raise ValueError(f"program: none of its caches can be packed ({reasons})")
+    if plan is not None:
+        plans = given_plans(plan, caches, len(caches) + len(left))
+    else:
+        watched = copied(gm)
+        numbers = {cache.number for cache in caches}
+        seen = observe(watched, [c for c in find_caches(watched) if c.number in numbers], calls)
+        plans = budget_plans(seen, caches, config.ratio)
+    rewrite(gm, caches, plans)
+    return gm if isinstance(program, fx.GraphModule) else exported(gm, program, calls)
+
+
+def packable(gm: fx.GraphModule) -> tuple[list[OwnedCache], list[LeftCache]]:
+    """The caches that can be packed, and those that cannot; tried on a copy of the graph."""
+    found = find_caches(gm)
+    candidates = [cache for cache in found if isinstance(cache, OwnedCache)]
+    trial = copied(gm)
+    numbers = {cache.number for cache in candidates}
+    tried = [cache for cache in find_caches(trial) if cache.number in numbers]
+    reasons = rewrite(trial, tried, dict.fromkeys(numbers, LOSSLESS)) if tried else {}
+    left = [cache for cache in found if isinstance(cache, LeftCache)]
+    left += [LeftCache(cache.number, cache.name, reasons[cache.number]) for cache in candidates if cache.number in reasons]
+    return [cache for cache in candidates if cache.number not in reasons], sorted(left, key=lambda cache: cache.number)
+
+
+def graph_module_of(program: Program, call: Call | None) -> fx.GraphModule:
+    """The program as a module that shares its weights and has buffers of its own; shapes of all values are recorded."""
+    if isinstance(program, ExportedProgram):
+        return copied(program.module(check_guards=False))
+    gm = copied(program)
+    if all(value_of(node) is not None for node in gm.graph.nodes if node.op == "placeholder"):
+        return gm
+    if call is None:
+        raise ValueError("program: its graph records no shapes; pass calibration_inputs, or export it")
+    record_shapes(gm, call)
+    return gm
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with the same parameters, and its own graph and buffers."""
+    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    kept = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in gm.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    owners: dict[int, torch.nn.Module] = {}
+    for name, buffer in list(new.named_buffers(remove_duplicate=False)):
+        path, _, last = name.rpartition(".")
+        owner = owned(new, path, owners)
+        owner.register_buffer(last, buffer.detach().clone(), persistent=name not in kept)
+    return new
+
+
+def owned(root: torch.nn.Module, path: str, owners: dict[int, torch.nn.Module]) -> torch.nn.Module:
+    """The submodule at `path`, copied on the way if it is shared with another root."""
+    module = root
+    for part in path.split(".") if path else ():
+        child = getattr(module, part)
+        if id(child) not in owners:
+            twin = copy.copy(child)
+            for name in ("_buffers", "_modules", "_parameters", "_non_persistent_buffers_set"):
+                setattr(twin, name, copy.copy(getattr(child, name)))
+            owners[id(child)] = owners[id(twin)] = twin
+        setattr(module, part, owners[id(child)])
+        module = owners[id(child)]
+    return module
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph on fake tensors and records each node's value."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.mode = mode
+
+    def fetch_attr(self, target: str) -> Any:
+        found = super().fetch_attr(target)
+        return self.mode.from_tensor(found) if isinstance(found, torch.Tensor) else found
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = value
+        return value
+
+
+def record_shapes(gm: fx.GraphModule, call: Call) -> None:
+    """Record the values of a call's nodes, as torch.export does."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    args, kwargs = call
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    missing = names[len(args) :]
+    if sorted(missing) != sorted(kwargs):
+        raise ValueError(f"calibration_inputs: {len(args)} arguments and {sorted(kwargs)} must be the program's {names}")
+    flat = [*args, *(kwargs[name] for name in missing)]
+    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in flat]
+    with mode, torch.no_grad():
+        _Shapes(gm, mode).run(*fakes, enable_io_processing=False)
+
+
+def exported(gm: fx.GraphModule, program: ExportedProgram, calls: Sequence[Call] | None) -> ExportedProgram:
+    """`gm` exported with the inputs and dynamic sizes of `program`."""
+    example = program.example_inputs
+    if example is None:
+        if not calls:
+            raise ValueError("program: holds no example inputs; pass calibration_inputs")
+        example = calls[0]
+    args, kwargs = example
+    leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder"][-len(leaves) :]
+    sizes = [_dynamic(node, program) for node in inputs]
+    by_args, by_kwargs = pytree.tree_unflatten(sizes, spec)
+    dynamic = (*by_args, *by_kwargs.values())
+    return torch.export.export(gm, tuple(args), dict(kwargs), dynamic_shapes=dynamic, strict=False)
+
+
+def _dynamic(node: fx.Node, program: ExportedProgram) -> Any:
+    """Which sizes of an input are dynamic, with their bounds."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    found = {}
+    for dim, size in enumerate(value.shape):
+        if isinstance(size, torch.SymInt):
+            bounds = program.range_constraints.get(size.node.expr)
+            upper = None if bounds is None or not math.isfinite(float(bounds.upper)) else int(bounds.upper)
+            found[dim] = Dim.DYNAMIC if upper is None else Dim.DYNAMIC(max=upper)
+    return found or None
+
+
