@@ -33,6 +33,8 @@ def optimize_program(
     Raises ValueError where no cache can be packed, where there is neither a plan nor calibration inputs, and for a plan that does
     not fit; StrictError where strict is set and a cache is left dense.
     """
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan={plan!r} must be a Plan; Plan.load(path) reads one")
     if plan is None and calibration_inputs is None:
         raise ValueError("calibration_inputs: a program needs them to fit bases to, or a plan with its bases; pass one of them")
     if plan is not None and (calibration_inputs is not None or ratio is not None):

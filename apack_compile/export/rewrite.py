@@ -1,7 +1,10 @@
 """Put packed state in the place of a graph's cache buffers: `append_at` and `attend` instead of writes and dense attention."""
 
+import itertools
 import operator
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +21,6 @@ from apack_compile.export.state import (
     TAIL,
     TURNS,
     CachePlan,
-    PackedCaches,
     empty_cache,
     slot_positions,
     slots_key,
@@ -39,23 +41,40 @@ def rewrite(gm: fx.GraphModule, caches: Sequence[OwnedCache], plans: Mapping[int
     """
     if hasattr(gm, ROOT):
         raise ValueError("program: has a packed cache already; optimize the program that it was made of")
-    packed = PackedCaches()
-    views = {cache.number: [_view(gm, stream) for stream in (cache.key, cache.value)] for cache in caches}
+    buffers, slots, unpacked = Buffers(gm), SlotsOf(gm), {}
     for cache in caches:
-        plan, key = plans[cache.number], views[cache.number][0]
-        packed.caches[cache.number] = empty_cache(*views[cache.number], plan)
-        packed.slots.setdefault(slots_key(key.shape[:3], plan, key.device), slot_positions(key, plan))
-    gm.add_module(ROOT, packed.module())
-    unpacked, buffers = {}, Buffers(gm)
-    for cache in caches:
-        plan, key = plans[cache.number], views[cache.number][0]
-        slots = packed.slots_name(slots_key(key.shape[:3], plan, key.device))
-        unpacked[_unpack(buffers, cache, plan, slots)] = cache
+        plan, views = plans[cache.number], [_view(gm, stream) for stream in (cache.key, cache.value)]
+        own = f"{ROOT}.{_free_name(gm, cache.name)}"
+        gm.add_submodule(own, empty_cache(*views, plan))
+        unpacked[_unpack(buffers, cache, plan, own, slots.name(views[0], plan))] = cache
     reasons = _fuse(gm, unpacked)
     _drop(gm, caches)
     gm.graph.lint()
     gm.recompile()
     return reasons
+
+
+def _free_name(gm: fx.GraphModule, layer: str) -> str:
+    """Where a layer's packed state can be: under its own path, with a number where one attention of it is there already."""
+    path, taken = re.sub(r"[^\w.]", "_", layer), {name for name, _ in gm.named_modules()}
+    names = (path if i == 0 else f"{path}_{i}" for i in itertools.count())
+    return next(name for name in names if f"{ROOT}.{name}" not in taken)
+
+
+class SlotsOf:
+    """Positions and turns of slots, once for all caches that agree on them."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.names: dict[tuple, str] = {}
+
+    def name(self, key: Tensor, plan: CachePlan) -> str:
+        """Where those for the buffer `[B, H_kv, T, D]` are."""
+        alike = slots_key(key.shape[:3], plan, key.device)
+        if alike not in self.names:
+            self.names[alike] = f"{ROOT}.slots_{len(self.names)}"
+            self.gm.add_submodule(self.names[alike], slot_positions(key, plan))
+        return self.names[alike]
 
 
 def _view(gm: fx.GraphModule, stream: Stream) -> Tensor:
@@ -72,18 +91,24 @@ class Buffers:
 
     def read(self, where: str, names: Sequence[str]) -> list[fx.Node]:
         """Nodes of the buffers `where.name`, at the graph's insertion point."""
-        nodes = []
-        for name in (f"{where}.{name}" for name in names):
-            node = self.gm.graph.get_attr(name)
-            node.meta["val"] = self.values.setdefault(name, torch.empty_like(self.gm.get_buffer(name), device="meta"))
-            nodes.append(node)
-        return nodes
+        return [self._read(self.gm.get_submodule(where), f"{where}.{name}", name) for name in names]
+
+    def _read(self, held: Any, path: str, name: str) -> fx.Node:
+        graph, empty = self.gm.graph, held.empty.get(name)
+        if empty is None:
+            node = graph.get_attr(path)
+            self.values.setdefault(path, torch.empty_like(held.get_buffer(name), device="meta"))
+        else:
+            options = {"dtype": empty.dtype, "device": empty.device}
+            node = graph.call_function(torch.ops.aten.empty.memory_format, (list(empty.shape),), options)
+            self.values.setdefault(path, empty.to("meta"))
+        node.meta["val"] = self.values[path]
+        return node
 
 
-def _unpack(buffers: Buffers, cache: OwnedCache, plan: CachePlan, slots: str) -> fx.Node:
+def _unpack(buffers: Buffers, cache: OwnedCache, plan: CachePlan, own: str, shared: str) -> fx.Node:
     """Append and unpack behind the later write; what read the buffers reads what is unpacked."""
     graph = buffers.gm.graph
-    own, shared = f"{ROOT}.cache_{cache.number}", f"{ROOT}.{slots}"
     with graph.inserting_after(cache.last):
         anchor = graph.call_function(operator.add, (0, 0))
     with graph.inserting_before(anchor):

@@ -1,6 +1,6 @@
 """The packed state of a program's caches, as buffers of a module."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from apack_compile.kernels.layout import to_groups
 from apack_compile.plan import StreamPlan
 from apack_compile.rotary import KeyTurn, turns_of_blocks
 
-# Where a packed program keeps it: one child for each cache, and one for each set of slot positions.
+# Where a packed program keeps it: `packed_cache.<layer>` of each cache, `packed_cache.slots_<i>` of each set of slot positions.
 ROOT = "packed_cache"
 FIRST = ("first_key", "first_value")
 TAIL = ("tail_key", "tail_value")
@@ -49,33 +49,14 @@ LOSSLESS = CachePlan((StreamPlan("as_is"),) * 2, (NO_BASIS,) * 2, tail_slots=0, 
 
 
 class Held(nn.Module):
-    """Named tensors, as buffers."""
+    """Named tensors, as buffers; `empty`: those without elements, which torch.export.save cannot write."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
+        self.empty = {name: tensor for name, tensor in tensors.items() if tensor.numel() == 0}
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-
-@dataclass
-class PackedCaches:
-    """Modules to be: one `Held` for each cache; slots: for caches whose slots have the same positions, theirs."""
-
-    caches: dict[int, Held] = field(default_factory=dict)
-    slots: dict[tuple, Held] = field(default_factory=dict)
-
-    def module(self) -> nn.Module:
-        """All of it under one name."""
-        root = nn.Module()
-        for number, held in self.caches.items():
-            root.add_module(f"cache_{number}", held)
-        for number, held in enumerate(self.slots.values()):
-            root.add_module(f"slots_{number}", held)
-        return root
-
-    def slots_name(self, key: tuple) -> str:
-        """Where a set of positions is."""
-        return f"slots_{list(self.slots).index(key)}"
+            if name not in self.empty:
+                self.register_buffer(name, tensor)
 
 
 def slots_key(size: tuple[int, int, int], plan: CachePlan, device: torch.device) -> tuple:
@@ -101,7 +82,7 @@ def empty_cache(key: Tensor, value: Tensor, plan: CachePlan) -> Held:
         x = to_groups(states.new_zeros((batch, heads, 0, states.shape[3])), plan.groups)
         coded, _ = encode(x, StreamBasis(*where), stream_plan.bands)
         dtype = dense if stream_plan.scope == "half" else coded.dtype
-        for slots, into in ((tokens - plan.tail_slots, codes), (0, none)):
+        for slots, into in ((tokens - plan.tail_slots, codes), (1, none)):
             scale = (batch, plan.groups, slots) if stream_plan.token_scale else (0,)
             into.append(torch.zeros(batch, plan.groups, slots, coded.shape[3], dtype=dtype, device=states.device))
             into.append(torch.zeros(scale, dtype=torch.float16, device=states.device))
@@ -113,17 +94,17 @@ def empty_cache(key: Tensor, value: Tensor, plan: CachePlan) -> Held:
 
 
 def slot_positions(key: Tensor, plan: CachePlan) -> Held:
-    """Positions of the slots of first, an empty segment and text, and the turns of the last two where keys are turned back."""
+    """Positions of the slots of first, of one that is never filled, and of text; turns of the last two where keys are turned back."""
     batch, _, tokens, _ = key.shape
     first = torch.arange(plan.first_tokens, dtype=torch.int32, device=key.device)
     text = torch.arange(tokens - plan.tail_slots, dtype=torch.int32, device=key.device)
-    positions = [first, text[:0], torch.where(text < plan.first_tokens, -1, text)]
+    positions = [first, torch.full_like(text[:1], -1), torch.where(text < plan.first_tokens, -1, text)]
     rows = [where.expand(batch, -1).contiguous() for where in positions]
     tensors = dict(zip(POSITIONS, rows, strict=True))
     if plan.turn is not None:
         start = torch.zeros(batch, 1, dtype=torch.int64, device=key.device)
         at_slots = text.expand(batch, -1)
-        turns = [turns_of_blocks(where, start, plan.turn) for where in (at_slots[:, :0], at_slots)]
+        turns = [turns_of_blocks(where, start, plan.turn) for where in (at_slots[:, :1], at_slots)]
         tensors |= dict(zip(TURNS, turns, strict=True))
     return Held(tensors)
 

@@ -167,7 +167,7 @@ def _uses(
         for user in node.users:
             view = view_of(user)
             is_after = order[user] > order[write]
-            if user is write or user in aliases:
+            if user is write or user in aliases or user in leftover:
                 continue
             if kind(user) == CHECK:
                 leftover.append(user)
