@@ -49,7 +49,7 @@ def is_impure(node: fx.Node) -> bool:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The argument nodes whose memory the node may write; all of them when nothing better is known."""
-    if node.op in ("placeholder", "output") or is_pure(node):
+    if node.op in ("placeholder", "output") or is_pure(node) or _module_leaves_inputs(node):
         return []
     name = op_name(node)
     inner = _wrapped(node)
@@ -77,6 +77,16 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
         if is_impure(node) or any(user in live for user in node.users):
             live.add(node)
     return live
+
+
+def _module_leaves_inputs(node: fx.Node) -> bool:
+    """True for a call of one of torch's own layers, or of the checks that an exported module begins with."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return False
+    module = node.graph.owning_module.get_submodule(str(node.target))
+    own = type(module).__module__.startswith(("torch.nn.modules.", "torch.export."))
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    return own and not hooked and not getattr(module, "inplace", False) and not list(module.children())
 
 
 def _wrapped(node: fx.Node) -> fx.Graph | None:

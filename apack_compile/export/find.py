@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from apack_compile.export.positions import why_no_position
+from apack_compile.export.state import ROOT
 from apack_compile.export.streams import Span, Stream, read_stream
 from apack_compile.passes.attention import Attention, NoAttention, find_attentions
 from apack_compile.passes.base import Refusal
@@ -81,7 +82,8 @@ def _unread(
             root = root_of(target)[0]
             name = str(root.target)
             buffer = buffers.get(name) if root.op == "get_attr" and kind(write) in KINDS else None
-            if buffer is None or name in known or buffer.dim() != 4 or not buffer.is_floating_point():
+            packed = name.startswith(f"{ROOT}.")
+            if buffer is None or packed or name in known or buffer.dim() != 4 or not buffer.is_floating_point():
                 continue
             later = (a.why for a in attentions if isinstance(a, NoAttention) and memory.order[a.node] > memory.order[write])
             found[name] = next(later, "no attention that reads it was found")

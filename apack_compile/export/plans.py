@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from apack_compile.calibration import Statistics
 from apack_compile.export.find import OwnedCache
+from apack_compile.export.observe import Observed
 from apack_compile.export.state import LOSSLESS, CachePlan
 from apack_compile.plan import Plan, budget_plan, largest_ratio
 from apack_compile.plan_check import check_plan
 
 
-def budget_plans(statistics: Statistics, caches: Sequence[OwnedCache], ratio: float) -> dict[int, CachePlan]:
+def budget_plans(seen: Observed, caches: Sequence[OwnedCache], ratio: float) -> dict[int, CachePlan]:
     """Plans by cache number: caches of one length share the budget that `ratio` leaves them.
 
     Raises ValueError for a ratio that no plan can reach.
@@ -22,7 +22,8 @@ def budget_plans(statistics: Statistics, caches: Sequence[OwnedCache], ratio: fl
             raise ValueError(
                 f"ratio={ratio!r} is out of reach: the largest for KV width {width} is {largest_ratio(width):.1f}"
             )
-        plan = budget_plan({cache.number: statistics[cache.number] for cache in alike}, ratio, tokens, 0.0)
+        statistics = {cache.number: seen.statistics[cache.number] for cache in alike}
+        plan = budget_plan(statistics, ratio, tokens, 0.0, turn=seen.turn)
         plans |= {cache.number: cache_plan(plan, cache.number) for cache in alike}
     return plans
 

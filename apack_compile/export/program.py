@@ -136,14 +136,14 @@ class _Shapes(fx.Interpreter):
 
 def record_shapes(gm: fx.GraphModule, call: Call) -> None:
     """Record the values of a call's nodes, as torch.export does."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, static_shapes=True)
     args, kwargs = call
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     missing = names[len(args) :]
     if sorted(missing) != sorted(kwargs):
         raise ValueError(f"calibration_inputs: {len(args)} arguments and {sorted(kwargs)} must be the program's {names}")
     flat = [*args, *(kwargs[name] for name in missing)]
-    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in flat]
+    fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in flat]
     with mode, torch.no_grad():
         _Shapes(gm, mode).run(*fakes, enable_io_processing=False)
 

@@ -8,10 +8,10 @@ from torch.export import ExportedProgram
 
 from apack_compile.accounting import DENSE_ELEMENT_BYTES, storage_bytes
 from apack_compile.export.find import LeftCache, find_caches
-from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT
+from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
 from apack_compile.kernels.ops import implementations
 
-NOT_PACKED = "dense: optimize has not packed it"
+NOT_PACKED = "optimize has not packed it"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ProgramReport:
     """Packed and dense caches of a program, all bytes of the packed ones, and what serves each operation.
 
     dense_bytes: a 16-bit dense buffer of each packed cache; sequence_bytes: what is held instead, with slots' positions and turns;
-    model_bytes: bases; ratio: dense_bytes / sequence_bytes.
+    model_bytes: bases; ratio: dense_bytes / sequence_bytes. keys: how packed keys are stored.
     """
 
     packed: tuple[PackedLine, ...]
@@ -47,6 +47,7 @@ class ProgramReport:
     sequence_bytes: int
     model_bytes: int
     ratio: float
+    keys: str
     operations: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,8 +59,10 @@ class ProgramReport:
             f"apack-compile: {len(self.packed)} caches packed, {len(self.left)} dense",
             f"{self.dense_bytes:,} bytes dense (16-bit), {self.sequence_bytes:,} packed ({self.ratio:.2f}x), "
             f"{self.model_bytes:,} of bases",
-            "; ".join(f"{operation}: {serves}" for operation, serves in self.operations.items()),
         ]
+        if self.packed:
+            lines.append("; ".join(f"{operation}: {serves}" for operation, serves in self.operations.items()))
+            lines.append(f"packed keys: {self.keys}")
         lines += [
             f"packed  {line.name}: {line.slots} slots, {line.dense_bytes:,} bytes dense, {line.packed_bytes:,} packed"
             for line in self.packed
@@ -90,6 +93,7 @@ def program_report(program: ExportedProgram | fx.GraphModule) -> ProgramReport:
         sequence_bytes=held_bytes,
         model_bytes=sum(line.basis_bytes for line in packed),
         ratio=dense / held_bytes if held_bytes else 1.0,
+        keys=_keys(by_owner) if packed else "",
         operations={} if cursor is None else _operations(gm, cursor.device.type),
     )
 
@@ -104,6 +108,12 @@ def _line(name: str, held: dict[str, Tensor]) -> PackedLine:
     rest = [tensor for part, tensor in held.items() if part not in BASES]
     dense = codes[0].shape[0] * slots * sum(widths) * DENSE_ELEMENT_BYTES
     return PackedLine(name, slots, dense, storage_bytes(rest), storage_bytes(bases))
+
+
+def _keys(by_owner: dict[str, dict[str, Tensor]]) -> str:
+    """Whether packed keys are turned back."""
+    turned = any(TURNS[1] in held for held in by_owner.values())
+    return "turned back to the start of their block of slots" if turned else "stored as the graph makes them"
 
 
 def _operations(gm: fx.GraphModule, device: str) -> dict[str, str]:
