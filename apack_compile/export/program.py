@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -89,31 +89,31 @@ def graph_module_of(program: Program, call: Call | None) -> fx.GraphModule:
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with the same parameters, and its own graph and buffers."""
     new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    kept = {
-        f"{path}.{name}".lstrip(".")
-        for path, module in gm.named_modules()
-        for name in module._non_persistent_buffers_set
+    fleeting = {
+        f"{path}.{name}".lstrip(".") for path, module in gm.named_modules() for name in module._non_persistent_buffers_set
     }
-    owners: dict[int, torch.nn.Module] = {}
-    for name, buffer in list(new.named_buffers(remove_duplicate=False)):
-        path, _, last = name.rpartition(".")
-        owner = owned(new, path, owners)
-        owner.register_buffer(last, buffer.detach().clone(), persistent=name not in kept)
+    own: dict[int, nn.Module] = {}
+    # one memo: buffers that share memory go on sharing it
+    memo: dict[int, Any] = {}
+    for path, buffer in list(new.named_buffers(remove_duplicate=False)):
+        owner, _, name = path.rpartition(".")
+        module = _own_module(new, owner, own)
+        module.register_buffer(name, copy.deepcopy(buffer.detach(), memo), persistent=path not in fleeting)
     return new
 
 
-def owned(root: torch.nn.Module, path: str, owners: dict[int, torch.nn.Module]) -> torch.nn.Module:
-    """The submodule at `path`, copied on the way if it is shared with another root."""
+def _own_module(root: nn.Module, path: str, own: dict[int, nn.Module]) -> nn.Module:
+    """The submodule at `path`, with all that lead to it copied once, so that what is registered there stays there."""
     module = root
     for part in path.split(".") if path else ():
         child = getattr(module, part)
-        if id(child) not in owners:
+        if id(child) not in own:
             twin = copy.copy(child)
             for name in ("_buffers", "_modules", "_parameters", "_non_persistent_buffers_set"):
                 setattr(twin, name, copy.copy(getattr(child, name)))
-            owners[id(child)] = owners[id(twin)] = twin
-        setattr(module, part, owners[id(child)])
-        module = owners[id(child)]
+            own[id(child)] = own[id(twin)] = twin
+        setattr(module, part, own[id(child)])
+        module = own[id(child)]
     return module
 
 
