@@ -158,23 +158,26 @@ def exported(gm: fx.GraphModule, program: ExportedProgram, calls: Sequence[Call]
     args, kwargs = example
     leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"][-len(leaves) :]
-    sizes = [_dynamic(node, program) for node in inputs]
+    dims: dict[Any, Any] = {}
+    sizes = [_dynamic(node, program, dims) for node in inputs]
     by_args, by_kwargs = pytree.tree_unflatten(sizes, spec)
     dynamic = (*by_args, *by_kwargs.values())
     return torch.export.export(gm, tuple(args), dict(kwargs), dynamic_shapes=dynamic, strict=False)
 
 
-def _dynamic(node: fx.Node, program: ExportedProgram) -> Any:
-    """Which sizes of an input are dynamic, with their bounds."""
+def _dynamic(node: fx.Node, program: ExportedProgram, dims: dict[Any, Any]) -> Any:
+    """Which sizes of an input are dynamic, with their bounds; one Dim for each symbol."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return None
     found = {}
     for dim, size in enumerate(value.shape):
         if isinstance(size, torch.SymInt):
-            bounds = program.range_constraints.get(size.node.expr)
-            upper = None if bounds is None or not math.isfinite(float(bounds.upper)) else int(bounds.upper)
-            found[dim] = Dim.DYNAMIC if upper is None else Dim.DYNAMIC(max=upper)
+            symbol = size.node.expr
+            bounds = program.range_constraints.get(symbol)
+            if bounds is not None and symbol not in dims:
+                upper = int(bounds.upper) if math.isfinite(float(bounds.upper)) else None
+                dims[symbol] = Dim(f"size_{len(dims)}", min=int(bounds.lower), max=upper)
+            # a size computed from others is found again by tracing
+            found[dim] = dims.get(symbol, Dim.AUTO)
     return found or None
-
-

@@ -110,7 +110,11 @@ def _entered(write: fx.Node) -> _Entered | str:
     if name == "slice_scatter":
         given = arguments(write, "self", "src", "dim", "start", "end", "step")
         span = _span(write, given.get("start"), given.get("step", 1))
-        return span if isinstance(span, str) else (given["self"], given["src"], span, None)
+        new, old = given["src"], None
+        if kind(new) == "copy" and not written(new):
+            # what functionalization makes of a copy_ into a slice
+            old, new = new.args[:2]
+        return span if isinstance(span, str) else (given["self"], new, span, old)
     if name == "copy":
         target, new = write.args[:2]
         part = _slice_of(target)
@@ -179,8 +183,9 @@ def _uses(
             if kind(user) == CHECK:
                 leftover.append(user)
             elif user is slice_node:
-                if set(user.users) != {write}:
-                    return f"{buffer} is also used by {op_name(next(u for u in user.users if u is not write))}"
+                others = [other for other in user.users if other is not write and other not in write.all_input_nodes]
+                if others:
+                    return f"{buffer} is also used by {op_name(others[0])}"
             elif not is_after and view is not None and None not in view.dims and not view.narrowed:
                 aliases[user] = tuple(aliases[node][dim] for dim in view.dims)  # type: ignore[index]
                 stack.append(user)
@@ -190,7 +195,7 @@ def _uses(
                 return f"{buffer} is written twice, also by {op_name(user)}"
             elif not is_after or (not in_place and node is not write):
                 return f"{buffer} is also used by {op_name(user)}, before the write"
-            elif slice_node is not None and node is write:
+            elif slice_node is not None and node is write and in_place:
                 return f"the slice that is written of {buffer} is also used by {op_name(user)}"
             else:
                 readers.append((user, node, aliases[node]))

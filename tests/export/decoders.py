@@ -84,10 +84,12 @@ class Layer(nn.Module):
         self.cache = Cache(batch, tokens, update)
 
     def forward(self, x: Tensor, mask: Tensor, input_pos: Tensor) -> Tensor:
-        parts = self.qkv(x).split([HEADS * WIDTH, KV_HEADS * WIDTH, KV_HEADS * WIDTH], dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, WIDTH)).transpose(1, 2) for part in parts)
+        heads = self.qkv(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2)
+        q, k, v = heads[:, :HEADS], heads[:, HEADS : HEADS + KV_HEADS], heads[:, HEADS + KV_HEADS :]
         k, v = self.cache.update(self.cache, k, v, input_pos)
-        k, v = (s if s.shape[1] == HEADS else s.repeat_interleave(HEADS // KV_HEADS, dim=1) for s in (k, v))
+        if self.cache.update is not keys_read_first:
+            k = k.repeat_interleave(HEADS // KV_HEADS, dim=1)
+        v = v.repeat_interleave(HEADS // KV_HEADS, dim=1)
         if self.spelling == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:

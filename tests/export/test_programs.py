@@ -27,12 +27,12 @@ def held_bytes(program) -> int:
 
 @pytest.fixture(scope="module")
 def long_program():
-    return exported(Decoder(tokens=1024))
+    return exported(Decoder(tokens=512))
 
 
 @pytest.fixture(scope="module")
 def packed_at_4(long_program):
-    return apack_compile.optimize(long_program, ratio=4, calibration_inputs=(token_ids(800), torch.arange(800)))
+    return apack_compile.optimize(long_program, ratio=4, calibration_inputs=(token_ids(400), torch.arange(400)))
 
 
 @pytest.mark.parametrize("decomposed", [False, True], ids=["in place", "functional"])
@@ -41,8 +41,6 @@ def test_a_plan_that_keeps_tokens_as_they_are_gives_equal_outputs(name, decompos
     program = exported(Decoder([UPDATES[name]] * 2, dtype=torch.float64))
     if decomposed:
         program = program.run_decompositions({})
-    if decomposed and name == "slices":
-        pytest.skip("refused: its buffer is read before the write")
     packed = apack_compile.optimize(program, plan=dense_plan())
     ids = token_ids(60)
     torch.testing.assert_close(run(packed, ids, CHUNKS), run(program, ids, CHUNKS))
@@ -80,16 +78,16 @@ def test_a_program_of_one_token_a_call_is_packed_too():
 def test_ratio_4_holds_a_quarter_of_the_bytes_and_answers_nearly_the_same(long_program, packed_at_4):
     ids = token_ids(340, seed=2)
     dense = run(long_program, ids, LONG)
-    calibration = (token_ids(800), torch.arange(800))
+    calibration = (token_ids(400), torch.arange(400))
     coarser = apack_compile.optimize(long_program, ratio=8, calibration_inputs=calibration)
     errors = [float((run(p, ids, LONG) - dense).norm() / dense.norm()) for p in (packed_at_4, coarser)]
     assert 0 < errors[0] < errors[1] < 0.2
     assert (run(packed_at_4, ids, LONG).argmax(-1) == dense.argmax(-1)).double().mean() > 0.95
     report = apack_compile.report(packed_at_4)
-    assert report.dense_bytes == 2 * 2 * 1024 * 2 * 16 * 2
+    assert report.dense_bytes == 2 * 2 * 512 * 2 * 16 * 2
     assert report.sequence_bytes == held_bytes(packed_at_4)
     assert 4 <= report.ratio < 4.3
-    assert report.dense_bytes / held_bytes(coarser) == pytest.approx(8, rel=0.05)
+    assert 8 <= report.dense_bytes / held_bytes(coarser) < 9
 
 
 def test_decode_reads_what_was_packed(packed_at_4, long_program):
@@ -140,7 +138,7 @@ def test_signature_and_sizes_stay():
     ]
     assert not any(name.endswith(("cache.keys", "cache.values")) for name in packed.state_dict)
     assert set(program.constants) == {"causal"} == set(packed.constants)
-    with pytest.raises(RuntimeError, match=r"ids|Guard|Expected"):
+    with pytest.raises(AssertionError, match=r"Guard failed: ids.size\(\)\[1\] <= 63"):
         run(packed, token_ids(70), (70,))
 
 
