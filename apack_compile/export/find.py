@@ -35,11 +35,12 @@ class OwnedCache:
 
 @dataclass(frozen=True)
 class LeftCache:
-    """A cache that stays dense, and why."""
+    """A cache that stays dense, and why; `attended` says that an attention was found to read it."""
 
     number: int
     name: str
     reason: str
+    attended: bool = True
 
 
 def find_caches(gm: fx.GraphModule) -> list[OwnedCache | LeftCache]:
@@ -63,7 +64,7 @@ def find_caches(gm: fx.GraphModule) -> list[OwnedCache | LeftCache]:
         caches.append(LeftCache(len(caches), name, cache) if isinstance(cache, str) else cache)
     known = {root_of(target)[0] for writes in updates for write in writes if write for target in _targets(write)}
     for node, why in _unread(gm, attentions, {str(node.target) for node in known}, memory).items():
-        caches.append(LeftCache(len(caches), node, why))
+        caches.append(LeftCache(len(caches), node, why, attended=False))
     return caches
 
 

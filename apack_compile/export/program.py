@@ -50,7 +50,7 @@ def optimize_program(
         reasons = "; ".join(f"{cache.name}: {cache.reason}" for cache in left) or "it has no attention over a cache"
         raise ValueError(f"program: none of its caches can be packed ({reasons})")
     if plan is not None:
-        plans = given_plans(plan, caches, len(caches) + len(left))
+        plans = given_plans(plan, caches, len(caches) + sum(cache.attended for cache in left))
     else:
         watched = copied(gm)
         numbers = {cache.number for cache in caches}

@@ -60,9 +60,6 @@ def read_stream(gm: fx.GraphModule, update: CacheUpdate, memory: Memory) -> Stre
     tensor = buffers[buffer]
     if tensor.dim() != 4 or update.token_dim not in (1, 2):
         return f"{buffer} {tuple(tensor.shape)} is neither [B, H_kv, T, D] nor [B, T, H_kv, D]"
-    shared = next((name for name, other in buffers.items() if name != buffer and _shares(other, tensor)), None)
-    if shared is not None:
-        return f"{buffer} shares its memory with {shared}"
     entered = _entered(write)
     if isinstance(entered, str):
         return entered
@@ -89,10 +86,6 @@ def read_stream(gm: fx.GraphModule, update: CacheUpdate, memory: Memory) -> Stre
     )
     order = tuple(dims.index(dim) for dim in layout)
     return Stream(buffer, write, new, index, order, layout, readers, tuple(uses[1]), tensor)
-
-
-def _shares(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.untyped_storage()._cdata == right.untyped_storage()._cdata
 
 
 _Entered = tuple[fx.Node, fx.Node, fx.Node | Span, fx.Node | None]
