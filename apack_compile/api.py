@@ -60,10 +60,14 @@ def optimize(
     The program stays as it is; the new one shares its weights. Raises StrictError where strict is set and a cache stays dense.
     """
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
-        _check_program_choice(config=config, preset=preset, quantize=quantize, compile=None if compile == "auto" else compile)
+        _check_program_choice(
+            config=config, preset=preset, quantize=quantize, compile=None if compile == "auto" else compile
+        )
         return optimize_program(model, ratio, plan, calibration_inputs, strict)
     if calibration_inputs is not None:
-        raise ValueError("calibration_inputs: is for programs; call calibrate(model, inputs) for a model with generate()")
+        raise ValueError(
+            "calibration_inputs: is for programs; call calibrate(model, inputs) for a model with generate()"
+        )
     if plan is not None:
         _check_choice(plan, config=config, ratio=ratio, preset=preset)
     if config is None:

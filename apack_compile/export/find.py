@@ -68,6 +68,12 @@ def find_caches(gm: fx.GraphModule) -> list[OwnedCache | LeftCache]:
     return caches
 
 
+def drop_checks(graph: fx.Graph) -> None:
+    """Erase checks of dtypes that exporting put beside each `to`: they hold, and would count as readers of what they check."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+
+
 def _targets(write: fx.Node) -> list[fx.Node]:
     """The tensor that an update is of."""
     return [node for node in (target_of(write), *written(write)) if node is not None]
@@ -86,7 +92,9 @@ def _unread(
             packed = name.startswith(f"{ROOT}.")
             if buffer is None or packed or name in known or buffer.dim() != 4 or not buffer.is_floating_point():
                 continue
-            later = (a.why for a in attentions if isinstance(a, NoAttention) and memory.order[a.node] > memory.order[write])
+            later = (
+                a.why for a in attentions if isinstance(a, NoAttention) and memory.order[a.node] > memory.order[write]
+            )
             found[name] = next(later, "no attention that reads it was found")
     return found
 

@@ -32,7 +32,9 @@ def given_plans(plan: Plan, caches: Sequence[OwnedCache], total: int) -> dict[in
     """A plan's layers by cache number, of `total` caches that the program has; raises ValueError for a plan that does not fit."""
     check_plan(plan, "plan")
     if plan.per_request:
-        raise ValueError("plan: fits bases to each cache; a program needs a plan whose bases are shared, as ratio=N makes it")
+        raise ValueError(
+            "plan: fits bases to each cache; a program needs a plan whose bases are shared, as ratio=N makes it"
+        )
     if plan.layers_place_tokens:
         raise ValueError("plan: orders or separates tokens by importance; make it with AttentionPackConfig(coarse=())")
     if len(plan.layers) != total:
@@ -42,7 +44,9 @@ def given_plans(plan: Plan, caches: Sequence[OwnedCache], total: int) -> dict[in
         _, heads, _, width = cache.key.size
         found = (heads, width, str(cache.key.tensor.dtype))
         if found != plan.signature[1:]:
-            raise ValueError(f"plan: made for (KV heads, head_dim, dtype) {plan.signature[1:]}; {cache.name} has {found}")
+            raise ValueError(
+                f"plan: made for (KV heads, head_dim, dtype) {plan.signature[1:]}; {cache.name} has {found}"
+            )
         plans[cache.number] = cache_plan(plan, layers[cache.number])
     return plans
 

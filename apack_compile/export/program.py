@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from apack_compile.backend import StrictError
 from apack_compile.config import AttentionPackConfig
-from apack_compile.export.find import LeftCache, OwnedCache, find_caches
+from apack_compile.export.find import LeftCache, OwnedCache, drop_checks, find_caches
 from apack_compile.export.observe import Call, calls_of, observe
 from apack_compile.export.plans import budget_plans, given_plans
 from apack_compile.export.rewrite import rewrite
@@ -36,7 +36,9 @@ def optimize_program(
     if plan is not None and not isinstance(plan, Plan):
         raise ValueError(f"plan={plan!r} must be a Plan; Plan.load(path) reads one")
     if plan is None and calibration_inputs is None:
-        raise ValueError("calibration_inputs: a program needs them to fit bases to, or a plan with its bases; pass one of them")
+        raise ValueError(
+            "calibration_inputs: a program needs them to fit bases to, or a plan with its bases; pass one of them"
+        )
     if plan is not None and (calibration_inputs is not None or ratio is not None):
         raise ValueError("plan: excludes ratio and calibration_inputs; pass one of them")
     calls = None if calibration_inputs is None else calls_of(calibration_inputs)
@@ -69,20 +71,20 @@ def packable(gm: fx.GraphModule) -> tuple[list[OwnedCache], list[LeftCache]]:
     tried = [cache for cache in find_caches(trial) if cache.number in numbers]
     reasons = rewrite(trial, tried, dict.fromkeys(numbers, LOSSLESS)) if tried else {}
     left = [cache for cache in found if isinstance(cache, LeftCache)]
-    left += [LeftCache(cache.number, cache.name, reasons[cache.number]) for cache in candidates if cache.number in reasons]
+    left += [
+        LeftCache(cache.number, cache.name, reasons[cache.number]) for cache in candidates if cache.number in reasons
+    ]
     return [cache for cache in candidates if cache.number not in reasons], sorted(left, key=lambda cache: cache.number)
 
 
 def graph_module_of(program: Program, call: Call | None) -> fx.GraphModule:
     """The program as a module that shares its weights and has buffers of its own; shapes of all values are recorded."""
-    if isinstance(program, ExportedProgram):
-        return copied(program.module(check_guards=False))
-    gm = copied(program)
-    if all(value_of(node) is not None for node in gm.graph.nodes if node.op == "placeholder"):
-        return gm
-    if call is None:
-        raise ValueError("program: its graph records no shapes; pass calibration_inputs, or export it")
-    record_shapes(gm, call)
+    gm = copied(program.module(check_guards=False) if isinstance(program, ExportedProgram) else program)
+    if any(value_of(node) is None for node in gm.graph.nodes if node.op == "placeholder"):
+        if call is None:
+            raise ValueError("program: its graph records no shapes; pass calibration_inputs, or export it")
+        record_shapes(gm, call)
+    drop_checks(gm.graph)
     return gm
 
 
@@ -90,7 +92,9 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with the same parameters, and its own graph and buffers."""
     new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     fleeting = {
-        f"{path}.{name}".lstrip(".") for path, module in gm.named_modules() for name in module._non_persistent_buffers_set
+        f"{path}.{name}".lstrip(".")
+        for path, module in gm.named_modules()
+        for name in module._non_persistent_buffers_set
     }
     own: dict[int, nn.Module] = {}
     # one memo: buffers that share memory go on sharing it
@@ -141,7 +145,9 @@ def record_shapes(gm: fx.GraphModule, call: Call) -> None:
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     missing = names[len(args) :]
     if sorted(missing) != sorted(kwargs):
-        raise ValueError(f"calibration_inputs: {len(args)} arguments and {sorted(kwargs)} must be the program's {names}")
+        raise ValueError(
+            f"calibration_inputs: {len(args)} arguments and {sorted(kwargs)} must be the program's {names}"
+        )
     flat = [*args, *(kwargs[name] for name in missing)]
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in flat]
     with mode, torch.no_grad():

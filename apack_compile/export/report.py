@@ -1,5 +1,6 @@
 """What is packed in a program, read off the program itself, so that it is the same after a save and a load."""
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from apack_compile.accounting import DENSE_ELEMENT_BYTES, storage_bytes
-from apack_compile.export.find import LeftCache, find_caches
+from apack_compile.export.find import LeftCache, drop_checks, find_caches
 from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
 from apack_compile.kernels.ops import implementations
 
@@ -74,13 +75,18 @@ class ProgramReport:
 def program_report(program: ExportedProgram | fx.GraphModule) -> ProgramReport:
     """The report of a program, packed or not."""
     gm = program.module(check_guards=False) if isinstance(program, ExportedProgram) else program
+    # the same tensors, another graph
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    drop_checks(gm.graph)
     buffers = {name: buffer for name, buffer in gm.named_buffers() if name.startswith(f"{ROOT}.")}
     by_owner: dict[str, dict[str, Tensor]] = {}
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         by_owner.setdefault(owner.removeprefix(f"{ROOT}."), {})[last] = buffer
     packed = tuple(_line(name, held) for name, held in by_owner.items() if CURSOR in held)
-    shared = storage_bytes(t for held in by_owner.values() if POSITIONS[0] in held or POSITIONS[1] in held for t in held.values())
+    shared = storage_bytes(
+        t for held in by_owner.values() if POSITIONS[0] in held or POSITIONS[1] in held for t in held.values()
+    )
     left = tuple(
         LeftLine(cache.name, cache.reason if isinstance(cache, LeftCache) else NOT_PACKED) for cache in find_caches(gm)
     )

@@ -122,9 +122,7 @@ def _unpack(buffers: Buffers, cache: OwnedCache, plan: CachePlan, own: str, shar
         graph.call_function(torch.ops.apack.append_at.default, arguments, appended)
         state = ([*first, *tail], [*none, *codes], [*bases, *bases], plan.bands * 2, positions, cursor)
         read = {**turned, "turns": turns} if turns else {}
-        unpack = graph.call_function(
-            torch.ops.apack.unpack.default, (key, value, *state, cache.key.size[2]), read
-        )
+        unpack = graph.call_function(torch.ops.apack.unpack.default, (key, value, *state, cache.key.size[2]), read)
         streams = (cache.key, cache.value)
         tokens = []
         for i, stream in enumerate(streams):
@@ -226,11 +224,7 @@ def _drop(gm: fx.GraphModule, caches: Sequence[OwnedCache]) -> None:
     for node in reversed(gm.graph.nodes):
         if node not in live and node.op not in ("placeholder", "output"):
             gm.graph.erase_node(node)
-    used = {node.target for node in gm.graph.nodes if node.op == "get_attr"}
     for cache in caches:
-        for stream in (cache.key, cache.value):
-            if stream.buffer not in used:
-                owner, _, name = stream.buffer.rpartition(".")
-                delattr(gm.get_submodule(owner), name)
-
-
+        for path in (*cache.key.names, *cache.value.names):
+            owner, _, name = path.rpartition(".")
+            delattr(gm.get_submodule(owner), name)

@@ -107,5 +107,3 @@ def slot_positions(key: Tensor, plan: CachePlan) -> Held:
         turns = [turns_of_blocks(where, start, plan.turn) for where in (at_slots[:, :1], at_slots)]
         tensors |= dict(zip(TURNS, turns, strict=True))
     return Held(tensors)
-
-

@@ -12,8 +12,6 @@ from apack_compile.passes.memory import Memory
 from apack_compile.passes.nodes import arguments, kind, op_name, same_sizes, shape, value_of
 from apack_compile.passes.views import entries_of, view_of
 
-CHECK = "_assert_tensor_metadata"
-
 
 @dataclass(frozen=True)
 class Span:
@@ -28,7 +26,7 @@ class Stream:
 
     new: the tokens that `write` puts in, leading dimensions of 1 may lack; order: their dimensions as `[B, H_kv, n, D]`. layout: the buffer's dimensions so. readers:
     what reads the cache after the write, with the node that it reads and that node's dimensions as `[B, H_kv, T, D]`. leftover: nodes
-    that write the update back, or check what is known.
+    that write the update back. names: of the buffer, and of others that are it.
     """
 
     buffer: str
@@ -40,6 +38,7 @@ class Stream:
     readers: tuple[tuple[fx.Node, fx.Node, tuple[int, ...]], ...]
     leftover: tuple[fx.Node, ...]
     tensor: torch.Tensor
+    names: tuple[str, ...]
 
     @property
     def size(self) -> tuple[int, int, int, int]:
@@ -60,6 +59,12 @@ def read_stream(gm: fx.GraphModule, update: CacheUpdate, memory: Memory) -> Stre
     tensor = buffers[buffer]
     if tensor.dim() != 4 or update.token_dim not in (1, 2):
         return f"{buffer} {tuple(tensor.shape)} is neither [B, H_kv, T, D] nor [B, T, H_kv, D]"
+    storage = tensor.untyped_storage()._cdata
+    same = [name for name, other in buffers.items() if other.untyped_storage()._cdata == storage]
+    used = {str(node.target) for node in gm.graph.find_nodes(op="get_attr") if node.users}
+    shared = next((name for name in same if name != buffer and name in used), None)
+    if shared is not None:
+        return f"{buffer} shares its memory with {shared}"
     entered = _entered(write)
     if isinstance(entered, str):
         return entered
@@ -85,7 +90,7 @@ def read_stream(gm: fx.GraphModule, update: CacheUpdate, memory: Memory) -> Stre
         (reader, node, tuple(layout.index(dim) for dim in node_dims)) for reader, node, node_dims in uses[0]
     )
     order = tuple(dims.index(dim) for dim in layout)
-    return Stream(buffer, write, new, index, order, layout, readers, tuple(uses[1]), tensor)
+    return Stream(buffer, write, new, index, order, layout, readers, tuple(uses[1]), tensor, tuple(same))
 
 
 _Entered = tuple[fx.Node, fx.Node, fx.Node | Span, fx.Node | None]
@@ -173,9 +178,7 @@ def _uses(
             is_after = order[user] > order[write]
             if user is write or user in aliases or user in leftover:
                 continue
-            if kind(user) == CHECK:
-                leftover.append(user)
-            elif user is slice_node:
+            if user is slice_node:
                 others = [other for other in user.users if other is not write and other not in write.all_input_nodes]
                 if others:
                     return f"{buffer} is also used by {op_name(others[0])}"

@@ -60,6 +60,8 @@ def _check(index: Tensor, cursor: Tensor, stores: list[Tensor]) -> None:
     if new_tokens > 1 and not torch.equal(index.to(expected.dtype), expected):
         raise ValueError(f"index: positions {index.tolist()} must follow one another")
     if start not in (0, held):
-        raise ValueError(f"index: starts at {start}, must be {held}, the tokens held, or 0, which begins a new sequence")
+        raise ValueError(
+            f"index: starts at {start}, must be {held}, the tokens held, or 0, which begins a new sequence"
+        )
     if start + new_tokens > slots:
         raise IndexError(f"index: {new_tokens} tokens from position {start} on pass the cache's {slots} slots")
