@@ -128,12 +128,12 @@ def _cache(
     why = why_no_position(where, key.write, memory)
     if why is not None:
         return why
-    writes = sorted((key.write, value.write), key=memory.order.__getitem__)
-    moved = _between(*writes, (key if writes[0] is key.write else value), memory)
+    first, last = sorted((key, value), key=lambda stream: memory.order[stream.write])
+    moved = _between(first, last.write, memory)
     if isinstance(moved, str):
         return moved
-    changed = memory.write_between(writes[0], writes[1], [where, key.new, value.new])
-    return changed or OwnedCache(number, name, attentions, key, value, writes[1], moved)
+    changed = memory.write_between(first.write, last.write, [where, key.new, value.new])
+    return changed or OwnedCache(number, name, attentions, key, value, last.write, moved)
 
 
 def same_positions(left: object, right: object) -> bool:
@@ -149,26 +149,22 @@ def same_positions(left: object, right: object) -> bool:
     return left.kwargs == right.kwargs and all(map(same_positions, left.args, right.args))
 
 
-def _between(first: fx.Node, last: fx.Node, stream: Stream, memory: Memory) -> tuple[fx.Node, ...] | str:
-    """What depends on the first write and comes before the last one."""
-    dependent: set[fx.Node] = set()
+def _between(stream: Stream, last: fx.Node, memory: Memory) -> tuple[fx.Node, ...] | str:
+    """What depends on a stream's write and comes before the other stream's, `last`; why it cannot follow that."""
+    order, dependent = memory.order, set[fx.Node]()
     starts = {reader for reader, _, _ in stream.readers}
-    for node in sorted(memory.order, key=memory.order.__getitem__):
-        if not memory.order[first] < memory.order[node] < memory.order[last]:
-            continue
-        if node in starts or not dependent.isdisjoint(node.all_input_nodes):
+    for node in sorted(order, key=order.__getitem__):
+        after_one = order[stream.write] < order[node] < order[last]
+        if after_one and (node in starts or not dependent.isdisjoint(node.all_input_nodes)):
             if not is_pure(node):
                 return f"{op_name(node)} reads {stream.buffer} before both writes are done"
             dependent.add(node)
-    moved = tuple(sorted(dependent, key=memory.order.__getitem__))
-    if last in dependent or any(node in dependent for node in last.all_input_nodes):
-        return f"what is written by {op_name(last)} depends on {stream.buffer}"
-    read = {source for node in moved for source in node.all_input_nodes}
-    return memory.write_between(first, last, read - {first, *moved} - _aliases(stream)) or moved if moved else ()
-
-
-def _aliases(stream: Stream) -> set[fx.Node]:
-    return {node for _, node, _ in stream.readers}
+    if not dependent.isdisjoint(last.all_input_nodes):
+        return f"what {op_name(last)} writes depends on {stream.buffer}"
+    own = {stream.write, *dependent, *(node for _, node, _ in stream.readers)}
+    read = {source for node in dependent for source in node.all_input_nodes} - own
+    changed = memory.write_between(stream.write, last, read)
+    return changed or tuple(sorted(dependent, key=order.__getitem__))
 
 
 def example_tokens(stream: Stream) -> torch.Tensor:

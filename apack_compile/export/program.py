@@ -22,12 +22,14 @@ from apack_compile.export.state import LOSSLESS
 from apack_compile.passes.nodes import value_of
 from apack_compile.plan import Plan
 
-Program = ExportedProgram | fx.GraphModule
-
 
 def optimize_program(
-    program: Program, ratio: float | None, plan: Plan | None, calibration_inputs: Any, strict: bool
-) -> Program:
+    program: ExportedProgram | fx.GraphModule,
+    ratio: float | None,
+    plan: Plan | None,
+    calibration_inputs: Any,
+    strict: bool,
+) -> ExportedProgram | fx.GraphModule:
     """A new program of the same kind whose KV cache buffers are packed state; weights are shared with the given one.
 
     Raises ValueError where no cache can be packed, where there is neither a plan nor calibration inputs, and for a plan that does
@@ -55,9 +57,7 @@ def optimize_program(
         plans = given_plans(plan, caches, len(caches) + sum(cache.attended for cache in left))
     else:
         watched = copied(gm)
-        numbers = {cache.number for cache in caches}
-        seen = observe(watched, [c for c in find_caches(watched) if c.number in numbers], calls)
-        plans = budget_plans(seen, caches, config.ratio)
+        plans = budget_plans(observe(watched, owned(watched, caches), calls), caches, config.ratio)
     rewrite(gm, caches, plans)
     return gm if isinstance(program, fx.GraphModule) else exported(gm, program, calls)
 
@@ -67,9 +67,8 @@ def packable(gm: fx.GraphModule) -> tuple[list[OwnedCache], list[LeftCache]]:
     found = find_caches(gm)
     candidates = [cache for cache in found if isinstance(cache, OwnedCache)]
     trial = copied(gm)
-    numbers = {cache.number for cache in candidates}
-    tried = [cache for cache in find_caches(trial) if cache.number in numbers]
-    reasons = rewrite(trial, tried, dict.fromkeys(numbers, LOSSLESS)) if tried else {}
+    plans = {cache.number: LOSSLESS for cache in candidates}
+    reasons = rewrite(trial, owned(trial, candidates), plans) if candidates else {}
     left = [cache for cache in found if isinstance(cache, LeftCache)]
     left += [
         LeftCache(cache.number, cache.name, reasons[cache.number]) for cache in candidates if cache.number in reasons
@@ -77,7 +76,13 @@ def packable(gm: fx.GraphModule) -> tuple[list[OwnedCache], list[LeftCache]]:
     return [cache for cache in candidates if cache.number not in reasons], sorted(left, key=lambda cache: cache.number)
 
 
-def graph_module_of(program: Program, call: Call | None) -> fx.GraphModule:
+def owned(gm: fx.GraphModule, caches: Sequence[OwnedCache]) -> list[OwnedCache]:
+    """The same caches in a copy of their program."""
+    numbers = {cache.number for cache in caches}
+    return [cache for cache in find_caches(gm) if isinstance(cache, OwnedCache) and cache.number in numbers]
+
+
+def graph_module_of(program: ExportedProgram | fx.GraphModule, call: Call | None) -> fx.GraphModule:
     """The program as a module that shares its weights and has buffers of its own; shapes of all values are recorded."""
     gm = copied(program.module(check_guards=False) if isinstance(program, ExportedProgram) else program)
     if any(value_of(node) is None for node in gm.graph.nodes if node.op == "placeholder"):

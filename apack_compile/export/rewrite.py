@@ -43,10 +43,10 @@ def rewrite(gm: fx.GraphModule, caches: Sequence[OwnedCache], plans: Mapping[int
         raise ValueError("program: has a packed cache already; optimize the program that it was made of")
     buffers, slots, unpacked = Buffers(gm), SlotsOf(gm), {}
     for cache in caches:
-        plan, views = plans[cache.number], [_view(gm, stream) for stream in (cache.key, cache.value)]
+        plan, key, value = plans[cache.number], _view(gm, cache.key), _view(gm, cache.value)
         own = f"{ROOT}.{_free_name(gm, cache.name)}"
-        gm.add_submodule(own, empty_cache(*views, plan))
-        unpacked[_unpack(buffers, cache, plan, own, slots.name(views[0], plan))] = cache
+        gm.add_submodule(own, empty_cache(key, value, plan))
+        unpacked[_unpack(buffers, cache, plan, own, slots.name(key, plan))] = cache
     reasons = _fuse(gm, unpacked)
     _drop(gm, caches)
     gm.graph.lint()

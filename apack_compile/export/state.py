@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from apack_compile.codec import Bands, StreamBasis, encode
+from apack_compile.codec import StreamBasis, encode
 from apack_compile.kernels.layout import to_groups
 from apack_compile.plan import StreamPlan
 from apack_compile.rotary import KeyTurn, turns_of_blocks
@@ -76,7 +76,8 @@ def empty_cache(key: Tensor, value: Tensor, plan: CachePlan) -> Held:
     for name, count in ((FIRST, plan.first_tokens), (TAIL, plan.tail_slots)):
         for stream, states in zip(name, (key, value), strict=True):
             tensors[stream] = states.new_zeros((batch, heads, count, states.shape[3]), dtype=dense)
-    codes, none = [], []
+    codes: list[Tensor] = []
+    none: list[Tensor] = []
     for stream_plan, basis, states in zip(plan.streams, plan.bases, (key, value), strict=True):
         where = [t.to(states.device) for t in basis]
         x = to_groups(states.new_zeros((batch, heads, 0, states.shape[3])), plan.groups)

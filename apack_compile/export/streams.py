@@ -24,9 +24,9 @@ class Span:
 class Stream:
     """K or V of one cache.
 
-    new: the tokens that `write` puts in, leading dimensions of 1 may lack; order: their dimensions as `[B, H_kv, n, D]`. layout: the buffer's dimensions so. readers:
-    what reads the cache after the write, with the node that it reads and that node's dimensions as `[B, H_kv, T, D]`. leftover: nodes
-    that write the update back. names: of the buffer, and of others that are it.
+    new: the tokens that `write` puts in, leading dimensions of 1 may lack; order: their dimensions as `[B, H_kv, n, D]`. layout: the
+    buffer's dimensions so. readers: what reads the cache after the write, with the node that it reads and that node's dimensions.
+    leftover: nodes that write the update back. names: of the buffer, and of others that are it.
     """
 
     buffer: str
@@ -168,9 +168,13 @@ def _uses(
 ) -> tuple[list[tuple[fx.Node, fx.Node, tuple[int, ...]]], list[fx.Node]] | str:
     """Who reads the buffer after the write, and what is left over of it; a reason where somebody else has to do with it."""
     order, in_place = memory.order, bool(written(write))
-    aliases = {node: (0, 1, 2, 3) for node in graph.nodes if node.op == "get_attr" and node.target == buffer}
+    aliases: dict[fx.Node, Any] = {
+        node: (0, 1, 2, 3) for node in graph.nodes if node.op == "get_attr" and node.target == buffer
+    }
     aliases[write] = written_dims
-    stack, readers, leftover = list(aliases), [], []
+    stack = list(aliases)
+    readers: list[tuple[fx.Node, fx.Node, tuple[int, ...]]] = []
+    leftover: list[fx.Node] = []
     while stack:
         node = stack.pop()
         for user in node.users:
@@ -183,7 +187,7 @@ def _uses(
                 if others:
                     return f"{buffer} is also used by {op_name(others[0])}"
             elif not is_after and view is not None and None not in view.dims and not view.narrowed:
-                aliases[user] = tuple(aliases[node][dim] for dim in view.dims)  # type: ignore[index]
+                aliases[user] = tuple(aliases[node][dim] for dim in view.dims)
                 stack.append(user)
             elif not in_place and kind(user) == "copy" and _writes_back(user, buffer, write):
                 leftover.append(user)

@@ -196,7 +196,7 @@ def test_positions_that_are_constant_are_refused():
             return attend_masked(q, self.keys, self.values, mask)
 
     program = torch.export.export(Fixed(None), step_inputs()[:2])
-    with pytest.raises(ValueError, match="positions do not come from an input: .* always writes from slot 3 on"):
+    with pytest.raises(ValueError, match=r"positions do not come from an input: .* always writes from slot 3 on"):
         apack_compile.optimize(program, plan=dense_plan(1, dtype=torch.float32))
 
 
