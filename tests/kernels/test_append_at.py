@@ -106,9 +106,7 @@ def test_keys_are_stored_turned_back_by_their_block():
     for position in (5, 13, 19):
         angles = (position // BLOCK * BLOCK) * turn.frequencies.double()
         by = torch.stack([angles.cos(), angles.sin()])
-        torch.testing.assert_close(
-            turned(stored[:, :, position], by), key[:, :, position], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(turned(stored[:, :, position], by), key[:, :, position], rtol=1e-5, atol=1e-5)
 
 
 def test_position_0_begins_anew():
