@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.export import ExportedProgram
 from transformers import GenerationMixin
 
 from apack_compile import quantize as quantization
 from apack_compile.cache import CompactedCache
 from apack_compile.config import AttentionPackConfig
+from apack_compile.export.program import optimize_program
+from apack_compile.export.report import ProgramReport, program_report
 from apack_compile.plan import Plan
 from apack_compile.plan_check import check_plan
 from apack_compile.reporting import Report, build_report
@@ -35,7 +38,7 @@ DEFAULT_NEW_TOKENS = 64
 
 
 def optimize(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     config: AttentionPackConfig | None = None,
     *,
     ratio: float | None = None,
@@ -44,13 +47,27 @@ def optimize(
     quantize: Any = None,
     compile: str = "auto",
     strict: bool = False,
-) -> nn.Module:
-    """Make `model.generate` use a packed KV cache; returns the same model.
+    calibration_inputs: Any = None,
+) -> Any:
+    """Make `model.generate` use a packed KV cache; returns the same model. Of a program, return one whose KV cache buffers are packed.
 
     Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. `quantize` is a torchao config
     or its short name ("int8wo"). A second call replaces the first, except for what was calibrated: that belongs to the model, its
     key_block and head_groups. A call that raises (ValueError, ImportError) leaves it as it was.
+
+    A program is a torch.export.ExportedProgram or fx.GraphModule. It takes ratio with calibration_inputs, or a plan, and strict:
+    calibration_inputs is one call of it or a list of them, in order, each a tuple of arguments or a dictionary of named ones.
+    The program stays as it is; the new one shares its weights. Raises StrictError where strict is set and a cache stays dense.
     """
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        _check_program_choice(
+            config=config, preset=preset, quantize=quantize, compile=None if compile == "auto" else compile
+        )
+        return optimize_program(model, ratio, plan, calibration_inputs, strict)
+    if calibration_inputs is not None:
+        raise ValueError(
+            "calibration_inputs: is for programs; call calibrate(model, inputs) for a model with generate()"
+        )
     if plan is not None:
         _check_choice(plan, config=config, ratio=ratio, preset=preset)
     if config is None:
@@ -124,9 +141,18 @@ def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Com
     return cache
 
 
-def report(model: nn.Module) -> Report:
-    """What was rewritten, what was not and why, and the bytes of the last cache; prints as a table."""
+def report(model: nn.Module | ExportedProgram) -> Report | ProgramReport:
+    """What was rewritten, what was not and why, and the bytes of the last cache, or of a program's caches; prints as a table."""
+    if isinstance(model, (ExportedProgram, fx.GraphModule)):
+        return program_report(model)
     return build_report(model, _require_session(model))
+
+
+def _check_program_choice(**others: Any) -> None:
+    """Raise ValueError for what a program does not take."""
+    given = ", ".join(f"{name}={value!r}" for name, value in others.items() if value is not None)
+    if given:
+        raise ValueError(f"{given}: a program takes ratio, plan, calibration_inputs and strict")
 
 
 def _check_choice(plan: Any, **others: Any) -> None:

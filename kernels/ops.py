@@ -3,12 +3,15 @@
 `Library.define` / `impl` rather than `custom_op`: half the cost per call, and decode makes two calls a layer.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from apack_compile.kernels import cuda, native
 from apack_compile.kernels.append import cpu as append_cpu
 from apack_compile.kernels.append.reference import append
+from apack_compile.kernels.append_at.reference import append_at
 from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.attend.reference import attend
 from apack_compile.kernels.unpack import cpu as unpack_cpu
@@ -30,6 +33,11 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.define(
+    "append_at(Tensor key, Tensor value, Tensor index, Tensor(a!)[] first, Tensor(b!)[] stores, Tensor[] bases, int[] bands, "
+    "Tensor(c!) cursor, *, Tensor? text_turns=None, int block=0) -> ()",
+    tags=TAGS,
+)
+LIBRARY.define(
     f"unpack(Tensor key, Tensor value, {STATE}, SymInt tokens, {OPTIONAL_TIERS}, {TURNS}) -> (Tensor, Tensor)",
     tags=TAGS,
 )
@@ -37,15 +45,18 @@ LIBRARY.define(f"attend({ATTEND}, {TURNS}) -> Tensor", tags=TAGS)
 # An operation of its own: one that writes, and is given nothing to write to, does not get through Inductor.
 LIBRARY.define(f"attend_tiers({ATTEND}, {TIERS}) -> Tensor", tags=TAGS)
 LIBRARY.impl("append", append, "CompositeExplicitAutograd")
+LIBRARY.impl("append_at", partial(append_at, append), "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
 LIBRARY.impl("attend", attend, "CompositeExplicitAutograd")
 LIBRARY.impl("attend_tiers", attend, "CompositeExplicitAutograd")
 if native.COMPILED is not None:
     LIBRARY.impl("append", append_cpu.append, "CPU")
+    LIBRARY.impl("append_at", partial(append_at, append_cpu.append), "CPU")
     LIBRARY.impl("unpack", unpack_cpu.unpack, "CPU")
     LIBRARY.impl("attend", attend_cpu.attend, "CPU")
     LIBRARY.impl("attend_tiers", attend_cpu.attend, "CPU")
 LIBRARY.impl("append", cuda.append, "CUDA")
+LIBRARY.impl("append_at", partial(append_at, cuda.append), "CUDA")
 LIBRARY.impl("attend", cuda.attend, "CUDA")
 LIBRARY.impl("attend_tiers", cuda.attend, "CUDA")
 
@@ -65,6 +76,11 @@ def implementations(device: str, dtype: torch.dtype) -> dict[str, str]:
 
 @torch.library.register_fake("apack::append", lib=LIBRARY)
 def _append_fake(key, value, stores, bases, bands, cursor, **turns) -> None:
+    return None
+
+
+@torch.library.register_fake("apack::append_at", lib=LIBRARY)
+def _append_at_fake(key, value, index, first, stores, bases, bands, cursor, **turns) -> None:
     return None
 
 

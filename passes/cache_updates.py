@@ -57,11 +57,18 @@ def find_cache_updates(graph: fx.Graph) -> list[CacheUpdate | Refusal]:
     found: dict[tuple[fx.Node, str], CacheUpdate | Refusal] = {}
     for attention in find_attentions(graph, memory):
         if isinstance(attention, Attention):
-            for stream, node in (("key", attention.key), ("value", attention.value)):
-                update = _update(node, stream, attention.node, memory)
+            for stream, update in updates_of(attention, memory).items():
                 if update is not None:
                     found.setdefault((update.node, stream), update)
     return list(found.values())
+
+
+def updates_of(attention: Attention, memory: Memory) -> dict[str, CacheUpdate | Refusal | None]:
+    """The update that an attention's key and its value come from; None where no stock cache is behind one."""
+    return {
+        stream: _update(node, stream, attention.node, memory)
+        for stream, node in (("key", attention.key), ("value", attention.value))
+    }
 
 
 @dataclass(frozen=True)
@@ -131,14 +138,14 @@ def _walk(start: _Place, memory: Memory) -> _Found | _Unclear | None:
 
 def _written(place: _Place, write: fx.Node, memory: Memory) -> _Found | _Unclear | None:
     """An update by `write`: in place when it is not the node that is read. None where no state is written."""
-    state, dims, _ = _root(place.node)
+    state, dims, _ = root_of(place.node)
     if state.op not in ("placeholder", "get_attr"):
         return None
     token_dim = dims[place.token_dim]
     target = target_of(write) if kind(write) in KINDS else None
     if target is None or shape(target) is None:
         return _Unclear(write, f"{op_name(write)} writes into {state.name}, which is no known cache update")
-    written, dims, narrowed = _root(target)
+    written, dims, narrowed = root_of(target)
     if written is not state:
         return _Unclear(
             write, f"{op_name(write)} writes through {target.name}, whose place in {state.name} is not known"
@@ -168,7 +175,7 @@ def _overwritten(place: _Place, write: fx.Node, state: fx.Node, memory: Memory) 
 
 def _grown(place: _Place, parts: list[Any], dim: int) -> _Found | _Unclear | None:
     """`cat([cache, new], dim)`, with a slice of the cache or of the result where the cache slides."""
-    roots = [_root(part) if isinstance(part, fx.Node) else None for part in parts]
+    roots = [root_of(part) if isinstance(part, fx.Node) else None for part in parts]
     held = [root is not None and root[0].op in ("placeholder", "get_attr") for root in roots]
     if not any(held):
         return None
@@ -198,7 +205,7 @@ def _kept(node: fx.Node) -> bool:
     return False
 
 
-def _root(node: fx.Node) -> tuple[fx.Node, tuple[int, ...], frozenset[int]]:
+def root_of(node: fx.Node) -> tuple[fx.Node, tuple[int, ...], frozenset[int]]:
     """The tensor a view looks at, updates of it included; its dimension for each of the view's; those seen in part."""
     dims: tuple[int, ...] = tuple(range(len(shape(node) or ())))
     narrowed: frozenset[int] = frozenset()

@@ -21,6 +21,8 @@ _OPERATOR_WRITES = {
 }  # fmt: skip
 # Their schemas say nothing of the running statistics they update.
 _HIDDEN_WRITES = {"batch_norm", "instance_norm"}
+# Higher-order operators that run a graph in another mode.
+_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 # Methods of a tensor that have no operator of their own name.
 _PURE_METHODS = {"bfloat16", "bool", "double", "float", "half", "int", "long", "dim", "numel", "type", "cpu", "cuda"}
 
@@ -47,16 +49,19 @@ def is_impure(node: fx.Node) -> bool:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The argument nodes whose memory the node may write; all of them when nothing better is known."""
-    if node.op in ("placeholder", "output") or is_pure(node):
+    if node.op in ("placeholder", "output") or is_pure(node) or _module_leaves_inputs(node):
         return []
     name = op_name(node)
+    inner = _wrapped(node)
+    if inner is not None and not any(written(within) for within in inner.nodes):
+        return []
     in_place = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
     if in_place or (node.op == "call_function" and node.target in _OPERATOR_WRITES):
         first = node.args[0] if node.args else node.kwargs.get("self")
         return _nodes([first, node.kwargs.get("out")])
     overloads = _not_out(_overloads(node))
     if not overloads or _asks_in_place(node):
-        return list(node.all_input_nodes)
+        return [source for source in node.all_input_nodes if not isinstance(_attribute(source), fx.GraphModule)]
     if not any(op._schema.is_mutable for op in overloads):
         return _nodes([node.kwargs.get("out")])
     if len(overloads) > 1 or isinstance(node.target, str):
@@ -72,6 +77,31 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
         if is_impure(node) or any(user in live for user in node.users):
             live.add(node)
     return live
+
+
+def _module_leaves_inputs(node: fx.Node) -> bool:
+    """True for a call of one of torch's own layers, or of the checks that an exported module begins with."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return False
+    module = node.graph.owning_module.get_submodule(str(node.target))
+    own = type(module).__module__.startswith(("torch.nn.modules.", "torch.export."))
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    return own and not hooked and not getattr(module, "inplace", False) and not list(module.children())
+
+
+def _wrapped(node: fx.Node) -> fx.Graph | None:
+    """The graph that an exported `with torch.no_grad():` (or autocast) runs."""
+    if not op_name(node).startswith(_WRAPPERS):
+        return None
+    return next((gm.graph for n in node.all_input_nodes if isinstance(gm := _attribute(n), fx.GraphModule)), None)
+
+
+def _attribute(node: fx.Node) -> Any:
+    """What a get_attr node reads, where the graph has a module."""
+    found: Any = node.graph.owning_module if node.op == "get_attr" else None
+    for part in str(node.target).split(".") if found is not None else ():
+        found = getattr(found, part, None)
+    return found
 
 
 def _is_operator(target: Any) -> bool:

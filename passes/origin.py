@@ -12,11 +12,11 @@ from torch import fx
 
 from apack_compile.passes.effects import is_pure
 from apack_compile.passes.layout import permutation
-from apack_compile.passes.nodes import op_name, same_sizes, shape, value_of
+from apack_compile.passes.nodes import kind, op_name, same_sizes, shape, value_of
 
 UNPACK = "apack::unpack"
 # A key that comes out of one of these is a new key; a packed cache further back belongs to another attention.
-NEW_KEYS = {"linear", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "conv2d", "embedding"}
+NEW_KEYS = {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "conv2d", "embedding"}
 NEW_KEYS |= {
     "layer_norm",
     "rms_norm",
@@ -27,7 +27,7 @@ NEW_KEYS |= {
 }
 
 # Without effect when shape, dtype and device stay.
-UNCHANGED = {"contiguous", "clone", "to", "type_as", "detach", "expand", "reshape", "view", "float", "half", "bfloat16"}
+UNCHANGED = {"contiguous", "clone", "to", "detach", "alias", "expand", "reshape", "view", "slice"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ _Step = tuple[fx.Node, int, list[fx.Node]]
 
 def _repeat_interleave(node: fx.Node) -> _Step | Stop | None:
     """`repeat_interleave(x, n, dim=1)`, method or function; `repeat` and `tile` order the heads differently."""
-    if op_name(node) not in ("repeat_interleave", "aten::repeat_interleave"):
+    if kind(node) != "repeat_interleave":
         return None
     given = {**dict(zip(("self", "repeats", "dim"), node.args, strict=False)), **node.kwargs}
     source = given.get("self", given.get("input"))
@@ -116,14 +116,14 @@ def _repeat_interleave(node: fx.Node) -> _Step | Stop | None:
 
 def _repeat_kv(node: fx.Node) -> _Step | None:
     """`x[:, :, None].expand(B, H, n, T, D).reshape(B, H * n, T, D)`."""
-    if op_name(node) not in ("reshape", "view", "flatten"):
+    if kind(node) not in ("reshape", "view", "flatten"):
         return None
     expand = node.args[0] if node.args else None
     copies = []
-    while isinstance(expand, fx.Node) and op_name(expand) in ("contiguous", "clone") and expand.args:
+    while isinstance(expand, fx.Node) and kind(expand) in ("contiguous", "clone") and expand.args:
         copies.append(expand)
         expand = expand.args[0]
-    if not isinstance(expand, fx.Node) or op_name(expand) != "expand" or not expand.args:
+    if not isinstance(expand, fx.Node) or kind(expand) != "expand" or not expand.args:
         return None
     inserted = expand.args[0]
     if not isinstance(inserted, fx.Node) or not _inserts_group_dim(inserted):
@@ -147,7 +147,7 @@ def _group_dim(node: fx.Node, groups: int) -> tuple[fx.Node, list[fx.Node]] | No
     """`x[:, :, None]` of a 4-D tensor, as it is or expanded to the groups."""
     inserted: fx.Node = node
     size: tuple[Any, ...] = tuple(shape(node) or ())
-    if op_name(node) == "expand" and isinstance(node.args[0], fx.Node):
+    if kind(node) == "expand" and isinstance(node.args[0], fx.Node):
         inserted = node.args[0]
     source = inserted.args[0] if _inserts_group_dim(inserted) else None
     before = tuple(shape(source) or ())
@@ -159,7 +159,7 @@ def _group_dim(node: fx.Node, groups: int) -> tuple[fx.Node, list[fx.Node]] | No
 
 def _inserts_group_dim(node: fx.Node) -> bool:
     """True for `x[:, :, None]`, `x[:, :, None, :, :]` and `x.unsqueeze(2)` of a 4-D tensor."""
-    if op_name(node) == "unsqueeze":
+    if kind(node) == "unsqueeze":
         given = {**dict(zip(("self", "dim"), node.args, strict=False)), **node.kwargs}
         return given.get("dim") in (2, -3) and isinstance(given.get("self"), fx.Node) and bool(node.args)
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
@@ -194,7 +194,7 @@ def _no_change(node: fx.Node) -> _Step | None:
     slices = node.target is operator.getitem and all(
         isinstance(i, slice) for i in (node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
     )
-    kept = op_name(node) in UNCHANGED
+    kept = kind(node) in UNCHANGED
     return (source, 1, []) if slices or kept else None
 
 
@@ -206,7 +206,7 @@ def reads_unpack(node: fx.Node) -> bool:
         here = stack.pop()
         if is_unpack(here):
             return True
-        if here not in seen and op_name(here) not in NEW_KEYS and here.op != "call_module":
+        if here not in seen and kind(here) not in NEW_KEYS and here.op != "call_module":
             seen.add(here)
             stack += here.all_input_nodes
     return False

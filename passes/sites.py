@@ -197,7 +197,7 @@ def _reader(node: fx.Node, known: set[fx.Node]) -> fx.Node | None:
         here = stack.pop()
         if here in known or here in seen:
             continue
-        if not is_pure(here) or op_name(here) in NEW_KEYS:
+        if not is_pure(here) or kind(here) in NEW_KEYS:
             return here
         seen.add(here)
         stack += here.users

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from apack_compile.backend import make_backend
 from apack_compile.passes import CacheUpdate, GraphRecord, Refusal, find_cache_updates
+from apack_compile.passes.effects import written
+from apack_compile.passes.nodes import op_name
 from apack_compile.reporting import stock_cache_notes
 
 TOKENS, WIDTH = 8, 4
@@ -305,3 +307,43 @@ def test_the_record_of_a_graph_lists_its_stock_caches():
     ]
     assert all("bytes are unchanged" in u.reason for u in updates)
     assert stock_cache_notes(records) == ["stock cache updated by index_copy, bytes unchanged (2 streams)"]
+
+
+class Repeating(nn.Module):
+    """Grouped queries over a cache, keys and values repeated in two ways; positions pass through a `torch.no_grad` block."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(2, 3, TOKENS, WIDTH))
+
+    def forward(self, q, new, at):
+        with torch.no_grad():
+            turned = self.block(at)
+        self.keys.index_copy_(2, at, new * turned)
+        self.values[:, :, at] = new
+        return attend(q.repeat_interleave(2, 1), repeat_kv(self.keys, 2), self.values.repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("block, writes", [(lambda at: at.cos(), []), (lambda at: at.mul_(1).cos(), ["at"])])
+def test_an_exported_graph_shows_repeated_heads_and_what_a_no_grad_block_writes(block, writes):
+    q, new, _, _, at, _ = inputs()
+    graph = torch.export.export(Repeating(block), (q, new, at)).module(check_guards=False).graph
+    found = find_cache_updates(graph)
+    assert [(u.stream, u.kind) for u in found] == [("key", "index_copy"), ("value", "index_put")]
+    (wrapper,) = [node for node in graph.nodes if "set_grad_enabled" in op_name(node) and "wrap" in op_name(node)]
+    assert [node.name for node in written(wrapper)] == writes
+
+
+@pytest.mark.parametrize(
+    "layer, leaves", [(nn.Linear(4, 4), True), (nn.ReLU(), True), (nn.ReLU(inplace=True), False), (Static(), False)]
+)
+def test_which_called_modules_leave_their_inputs_alone(layer, leaves):
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    called = graph.call_module("layer", (x,))
+    graph.output(called)
+    gm = torch.fx.GraphModule(nn.ModuleDict({"layer": layer}), graph)
+    node = next(n for n in gm.graph.nodes if n.op == "call_module")
+    assert written(node) == ([] if leaves else [node.args[0]])

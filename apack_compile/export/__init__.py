@@ -1,0 +1,1 @@
+"""Packed KV caches in exported programs and plain graph modules (docs/export.md)."""

@@ -1,0 +1,112 @@
+"""Statistics of the keys and values that a program writes into its caches, from calls with calibration inputs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from apack_compile.calibration import Running, RunningMoments, Statistics, by_layer
+from apack_compile.codec import FLOAT16_MAX
+from apack_compile.export.find import OwnedCache
+from apack_compile.export.rewrite import new_tokens
+from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.turns import turned
+from apack_compile.plan import FIRST_TOKENS, STREAMS
+from apack_compile.rotary import BLOCK, KeyTurn, turns_at
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Statistics of each cache by number, of keys turned back by `turn`."""
+
+    statistics: Statistics
+    turn: KeyTurn | None
+
+
+class Observer(nn.Module):
+    """Takes moments of what one cache is given: of keys as they come, and turned back in each of the ways there are."""
+
+    def __init__(self, number: int, name: str, running: dict[KeyTurn | None, Running]) -> None:
+        super().__init__()
+        self.number, self.name, self.running = number, name, running
+
+    def forward(self, key: Tensor, value: Tensor, index: Tensor) -> None:
+        """Add the tokens `[B, H_kv, n, D]` at positions `index` `[n]`, but for the first of a sequence."""
+        for name, states in zip(STREAMS, (key, value), strict=True):
+            largest = states.abs().amax() if states.numel() else torch.zeros(())
+            if not largest <= FLOAT16_MAX:
+                raise ValueError(
+                    f"calibration_inputs: {name} states of {self.name} reach {float(largest):.3g}, past float16's "
+                    f"{FLOAT16_MAX:.0f}"
+                )
+        later = index >= FIRST_TOKENS
+        key, value, index = key[:, :, later], value[:, :, later], index[later]
+        for turn, running in self.running.items() if len(index) else ():
+            still = key
+            if turn is not None:
+                turns = turns_at(index // turn.block * turn.block, turn.frequencies)
+                still = turned(key.to(torch.promote_types(key.dtype, torch.float32)), turns, back=True)
+            for stream, states in enumerate((still, value)):
+                tokens = to_groups(states, 1).transpose(0, 1).flatten(1, 2)
+                running.setdefault((self.number, "text", stream), RunningMoments()).add(tokens)
+
+
+def calls_of(inputs: Any) -> list[Call]:
+    """Calibration inputs as calls: one call or a list of them, each a tuple of arguments or a dictionary of named ones."""
+    given = list(inputs) if isinstance(inputs, list) else [inputs]
+    calls: list[Call] = []
+    for call in given:
+        if isinstance(call, Mapping):
+            calls.append(((), dict(call)))
+        elif isinstance(call, tuple):
+            calls.append((call, {}))
+        else:
+            raise ValueError(
+                f"calibration_inputs: {type(call).__name__} must be a tuple of arguments or a dictionary of named ones, or a list of such"
+            )
+    if not calls:
+        raise ValueError("calibration_inputs: an empty list holds no call")
+    return calls
+
+
+def observe(gm: fx.GraphModule, caches: Sequence[OwnedCache], calls: Iterable[Call]) -> Observed:
+    """Statistics of the caches; `gm` is changed and its state used. Raises ValueError where a cache saw no usable token.
+
+    Keys are turned back by the frequencies of one of the program's buffers where that leaves them fewer bits to code. Wrong ones
+    would cost quality, never correctness.
+    """
+    running: dict[KeyTurn | None, Running] = {None: {}, **{turn: {} for turn in key_turns(gm, caches)}}
+    for cache in caches:
+        gm.add_module(f"observer_{cache.number}", Observer(cache.number, cache.name, running))
+        with gm.graph.inserting_after(cache.last):
+            see = gm.graph.call_module(f"observer_{cache.number}")
+        with gm.graph.inserting_before(see):
+            see.args = new_tokens(gm.graph, cache)
+    gm.recompile()
+    with torch.no_grad():
+        for args, kwargs in calls:
+            gm(*args, **kwargs)
+    for cache in caches:
+        if (cache.number, "text", 0) not in running[None]:
+            raise ValueError(
+                f"calibration_inputs: {cache.name} saw no token past the first {FIRST_TOKENS}; pass longer or more calls"
+            )
+    found = {turn: by_layer(sums) for turn, sums in running.items()}
+    best = min(found, key=lambda turn: key_bits(found[turn]))
+    return Observed(found[best], best)
+
+
+def key_turns(gm: fx.GraphModule, caches: Sequence[OwnedCache]) -> list[KeyTurn]:
+    """Ways to turn keys back: by each buffer of rotary frequencies, named as transformers names them."""
+    width = min(cache.key.size[3] for cache in caches)
+    known = [b.float() for name, b in gm.named_buffers() if name.endswith("inv_freq") and b.dim() == 1]
+    return [KeyTurn(frequencies, BLOCK) for frequencies in known if 2 * len(frequencies) <= width]
+
+
+def key_bits(statistics: Statistics) -> float:
+    """Bits that all keys need for a given error, up to a constant: the logarithms of their components' deviations."""
+    return sum(float(layer["text"][0].spectrum.deviation.double().log2().sum()) for layer in statistics.values())

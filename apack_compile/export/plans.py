@@ -1,0 +1,60 @@
+"""Plans of a program's caches: for a byte budget from statistics, or those of a given plan."""
+
+from collections.abc import Sequence
+
+from apack_compile.export.find import OwnedCache
+from apack_compile.export.observe import Observed
+from apack_compile.export.state import LOSSLESS, CachePlan
+from apack_compile.plan import Plan, budget_plan, largest_ratio
+from apack_compile.plan_check import check_plan
+
+
+def budget_plans(seen: Observed, caches: Sequence[OwnedCache], ratio: float) -> dict[int, CachePlan]:
+    """Plans by cache number: caches of one length share the budget that `ratio` leaves them.
+
+    Raises ValueError for a ratio that no plan can reach.
+    """
+    plans: dict[int, CachePlan] = {}
+    for tokens in sorted({cache.key.size[2] for cache in caches}):
+        alike = [cache for cache in caches if cache.key.size[2] == tokens]
+        width = min(cache.key.size[1] * min(cache.key.size[3], cache.value.size[3]) for cache in alike)
+        if ratio > largest_ratio(width):
+            raise ValueError(
+                f"ratio={ratio!r} is out of reach: the largest for KV width {width} is {largest_ratio(width):.1f}"
+            )
+        statistics = {cache.number: seen.statistics[cache.number] for cache in alike}
+        plan = budget_plan(statistics, ratio, tokens, 0.0, turn=seen.turn)
+        plans |= {cache.number: cache_plan(plan, cache.number) for cache in alike}
+    return plans
+
+
+def given_plans(plan: Plan, caches: Sequence[OwnedCache], total: int) -> dict[int, CachePlan]:
+    """A plan's layers by cache number, of `total` caches that the program has; raises ValueError for a plan that does not fit."""
+    check_plan(plan, "plan")
+    if plan.per_request:
+        raise ValueError(
+            "plan: fits bases to each cache; a program needs a plan whose bases are shared, as ratio=N makes it"
+        )
+    if plan.layers_place_tokens:
+        raise ValueError("plan: orders or separates tokens by importance; make it with AttentionPackConfig(coarse=())")
+    if len(plan.layers) != total:
+        raise ValueError(f"plan: packs {len(plan.layers)} layers; the program has {total} caches")
+    layers, plans = sorted(plan.layers), {}
+    for cache in caches:
+        _, heads, _, width = cache.key.size
+        found = (heads, width, str(cache.key.tensor.dtype))
+        if found != plan.signature[1:]:
+            raise ValueError(
+                f"plan: made for (KV heads, head_dim, dtype) {plan.signature[1:]}; {cache.name} has {found}"
+            )
+        plans[cache.number] = cache_plan(plan, layers[cache.number])
+    return plans
+
+
+def cache_plan(plan: Plan, layer: int) -> CachePlan:
+    """What a plan gives a layer's text: all tokens of a program are text."""
+    streams, bases = plan.layers[layer], plan.bases.get(layer)
+    key, value = LOSSLESS.bases if bases is None else bases[-2:]
+    return CachePlan(
+        (streams.text_key, streams.text_value), (key, value), plan.tail_slots, plan.first_tokens, plan.groups, plan.turn
+    )

@@ -1,0 +1,1 @@
+"""`apack::append_at`: append tokens whose positions a graph computes, as an exported program does."""
