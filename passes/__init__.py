@@ -1,5 +1,5 @@
 """Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, list stock caches,
-drop what became dead.
+pack static buffers, drop what became dead.
 """
 
 if __name__ != "apack_compile.passes":
@@ -13,14 +13,17 @@ from apack_compile.passes.cache_updates import CacheUpdate, FindCacheUpdates, fi
 from apack_compile.passes.dead_code import RemoveDeadCode
 from apack_compile.passes.fuse_attend import FuseAttend
 from apack_compile.passes.sites import AttentionSite, find_sites
+from apack_compile.passes.static_buffers import BufferPair, PackBuffers
 
 __all__ = [
     "AttentionSite",
+    "BufferPair",
     "CacheUpdate",
     "FindCacheUpdates",
     "FuseAttend",
     "GraphRecord",
     "MatchRecord",
+    "PackBuffers",
     "Pass",
     "PassRecord",
     "Refusal",

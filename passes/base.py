@@ -106,6 +106,11 @@ class GraphRecord:
         return tuple(m for p in self.passes if p.name == "FindCacheUpdates" for m in p.matches)
 
     @property
+    def static_buffers(self) -> tuple[MatchRecord, ...]:
+        """With own_cache: every pair of static buffers that has a packed form (`reason` is None), and what is refused."""
+        return tuple(m for p in self.passes if p.name == "PackBuffers" for m in p.matches)
+
+    @property
     def left(self) -> tuple[MatchRecord, ...]:
         """Sites not rewritten although they read a packed cache: it is unpacked there at every step."""
         return tuple(m for m in self.sites if m.reason is not None and m.packed)

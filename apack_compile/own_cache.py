@@ -1,0 +1,300 @@
+"""Packed state in the place of static key and value buffers that a compiled module owns (backend option `own_cache`).
+
+A graph that writes such buffers has two forms: the dense one, as it came, and the packed one, which appends to packed state and attends
+to it (passes/static_buffers.py). Which one runs is decided at each call, by where the call writes and what is held.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.cache_utils import DynamicCache
+
+from apack_compile.accounting import DENSE_ELEMENT_BYTES
+from apack_compile.cache import CompactedCache, LayerKind, Planner
+from apack_compile.calibration import Running, RunningMoments, Statistics, by_layer
+from apack_compile.kernels.layout import HELD, to_groups
+from apack_compile.layer import CompactedLayer
+from apack_compile.passes import FuseAttend, RemoveDeadCode, run_passes
+from apack_compile.passes.static_buffers import BufferPair, PackBuffers, StateLayout, index_graph
+from apack_compile.plan import FIRST_TOKENS, Plan, budget_plan
+from apack_compile.release import regain, release
+
+# A call of more tokens over buffers that are still dense is a prefill and leaves them dense.
+MAX_DECODE = 8
+# Fewer tokens say too little about those to come: a basis fitted to them would lose most of what follows.
+LEAST_TOKENS = 64
+
+Pair = tuple[Tensor, Tensor]
+
+
+class BufferCache(CompactedCache):
+    """A packed cache in the place of static buffers: every slot that they could ever need is there from the start."""
+
+    def __init__(self, layers: int, planner: Planner, max_tokens: int) -> None:
+        kinds = [LayerKind(layer, "static buffer", None) for layer in range(layers)]
+        super().__init__(kinds, DynamicCache(), planner)
+        self.max_tokens = max_tokens
+
+    def _spare(self, tokens: int) -> int:
+        return self.max_tokens - tokens
+
+    def _capacity(self, tokens: int) -> int:
+        return self.max_tokens
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What stands for one pair of buffers: a layer of a packed cache, and the buffers' versions when they were released."""
+
+    cache: BufferCache
+    layer: CompactedLayer
+    versions: tuple[int, int]
+    released: int
+
+
+class OwnCaches:
+    """The packed state of every pair of static buffers that the graphs of one `torch.compile` write.
+
+    ratio: 16-bit bytes of the buffers over packed bytes. plan: a saved plan, whose i-th layer serves the i-th pair of a graph; else
+    the first sequence's keys and values give one, which later sequences share. options: those of the torch.compile.
+    """
+
+    def __init__(self, ratio: float, plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> None:
+        self.options = options
+        self.ratio = ratio
+        self.plan = plan
+        self.plans: dict[tuple, Plan] = {}
+        self.held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    @property
+    def layout(self) -> StateLayout:
+        """The tensors that a graph takes for one pair."""
+        if self.plan is None:
+            return StateLayout()
+        turn = self.plan.turn
+        return StateLayout(len(self.plan.segments), turn is not None, 0 if turn is None else turn.block)
+
+    def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[CompactedLayer] | None:
+        """The packed layers that a call writing at `positions` must use; None where it is to run dense.
+
+        Raises RuntimeError for buffers that were written outside, and ValueError for positions that packed state cannot take.
+        """
+        start, count = span_of(positions)
+        if start + count > pairs[0][0].shape[2]:
+            raise ValueError(f"positions {start} to {start + count - 1}: the buffers end at {pairs[0][0].shape[2]}")
+        found = [self._held(pair, start) for pair in pairs]
+        if start == 0:
+            self.forget(pairs)
+            return None
+        if not any(found):
+            if count > MAX_DECODE or start < LEAST_TOKENS:
+                return None
+            found = self._pack(pairs, start)
+        if not all(found):
+            raise RuntimeError("own_cache: some of this graph's buffers are packed, others dense")
+        for cache in dict.fromkeys(packed.cache for packed in found):
+            follow(cache, start)
+        return [packed.layer for packed in found]
+
+    def forget(self, pairs: Sequence[Pair]) -> None:
+        """Drop what is packed for these buffers, which are dense and empty again."""
+        for key, value in pairs:
+            if self.held.pop(key, None) is not None:
+                regain(key)
+                regain(value)
+
+    def _held(self, pair: Pair, start: int) -> Packed | None:
+        """What is packed for a pair before a call at `start`; None for dense buffers, and for those that were filled anew."""
+        packed = self.held.get(pair[0])
+        if packed is None or start == 0 or versions_of(pair) == packed.versions:
+            return packed
+        if not all(bool(states[:, :, :start].any(-1).all()) for states in pair):
+            raise RuntimeError(
+                f"own_cache: the buffers of layer {packed.layer.layer_idx} were written outside of the compiled graphs while their "
+                f"{int(packed.layer.cursor[HELD])} tokens were packed, and not all of positions 0 to {start - 1}: neither is valid. "
+                "Write a sequence from position 0 on, or through the compiled module"
+            )
+        del self.held[pair[0]]
+        return None
+
+    @torch.no_grad()
+    def _pack(self, pairs: Sequence[Pair], tokens: int) -> list[Packed]:
+        """Pack the first `tokens` tokens of dense buffers and release them."""
+        if any(states.is_inference() for pair in pairs for states in pair):
+            raise ValueError("own_cache: buffers made in inference mode do not tell who writes them; make them outside")
+        filled = [tuple(states[:, :, :tokens] for states in pair) for pair in pairs]
+        plan = self._plan_for(pairs, filled)
+        cache = BufferCache(len(pairs), lambda *_: plan, pairs[0][0].shape[2])
+        for i, (key, value) in enumerate(filled):
+            cache.update(key, value, i)
+        found = []
+        for pair, layer in zip(pairs, cache.packed_layers, strict=True):
+            released = sum(release(states) for states in pair)
+            packed = Packed(cache, layer, versions_of(pair), released)
+            self.held[pair[0]] = packed
+            found.append(packed)
+        return found
+
+    def _plan_for(self, pairs: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
+        """The plan of a graph's pairs."""
+        key = pairs[0][0]
+        if self.plan is not None:
+            return renumbered(self.plan, pairs).to(key.device)
+        signature = tuple((tuple(states.shape), states.dtype, states.device) for pair in pairs for states in pair)
+        if signature not in self.plans:
+            self.plans[signature] = budget_plan(statistics_of(filled), self.ratio, key.shape[2], 0.0)
+        return self.plans[signature]
+
+    def report(self) -> dict[str, Any] | None:
+        """Bytes of what is packed now; None where nothing is.
+
+        layers: pairs of buffers; tokens: held by all rows; buffer_bytes: what the buffers took, dense_bytes: in 16 bits; released:
+        given back to the system; packed_bytes: what stands for them; model_bytes: shared bases. ratio: dense_bytes / packed_bytes.
+        """
+        live = list(self.held.values())
+        if not live:
+            return None
+        caches = list(dict.fromkeys(packed.cache for packed in live))
+        bytes_of = [cache.report() for cache in caches]
+        elements = sum(
+            layer.batch_size * cache.max_tokens * layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
+            for cache in caches
+            for layer in cache.packed_layers
+        )
+        size = live[0].layer.dtype.itemsize
+        packed_bytes = sum(held["sequence_bytes"] for held in bytes_of)
+        return {
+            "layers": len(live),
+            "tokens": max(held["tokens"] for held in bytes_of),
+            "capacity": caches[0].max_tokens,
+            "buffer_bytes": elements * size,
+            "dense_bytes": elements * DENSE_ELEMENT_BYTES,
+            "released_bytes": sum(packed.released for packed in live),
+            "packed_bytes": packed_bytes,
+            "model_bytes": sum(held["model_bytes"] for held in bytes_of),
+            "ratio": elements * DENSE_ELEMENT_BYTES / packed_bytes,
+            "notes": [note for cache in caches for note in cache.notes],
+        }
+
+
+class OwnCacheGraph:
+    """One compiled graph over static buffers: at each call its dense or its packed form.
+
+    compile: from a graph module to a callable; each form is compiled when it is first needed.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        pairs: Sequence[BufferPair],
+        caches: OwnCaches,
+        compile: Callable[[fx.GraphModule], Callable[..., Any]],
+        dump_dir: str | None = None,
+    ) -> None:
+        self.gm, self.caches, self.compile, self.dump_dir = gm, caches, compile, dump_dir
+        inputs = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        self.inputs = inputs
+        self.states = [tuple(state_reader(gm, u.state, inputs) for u in (pair.key, pair.value)) for pair in pairs]
+        self.positions = fx.GraphModule(gm, index_graph(gm.graph, pairs))
+        self.dense: Callable[..., Any] | None = None
+        self.packed: dict[tuple, tuple[list[int], Callable[..., Any]]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph on the inputs it was traced with."""
+        pairs = [(key(args), value(args)) for key, value in self.states]
+        with torch.no_grad():
+            layers = self.caches.before(pairs, self.positions(*args))
+        if layers is None:
+            if self.dense is None:
+                self.dense = self.compile(self._copy())
+            return self.dense(*args)
+        bands = tuple(tuple(layer.bands) for layer in layers)
+        if bands not in self.packed:
+            self.packed[bands] = self._packed_form(bands)
+        kept, run = self.packed[bands]
+        return run(*(args[i] for i in kept), *(tensor for layer in layers for tensor in state_of(layer)))
+
+    def _copy(self) -> fx.GraphModule:
+        """The graph as it came, in a module of an ordinary kind: Dynamo does not trace its own."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.gm.graph, {}))
+        return fx.GraphModule(self.gm, graph)
+
+    def _packed_form(self, bands: tuple[tuple[int, ...], ...]) -> tuple[list[int], Callable[..., Any]]:
+        """The packed form for these bands, and which of the graph's own inputs it takes."""
+        gm = self._copy()
+        run_passes(gm, (PackBuffers(self.caches.layout, bands), FuseAttend(), RemoveDeadCode()), self.dump_dir)
+        left = {node.name for node in gm.graph.nodes if node.op == "placeholder"}
+        return [i for i, name in enumerate(self.inputs) if name in left], self.compile(gm)
+
+
+def state_reader(gm: fx.GraphModule, state: fx.Node, inputs: Sequence[str]) -> Callable[[Sequence[Any]], Tensor]:
+    """What takes a buffer from a call's inputs, or from the module that the graph belongs to."""
+    if state.op == "placeholder":
+        at = inputs.index(state.name)
+        return lambda args: args[at]
+    *path, name = str(state.target).split(".")
+    owner = gm.get_submodule(".".join(path))
+    return lambda args: getattr(owner, name)
+
+
+def state_of(layer: CompactedLayer) -> list[Tensor]:
+    """A layer's tensors, in the order of `StateLayout`."""
+    return [*layer.dense, *layer.codes, *layer.bases, *layer.positions(), layer.cursor, *layer.turns()]
+
+
+def versions_of(pair: Pair) -> tuple[int, int]:
+    """How often each buffer of a pair was written."""
+    return pair[0]._version, pair[1]._version
+
+
+def span_of(positions: Sequence[Tensor]) -> tuple[int, int]:
+    """First position and number of positions that a call writes, the same for all layers; raises ValueError for others."""
+    spans = {tuple(where.tolist()) for where in dict.fromkeys(positions)}
+    first = next(iter(spans))
+    if len(spans) > 1 or list(first) != list(range(first[0], first[0] + len(first))):
+        raise ValueError(f"own_cache: positions {sorted(spans)} must be consecutive and the same for all layers")
+    return first[0], len(first)
+
+
+def follow(cache: BufferCache, start: int) -> None:
+    """Drop tokens from `start` on, as a call that writes there does; raises ValueError where positions would stay empty."""
+    held = int(cache.packed_layers[0].cursor[HELD])
+    if start > held:
+        raise ValueError(f"own_cache: position {start} comes after a gap: {held} tokens are held")
+    if start < held:
+        cache.crop(start - held)
+
+
+def statistics_of(filled: Sequence[tuple[Tensor, ...]]) -> Statistics:
+    """Statistics of what is in some buffers, `[B, H_kv, T, D]` each, without the first tokens; all streams count alike."""
+    running: Running = {}
+    for layer, pair in enumerate(filled):
+        for stream, states in enumerate(pair):
+            moments = running[layer, "text", stream] = RunningMoments()
+            moments.add(to_groups(states[:, :, FIRST_TOKENS:], 1).transpose(0, 1).flatten(1, 2))
+    return by_layer(running)
+
+
+def renumbered(plan: Plan, pairs: Sequence[Pair]) -> Plan:
+    """A plan for the layers of a model as one for a graph's pairs; raises ValueError where it is for others."""
+    _, heads, head_dim, dtype = plan.signature
+    key = pairs[0][0]
+    found = (len(pairs), key.shape[1], key.shape[3], str(key.dtype))
+    if found != (len(plan.layers), heads, head_dim, dtype):
+        raise ValueError(
+            f"own_cache: plan is for {len(plan.layers)} layers, {heads} KV heads x {head_dim}, {dtype}; the graph has "
+            f"{found[0]} pairs of buffers, {found[1]} KV heads x {found[2]}, {found[3]}"
+        )
+    numbers = {layer: i for i, layer in enumerate(sorted(plan.layers))}
+    coarse = plan.coarse and replace(plan.coarse, weights={numbers[i]: w for i, w in plan.coarse.weights.items()})
+    return replace(
+        plan,
+        layers={numbers[i]: layer for i, layer in plan.layers.items()},
+        bases={numbers[i]: bases for i, bases in plan.bases.items()},
+        coarse=coarse,
+    )
