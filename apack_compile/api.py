@@ -4,7 +4,7 @@ import types
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from transformers import GenerationMixin
 from apack_compile import quantize as quantization
 from apack_compile.cache import CompactedCache
 from apack_compile.config import AttentionPackConfig
+from apack_compile.graph_log import GraphLog
+from apack_compile.graph_report import GraphReport, build_graph_report
 from apack_compile.plan import Plan
 from apack_compile.plan_check import check_plan
 from apack_compile.reporting import Report, build_report
@@ -124,8 +126,17 @@ def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Com
     return cache
 
 
-def report(model: nn.Module) -> Report:
-    """What was rewritten, what was not and why, and the bytes of the last cache; prints as a table."""
+@overload
+def report(model: nn.Module) -> Report: ...
+@overload
+def report(model: GraphLog) -> GraphReport: ...
+def report(model: nn.Module | GraphLog) -> Report | GraphReport:
+    """What was rewritten, what was not and why, and the bytes held; prints as a table.
+
+    model: an optimized model; for a `torch.compile` of any other, the GraphLog that was given as its option `log`.
+    """
+    if isinstance(model, GraphLog):
+        return build_graph_report(model)
     return build_report(model, _require_session(model))
 
 
@@ -188,7 +199,8 @@ def _require_session(model: nn.Module) -> Session:
     session = session_of(model)
     if session is None:
         raise ValueError(
-            f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first"
+            f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first, or, for a torch.compile "
+            "with backend='attentionpack', pass report the GraphLog of its option log"
         )
     return session
 

@@ -23,17 +23,19 @@ from apack_compile.passes import (
     PackBuffers,
     PassRecord,
     RemoveDeadCode,
+    ShareHeads,
     run_passes,
 )
 from apack_compile.passes.nodes import bind, default_overload
 from apack_compile.passes.origin import is_unpack
+from apack_compile.passes.static_buffers import read_besides
 
 if TYPE_CHECKING:
     from apack_compile.own_cache import OwnCaches
 
 INNER = ("inductor", "aot_eager", "eager")
 OPTIONS = ("inner", "strict", "dump_dir", "log", "own_cache", "ratio", "plan")
-PASSES = (FuseAttend(), FindCacheUpdates(), RemoveDeadCode())
+PASSES = (FuseAttend(), ShareHeads(), FindCacheUpdates(), RemoveDeadCode())
 DEFAULT_RATIO = 4.0
 
 # By the id of the options that they keep alive themselves; they go when the last graph, and the log, does.
@@ -116,7 +118,7 @@ def attentionpack(
         if tell is not None:
             tell(record)
     _check(gm, record, chosen)
-    if not pairs:
+    if not pairs and not (chosen.own_cache and read_besides(gm.graph, ())):
         return _compile(gm, example_inputs, chosen.inner, patches)
     from apack_compile.own_cache import OwnCacheGraph
 

@@ -6,6 +6,7 @@ from apack_compile.passes import GraphRecord
 
 if TYPE_CHECKING:
     from apack_compile.own_cache import OwnCaches
+    from apack_compile.plan import Plan
 
 
 class GraphLog:
@@ -21,3 +22,13 @@ class GraphLog:
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphLog":
         # transformers copies the options of a CompileConfig, and the user reads this one
         return self
+
+    @property
+    def plans(self) -> list["Plan"]:
+        """The plans that static buffers gave; one can be saved, and passed as option `plan` later."""
+        return [plan for caches in self.caches for plan in caches.plans.values()]
+
+    def forget(self) -> None:
+        """Drop everything packed: the next calls must fill the buffers from position 0 on."""
+        for caches in self.caches:
+            caches.forget([tuple(caches.held)])

@@ -19,8 +19,9 @@ from apack_compile.calibration import Running, RunningMoments, Statistics, by_la
 from apack_compile.kernels.layout import HELD, to_groups
 from apack_compile.layer import CompactedLayer
 from apack_compile.passes import FuseAttend, RemoveDeadCode, run_passes
-from apack_compile.passes.static_buffers import BufferPair, PackBuffers, StateLayout, index_graph
-from apack_compile.plan import FIRST_TOKENS, Plan, budget_plan
+from apack_compile.passes.static_buffers import BufferPair, PackBuffers, StateLayout, index_graph, read_besides
+from apack_compile.plan import FIRST_TOKENS, Plan, Provenance, budget_plan
+from apack_compile.plan_file import versions
 from apack_compile.release import regain, release
 
 # A call of more tokens over buffers that are still dense is a prefill and leaves them dense.
@@ -64,6 +65,9 @@ class OwnCaches:
     """
 
     def __init__(self, ratio: float, plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> None:
+        if plan is not None and (plan.per_request or plan.tiers is not None):
+            what = "bases fitted to each cache" if plan.per_request else "tiers"
+            raise ValueError(f"option plan: a plan with {what} cannot serve static buffers; make one with optimize(model, ratio=...)")
         self.options = options
         self.ratio = ratio
         self.plan = plan
@@ -100,12 +104,20 @@ class OwnCaches:
             follow(cache, start)
         return [packed.layer for packed in found]
 
+    def check_dense(self, states: Tensor) -> None:
+        """Raise RuntimeError for a packed buffer, which a graph wants to read as it was."""
+        packed = self.held.get(states)
+        if packed is not None:
+            raise RuntimeError(
+                f"own_cache: the buffers of layer {packed.layer.layer_idx} are packed, and this graph reads them in a way that has no "
+                "packed form (report of the option log says why); GraphLog.forget() drops what is packed"
+            )
+
     def forget(self, pairs: Sequence[Pair]) -> None:
         """Drop what is packed for these buffers, which are dense and empty again."""
-        for key, value in pairs:
-            if self.held.pop(key, None) is not None:
-                regain(key)
-                regain(value)
+        for states in (states for pair in pairs for states in pair):
+            if self.held.pop(states, None) is not None:
+                regain(states)
 
     def _held(self, pair: Pair, start: int) -> Packed | None:
         """What is packed for a pair before a call at `start`; None for dense buffers, and for those that were filled anew."""
@@ -118,7 +130,8 @@ class OwnCaches:
                 f"{int(packed.layer.cursor[HELD])} tokens were packed, and not all of positions 0 to {start - 1}: neither is valid. "
                 "Write a sequence from position 0 on, or through the compiled module"
             )
-        del self.held[pair[0]]
+        for states in pair:
+            del self.held[states]
         return None
 
     @torch.no_grad()
@@ -135,7 +148,7 @@ class OwnCaches:
         for pair, layer in zip(pairs, cache.packed_layers, strict=True):
             released = sum(release(states) for states in pair)
             packed = Packed(cache, layer, versions_of(pair), released)
-            self.held[pair[0]] = packed
+            self.held[pair[0]] = self.held[pair[1]] = packed
             found.append(packed)
         return found
 
@@ -146,7 +159,10 @@ class OwnCaches:
             return renumbered(self.plan, pairs).to(key.device)
         signature = tuple((tuple(states.shape), states.dtype, states.device) for pair in pairs for states in pair)
         if signature not in self.plans:
-            self.plans[signature] = budget_plan(statistics_of(filled), self.ratio, key.shape[2], 0.0)
+            plan = budget_plan(statistics_of(filled), self.ratio, key.shape[2], 0.0)
+            about_model = (len(pairs), key.shape[1], key.shape[3], str(key.dtype))
+            provenance = Provenance(f"the first {filled[0][0].shape[2]} tokens in static buffers", versions())
+            self.plans[signature] = replace(plan, signature=about_model, provenance=provenance)
         return self.plans[signature]
 
     def report(self) -> dict[str, Any] | None:
@@ -155,7 +171,7 @@ class OwnCaches:
         layers: pairs of buffers; tokens: held by all rows; buffer_bytes: what the buffers took, dense_bytes: in 16 bits; released:
         given back to the system; packed_bytes: what stands for them; model_bytes: shared bases. ratio: dense_bytes / packed_bytes.
         """
-        live = list(self.held.values())
+        live = list({id(packed): packed for packed in self.held.values()}.values())
         if not live:
             return None
         caches = list(dict.fromkeys(packed.cache for packed in live))
@@ -199,15 +215,20 @@ class OwnCacheGraph:
         inputs = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         self.inputs = inputs
         self.states = [tuple(state_reader(gm, u.state, inputs) for u in (pair.key, pair.value)) for pair in pairs]
+        self.others = [state_reader(gm, node, inputs) for node in read_besides(gm.graph, pairs)]
         self.positions = fx.GraphModule(gm, index_graph(gm.graph, pairs))
         self.dense: Callable[..., Any] | None = None
         self.packed: dict[tuple, tuple[list[int], Callable[..., Any]]] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on the inputs it was traced with."""
-        pairs = [(key(args), value(args)) for key, value in self.states]
-        with torch.no_grad():
-            layers = self.caches.before(pairs, self.positions(*args))
+        for read in self.others:
+            self.caches.check_dense(read(args))
+        layers = None
+        if self.states:
+            pairs = [(key(args), value(args)) for key, value in self.states]
+            with torch.no_grad():
+                layers = self.caches.before(pairs, self.positions(*args))
         if layers is None:
             if self.dense is None:
                 self.dense = self.compile(self._copy())
@@ -227,7 +248,9 @@ class OwnCacheGraph:
     def _packed_form(self, bands: tuple[tuple[int, ...], ...]) -> tuple[list[int], Callable[..., Any]]:
         """The packed form for these bands, and which of the graph's own inputs it takes."""
         gm = self._copy()
-        run_passes(gm, (PackBuffers(self.caches.layout, bands), FuseAttend(), RemoveDeadCode()), self.dump_dir)
+        passes = (PackBuffers(self.caches.layout, bands), FuseAttend(), RemoveDeadCode())
+        record = run_passes(gm, passes, self.dump_dir)
+        assert not record.left, record.left
         left = {node.name for node in gm.graph.nodes if node.op == "placeholder"}
         return [i for i, name in enumerate(self.inputs) if name in left], self.compile(gm)
 

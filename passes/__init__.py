@@ -1,4 +1,4 @@
-"""Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, list stock caches,
+"""Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, share heads, list stock caches,
 pack static buffers, drop what became dead.
 """
 
@@ -12,6 +12,7 @@ from apack_compile.passes.base import GraphRecord, MatchRecord, Pass, PassRecord
 from apack_compile.passes.cache_updates import CacheUpdate, FindCacheUpdates, find_cache_updates
 from apack_compile.passes.dead_code import RemoveDeadCode
 from apack_compile.passes.fuse_attend import FuseAttend
+from apack_compile.passes.share_heads import RepeatedHeads, ShareHeads
 from apack_compile.passes.sites import AttentionSite, find_sites
 from apack_compile.passes.static_buffers import BufferPair, PackBuffers
 
@@ -28,6 +29,8 @@ __all__ = [
     "PassRecord",
     "Refusal",
     "RemoveDeadCode",
+    "RepeatedHeads",
+    "ShareHeads",
     "find_cache_updates",
     "find_sites",
     "run_passes",

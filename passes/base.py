@@ -101,6 +101,11 @@ class GraphRecord:
         return tuple(m for p in self.passes if p.name == "FuseAttend" for m in p.matches)
 
     @property
+    def shared_heads(self) -> tuple[MatchRecord, ...]:
+        """Every attention over a dense cache that no longer repeats its heads."""
+        return tuple(m for p in self.passes if p.name == "ShareHeads" for m in p.matches)
+
+    @property
     def cache_updates(self) -> tuple[MatchRecord, ...]:
         """Every update of a stock cache that an attention reads, and why it stays as it is."""
         return tuple(m for p in self.passes if p.name == "FindCacheUpdates" for m in p.matches)

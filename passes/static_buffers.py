@@ -20,7 +20,7 @@ from apack_compile.passes.effects import is_pure, live_nodes
 from apack_compile.passes.memory import Memory
 from apack_compile.passes.nodes import arguments, kind, op_name, same_sizes, shape, value_of
 from apack_compile.passes.sites import AttentionSite, find_sites
-from apack_compile.passes.update_kinds import target_of
+from apack_compile.passes.update_kinds import KINDS, target_of
 from apack_compile.passes.views import entries_of
 
 # Nodes between the graph's inputs and the positions that are written; more is a computation, which would be done twice.
@@ -41,8 +41,15 @@ class BufferPair:
 
     def record(self) -> MatchRecord:
         """What a report shows of the pair."""
-        states = [update.state.name for update in (self.key, self.value)]
-        return MatchRecord(self.node.name, self.key.layer, None, True, {"states": states, "index": self.index.name})
+        streams = (self.key, self.value)
+        details = {
+            "kind": self.key.kind,
+            "states": [update.state.name for update in streams],
+            "updates": [update.node.name for update in streams],
+            "attention": self.key.attention.name,
+            "index": self.index.name,
+        }
+        return MatchRecord(self.node.name, self.key.layer, None, True, details)
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,18 @@ def index_graph(graph: fx.Graph, pairs: Iterable[BufferPair]) -> fx.Graph:
     return alone
 
 
+def read_besides(graph: fx.Graph, pairs: Iterable[BufferPair]) -> list[fx.Node]:
+    """Inputs `[B, H, T, D]` that the graph reads and that are no buffer of a pair: where one is packed, its tokens are not there."""
+    known = {update.state for pair in pairs for update in (pair.key, pair.value)}
+    inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr") and node not in known]
+    return [node for node in inputs if len(shape(node) or ()) == 4 and any(_reads(user, node) for user in node.users)]
+
+
+def _reads(user: fx.Node, state: fx.Node) -> bool:
+    """Whether a node does more than write into a tensor in place."""
+    return kind(user) not in KINDS or target_of(user) is not state or user.op == "output" or bool(user.users)
+
+
 def _copied(pair: BufferPair, copies: dict[fx.Node, fx.Node]) -> BufferPair:
     """The same pair in a copy of its graph."""
     key, value = (
@@ -284,20 +303,21 @@ def _why_not(
     if not buffer.is_contiguous() or not statically_known_true(buffer.untyped_storage().nbytes() == size):
         return f"{state.name} is a view: it has no memory of its own"
     for node in memory.order:
-        other = value_of(node)
-        shared = isinstance(other, torch.Tensor) and other.untyped_storage()._cdata == buffer.untyped_storage()._cdata
-        if node is not state and shared and node.op in ("placeholder", "get_attr"):
+        if node.op in ("placeholder", "get_attr") and node is not state and _share_memory(node, state):
             return f"{state.name} and {node.name} share memory"
     for writer, targets in memory.writes:
-        shared = any(
-            isinstance(value_of(t), torch.Tensor)
-            and value_of(t).untyped_storage()._cdata == buffer.untyped_storage()._cdata
-            for t in targets
-        )
-        if writer is not update.node and (state in targets or shared):
+        if writer is not update.node and any(_share_memory(target, state) for target in targets):
             return f"{state.name} is also written by {op_name(writer)}"
     early = next((u for u in state.users if memory.order[u] < memory.order[update.node] and u in live), None)
     return None if early is None else f"{state.name} is read by {op_name(early)} before it is written"
+
+
+def _share_memory(node: fx.Node, state: fx.Node) -> bool:
+    """Whether a node is a buffer, a view of it, or something whose memory is not known."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return node.op not in ("placeholder", "get_attr")
+    return value.untyped_storage()._cdata == value_of(state).untyped_storage()._cdata
 
 
 def _differ(key: CacheUpdate, value: CacheUpdate) -> str | None:
