@@ -20,7 +20,7 @@ from apack_compile.kernels.layout import HELD, to_groups
 from apack_compile.layer import CompactedLayer
 from apack_compile.passes import FuseAttend, RemoveDeadCode, run_passes
 from apack_compile.passes.static_buffers import BufferPair, PackBuffers, StateLayout, index_graph, read_besides
-from apack_compile.plan import FIRST_TOKENS, Plan, Provenance, budget_plan
+from apack_compile.plan import FIRST_TOKENS, Plan, Provenance, budget_key, budget_plan
 from apack_compile.plan_file import versions
 from apack_compile.release import regain, release
 
@@ -61,7 +61,7 @@ class OwnCaches:
     """The packed state of every pair of static buffers that the graphs of one `torch.compile` write.
 
     ratio: 16-bit bytes of the buffers over packed bytes. plan: a saved plan, whose i-th layer serves the i-th pair of a graph; else
-    the first sequence's keys and values give one, which later sequences share. options: those of the torch.compile.
+    the first sequence in buffers of about this length gives one, which later sequences share. options: those of the torch.compile.
     """
 
     def __init__(self, ratio: float, plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -153,17 +153,18 @@ class OwnCaches:
         return found
 
     def _plan_for(self, pairs: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
-        """The plan of a graph's pairs."""
+        """The plan of a graph's pairs: the given one, or one by the first sequence in such buffers."""
         key = pairs[0][0]
         if self.plan is not None:
             return renumbered(self.plan, pairs).to(key.device)
-        signature = tuple((tuple(states.shape), states.dtype, states.device) for pair in pairs for states in pair)
-        if signature not in self.plans:
-            plan = budget_plan(statistics_of(filled), self.ratio, key.shape[2], 0.0)
+        streams = tuple((states.shape[1], states.shape[3], states.dtype, states.device) for pair in pairs for states in pair)
+        which = (streams, budget_key(key.shape[2], 0.0))
+        if which not in self.plans:
+            plan = budget_plan(statistics_of(filled), self.ratio, *which[1])
             about_model = (len(pairs), key.shape[1], key.shape[3], str(key.dtype))
             provenance = Provenance(f"the first {filled[0][0].shape[2]} tokens in static buffers", versions())
-            self.plans[signature] = replace(plan, signature=about_model, provenance=provenance)
-        return self.plans[signature]
+            self.plans[which] = replace(plan, signature=about_model, provenance=provenance)
+        return self.plans[which]
 
     def report(self) -> dict[str, Any] | None:
         """Bytes of what is packed now; None where nothing is.

@@ -139,7 +139,8 @@ class PackBuffers(Pass):
             )
             unpack = graph.call_function(
                 torch.ops.apack.unpack.default,
-                (*new, dense, codes, bases, bands, positions, cursor, shape(states[0])[TOKEN_DIM]),
+                # FuseAttend takes it away: its length is never asked for
+                (*new, dense, codes, bases, bands, positions, cursor, 0),
                 {"turns": turns, **turned} if turns else {},
             )
             read = [graph.call_function(operator.getitem, (unpack, i)) for i in range(2)]
@@ -291,8 +292,6 @@ def _why_not(
     buffer, tokens = value_of(state), value_of(new)
     if buffer.ndim != 4 or update.token_dim != TOKEN_DIM:
         return f"tokens are dimension {update.token_dim} of {tuple(buffer.shape)}; [B, H_kv, max_len, D] is known"
-    if not all(isinstance(size, int) for size in buffer.shape):
-        return f"{state.name} has no static size"
     if not buffer.dtype.is_floating_point or buffer.requires_grad or isinstance(buffer, torch.nn.Parameter):
         return f"{state.name} is no buffer of floating-point numbers without gradient"
     if tokens.dtype != buffer.dtype:
