@@ -72,6 +72,7 @@ class OwnCaches:
         self.ratio = ratio
         self.plan = plan
         self.plans: dict[tuple, Plan] = {}
+        self.last: dict[str, Any] | None = None
         self.held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     @property
@@ -150,6 +151,7 @@ class OwnCaches:
             packed = Packed(cache, layer, versions_of(pair), released)
             self.held[pair[0]] = self.held[pair[1]] = packed
             found.append(packed)
+        self.last = self._live_report()
         return found
 
     def _plan_for(self, pairs: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
@@ -167,11 +169,15 @@ class OwnCaches:
         return self.plans[which]
 
     def report(self) -> dict[str, Any] | None:
-        """Bytes of what is packed now; None where nothing is.
+        """Bytes of what is packed now or, where those buffers are gone, was packed last; None where nothing was.
 
-        layers: pairs of buffers; tokens: held by all rows; buffer_bytes: what the buffers took, dense_bytes: in 16 bits; released:
-        given back to the system; packed_bytes: what stands for them; model_bytes: shared bases. ratio: dense_bytes / packed_bytes.
+        layers: pairs of buffers; tokens: held by all rows; capacity: slots of a row; buffer_bytes: what the buffers took, dense_bytes:
+        in 16 bits; released_bytes: given back to the system; packed_bytes: what stands for them; model_bytes: shared bases. ratio:
+        dense_bytes / packed_bytes.
         """
+        return self._live_report() or self.last
+
+    def _live_report(self) -> dict[str, Any] | None:
         live = list({id(packed): packed for packed in self.held.values()}.values())
         if not live:
             return None
@@ -186,7 +192,7 @@ class OwnCaches:
         packed_bytes = sum(held["sequence_bytes"] for held in bytes_of)
         return {
             "layers": len(live),
-            "tokens": max(held["tokens"] for held in bytes_of),
+            "tokens": sum(held["tokens"] for held in bytes_of),
             "capacity": caches[0].max_tokens,
             "buffer_bytes": elements * size,
             "dense_bytes": elements * DENSE_ELEMENT_BYTES,

@@ -84,6 +84,7 @@ def run(model: Callable[..., Tensor], tokens: Tensor, start: int, chunk: int = 1
     """Logits of tokens `[B, n]` given to the model `chunk` at a time, from position `start` on."""
     parts = []
     for i in range(0, tokens.shape[1], chunk):
-        part = tokens[:, i : i + chunk]
+        # a slice's strides would be another graph's
+        part = tokens[:, i : i + chunk].clone(memory_format=torch.contiguous_format)
         parts.append(model(part, torch.arange(start + i, start + i + part.shape[1])))
     return torch.cat(parts, dim=1)
