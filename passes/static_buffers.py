@@ -246,7 +246,7 @@ def _pair(streams: dict[str, CacheUpdate], memory: Memory, live: set[fx.Node]) -
             return Refusal(update.node, update.layer, f"{update.stream}: {why}", False)
     (index, new_key), (value_index, new_value) = writes
     first, last = sorted((key.node, value.node), key=memory.order.__getitem__)
-    why = _differ(key, value) or _not_from_inputs(index, memory)
+    why = _differ(key, value) or _not_from_inputs(index, first, last, memory)
     if value_index is not index:
         why = f"keys are written at {index.name}, values at {value_index.name}"
     early = key if key.node is first else value
@@ -312,11 +312,12 @@ def _why_not(
 
 
 def _share_memory(node: fx.Node, state: fx.Node) -> bool:
-    """Whether a node is a buffer, a view of it, or something whose memory is not known."""
-    value = value_of(node)
-    if not isinstance(value, torch.Tensor):
-        return node.op not in ("placeholder", "get_attr")
-    return value.untyped_storage()._cdata == value_of(state).untyped_storage()._cdata
+    """Whether a node is a tensor, a view of it, or something whose memory is not known."""
+    value, held = value_of(node), value_of(state)
+    if node is state or value is None or held is None:
+        return True
+    tensors = isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor)
+    return tensors and value.untyped_storage()._cdata == held.untyped_storage()._cdata
 
 
 def _differ(key: CacheUpdate, value: CacheUpdate) -> str | None:
@@ -339,14 +340,17 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _not_from_inputs(index: fx.Node, memory: Memory) -> str | None:
-    """Why positions are not known before the graph runs."""
+def _not_from_inputs(index: fx.Node, first: fx.Node, last: fx.Node, memory: Memory) -> str | None:
+    """Why the positions of a pair's two updates are not known before the graph runs."""
     nodes = _ancestors(index)
     unknown = next((n for n in nodes if n.op not in ("placeholder", "get_attr") and not is_pure(n)), None)
     if len(nodes) > MAX_INDEX_NODES or unknown is not None:
         what = "much is computed" if unknown is None else f"{op_name(unknown)} computes it"
         return f"the positions {index.name} are no graph input: {what}"
     for writer, targets in memory.writes:
-        if memory.order[writer] < memory.order[index] and nodes.intersection(targets):
+        at = memory.order[writer]
+        # what the positions are computed of, until they are; the positions themselves, until they are used
+        read = nodes if at < memory.order[index] else {index} if at < memory.order[last] else set()
+        if writer is not first and any(_share_memory(target, node) for target in targets for node in read):
             return f"the positions {index.name} are written by {op_name(writer)} in the graph"
     return None
