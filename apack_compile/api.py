@@ -127,9 +127,9 @@ def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Com
 
 
 @overload
-def report(model: nn.Module) -> Report: ...
-@overload
 def report(model: GraphLog) -> GraphReport: ...
+@overload
+def report(model: nn.Module) -> Report: ...
 def report(model: nn.Module | GraphLog) -> Report | GraphReport:
     """What was rewritten, what was not and why, and the bytes held; prints as a table.
 

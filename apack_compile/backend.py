@@ -26,9 +26,9 @@ from apack_compile.passes import (
     ShareHeads,
     run_passes,
 )
+from apack_compile.passes.buffer_pairs import read_besides
 from apack_compile.passes.nodes import bind, default_overload
 from apack_compile.passes.origin import is_unpack
-from apack_compile.passes.static_buffers import read_besides
 
 if TYPE_CHECKING:
     from apack_compile.own_cache import OwnCaches
@@ -81,7 +81,9 @@ class BackendOptions:
             if getattr(self, name) is not None and not self.own_cache:
                 raise ValueError(f"option {name}={getattr(self, name)!r}: only with own_cache=True")
         if self.ratio is not None and self.plan is not None:
-            raise ValueError(f"options ratio={self.ratio!r} and plan={self.plan!r} exclude each other; pass one of them")
+            raise ValueError(
+                f"options ratio={self.ratio!r} and plan={self.plan!r} exclude each other; pass one of them"
+            )
         if self.ratio is not None and not is_ratio(self.ratio):
             raise ValueError(f"option ratio={self.ratio!r}: expected a finite number > 1")
 
@@ -120,7 +122,7 @@ def attentionpack(
     _check(gm, record, chosen)
     if not pairs and not (chosen.own_cache and read_besides(gm.graph, ())):
         return _compile(gm, example_inputs, chosen.inner, patches)
-    from apack_compile.own_cache import OwnCacheGraph
+    from apack_compile.own_cache_graph import OwnCacheGraph
 
     # Through Dynamo once more: packed state exists only when the graph runs, and its shapes need guards of their own.
     compile_form = partial(torch.compile, backend=chosen.inner, mode=mode, fullgraph=True)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from apack_compile.graph_log import GraphLog
-from apack_compile.passes import GraphRecord
+from apack_compile.passes import GraphRecord, MatchRecord
 
 HOW_TO_PACK = (
     "to pack them: options={'own_cache': True} for static buffers [B, H_kv, max_len, D] of the compiled module, or "
@@ -70,7 +70,7 @@ def build_graph_report(log: GraphLog) -> GraphReport:
 def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:
     """What a graph's record says, attentions first."""
     packed = [match for match in graph.static_buffers if match.reason is None]
-    own = {name for match in packed for name in (match.details["attention"], *match.details["updates"])}
+    own = {name for match in packed for name in nodes_of(match)}
     shared = {match.node for match in graph.shared_heads}
     refused = {match.node: match.reason for match in graph.static_buffers if match.reason is not None}
     for site in graph.sites:
@@ -94,9 +94,16 @@ def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:
 
 def stock_bytes(graph: GraphRecord) -> int:
     """Bytes of a graph's dense caches whose size is known, those with a packed form left out."""
-    own = {state for match in graph.static_buffers if match.reason is None for state in match.details["states"]}
-    sizes = {update.details["state"]: update.details["bytes"] for update in graph.cache_updates if update.details}
-    return sum(size for state, size in sizes.items() if size is not None and state not in own)
+    own = {name for match in graph.static_buffers if match.reason is None for name in nodes_of(match)}
+    sizes = {u.details["state"]: u.details["bytes"] for u in graph.cache_updates if u.details and u.node not in own}
+    return sum(size for size in sizes.values() if isinstance(size, int))
+
+
+def nodes_of(match: MatchRecord) -> list[Any]:
+    """The attention and both updates of a packed pair."""
+    updates = match.details["updates"]
+    assert isinstance(updates, list)
+    return [match.details["attention"], *updates]
 
 
 def total(held: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,15 +1,14 @@
 """Packed state in the place of static key and value buffers that a compiled module owns (backend option `own_cache`).
 
-A graph that writes such buffers has two forms: the dense one, as it came, and the packed one, which appends to packed state and attends
-to it (passes/static_buffers.py). Which one runs is decided at each call, by where the call writes and what is held.
+When it is made, when it is dropped, and what must not happen to the buffers in between. own_cache_graph.py runs the graphs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.cache_utils import DynamicCache
 
@@ -18,8 +17,7 @@ from apack_compile.cache import CompactedCache, LayerKind, Planner
 from apack_compile.calibration import Running, RunningMoments, Statistics, by_layer
 from apack_compile.kernels.layout import HELD, to_groups
 from apack_compile.layer import CompactedLayer
-from apack_compile.passes import FuseAttend, RemoveDeadCode, run_passes
-from apack_compile.passes.static_buffers import BufferPair, PackBuffers, StateLayout, index_graph, read_besides
+from apack_compile.passes.pack_buffers import StateLayout
 from apack_compile.plan import FIRST_TOKENS, Plan, Provenance, budget_key, budget_plan
 from apack_compile.plan_file import versions
 from apack_compile.release import regain, release
@@ -67,7 +65,9 @@ class OwnCaches:
     def __init__(self, ratio: float, plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> None:
         if plan is not None and (plan.per_request or plan.tiers is not None):
             what = "bases fitted to each cache" if plan.per_request else "tiers"
-            raise ValueError(f"option plan: a plan with {what} cannot serve static buffers; make one with optimize(model, ratio=...)")
+            raise ValueError(
+                f"option plan: a plan with {what} cannot serve static buffers; make one with optimize(model, ratio=...)"
+            )
         self.options = options
         self.ratio = ratio
         self.plan = plan
@@ -159,7 +159,9 @@ class OwnCaches:
         key = pairs[0][0]
         if self.plan is not None:
             return renumbered(self.plan, pairs).to(key.device)
-        streams = tuple((states.shape[1], states.shape[3], states.dtype, states.device) for pair in pairs for states in pair)
+        streams = tuple(
+            (states.shape[1], states.shape[3], states.dtype, states.device) for pair in pairs for states in pair
+        )
         which = (streams, budget_key(key.shape[2], 0.0))
         if which not in self.plans:
             plan = budget_plan(statistics_of(filled), self.ratio, *which[1])
@@ -202,79 +204,6 @@ class OwnCaches:
             "ratio": elements * DENSE_ELEMENT_BYTES / packed_bytes,
             "notes": [note for cache in caches for note in cache.notes],
         }
-
-
-class OwnCacheGraph:
-    """One compiled graph over static buffers: at each call its dense or its packed form.
-
-    compile: from a graph module to a callable; each form is compiled when it is first needed.
-    """
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        pairs: Sequence[BufferPair],
-        caches: OwnCaches,
-        compile: Callable[[fx.GraphModule], Callable[..., Any]],
-        dump_dir: str | None = None,
-    ) -> None:
-        self.gm, self.caches, self.compile, self.dump_dir = gm, caches, compile, dump_dir
-        inputs = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-        self.inputs = inputs
-        self.states = [tuple(state_reader(gm, u.state, inputs) for u in (pair.key, pair.value)) for pair in pairs]
-        self.others = [state_reader(gm, node, inputs) for node in read_besides(gm.graph, pairs)]
-        self.positions = fx.GraphModule(gm, index_graph(gm.graph, pairs))
-        self.dense: Callable[..., Any] | None = None
-        self.packed: dict[tuple, tuple[list[int], Callable[..., Any]]] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        """Run the graph on the inputs it was traced with."""
-        for read in self.others:
-            self.caches.check_dense(read(args))
-        layers = None
-        if self.states:
-            pairs = [(key(args), value(args)) for key, value in self.states]
-            with torch.no_grad():
-                layers = self.caches.before(pairs, self.positions(*args))
-        if layers is None:
-            if self.dense is None:
-                self.dense = self.compile(self._copy())
-            return self.dense(*args)
-        bands = tuple(tuple(layer.bands) for layer in layers)
-        if bands not in self.packed:
-            self.packed[bands] = self._packed_form(bands)
-        kept, run = self.packed[bands]
-        return run(*(args[i] for i in kept), *(tensor for layer in layers for tensor in state_of(layer)))
-
-    def _copy(self) -> fx.GraphModule:
-        """The graph as it came, in a module of an ordinary kind: Dynamo does not trace its own."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self.gm.graph, {}))
-        return fx.GraphModule(self.gm, graph)
-
-    def _packed_form(self, bands: tuple[tuple[int, ...], ...]) -> tuple[list[int], Callable[..., Any]]:
-        """The packed form for these bands, and which of the graph's own inputs it takes."""
-        gm = self._copy()
-        passes = (PackBuffers(self.caches.layout, bands), FuseAttend(), RemoveDeadCode())
-        record = run_passes(gm, passes, self.dump_dir)
-        assert not record.left, record.left
-        left = {node.name for node in gm.graph.nodes if node.op == "placeholder"}
-        return [i for i, name in enumerate(self.inputs) if name in left], self.compile(gm)
-
-
-def state_reader(gm: fx.GraphModule, state: fx.Node, inputs: Sequence[str]) -> Callable[[Sequence[Any]], Tensor]:
-    """What takes a buffer from a call's inputs, or from the module that the graph belongs to."""
-    if state.op == "placeholder":
-        at = inputs.index(state.name)
-        return lambda args: args[at]
-    *path, name = str(state.target).split(".")
-    owner = gm.get_submodule(".".join(path))
-    return lambda args: getattr(owner, name)
-
-
-def state_of(layer: CompactedLayer) -> list[Tensor]:
-    """A layer's tensors, in the order of `StateLayout`."""
-    return [*layer.dense, *layer.codes, *layer.bases, *layer.positions(), layer.cursor, *layer.turns()]
 
 
 def versions_of(pair: Pair) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """A decode step of a module that owns static buffers, compiled: Inductor alone, this backend lossless, and with own_cache.
 
 Four attention layers with their projections and no other weights, float32. Buffers hold tokens whose components have the variances of
-`attend.py`'s spectrum. `dense_over_packed`: time of Inductor's step over the packed one's, same run, taking turns; `error`: relative, of the
-step's result against the dense one. Each call writes the same position again.
+`attend.py`'s spectrum. `dense_over_packed`: time of Inductor's step over the packed one's, same run, taking turns; `error`: relative,
+of the step's result against the dense one. Each call writes the same position again.
 """
 
 import copy
@@ -77,7 +77,11 @@ def measured(name: str, capacity: int, held: int, ratio: float, seconds: float) 
         "packed": torch.compile(packed, fullgraph=True, backend="attentionpack", options=own),
     }
     at = torch.tensor([held])
-    inputs = (torch.randn(1, 1, shape.query_heads * shape.head_dim), (torch.arange(capacity) <= at)[None, None, None], at)
+    inputs = (
+        torch.randn(1, 1, shape.query_heads * shape.head_dim),
+        (torch.arange(capacity) <= at)[None, None, None],
+        at,
+    )
     calls = {label: lambda step=step: step(*inputs) for label, step in steps.items()}
     results = {label: call() for label, call in calls.items()}
     timing = interleaved(calls, seconds)

@@ -129,7 +129,9 @@ def test_an_outside_write_to_a_packed_buffer_raises():
     run(step, tokens_of(PROMPT), 0, PROMPT)
     run(step, tokens_of(3), PROMPT)
     model.layers[1].v_cache[:, :, 5] = 1.0
-    with pytest.raises(RuntimeError, match="buffers of layer 1 were written outside of the compiled graphs while their 104"):
+    with pytest.raises(
+        RuntimeError, match="buffers of layer 1 were written outside of the compiled graphs while their 104"
+    ):
         run(step, tokens_of(1), PROMPT + 3)
 
 
@@ -237,7 +239,9 @@ def test_a_plan_from_static_buffers_can_be_saved_and_used_again(tmp_path):
 def test_a_plan_for_another_model_is_refused(tmp_path, lossless):
     step, _ = compiled(StaticModel(layers=3), plan=lossless)
     run(step, tokens_of(PROMPT), 0, PROMPT)
-    with pytest.raises(ValueError, match="plan is for 2 layers, 2 KV heads x 16, torch.float32; the graph has 3 pairs"):
+    with pytest.raises(
+        ValueError, match=r"plan is for 2 layers, 2 KV heads x 16, torch.float32; the graph has 3 pairs"
+    ):
         run(step, tokens_of(1), PROMPT)
     a_vl = a_vl_plan([0, 1], apack_compile.AVLOptions())
     replace(a_vl, signature=(2, KV_HEADS, HEAD_DIM, "torch.float32")).save(tmp_path / "a_vl")
@@ -343,6 +347,28 @@ def test_a_static_cache_passed_to_a_model_is_packed(lossless):
         assert not ours.layers[1].values.any()
     assert held(log)["tokens"] == 2 * (70 + STEPS)
     assert len(log.graphs) == 1 and counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("ratio", [4, 6])
+def test_a_plan_of_an_optimized_model_serves_its_static_cache(ratio, tmp_path):
+    model = tiny_llama()
+    tokens = torch.randint(64, (1, 1_200))
+    apack_compile.optimize(model, ratio=ratio, compile="none")
+    apack_compile.calibrate(model, {"input_ids": tokens})
+    plan = apack_compile.plan_for(model, 256)
+    assert plan.turn is not None and (plan.coarse is not None) == (ratio == 6)
+    plan.save(tmp_path / "plan")
+    apack_compile.restore(model)
+    step, log = compiled(model.forward, plan=str(tmp_path / "plan"))
+    ours, theirs = (StaticCache(config=model.config, max_cache_len=256) for _ in range(2))
+    prompt = tokens[:, 300:500]
+    for cache in (ours, theirs):
+        model(prompt, past_key_values=cache)
+    for token in tokens[:, 500:505].split(1, dim=1):
+        token = token.clone(memory_format=torch.contiguous_format)
+        out, expected = step(token, past_key_values=ours).logits, model(token, past_key_values=theirs).logits
+        assert float((out - expected).norm() / expected.norm()) < 0.15
+    assert held(log)["tokens"] == 205
 
 
 def test_generate_with_a_static_cache_gives_the_dense_tokens(lossless):

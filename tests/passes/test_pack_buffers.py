@@ -230,7 +230,11 @@ def mixed(query, key, value, keys, values, at, mask):
     [
         ("stacked", index_copy, "l_keys_ is a view: it has no memory of its own"),
         ("strided", index_copy, "l_keys_ is a view: it has no memory of its own"),
-        ("narrower", mixed, r"keys \(2, 2, 24, 8\) torch.float32 and values \(2, 2, 24, 8\) torch.bfloat16 do not belong together"),
+        (
+            "narrower",
+            mixed,
+            r"keys \(2, 2, 24, 8\) torch.float32 and values \(2, 2, 24, 8\) torch.bfloat16 do not belong together",
+        ),
     ],
 )
 def test_buffers_whose_memory_or_type_does_not_allow_it_stay_dense(name, function, reason):
