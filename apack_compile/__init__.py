@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from apack_compile.api import calibrate, new_cache, optimize, plan_for, report, restore
     from apack_compile.cache import CompactedCache
     from apack_compile.config import AttentionPackConfig
+    from apack_compile.graph_log import GraphLog
+    from apack_compile.graph_report import GraphReport
     from apack_compile.plan import Plan
     from apack_compile.preset_options import AttentionPackOptions, AVLOptions
     from apack_compile.reporting import Report
@@ -18,6 +20,8 @@ _HOME = {
     "AttentionPackConfig": "config",
     "AttentionPackOptions": "preset_options",
     "CompactedCache": "cache",
+    "GraphLog": "graph_log",
+    "GraphReport": "graph_report",
     "Plan": "plan",
     "Report": "reporting",
     "calibrate": "api",
@@ -32,6 +36,8 @@ __all__ = [
     "AttentionPackConfig",
     "AttentionPackOptions",
     "CompactedCache",
+    "GraphLog",
+    "GraphReport",
     "Plan",
     "Report",
     "calibrate",

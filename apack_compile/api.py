@@ -4,7 +4,7 @@ import types
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,8 @@ from apack_compile.cache import CompactedCache
 from apack_compile.config import AttentionPackConfig
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
+from apack_compile.graph_log import GraphLog
+from apack_compile.graph_report import GraphReport, build_graph_report
 from apack_compile.plan import Plan
 from apack_compile.plan_check import check_plan
 from apack_compile.reporting import Report, build_report
@@ -141,8 +143,19 @@ def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Com
     return cache
 
 
-def report(model: nn.Module | ExportedProgram) -> Report | ProgramReport:
-    """What was rewritten, what was not and why, and the bytes of the last cache, or of a program's caches; prints as a table."""
+@overload
+def report(model: GraphLog) -> GraphReport: ...
+@overload
+def report(model: ExportedProgram) -> ProgramReport: ...
+@overload
+def report(model: nn.Module) -> Report: ...
+def report(model: nn.Module | ExportedProgram | GraphLog) -> Report | ProgramReport | GraphReport:
+    """What was rewritten, what was not and why, and the bytes held; prints as a table.
+
+    model: an optimized model, or a program (of an fx.GraphModule, too, the result is a ProgramReport); for a `torch.compile` of any other, the GraphLog that was given as its option `log`.
+    """
+    if isinstance(model, GraphLog):
+        return build_graph_report(model)
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         return program_report(model)
     return build_report(model, _require_session(model))
@@ -214,7 +227,8 @@ def _require_session(model: nn.Module) -> Session:
     session = session_of(model)
     if session is None:
         raise ValueError(
-            f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first"
+            f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first, or, for a torch.compile "
+            "with backend='attentionpack', pass report the GraphLog of its option log"
         )
     return session
 

@@ -3,42 +3,89 @@
 Torch finds it by name through the entry point group `torch_dynamo_backends`; registering it here too would be an error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
+import torch
 from torch import fx
 
-from apack_compile.passes import FindCacheUpdates, FuseAttend, GraphRecord, RemoveDeadCode, run_passes
+from apack_compile.checks import is_ratio
+from apack_compile.graph_log import GraphLog
+from apack_compile.passes import (
+    BufferPair,
+    FindCacheUpdates,
+    FuseAttend,
+    GraphRecord,
+    MatchRecord,
+    PackBuffers,
+    PassRecord,
+    RemoveDeadCode,
+    ShareHeads,
+    run_passes,
+)
+from apack_compile.passes.buffer_pairs import read_besides
 from apack_compile.passes.nodes import bind, default_overload
 from apack_compile.passes.origin import is_unpack
 
+if TYPE_CHECKING:
+    from apack_compile.own_cache import OwnCaches
+
 INNER = ("inductor", "aot_eager", "eager")
-OPTIONS = ("inner", "strict", "dump_dir")
-PASSES = (FuseAttend(), FindCacheUpdates(), RemoveDeadCode())
+OPTIONS = ("inner", "strict", "dump_dir", "log", "own_cache", "ratio", "plan")
+PASSES = (FuseAttend(), ShareHeads(), FindCacheUpdates(), RemoveDeadCode())
+DEFAULT_RATIO = 4.0
+
+# By the id of the options that they keep alive themselves; they go when the last graph, and the log, does.
+_CACHES: WeakValueDictionary[int, "OwnCaches"] = WeakValueDictionary()
 
 OnGraph = Callable[[GraphRecord], object]
 
 
 class StrictError(RuntimeError):
-    """A graph still unpacks a packed cache, with strict=True or where the cache has tiers."""
+    """A graph still unpacks a packed cache, with strict=True or where the cache has tiers; or strict own_cache leaves one dense."""
 
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """Checked options of the backend."""
+    """Checked options of the backend.
+
+    inner: the compiler that the rewritten graph goes to. strict: raise where a packed cache is still unpacked or, with own_cache,
+    where a stock cache stays dense. dump_dir: folder for graphs before and after each pass. log: is told about every graph.
+    own_cache: pack the static key and value buffers that the compiled module owns, at `ratio` (default 4), or by the saved plan at the
+    path `plan`. Raises ValueError naming the option.
+    """
 
     inner: str = "inductor"
     strict: bool = False
     dump_dir: str | None = None
+    log: GraphLog | None = None
+    own_cache: bool = False
+    ratio: float | None = None
+    plan: str | None = None
 
     def __post_init__(self) -> None:
         if self.inner not in INNER:
             raise ValueError(f"option inner={self.inner!r}: expected one of {', '.join(INNER)}")
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"option strict={self.strict!r}: expected one of True, False")
-        if not isinstance(self.dump_dir, (str, type(None))):
-            raise ValueError(f"option dump_dir={self.dump_dir!r}: expected a path as str, or None")
+        for name in ("strict", "own_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"option {name}={getattr(self, name)!r}: expected one of True, False")
+        for name in ("dump_dir", "plan"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"option {name}={getattr(self, name)!r}: expected a path as str, or None")
+        if not isinstance(self.log, (GraphLog, type(None))):
+            raise ValueError(f"option log={self.log!r}: expected an apack_compile.GraphLog, or None")
+        for name in ("ratio", "plan"):
+            if getattr(self, name) is not None and not self.own_cache:
+                raise ValueError(f"option {name}={getattr(self, name)!r}: only with own_cache=True")
+        if self.ratio is not None and self.plan is not None:
+            raise ValueError(
+                f"options ratio={self.ratio!r} and plan={self.plan!r} exclude each other; pass one of them"
+            )
+        if self.ratio is not None and not is_ratio(self.ratio):
+            raise ValueError(f"option ratio={self.ratio!r}: expected a finite number > 1")
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> "BackendOptions":
@@ -57,17 +104,58 @@ def attentionpack(
     mode: str | None = None,
     on_graph: OnGraph | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph; `options` are inner, strict and dump_dir, `mode` is Inductor's."""
+    """Compile a Dynamo graph; `options` are those of BackendOptions, `mode` is Inductor's."""
     chosen = BackendOptions.of(options)
     patches = _inductor_patches(chosen.inner, mode)
     record = run_passes(gm, PASSES, chosen.dump_dir)
-    if on_graph is not None:
-        on_graph(record)
+    pairs: list[BufferPair] = []
+    if chosen.own_cache:
+        caches = _own_caches(options, chosen)
+        packing = PackBuffers(caches.layout)
+        found = packing.match(gm.graph)
+        pairs = [match for match in found if isinstance(match, BufferPair)]
+        matches = tuple(match.record() for match in found)
+        record = GraphRecord((*record.passes, PassRecord(packing.name, packing.key(), len(pairs), matches)))
+    for tell in (on_graph, None if chosen.log is None else chosen.log.graphs.append):
+        if tell is not None:
+            tell(record)
+    _check(gm, record, chosen)
+    if not pairs and not (chosen.own_cache and read_besides(gm.graph, ())):
+        return _compile(gm, example_inputs, chosen.inner, patches)
+    from apack_compile.own_cache_graph import OwnCacheGraph
+
+    # Through Dynamo once more: packed state exists only when the graph runs, and its shapes need guards of their own.
+    compile_form = partial(torch.compile, backend=chosen.inner, mode=mode, fullgraph=True)
+    return OwnCacheGraph(gm, pairs, caches, compile_form, chosen.dump_dir)
+
+
+def _check(gm: fx.GraphModule, record: GraphRecord, chosen: BackendOptions) -> None:
+    """Raise StrictError for what may not stay as it is."""
     if record.left and (chosen.strict or reads_tiers(gm)):
-        lines = [f"  {site.layer or site.node}: {site.reason}" for site in record.left]
         why = "strict=True" if chosen.strict else "only attend_tiers reads a cache with tiers right"
-        raise StrictError(f"{why}, but a packed cache is still unpacked at\n" + "\n".join(lines))
-    return _compile(gm, example_inputs, chosen.inner, patches)
+        raise StrictError(f"{why}, but a packed cache is still unpacked at\n{_listed(record.left)}")
+    dense = [match for match in record.static_buffers if match.reason is not None]
+    if dense and chosen.strict:
+        raise StrictError(f"strict=True with own_cache, but a stock cache stays dense at\n{_listed(dense)}")
+
+
+def _listed(matches: Iterable[MatchRecord]) -> str:
+    return "\n".join(f"  {match.layer or match.node}: {match.reason}" for match in matches)
+
+
+def _own_caches(options: Mapping[str, Any] | None, chosen: BackendOptions) -> "OwnCaches":
+    """The packed state that all graphs of one torch.compile share: torch passes the same options to the backend for each."""
+    # imported here: transformers takes a second to load, and the backend is found by name without it
+    from apack_compile.own_cache import OwnCaches
+    from apack_compile.plan import Plan
+
+    caches = _CACHES.get(id(options))
+    if caches is None:
+        plan = None if chosen.plan is None else Plan.load(chosen.plan)
+        caches = _CACHES[id(options)] = OwnCaches(chosen.ratio or DEFAULT_RATIO, plan, options)
+    if chosen.log is not None and caches not in chosen.log.caches:
+        chosen.log.caches.append(caches)
+    return caches
 
 
 def reads_tiers(gm: fx.GraphModule) -> bool:

@@ -1,10 +1,10 @@
 """User-facing configuration."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from apack_compile.checks import is_ratio
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
 from apack_compile.rotary import BLOCK
 
@@ -51,7 +51,7 @@ class AttentionPackConfig:
             raise ValueError(f"ratio={self.ratio!r} and preset={self.preset!r} exclude each other; pass one of them")
         if self.ratio is None and self.preset is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
-        if self.ratio is not None and not _is_ratio(self.ratio):
+        if self.ratio is not None and not is_ratio(self.ratio):
             raise ValueError(f"ratio={self.ratio!r} must be a finite number > 1")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is not one of {', '.join(PRESETS)}")
@@ -103,10 +103,6 @@ class AttentionPackConfig:
                     raise ValueError(f"{name} is an object with {', '.join(sorted(allowed))}; got {given!r}")
                 values[name] = options(**given)
         return cls(**values)
-
-
-def _is_ratio(ratio: object) -> bool:
-    return isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and math.isfinite(ratio) and ratio > 1
 
 
 def _are_ranks(ranks: object) -> bool:

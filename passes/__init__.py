@@ -1,5 +1,5 @@
-"""Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, list stock caches,
-drop what became dead.
+"""Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, share heads, list stock caches,
+pack static buffers, drop what became dead.
 """
 
 if __name__ != "apack_compile.passes":
@@ -9,22 +9,29 @@ if __name__ != "apack_compile.passes":
     )
 
 from apack_compile.passes.base import GraphRecord, MatchRecord, Pass, PassRecord, Refusal, run_passes
+from apack_compile.passes.buffer_pairs import BufferPair
 from apack_compile.passes.cache_updates import CacheUpdate, FindCacheUpdates, find_cache_updates
 from apack_compile.passes.dead_code import RemoveDeadCode
 from apack_compile.passes.fuse_attend import FuseAttend
+from apack_compile.passes.pack_buffers import PackBuffers
+from apack_compile.passes.share_heads import RepeatedHeads, ShareHeads
 from apack_compile.passes.sites import AttentionSite, find_sites
 
 __all__ = [
     "AttentionSite",
+    "BufferPair",
     "CacheUpdate",
     "FindCacheUpdates",
     "FuseAttend",
     "GraphRecord",
     "MatchRecord",
+    "PackBuffers",
     "Pass",
     "PassRecord",
     "Refusal",
     "RemoveDeadCode",
+    "RepeatedHeads",
+    "ShareHeads",
     "find_cache_updates",
     "find_sites",
     "run_passes",

@@ -101,9 +101,19 @@ class GraphRecord:
         return tuple(m for p in self.passes if p.name == "FuseAttend" for m in p.matches)
 
     @property
+    def shared_heads(self) -> tuple[MatchRecord, ...]:
+        """Every attention over a dense cache that no longer repeats its heads."""
+        return tuple(m for p in self.passes if p.name == "ShareHeads" for m in p.matches)
+
+    @property
     def cache_updates(self) -> tuple[MatchRecord, ...]:
         """Every update of a stock cache that an attention reads, and why it stays as it is."""
         return tuple(m for p in self.passes if p.name == "FindCacheUpdates" for m in p.matches)
+
+    @property
+    def static_buffers(self) -> tuple[MatchRecord, ...]:
+        """With own_cache: every pair of static buffers that has a packed form (`reason` is None), and what is refused."""
+        return tuple(m for p in self.passes if p.name == "PackBuffers" for m in p.matches)
 
     @property
     def left(self) -> tuple[MatchRecord, ...]:

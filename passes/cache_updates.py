@@ -14,13 +14,13 @@ from apack_compile.passes.attention import Attention, find_attentions
 from apack_compile.passes.base import MatchRecord, Pass, Refusal
 from apack_compile.passes.effects import is_pure
 from apack_compile.passes.memory import Memory
-from apack_compile.passes.nodes import arguments, kind, layer_path, op_name, same_sizes, shape
+from apack_compile.passes.nodes import arguments, kind, layer_path, op_name, same_sizes, shape, value_of
 from apack_compile.passes.origin import head_repetition
 from apack_compile.passes.update_kinds import KINDS, along, concatenated, target_of
 from apack_compile.passes.views import view_of
 
 SAME_NUMBERS = {"to", "contiguous", "clone", "reshape", "expand"}
-UNCHANGED = "a stock cache: its bytes are unchanged, only apack-compile's own cache is packed"
+UNCHANGED = "a stock cache: its bytes are unchanged"
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,12 @@ class CacheUpdate:
 
     def record(self) -> MatchRecord:
         """What a report shows of the update."""
+        size = shape(self.state)
+        fixed = size is not None and all(isinstance(extent, int) for extent in size)
         details = {
             "kind": self.kind,
             "state": self.state.name,
+            "bytes": size.numel() * value_of(self.state).dtype.itemsize if fixed else None,
             "owner": self.owner,
             "in_place": self.in_place,
             "token_dim": self.token_dim,

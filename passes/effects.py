@@ -65,7 +65,8 @@ def written(node: fx.Node) -> list[fx.Node]:
     if not any(op._schema.is_mutable for op in overloads):
         return _nodes([node.kwargs.get("out")])
     if len(overloads) > 1 or isinstance(node.target, str):
-        return list(node.all_input_nodes)
+        first_alone = bool(node.args) and all(_writes_first_alone(op) for op in overloads if op._schema.is_mutable)
+        return _nodes([node.args[0]]) if first_alone else list(node.all_input_nodes)
     bound, arguments = bind(node, overloads[0]), overloads[0]._schema.arguments
     return _nodes([bound.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write])
 
@@ -102,6 +103,12 @@ def _attribute(node: fx.Node) -> Any:
     for part in str(node.target).split(".") if found is not None else ():
         found = getattr(found, part, None)
     return found
+
+
+def _writes_first_alone(op: torch._ops.OpOverload) -> bool:
+    """Whether an operator writes its first argument and no other."""
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in op._schema.arguments]
+    return written[0] and not any(written[1:])
 
 
 def _is_operator(target: Any) -> bool:

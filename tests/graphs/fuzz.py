@@ -8,7 +8,7 @@ from capture import cloned
 from random_graphs import Program, random_program
 from torch import Tensor
 
-from apack_compile.passes import FuseAttend, RemoveDeadCode, run_passes
+from apack_compile.passes import FuseAttend, RemoveDeadCode, ShareHeads, run_passes
 from apack_compile.passes.effects import op_name
 from apack_compile.passes.origin import is_unpack
 
@@ -32,7 +32,7 @@ def judge(seed: int) -> Verdict:
     old = _run(program, seed)
     before = program.gm.code
     try:
-        record = run_passes(program.gm, (FuseAttend(), RemoveDeadCode()))
+        record = run_passes(program.gm, (FuseAttend(), ShareHeads(), RemoveDeadCode()))
         new = _run(program, seed)
     except RuntimeError as error:
         return Verdict(f"rewriting or the rewritten graph fails: {error}"[:300], program.attentions, 0, ())
@@ -49,7 +49,7 @@ def judge(seed: int) -> Verdict:
         return verdict("a cache is unpacked and no reason is given")
     if len(record.sites) < program.attentions:
         return verdict("an attention is neither rewritten nor refused")
-    if count == 0:
+    if count == 0 and not record.shared_heads:
         return verdict(None if program.gm.code == before else "a graph was changed although nothing was rewritten")
     return verdict(_difference(old, new, None if dtype == torch.float64 else _exact(seed, dtype)))
 
