@@ -248,6 +248,8 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return plain(model, *args, **kwargs)
     if options.get("prefill_chunk_size") is not None and not cache.is_filled:
         _plan_chunks(model, session, cache, kwargs, prompt)
+    if options.get("guidance_scale") not in (None, 1, 1.0):
+        cache.note("guidance_scale: the unguided pass of each step keeps a dense cache of its own")
     drafts = bool(getattr(options.config, "is_assistant", False))
     if drafts:
         cache.activate_past_recording()

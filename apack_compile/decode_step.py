@@ -69,11 +69,10 @@ class DecodeSteps:
         return out
 
     def _say_it_was_eager(self, cache: CompactedCache) -> None:
-        limit = torch._dynamo.config.recompile_limit
         text = (
             "a decode step that should be compiled ran eagerly, right but slower: compiling is switched off "
-            f"(torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or this plan needs more than {limit} graphs "
-            "(torch._dynamo.config.recompile_limit)"
+            "(torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or this plan needs more graphs than "
+            f"torch._dynamo.config.recompile_limit={torch._dynamo.config.recompile_limit}"
         )
         if self.strict:
             raise StrictError(f"strict: {text}")

@@ -125,12 +125,7 @@ class Session:
         return replace(plan, signature=self.signature, provenance=Provenance(calibrated_on, versions()))
 
     def follow(self, model: nn.Module) -> None:
-        """Take over the model's dtype and device as they are now.
-
-        Raises ValueError for a model on the meta device, and where a given plan was made for another dtype.
-        """
-        if model.device.type == "meta":
-            raise ValueError("model: its weights are on the meta device now; load them before it generates")
+        """Take over the model's dtype and device as they are now; raises ValueError where a given plan was made for another dtype."""
         signature = signature_of(model)
         if self.plan is not None and signature != self.signature:
             raise ValueError(
@@ -143,7 +138,9 @@ class Session:
                 self.plan = self.plan if self.plan is None else self.plan.to(model.device)
 
     def new_cache(self, model: nn.Module, expected_tokens: int) -> CompactedCache:
-        """An empty cache for one batch of sequences."""
+        """An empty cache for one batch of sequences; raises ValueError where the model cannot generate."""
+        if model.device.type == "meta":
+            raise ValueError("model: its weights are on the meta device now; load them before it generates")
         self.follow(model)
         own = DynamicCache(config=model.config.get_text_config(decoder=True))
         return CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature)
