@@ -332,7 +332,10 @@ def _length(prompt: torch.Tensor | None) -> int | None:
 
 def _check_length(model: nn.Module, prompt: torch.Tensor | None) -> None:
     """Raise ValueError for a prompt that the model cannot read."""
-    limit, length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None), _length(prompt)
+    limit, length = (
+        getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
+        _length(prompt),
+    )
     if length == 0:
         raise ValueError("input_ids: the prompt has zero tokens; pass at least one")
     if length is not None and limit is not None and length > limit:

@@ -84,8 +84,8 @@ class CompactedCache(Cache):
         self.history: tuple[Tensor, Tensor] | None = None
         # Where generate's prompt ends: tokens from there on are generated or drafted, never pictures.
         self.prompt_end: int | None = None
-        # Chunks stored by an eager forward pass.
-        self.eager_chunks = 0
+        # Chunks stored by eager forward passes, and how many of them when the one that runs began.
+        self.eager_chunks = self.chunks_before = 0
 
     @property
     def packed_layers(self) -> list[CompactedLayer]:

@@ -301,6 +301,7 @@ def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[s
         return
     announce(model, part, cache, args, kwargs)
     if not torch.compiler.is_dynamo_compiling():
+        cache.chunks_before = cache.eager_chunks
         start_watching(cache)
 
 
@@ -310,6 +311,10 @@ def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
     if torch.compiler.is_dynamo_compiling() or not isinstance(cache, CompactedCache):
         return
     stop_watching(cache)
+    if cache.is_filled and cache.index.plan.tiers is not None and cache.eager_chunks == cache.chunks_before:
+        cache.note(
+            "a forward compiled by hand: unless its backend is attentionpack, it reads every token held, not tiers"
+        )
     unseen = cache.unsettled() if cache.is_filled else []
     if unseen:
         session = session_of(model)

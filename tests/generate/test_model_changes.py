@@ -159,13 +159,15 @@ def test_a_first_request_in_inference_mode_calibrates():
     assert model.lm_head.weight.grad is not None
 
 
-@pytest.mark.parametrize("backend", ["eager", "attentionpack"])
-@pytest.mark.parametrize("setting", [LOSSLESS, TIERS], ids=str)
-def test_a_forward_that_the_user_compiled_gives_the_same_tokens(setting, backend):
+@pytest.mark.parametrize(
+    ("setting", "backend"), [(LOSSLESS, "eager"), (TIERS, "attentionpack"), (TIERS, "eager")], ids=str
+)
+def test_a_forward_that_the_user_compiled_gives_the_same_tokens_or_a_note(setting, backend):
     model, inputs = calibrated(llava(), **setting), picture([60, 20])
     tokens = greedy(model, inputs, 6)
     options = {"inner": "eager"} if backend == "attentionpack" else None
     model.forward = torch.compile(model.forward, backend=backend, options=options)
-    assert torch.equal(greedy(model, inputs, 6), tokens)
-
-
+    again = greedy(model, inputs, 6)
+    noted = any("a forward compiled by hand" in note for note in apack_compile.report(model).notes)
+    assert noted == (setting is TIERS)
+    assert torch.equal(again, tokens) or (noted and backend == "eager")
