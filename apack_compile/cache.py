@@ -19,14 +19,15 @@ from apack_compile.token_index import Chunk, assign, extended, positions_of, wit
 
 Planner = Callable[[int, float], Plan]
 CAPACITY_GRAIN = 256
-P, R = ParamSpec("P"), TypeVar("R")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def outside_inference_mode(change: Callable[P, R]) -> Callable[P, R]:
+def outside_inference_mode(change: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Make a change of the cache leave ordinary tensors: those of inference mode could not be written after it."""
 
     @wraps(change)
-    def changed(*args: P.args, **kwargs: P.kwargs) -> R:
+    def changed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if not torch.is_inference_mode_enabled():
             return change(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():

@@ -91,7 +91,7 @@ MODES = [
         "assisted",
         "`assistant_model=`",
         WORKS,
-        f"batch of 1; the assistant may be optimized too; drafts may differ from greedy decoding where the cache is lossy; {BY_TRANSFORMERS}",
+        f"batch of 1; the assistant may be optimized too; over a lossy cache not always the tokens of greedy decoding; {BY_TRANSFORMERS}",
         made={"assistant_model": lambda _: draft()},
     ),
     Mode(
