@@ -46,7 +46,14 @@ def stop_at_12(_: Any) -> list[Callable]:
     return [lambda ids, scores: torch.full((len(ids),), next(steps) >= 12)]
 
 
-def by_hand(model: Any, input_ids: torch.Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kept: Any) -> Any:  # fmt: skip
+def by_hand(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **kept: Any,
+) -> Any:
     """A decoding method of the user's own."""
     for step in range(9):
         inputs = model.prepare_inputs_for_generation(
