@@ -46,6 +46,8 @@ class DecodeSteps:
         self.strict = strict
         self.graphs: list[GraphRecord] = []
         self.compiled: dict[Hashable, Callable] = {}
+        # The last step's: a plan's shape takes a while to write down.
+        self.last: tuple[Plan, Callable] | None = None
         self.config = CompileConfig(backend=make_backend(self.graphs.append, inner=inner, strict=strict), mode=None)
         self.config._compile_all_devices = True
 
@@ -58,15 +60,22 @@ class DecodeSteps:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, CompactedCache) or not cache.is_filled or tokens_of(args, kwargs) != 1:
             return model(*args, **kwargs)
-        shape = shape_of(cache.index.plan)
-        if shape not in self.compiled:
-            # setdefault: another thread may have been faster
-            self.compiled.setdefault(shape, torch.compile(function_of_its_own(), **self.config.to_dict()))
+        step = self._step_for(cache.index.plan)
         seen, elsewhere = cache.eager_chunks, is_uncompiled()
-        out = self.compiled[shape](model, args, kwargs)
+        out = step(model, args, kwargs)
         if cache.eager_chunks != seen and not elsewhere:
             self._say_it_was_eager(cache)
         return out
+
+    def _step_for(self, plan: Plan) -> Callable:
+        last = self.last
+        if last is None or last[0] is not plan:
+            shape = shape_of(plan)
+            if shape not in self.compiled:
+                # setdefault: another thread may have been faster
+                self.compiled.setdefault(shape, torch.compile(function_of_its_own(), **self.config.to_dict()))
+            last = self.last = plan, self.compiled[shape]
+        return last[1]
 
     def _say_it_was_eager(self, cache: CompactedCache) -> None:
         text = (

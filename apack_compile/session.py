@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import weakref
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -34,6 +35,7 @@ from apack_compile.rotary import KeyTurn, find_turn
 from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
+DEFAULT_NEW_TOKENS = 64
 FULL_ATTENTION = "full_attention"
 CROSS_ATTENTION = "cross_attention"
 LATENT_ATTENTION = "latent_attention"
@@ -143,7 +145,9 @@ class Session:
             raise ValueError("model: its weights are on the meta device now; load them before it generates")
         self.follow(model)
         own = DynamicCache(config=model.config.get_text_config(decoder=True))
-        return CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature)
+        cache = CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature)
+        self.last_cache = weakref.ref(cache)
+        return cache
 
     def calibrate(self, model: nn.Module, inputs: Any, source: str) -> None:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""

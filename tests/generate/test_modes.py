@@ -7,6 +7,7 @@ import torch
 from modes import DENSE, HUB, MODES, REFUSED, WORKS, table
 from small import calibrated, greedy, llava, picture
 from torch._dynamo.exc import BackendCompilerFailed
+from transformers import CompileConfig
 
 import apack_compile
 
@@ -135,6 +136,22 @@ def test_prompts_padded_to_a_static_length_share_a_graph():
     calibrated(model, "eager", preset="lossless")
     assert all(torch.equal(greedy(model, inputs), want) for inputs, want in zip(prompts, dense, strict=True))
     assert len(apack_compile.report(model).graphs) == 1
+
+
+def test_a_compile_config_of_the_caller_s_own_is_used_and_noted():
+    model, seen = llava(), []
+    dense = greedy(model, TEXT)
+    calibrated(model, "eager", preset="lossless")
+
+    def backend(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend, mode=None)
+    config._compile_all_devices = True
+    assert torch.equal(greedy(model, TEXT, compile_config=config), dense)
+    report = apack_compile.report(model)
+    assert seen and not report.graphs and any("compile_config is the caller's" in note for note in report.notes)
 
 
 def test_a_chunked_prompt_has_the_plan_of_the_whole_one():
