@@ -54,6 +54,10 @@ def test_a_draft_model_with_sliding_layers_keeps_what_it_may_have_to_crop():
     assistant, _ = build("gemma3")
     model = llava()
     dense = greedy(model, REPEATED)
+    try:
+        greedy(model, REPEATED, assistant_model=assistant)
+    except RuntimeError:
+        pytest.skip("this transformers cannot crop the sliding layers of a dense cache either")
     calibrated(model, preset="lossless")
     calibrated(assistant, preset="lossless")
     assert torch.equal(greedy(model, REPEATED, assistant_model=assistant), dense)
