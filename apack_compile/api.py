@@ -1,12 +1,10 @@
 """optimize, restore, calibrate, plan_for, new_cache, report."""
 
 import types
-import weakref
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, overload
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from transformers import GenerationMixin
@@ -14,8 +12,10 @@ from transformers import GenerationMixin
 from apack_compile import quantize as quantization
 from apack_compile.cache import CompactedCache
 from apack_compile.config import AttentionPackConfig
+from apack_compile.decode_step import DecodeSteps
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
+from apack_compile.generation import compiled_call, generate, refuse_continuous_batching
 from apack_compile.graph_log import GraphLog
 from apack_compile.graph_report import GraphReport, build_graph_report
 from apack_compile.plan import Plan
@@ -23,20 +23,29 @@ from apack_compile.plan_check import check_plan
 from apack_compile.reporting import Report, build_report
 from apack_compile.session import (
     ATTRIBUTE,
+    DEFAULT_NEW_TOKENS,
     Session,
     check_ratio,
-    compile_config_of,
     describe,
     end_forward,
     generating_parts,
     layer_kinds,
+    note_new_weights,
     resolve_compile,
     session_of,
     signature_of,
     watch_forward,
 )
 
-DEFAULT_NEW_TOKENS = 64
+# What optimize, and generate after it, put on a model.
+OWN_ATTRIBUTES = (
+    ATTRIBUTE,
+    "generate",
+    "get_compiled_call",
+    "init_continuous_batching",
+    "_compiled_call",
+    "_last_compile_config",
+)
 
 
 def optimize(
@@ -83,7 +92,7 @@ def optimize(
     session = _new_session(model, config, plan)
     previous = session_of(model)
     if previous is not None and previous.calibrates_like(session):
-        for name in ("statistics", "rules", "turn", "turn_reason", "calibrated_on"):
+        for name in ("statistics", "rules", "turn", "turn_reason", "calibrated_on", "outdated"):
             setattr(session, name, getattr(previous, name))
     if quantize is not None:
         torchao_config = quantization.resolve(quantize)
@@ -103,8 +112,9 @@ def restore(model: nn.Module) -> nn.Module:
     if session is not None:
         for hook in session.hooks:
             hook.remove()
-        for name in (ATTRIBUTE, "generate", "_compiled_call", "_last_compile_config"):
-            vars(model).pop(name, None)
+        for part in generating_parts(model):
+            for name in OWN_ATTRIBUTES:
+                vars(part).pop(name, None)
     return model
 
 
@@ -128,6 +138,7 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
     Raises ValueError for a bad argument or a model that is not optimized, RuntimeError where calibration is still to come.
     """
     session = _require_session(model)
+    session.follow(model)
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"tokens={tokens!r} must be an integer >= 1")
     if not isinstance(vision_share, (int, float)) or isinstance(vision_share, bool) or not 0 <= vision_share <= 1:
@@ -138,21 +149,20 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
 def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> CompactedCache:
     """An empty packed cache of an optimized model, to pass as `past_key_values=`; it grows past `max_new_tokens` when it must."""
     session = _require_session(model)
-    cache = session.new_cache(model.config, max_new_tokens)
-    session.last_cache = weakref.ref(cache)
-    return cache
+    return session.new_cache(model, max_new_tokens)
 
 
 @overload
 def report(model: GraphLog) -> GraphReport: ...
 @overload
-def report(model: ExportedProgram) -> ProgramReport: ...
-@overload
 def report(model: nn.Module) -> Report: ...
+@overload
+def report(model: ExportedProgram) -> ProgramReport: ...
 def report(model: nn.Module | ExportedProgram | GraphLog) -> Report | ProgramReport | GraphReport:
     """What was rewritten, what was not and why, and the bytes held; prints as a table.
 
-    model: an optimized model, or a program (of an fx.GraphModule, too, the result is a ProgramReport); for a `torch.compile` of any other, the GraphLog that was given as its option `log`.
+    model: an optimized model, or a program (of an fx.GraphModule, too, the result is a ProgramReport); for a `torch.compile` of
+    any other, the GraphLog that was given as its option `log`.
     """
     if isinstance(model, GraphLog):
         return build_graph_report(model)
@@ -212,15 +222,20 @@ def _check_plan_fits(plan: Plan, signature: tuple, packed: list[int]) -> None:
 
 
 def _install(model: nn.Module, session: Session) -> None:
-    """Put a session on a model: its generate, its hook, its compile config."""
-    session.compile_config = compile_config_of(session)
+    """Put a session on a model: its generate, its hooks, its compiled decode steps."""
+    if session.inner is not None:
+        session.decode = DecodeSteps(session.inner, session.config.strict)
     parts = generating_parts(model)
     session.hooks = (
         *(part.register_forward_pre_hook(partial(watch_forward, model), with_kwargs=True) for part in parts),
         model.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
+        model.register_load_state_dict_post_hook(note_new_weights),
     )
+    for part in parts:
+        vars(part)["get_compiled_call"] = partial(compiled_call, model, part)
+        vars(part)["init_continuous_batching"] = partial(refuse_continuous_batching, "init_continuous_batching")
     vars(model)[ATTRIBUTE] = session
-    vars(model)["generate"] = types.MethodType(_generate, model)
+    vars(model)["generate"] = types.MethodType(generate, model)
 
 
 def _require_session(model: nn.Module) -> Session:
@@ -231,57 +246,3 @@ def _require_session(model: nn.Module) -> Session:
             "with backend='attentionpack', pass report the GraphLog of its option log"
         )
     return session
-
-
-def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """transformers' generate with a packed cache, unless the caller chose another cache or none."""
-    plain = type(model).generate
-    session = session_of(model)
-    settings = kwargs.get("generation_config") or model.generation_config
-    cache = kwargs.get("past_key_values")
-    chosen = (kwargs.get(name, getattr(settings, name, None)) for name in ("use_cache", "cache_implementation"))
-    use_cache, implementation = chosen
-    if cache is None and (use_cache is False or implementation is not None):
-        session.unused = "use_cache=False" if use_cache is False else f"cache_implementation={implementation!r}"
-        return plain(model, *args, **kwargs)
-    if cache is None:
-        prompt = _prompt_length(args, kwargs)
-        _check_length(model, prompt)
-        cache = kwargs["past_key_values"] = new_cache(model, _new_tokens(kwargs, settings, prompt))
-    session.unused = None if isinstance(cache, CompactedCache) else f"past_key_values is a {type(cache).__name__}"
-    if session.unused:
-        return plain(model, *args, **kwargs)
-    own_compile = kwargs.get("compile_config") or getattr(settings, "compile_config", None)
-    if session.inner is None:
-        kwargs.setdefault("disable_compile", True)
-    elif cache.is_compileable and own_compile is None:
-        kwargs["compile_config"] = session.compile_config
-    out = plain(model, *args, **kwargs)
-    session.remember(cache)
-    return out
-
-
-def _prompt_length(args: tuple, kwargs: Mapping[str, Any]) -> int | None:
-    """Tokens of the prompt, None when the inputs do not tell."""
-    inputs = (
-        args[0] if args else next((kwargs[n] for n in ("input_ids", "inputs", "inputs_embeds") if n in kwargs), None)
-    )
-    return inputs.shape[1] if isinstance(inputs, torch.Tensor) and inputs.dim() >= 2 else None
-
-
-def _check_length(model: nn.Module, prompt: int | None) -> None:
-    """Raise ValueError for a prompt that the model cannot read."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if prompt == 0:
-        raise ValueError("input_ids: the prompt has zero tokens; pass at least one")
-    if prompt is not None and limit is not None and prompt > limit:
-        raise ValueError(f"input_ids: the prompt has {prompt} tokens; the model's positions end at {limit}")
-
-
-def _new_tokens(kwargs: Mapping[str, Any], settings: Any, prompt: int | None) -> int:
-    """New tokens to expect of a generate call."""
-    new_tokens = kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None)
-    longest = kwargs.get("max_length") or getattr(settings, "max_length", None)
-    if new_tokens is None and longest is not None and prompt is not None:
-        new_tokens = longest - prompt
-    return max(int(new_tokens or DEFAULT_NEW_TOKENS), 1)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,21 @@ from apack_compile.token_index import Chunk, assign, extended, positions_of, wit
 
 Planner = Callable[[int, float], Plan]
 CAPACITY_GRAIN = 256
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def outside_inference_mode(change: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make a change of the cache leave ordinary tensors: those of inference mode could not be written after it."""
+
+    @wraps(change)
+    def changed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if not torch.is_inference_mode_enabled():
+            return change(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return change(*args, **kwargs)
+
+    return changed
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,10 @@ class CompactedCache(Cache):
         self.is_told = False
         self._undo: Callable[[], None] | None = None
         self.history: tuple[Tensor, Tensor] | None = None
+        # Where generate's prompt ends: tokens from there on are generated or drafted, never pictures.
+        self.prompt_end: int | None = None
+        # Chunks stored by eager forward passes, and how many of them when the one that runs began.
+        self.eager_chunks = self.chunks_before = 0
 
     @property
     def packed_layers(self) -> list[CompactedLayer]:
@@ -109,11 +130,12 @@ class CompactedCache(Cache):
         if not isinstance(layer, CompactedLayer):
             self.last_update = None
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if torch.compiler.is_compiling() and layer.is_initialized:
+        if torch.compiler.is_dynamo_compiling() and layer.is_initialized:
             return layer.update(key_states, value_states)
         return self._update_eagerly(layer, key_states, value_states)
 
     @torch.compiler.disable
+    @outside_inference_mode
     def _update_eagerly(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Checked update of a layer, all or nothing over the layers of a chunk."""
         packed = self.packed_layers
@@ -166,6 +188,7 @@ class CompactedCache(Cache):
     def _begin(self, key: Tensor) -> None:
         """Decide, at the first packed layer, what happens to the coming chunk `[B, H_kv, n, D]`."""
         batch, _, tokens, _ = key.shape
+        self.eager_chunks += 1
         vision, padding = self._incoming
         self._incoming, self.is_told = (None, None), False
         first = self.packed_layers[0]
@@ -183,17 +206,22 @@ class CompactedCache(Cache):
         self._choose_plan(tokens, vision, padding)
         self._plan_chunk(vision, padding, held, key.shape[1] * key.shape[3])
 
+    def plan_for_prompt(self, tokens: int, vision_share: float) -> None:
+        """Choose the plan of an empty cache now: the first chunk may not be the whole prompt."""
+        self.index.plan = self.planner(tokens, vision_share)
+        self.planner = None
+
     def _choose_plan(self, tokens: int, vision: Tensor, padding: Tensor) -> None:
         """Ask for the plan at the first prefill."""
         if self.index.plan is None:
             real = (~padding).sum().clamp_min(1)
-            self.index.plan = self.planner(tokens, float((vision & ~padding).sum() / real))
-            self.planner = None
+            self.plan_for_prompt(tokens, float((vision & ~padding).sum() / real))
 
     def _plan_chunk(self, vision: Tensor, padding: Tensor, held: int, width: int) -> None:
         """Assign the chunk's tokens to slots and update the shared positions."""
         plan, index, first = self.index.plan, self.index, self.packed_layers[0]
         tokens = vision.shape[1]
+        drafted = 0 if self.prompt_end is None else min(tokens, held + tokens - self.prompt_end)
         if not held:
             index.start = rotary_start(padding)
         self._extend_history(held)
@@ -207,7 +235,7 @@ class CompactedCache(Cache):
                 vision, padding = (torch.cat([old, new], 1) for old, new in zip(past, (vision, padding), strict=True))
             self.history = (vision, padding)
             index.chunk = Chunk(vision, padding, 0)
-            index.assignment = without_bad_bargains(assign(index.chunk, plan.first_tokens, 0), plan, width)
+            index.assignment = without_bad_bargains(assign(index.chunk, plan.first_tokens, 0, drafted), plan, width)
             kept = [vision.new_empty((vision.shape[0], 0), dtype=torch.int32)] * 3
         else:
             waiting = held - packed
@@ -217,7 +245,7 @@ class CompactedCache(Cache):
             index.chunk = Chunk(vision, padding, packed)
             # a row whose first chunk was short, or mostly padding, still lacks first tokens
             found = (first.state()[4][0] >= 0).sum(1, keepdim=True) if held else 0
-            index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots)
+            index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots, drafted)
             empty = vision.new_empty((vision.shape[0], 0), dtype=torch.int32)
             shared = held and not plan.layers_place_tokens
             kept = [*index.positions[:2], index.positions[2][:, : packed - origin]] if shared else [empty] * 3
@@ -261,6 +289,7 @@ class CompactedCache(Cache):
             if position.shape[1] > 1:
                 torch._dynamo.maybe_mark_dynamic(position, 1)
 
+    @outside_inference_mode
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens: grow the storage, or pack a full tail."""
         packed = self.packed_layers
@@ -305,6 +334,8 @@ class CompactedCache(Cache):
             recent = min(layer.prune_text(held - index.floor) for layer in packed)
             index.floor = max(index.floor, held - recent)
 
+    @torch.compiler.disable
+    @outside_inference_mode
     def settle(self, layer: CompactedLayer, attention: Tensor) -> None:
         """Give a layer the attention `[B, T]` that the newest prompt token pays to every position: it evicts and ranks by it."""
         index = self.index
@@ -352,7 +383,7 @@ class CompactedCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` will return for `query_length` new tokens of this layer."""
-        eager, layer = not torch.compiler.is_compiling(), self.layers[layer_idx]
+        eager, layer = not torch.compiler.is_dynamo_compiling(), self.layers[layer_idx]
         if eager and query_length <= MAX_APPEND:
             self.reserve(query_length)
         if eager and isinstance(layer, CompactedLayer) and not self.is_compileable:
@@ -408,6 +439,7 @@ class CompactedCache(Cache):
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
         self._own_layers("batch_select_indices", indices)
 
+    @outside_inference_mode
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch to every tensor that has a row per sequence."""
         packed = [layer for layer in self.packed_layers if layer.is_initialized]

@@ -80,11 +80,11 @@ class CompactedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
-        if self.is_initialized and (torch.compiler.is_compiling() or self.index.chunk is None):
+        if self.is_initialized and (torch.compiler.is_dynamo_compiling() or self.index.chunk is None):
             torch.ops.apack.append.default(
                 key_states, value_states, *self.append_state(), **self.turn_state(text_only=True)
             )
-            padded = self.index.length is None or torch.compiler.is_compiling()
+            padded = self.index.length is None or torch.compiler.is_dynamo_compiling()
             tokens = self.index.capacity if padded else self.index.length
             return torch.ops.apack.unpack.default(
                 key_states, value_states, *self.state(), tokens, *self.tier_state(), **self.turn_state()
@@ -391,7 +391,7 @@ class CompactedLayer(CacheLayerMixin):
         """Length and offset of the keys that `update` returns for `query_length` new tokens."""
         if not self.is_initialized:
             return query_length, 0
-        if torch.compiler.is_compiling() or query_length <= MAX_APPEND:
+        if torch.compiler.is_dynamo_compiling() or query_length <= MAX_APPEND:
             return self.index.capacity, 0
         return int(self.cursor[HELD]) + query_length, 0
 

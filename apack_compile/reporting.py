@@ -151,6 +151,7 @@ def layer_line(kind: Any, rewritten: set[int], refused: dict[int, str], inner: s
 def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     """What a reader of the report must know."""
     notes = [] if session.unused is None else [f"the last generate used no packed cache: {session.unused}"]
+    notes += [] if session.outdated is None else [session.outdated]
     eager = sorted({kind.layer_type for kind in session.kinds if not kind.compileable})
     if eager:
         notes.append(

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.kernels.turns import turned
 from apack_compile.sensitivity import pictures_beside
+from apack_compile.uncompiled import uncompiled
 
 # Slots that share an anchor by default. Fewer serve the basis better, and cost a query more turns (docs/quality.md).
 BLOCK = 64
@@ -83,7 +84,7 @@ def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[st
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     name = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
     last = batch[name][:1, -1:]
-    with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.inference_mode(False), torch.no_grad(), uncompiled():
         repeated = last.clone().expand(-1, PROBE_TOKENS, *last.shape[2:])
         beside = {key: x[:1].clone() for key, x in pictures_beside(batch, PROBE_TOKENS).items()}
         model(**{name: repeated, **beside, "past_key_values": cache, "use_cache": True})

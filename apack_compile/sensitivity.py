@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.modality import padding_of, vision_of
+from apack_compile.uncompiled import uncompiled
 
 QUERY_TOKENS = 128
 # Of a short prompt, at most this part plays the tokens to come.
@@ -38,7 +39,7 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
     """Run a model over one input and differentiate its last tokens by what they read from the cache."""
     layers = list(layers)
     # generate may run this in inference mode, whose tensors cannot be differentiated
-    with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+    with torch.inference_mode(False), uncompiled():
         batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
         queries = query_tokens(model.config, batch)
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -1,19 +1,23 @@
 """What `optimize` keeps on a model."""
 
 import shutil
+import threading
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CompileConfig, GenerationMixin
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.backend import StrictError, make_backend
+from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.calibration import Statistics, collect
 from apack_compile.config import AttentionPackConfig
+from apack_compile.decode_step import DecodeSteps
 from apack_compile.importance import LEAST_RATIO, CoarseRule
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import (
@@ -31,6 +35,7 @@ from apack_compile.rotary import KeyTurn, find_turn
 from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
+DEFAULT_NEW_TOKENS = 64
 FULL_ATTENTION = "full_attention"
 CROSS_ATTENTION = "cross_attention"
 LATENT_ATTENTION = "latent_attention"
@@ -52,14 +57,35 @@ class Session:
     turn_reason: str = ""
     calibrated_on: str | None = None
     plans: dict[tuple[int, float], Plan] = field(default_factory=dict)
-    graphs: list[Any] = field(default_factory=list)
+    decode: DecodeSteps | None = None
     quantized: int = 0
     hooks: tuple[Any, ...] = ()
-    compile_config: CompileConfig | None = None
     last_cache: Any = None
     last_held: tuple[dict[str, Any], list[str]] | None = None
     # Why the last generate used no packed cache.
     unused: str | None = None
+    # Where the bases are to be.
+    device: torch.device | None = None
+    # Why the calibration may not be this model's any more.
+    outdated: str | None = None
+    # Threads may share a model: statistics and what belongs to them change together.
+    lock: Any = field(default_factory=threading.RLock)
+
+    def __deepcopy__(self, memo: dict) -> "Session":
+        """For a copied model; it has a lock of its own."""
+        copied = {f.name: deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name != "lock"}
+        return Session(**copied)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an optimized model cannot be pickled: call apack_compile.restore(model) first, or use save_pretrained; "
+            "calibrated bases are saved by apack_compile.plan_for(model, tokens).save(path)"
+        )
+
+    @property
+    def graphs(self) -> list[Any]:
+        """Records of the graphs compiled so far."""
+        return [] if self.decode is None else self.decode.graphs
 
     @property
     def packed(self) -> list[int]:
@@ -88,31 +114,65 @@ class Session:
                 "ratio: no calibrated statistics yet; call the model itself, or calibrate(model, inputs) first"
             )
         key = budget_key(tokens, vision_share)
-        if key not in self.plans:
-            rules = self.rules if self.ratio >= LEAST_RATIO else {}
-            plan = budget_plan(self.statistics, self.ratio, *key, turn=self.turn, rules=rules)
-            self.plans[key] = self.signed(plan, self.calibrated_on)
-        return self.plans[key]
+        with self.lock:
+            if key not in self.plans:
+                rules = self.rules if self.ratio >= LEAST_RATIO else {}
+                plan = budget_plan(self.statistics, self.ratio, *key, turn=self.turn, rules=rules)
+                plan = plan if self.device is None else plan.to(self.device)
+                self.plans[key] = self.signed(plan, self.calibrated_on)
+            return self.plans[key]
 
     def signed(self, plan: Plan, calibrated_on: str | None = None) -> Plan:
         """A plan that says which model it is for and where it comes from."""
         return replace(plan, signature=self.signature, provenance=Provenance(calibrated_on, versions()))
 
-    def new_cache(self, model_config: Any, expected_tokens: int) -> CompactedCache:
-        """An empty cache for one batch of sequences."""
-        own = DynamicCache(config=model_config.get_text_config(decoder=True))
-        return CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature)
+    def follow(self, model: nn.Module) -> None:
+        """Take over the model's dtype and device as they are now; raises ValueError where a given plan was made for another dtype."""
+        signature = signature_of(model)
+        if self.plan is not None and signature != self.signature:
+            raise ValueError(
+                f"plan: made for {describe(self.plan.signature)}; the model now has {describe(signature)}; "
+                "optimize it with a plan made for that"
+            )
+        with self.lock:
+            if (signature, model.device) != (self.signature, self.device):
+                self.signature, self.device, self.plans = signature, model.device, {}
+                self.plan = self.plan if self.plan is None else self.plan.to(model.device)
+
+    def new_cache(self, model: nn.Module, expected_tokens: int) -> CompactedCache:
+        """An empty cache for one batch of sequences; raises ValueError where the model cannot generate."""
+        if model.device.type == "meta":
+            raise ValueError("model: its weights are on the meta device now; load them before it generates")
+        self.follow(model)
+        own = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature)
+        self.last_cache = weakref.ref(cache)
+        return cache
 
     def calibrate(self, model: nn.Module, inputs: Any, source: str) -> None:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        turn, reason = find_turn(model, self.packed, batches[0], self.config.key_block) if batches else (None, "")
-        self.statistics, self.rules = collect(
-            model, self.packed, batches, self.config.head_groups, turn, self.config.coarse
-        )
-        self.turn, self.turn_reason = turn, reason
-        self.calibrated_on = source
-        self.plans = {}
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            turn, reason = find_turn(model, self.packed, batches[0], self.config.key_block) if batches else (None, "")
+            self.statistics, self.rules = collect(
+                model, self.packed, batches, self.config.head_groups, turn, self.config.coarse
+            )
+            self.turn, self.turn_reason = turn, reason
+            self.calibrated_on, self.outdated = source, None
+            self.plans = {}
+
+    def calibrate_on_first(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Calibrate on a first request, where nothing else did; raises ValueError for one that is too short."""
+        with self.lock:
+            if not self.needs_calibration():
+                return
+            try:
+                self.calibrate(model, inputs, "the first request")
+            except ValueError as error:
+                raise ValueError(
+                    f"ratio={self.ratio:g}: the first request cannot serve as calibration ({error}); "
+                    "call apack_compile.calibrate(model, inputs) on longer ones first"
+                ) from error
 
     def remember(self, cache: CompactedCache) -> None:
         """Keep what a cache holds, for the report; the cache itself may go."""
@@ -229,17 +289,6 @@ def resolve_compile(mode: str, model: nn.Module) -> tuple[str | None, str]:
     return "eager", "auto: neither an accelerator nor a C++ compiler; the rewritten graph runs eagerly"
 
 
-def compile_config_of(session: Session) -> CompileConfig | None:
-    """The config that makes generate compile decode with our backend."""
-    if session.inner is None:
-        return None
-    graphs = session.graphs
-    backend = make_backend(graphs.append, inner=session.inner, strict=session.config.strict)
-    config = CompileConfig(backend=backend, mode=None)
-    config._compile_all_devices = True
-    return config
-
-
 def generating_parts(model: nn.Module) -> list[nn.Module]:
     """The model, and the models inside of it that its own kind of generate may hand the cache to."""
     if type(model).generate is GenerationMixin.generate:
@@ -250,21 +299,26 @@ def generating_parts(model: nn.Module) -> list[nn.Module]:
 def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a generating part: tell a packed cache what is coming; nothing for any other cache."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, CompactedCache) or (torch.compiler.is_compiling() and cache.is_filled):
+    if not isinstance(cache, CompactedCache) or (torch.compiler.is_dynamo_compiling() and cache.is_filled):
         return
     if part is not model and cache.is_told:
         return
     announce(model, part, cache, args, kwargs)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
+        cache.chunks_before = cache.eager_chunks
         start_watching(cache)
 
 
 def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook, called after errors too: stop watching, and say which layers were not seen."""
     cache = kwargs.get("past_key_values")
-    if torch.compiler.is_compiling() or not isinstance(cache, CompactedCache):
+    if torch.compiler.is_dynamo_compiling() or not isinstance(cache, CompactedCache):
         return
     stop_watching(cache)
+    if cache.is_filled and cache.index.plan.tiers is not None and cache.eager_chunks == cache.chunks_before:
+        cache.note(
+            "a forward compiled by hand: unless its backend is attentionpack, it reads every token held, not tiers"
+        )
     unseen = cache.unsettled() if cache.is_filled else []
     if unseen:
         session = session_of(model)
@@ -272,6 +326,14 @@ def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
         if session is not None and session.config.strict:
             raise StrictError(f"strict: {text}")
         cache.note(text)
+
+
+def note_new_weights(model: nn.Module, incompatible_keys: Any) -> None:
+    """Load-state-dict hook: what was calibrated belongs to the weights before."""
+    session = session_of(model)
+    if session is not None and (session.plan is not None or session.statistics is not None):
+        what = "pass a plan made for these weights" if session.plan is not None else "call calibrate again"
+        session.outdated = f"load_state_dict after the bases were calibrated: they fit the weights before it; {what}"
 
 
 @torch.compiler.disable
@@ -286,13 +348,15 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
     if states is None or states.shape[1] == 0:
         raise ValueError("input_ids: the prompt has zero tokens; pass at least one")
     session = session_of(model)
-    if session is not None and session.needs_calibration() and cache.planner is not None:
-        session.calibrate(part, inputs, "the first request")
+    if session is not None and cache.planner is not None:
+        session.calibrate_on_first(part, inputs)
     if inputs.get("input_ids") is None:
         cache.note("inputs_embeds without input_ids: vision positions unknown, all tokens taken as text")
     # A single token is a generated one, whatever its id: no picture is that small.
-    vision = vision_of(model.config, inputs) if states.shape[1] > 1 else None
-    cache.expect(vision, padding_of(inputs, states.shape[1], int(cache.get_seq_length())))
+    vision, held = vision_of(model.config, inputs) if states.shape[1] > 1 else None, int(cache.get_seq_length())
+    if vision is not None and cache.prompt_end is not None:
+        vision[:, max(cache.prompt_end - held, 0) :] = False
+    cache.expect(vision, padding_of(inputs, states.shape[1], held))
 
 
 def describe(signature: tuple) -> str:

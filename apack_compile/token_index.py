@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apack_compile.plan import Plan
 
-# How many of a prompt's newest tokens can be cropped: assisted decoding prefills its candidates with the prompt.
+# How many of a prompt's newest tokens can be cropped at least.
 MAX_CROP = 32
 
 
@@ -48,14 +48,17 @@ def flags_at(index: Tensor, tokens: int) -> Tensor:
     return flags.scatter(1, torch.where(index >= 0, index, tokens), True)[:, :tokens]
 
 
-def assign(chunk: Chunk, first_tokens: int | Tensor, tail_slots: int) -> Assignment:
-    """Split a chunk: the first real tokens of each row, the newest text that every row has, the rest."""
+def assign(chunk: Chunk, first_tokens: int | Tensor, tail_slots: int, drafted: int = 0) -> Assignment:
+    """Split a chunk: the first real tokens of each row, the newest text that every row has, the rest.
+
+    The newest text can be cropped: `drafted` tokens of it or more, where there are so many.
+    """
     real = ~chunk.padding
     tokens = real.shape[1]
     first = real & (real.cumsum(1) <= first_tokens)
     text = real & ~first & ~chunk.vision
     run = int(text.all(0).flip(0).cumprod(0).sum())
-    tail, recent = min(tail_slots, run), min(max(tail_slots, MAX_CROP), run)
+    tail, recent = min(tail_slots, run), min(max(tail_slots, MAX_CROP, drafted), run)
     column = torch.arange(tokens, device=real.device)
     older = column < tokens - recent
     packed_recent = column[tokens - recent : tokens - tail].expand(len(real), -1)

@@ -148,7 +148,8 @@ def _overloads(node: fx.Node) -> list[torch._ops.OpOverload]:
     if name in _HIDDEN_WRITES or (node.op == "call_function" and not _is_torch_function(target, name)):
         return []
     packet = getattr(torch.ops.aten, name, None)
-    return [] if packet is None else list(_of_packet(packet))
+    # a name such as __eq__ is an attribute of the namespace itself
+    return list(_of_packet(packet)) if isinstance(packet, torch._ops.OpOverloadPacket) else []
 
 
 def _is_torch_function(target: Callable[..., Any], name: str) -> bool:

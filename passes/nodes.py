@@ -84,7 +84,7 @@ def layer_path(node: fx.Node) -> str | None:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
-    path = re.sub(r"^L\['self'\]\.?", "", list(stack.values())[-1][0])
+    path = re.sub(r"^L\['(?:self|model)'\]\.?", "", list(stack.values())[-1][0])
     return re.sub(r"(?:\._modules)?\['?(\w+)'?\]", r".\1", path).lstrip(".")
 
 

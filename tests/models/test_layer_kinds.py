@@ -123,7 +123,7 @@ def test_a_generate_without_a_packed_cache_is_noted(settings, why):
 def test_sites_of_graphs_that_name_no_layer_are_reported():
     model, placeholders = build_vlm("llava")
     apack_compile.optimize(model, preset="lossless", compile="eager")
-    compile_config = model._apack_session.compile_config
+    compile_config = model._apack_session.decode.config
     for layer in model.model.language_model.layers:
         layer.compile(backend=compile_config.backend)
     model.generate(**prompt("llava", [[9]], placeholders), max_new_tokens=3, disable_compile=True)

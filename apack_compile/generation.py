@@ -1,0 +1,156 @@
+"""The generate of an optimized model, and what it refuses (docs/generate.md)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+
+from apack_compile.cache import CompactedCache
+from apack_compile.modality import padding_of, vision_of
+from apack_compile.session import DEFAULT_NEW_TOKENS, Session, session_of
+
+
+def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """transformers' generate with a packed cache, unless the caller chose another cache or none."""
+    plain = type(model).generate
+    session = session_of(model)
+    options = Options(args, kwargs, model.generation_config)
+    cache = kwargs.get("past_key_values")
+    implementation = options.get("cache_implementation")
+    check_mode(options, implementation)
+    if cache is None and (options.get("use_cache") is False or implementation is not None):
+        session.unused = f"cache_implementation={implementation!r}" if implementation else "use_cache=False"
+        return plain(model, *args, **kwargs)
+    prompt = prompt_of(args, kwargs)
+    if cache is None:
+        check_length(model, prompt)
+        cache = kwargs["past_key_values"] = session.new_cache(model, new_tokens(options, prompt))
+    session.unused = None if isinstance(cache, CompactedCache) else f"past_key_values is a {type(cache).__name__}"
+    if session.unused:
+        return plain(model, *args, **kwargs)
+    if options.get("prefill_chunk_size") is not None and not cache.is_filled:
+        plan_chunks(model, session, cache, kwargs, prompt)
+    if options.get("guidance_scale") not in (None, 1, 1.0):
+        cache.note("guidance_scale: the unguided pass of each step keeps a dense cache of its own")
+    drafts = bool(getattr(options.config, "is_assistant", False))
+    if drafts:
+        cache.activate_past_recording()
+    if session.inner is None:
+        kwargs.setdefault("disable_compile", True)
+    elif options.get("compile_config") is not None:
+        cache.note(
+            "compile_config is the caller's: unless its backend is attentionpack, a step unpacks every token held"
+        )
+    elif cache.is_compileable:
+        kwargs["compile_config"] = session.decode.config
+    if plain is GenerationMixin.generate:
+        cache.prompt_end = prompt_end(kwargs, prompt, int(cache.get_seq_length()) if drafts else 0)
+    try:
+        out = plain(model, *args, **kwargs)
+    finally:
+        cache.prompt_end = None
+    session.remember(cache)
+    return out
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a generate call asks for: its keyword arguments, then its generation config."""
+
+    args: tuple
+    kwargs: Mapping[str, Any]
+    default: Any
+
+    @property
+    def config(self) -> Any:
+        given = self.kwargs.get("generation_config") or (self.args[1] if len(self.args) > 1 else None)
+        return given or self.default
+
+    def get(self, name: str) -> Any:
+        return self.kwargs.get(name, getattr(self.config, name, None))
+
+
+def check_mode(options: Options, implementation: str | None) -> None:
+    """Raise ValueError for a way to generate that would not use the packed cache without saying so."""
+    if implementation == "paged":
+        refuse_continuous_batching("cache_implementation='paged'")
+    if options.get("assistant_early_exit") is not None:
+        raise ValueError(
+            f"assistant_early_exit={options.get('assistant_early_exit')!r}: drafts come from the model with fewer layers, whose "
+            "cache would not be this model's; pass assistant_model= or prompt_lookup_num_tokens="
+        )
+
+
+def plan_chunks(
+    model: nn.Module, session: Session, cache: CompactedCache, kwargs: Mapping[str, Any], prompt: torch.Tensor | None
+) -> None:
+    """Choose the plan for a whole prompt that is read in chunks; raises ValueError where a chunk would have to calibrate."""
+    if cache.planner is None or prompt is None:
+        return
+    if session.needs_calibration():
+        raise ValueError(
+            f"prefill_chunk_size: with ratio={session.ratio:g} the first chunk would be all that bases are calibrated on; "
+            "call apack_compile.calibrate(model, inputs) first"
+        )
+    vision = vision_of(model.config, {"input_ids": prompt if prompt.dim() == 2 else None})
+    padding = padding_of(kwargs, prompt.shape[1])
+    real = torch.ones(prompt.shape[:2], dtype=torch.bool) if padding is None else ~padding.cpu()
+    share = 0.0 if vision is None else float((vision.cpu() & real).sum() / real.sum().clamp_min(1))
+    cache.plan_for_prompt(prompt.shape[1], share)
+
+
+def prompt_of(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Token ids or embeddings of the prompt, None when the inputs do not tell."""
+    given = (args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
+    found = next((x for x in given if x is not None), None)
+    return found if isinstance(found, torch.Tensor) and found.dim() >= 2 else None
+
+
+def prompt_end(kwargs: Mapping[str, Any], prompt: torch.Tensor | None, drafted_from: int) -> int | None:
+    """Position where the prompt ends, None when the inputs do not tell; an assistant's own ends where its cache did before."""
+    mask = kwargs.get("attention_mask")
+    end = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else length_of(prompt)
+    return drafted_from or end
+
+
+def length_of(prompt: torch.Tensor | None) -> int | None:
+    """Tokens of the prompt."""
+    return None if prompt is None else prompt.shape[1]
+
+
+def check_length(model: nn.Module, prompt: torch.Tensor | None) -> None:
+    """Raise ValueError for a prompt that the model cannot read."""
+    length = length_of(prompt)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if length == 0:
+        raise ValueError("input_ids: the prompt has zero tokens; pass at least one")
+    if length is not None and limit is not None and length > limit:
+        raise ValueError(f"input_ids: the prompt has {length} tokens; the model's positions end at {limit}")
+
+
+def new_tokens(options: Options, prompt: torch.Tensor | None) -> int:
+    """New tokens to expect of a generate call."""
+    new_tokens, longest = options.get("max_new_tokens"), options.get("max_length")
+    if new_tokens is None and longest is not None and prompt is not None:
+        new_tokens = longest - prompt.shape[1]
+    return max(int(new_tokens or DEFAULT_NEW_TOKENS), 1)
+
+
+def compiled_call(model: nn.Module, part: nn.Module, compile_config: Any) -> Callable:
+    """What generate calls in place of a generating part of the model: our decode steps, unless the caller has a config of his own."""
+    decode = session_of(model).decode
+    stock = type(part).get_compiled_call(part, compile_config)
+    # transformers leaves some models uncompiled; a copied config has the same backend
+    ours = decode is not None and compile_config is not None and compile_config.backend is decode.config.backend
+    return partial(decode.run, part) if ours and stock != part.__call__ else stock
+
+
+def refuse_continuous_batching(what: str, *_: Any, **__: Any) -> None:
+    raise ValueError(
+        f"{what}: continuous batching keeps its requests in a paged dense cache of its own, which cannot be packed; "
+        "call generate with a batch of prompts, or apack_compile.restore(model) first"
+    )

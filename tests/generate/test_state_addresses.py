@@ -1,0 +1,61 @@
+"""A decode step writes the cache where it is: a captured CUDA graph would find every tensor again."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from small import calibrated, greedy, llava, picture
+
+import apack_compile
+
+SETTINGS = [{"preset": "lossless"}, {"ratio": 4}, {"ratio": 5.2}, {"preset": "a-vl"}, {"preset": "attentionpack"}]
+
+
+def tensors(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that an object, a list or a dictionary holds."""
+    if isinstance(holder, torch.Tensor):
+        yield path, holder
+    elif isinstance(holder, dict):
+        for name, value in holder.items():
+            yield from tensors(value, f"{path}.{name}")
+    elif isinstance(holder, (list, tuple)):
+        for i, value in enumerate(holder):
+            yield from tensors(value, f"{path}[{i}]")
+
+
+def state(cache) -> dict[str, tuple]:
+    """Address, shape and strides of all that the cache's layers hold, by name."""
+    holders = {"index": vars(cache.index)}
+    for layer in cache.packed_layers:
+        holders[f"layer {layer.layer_idx}"] = {**vars(layer), "tiers": vars(layer.tiers) if layer.tiers else None}
+    held = [pair for name, holder in holders.items() for pair in tensors(holder, name)]
+    return {name: (x.data_ptr(), x.shape, x.stride()) for name, x in held if x.device.type != "meta"}
+
+
+@pytest.mark.parametrize("compile", ["none", "eager"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_no_tensor_moves_over_20_steps(setting, compile):
+    if compile == "eager" and setting.get("preset") not in ("lossless", "a-vl"):
+        pytest.skip("the operations that write are the same, compiled or not")
+    model = calibrated(llava(), compile, **setting)
+    cache, seen = apack_compile.new_cache(model, 64), []
+
+    def look(input_ids, scores):
+        if not seen:
+            cache.reserve(40)
+        seen.append(state(cache))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    greedy(model, picture([60, 40, 40]), 21, past_key_values=cache, stopping_criteria=[look])
+    assert len(seen) == 21 and len(seen[0]) > 50
+    assert all(later == seen[0] for later in seen)
+
+
+def test_growing_is_what_moves_tensors():
+    model = calibrated(llava(), preset="lossless")
+    cache = apack_compile.new_cache(model, 64)
+    greedy(model, picture([60, 40]), 2, past_key_values=cache)
+    before = state(cache)
+    cache.reserve(400)
+    assert {name.split(".")[-1].split("[")[0] for name in before if state(cache)[name] != before[name]} >= {"codes"}

@@ -1,0 +1,85 @@
+"""Two threads, each with its own cache, on one model."""
+
+import threading
+
+import pytest
+import torch
+from small import calibrated, greedy, llava, picture
+
+import apack_compile
+
+PROMPTS = [picture([60, 20]), picture([30, 30, 12], seed=4)]
+TOKENS = 40
+
+
+def at_once(*calls) -> list:
+    """The results of calls that begin together, each in a thread."""
+    ready, results = threading.Barrier(len(calls)), [None] * len(calls)
+
+    def work(i):
+        ready.wait()
+        try:
+            results[i] = calls[i]()
+        except BaseException as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("compile", ["none", "eager"])
+@pytest.mark.parametrize("setting", [{"preset": "lossless"}, {"ratio": 4}, {"preset": "a-vl"}], ids=str)
+def test_two_threads_get_the_tokens_of_one(setting, compile):
+    model = calibrated(llava(), "none", **setting)
+    alone = [greedy(model, inputs, TOKENS) for inputs in PROMPTS]
+    apack_compile.optimize(model, compile=compile, **setting)
+    for _ in range(2):
+        together = at_once(*[lambda inputs=inputs: greedy(model, inputs, TOKENS) for inputs in PROMPTS])
+        assert all(torch.equal(got, want) for got, want in zip(together, alone, strict=True)), together
+
+
+def test_first_requests_of_two_threads_calibrate_once_and_leave_the_compiler_on():
+    model = apack_compile.optimize(llava(), ratio=4, compile="eager")
+    together = at_once(*[lambda inputs=inputs: greedy(model, inputs, TOKENS) for inputs in PROMPTS])
+    assert all(torch.is_tensor(got) for got in together), together
+    plan = apack_compile.plan_for(model, 80)
+    greedy(model, PROMPTS[0], 3)
+    assert apack_compile.plan_for(model, 80) is plan
+    compiled = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph.forward)(torch.ones(3))
+    assert compiled
+
+
+def test_two_models_that_calibrate_at_once_leave_the_compiler_on():
+    models = [apack_compile.optimize(llava(), ratio=4, compile="none") for _ in range(2)]
+    for _ in range(4):
+        errors = at_once(*[lambda model=model: apack_compile.calibrate(model, PROMPTS[0]) for model in models])
+        assert not any(isinstance(error, BaseException) for error in errors), errors
+    compiled = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph.forward)(torch.ones(3))
+    assert compiled
+
+
+def test_a_thread_that_compiles_does_not_change_what_another_s_eager_step_does():
+    model = calibrated(llava(), preset="lossless")
+    alone = greedy(model, PROMPTS[0], TOKENS)
+    stop = threading.Event()
+
+    def compile_on():
+        while not stop.is_set():
+            torch._dynamo.reset_code(compile_on.__code__)
+            torch.compile(lambda x: x.sin() + len(str(stop)), backend="eager")(torch.ones(3))
+
+    def generate():
+        try:
+            return [greedy(model, PROMPTS[0], TOKENS) for _ in range(3)]
+        finally:
+            stop.set()
+
+    _, packed = at_once(compile_on, generate)
+    assert isinstance(packed, list), packed
+    assert all(torch.equal(tokens, alone) for tokens in packed)
