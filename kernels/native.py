@@ -58,6 +58,24 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
     return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}"
 
 
+# kernels/csrc/torch_abi.h: Torch
+TORCH_FUNCTIONS = (
+    "aoti_torch_library_init_impl", "torch_library_impl", "torch_call_dispatcher", "torch_list_size", "torch_list_get_item",
+    "torch_delete_list", "aoti_torch_delete_tensor_object", "aoti_torch_get_data_ptr", "aoti_torch_get_dim",
+    "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype", "aoti_torch_is_contiguous",
+    "aoti_torch_empty_strided", "torch_get_num_threads", "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16",
+    "aoti_torch_dtype_float16", "aoti_torch_dtype_uint8", "aoti_torch_dtype_bool", "aoti_torch_dtype_int32",
+    "aoti_torch_dtype_int64", "aoti_torch_device_type_cpu",
+)  # fmt: skip
+
+
+def register() -> bool:
+    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    functions = [ctypes.cast(getattr(torch_library, name), ctypes.c_void_p).value for name in TORCH_FUNCTIONS]
+    table = (ctypes.c_void_p * len(functions))(*functions)
+    return COMPILED.apack_register(table) == 0
+
+
 COMPILED, STATUS = load_library(find_library())
 INSTRUCTION_SET = COMPILED.apack_instruction_set() if COMPILED is not None else 0
 
