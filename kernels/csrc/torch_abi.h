@@ -33,6 +33,7 @@ struct Torch {
                             Handle *tensor);
     int32_t (*thread_count)(uint32_t *threads);
     int32_t (*float32)(), (*bfloat16)(), (*float16)(), (*uint8)(), (*boolean)(), (*int32)(), (*int64)(), (*cpu)();
+    const char *(*last_error)();  // null before torch 2.13
 };
 
 inline Torch torch;
