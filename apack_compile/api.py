@@ -44,10 +44,12 @@ def optimize(
     quantize: Any = None,
     compile: str = "auto",
     strict: bool = False,
+    min_tokens: int | None = None,
 ) -> nn.Module:
     """Make `model.generate` use a packed KV cache; returns the same model.
 
-    Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. `quantize` is a torchao config
+    Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. A generate call of fewer than
+    `min_tokens` tokens (prompt and new ones) keeps transformers' own cache. `quantize` is a torchao config
     or its short name ("int8wo"). A second call replaces the first, except for what was calibrated: that belongs to the model, its
     key_block and head_groups. A call that raises (ValueError, ImportError) leaves it as it was.
     """
@@ -55,10 +57,12 @@ def optimize(
         _check_choice(plan, config=config, ratio=ratio, preset=preset)
     if config is None:
         name = quantize if isinstance(quantize, str) else None
-        config = AttentionPackConfig(ratio=ratio, preset=preset, quantize=name, compile=compile, strict=strict)
+        config = AttentionPackConfig(
+            ratio=ratio, preset=preset, quantize=name, compile=compile, strict=strict, min_tokens=min_tokens
+        )
     elif not isinstance(config, AttentionPackConfig):
         raise ValueError(f"config={config!r} must be an AttentionPackConfig")
-    elif (ratio, preset, quantize, compile, strict) != (None, None, None, "auto", False):
+    elif (ratio, preset, quantize, compile, strict, min_tokens) != (None, None, None, "auto", False, None):
         raise ValueError("config: pass either a config or the keyword arguments, not both")
     quantize = quantize if quantize is not None else config.quantize
     session = _new_session(model, config, plan)
@@ -207,7 +211,11 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if cache is None:
         prompt = _prompt_length(args, kwargs)
         _check_length(model, prompt)
-        cache = kwargs["past_key_values"] = new_cache(model, _new_tokens(kwargs, settings, prompt))
+        new_tokens = _new_tokens(kwargs, settings, prompt)
+        session.unused = session.too_short(prompt, new_tokens, model.device.type)
+        if session.unused:
+            return plain(model, *args, **kwargs)
+        cache = kwargs["past_key_values"] = new_cache(model, new_tokens)
     session.unused = None if isinstance(cache, CompactedCache) else f"past_key_values is a {type(cache).__name__}"
     if session.unused:
         return plain(model, *args, **kwargs)
