@@ -49,7 +49,7 @@ def test_the_time_model_counts_the_bytes_that_a_step_reads(ratio, groups, coarse
             part = held / where.shape[1]
             read += part * sum_bytes((*codes[4 * i : 4 * i + 4], where)) + sum_bytes(bases[6 * i : 6 * i + 6])
     # a sequence's own steps are float32 here; the newest tokens are none of the coarse ones
-    assert packed_limits(plan, 0, load, BYTES).bytes == pytest.approx(read, rel=1e-2 if coarse else 1e-3)
+    assert packed_limits(plan, 0, load, BYTES).bytes == pytest.approx(read, rel=2e-2 if coarse else 1e-3)
     assert read < packed.bytes_read
 
 
