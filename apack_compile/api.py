@@ -58,11 +58,13 @@ def optimize(
     quantize: Any = None,
     compile: str = "auto",
     strict: bool = False,
+    min_tokens: int | None = None,
     calibration_inputs: Any = None,
 ) -> Any:
     """Make `model.generate` use a packed KV cache; returns the same model. Of a program, return one whose KV cache buffers are packed.
 
-    Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. `quantize` is a torchao config
+    Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. A generate call of fewer than
+    `min_tokens` tokens (prompt and new ones) keeps transformers' own cache. `quantize` is a torchao config
     or its short name ("int8wo"). A second call replaces the first, except for what was calibrated: that belongs to the model, its
     key_block and head_groups. A call that raises (ValueError, ImportError) leaves it as it was.
 
@@ -72,7 +74,11 @@ def optimize(
     """
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         _check_program_choice(
-            config=config, preset=preset, quantize=quantize, compile=None if compile == "auto" else compile
+            config=config,
+            preset=preset,
+            quantize=quantize,
+            compile=None if compile == "auto" else compile,
+            min_tokens=min_tokens,
         )
         return optimize_program(model, ratio, plan, calibration_inputs, strict)
     if calibration_inputs is not None:
@@ -83,10 +89,12 @@ def optimize(
         _check_choice(plan, config=config, ratio=ratio, preset=preset)
     if config is None:
         name = quantize if isinstance(quantize, str) else None
-        config = AttentionPackConfig(ratio=ratio, preset=preset, quantize=name, compile=compile, strict=strict)
+        config = AttentionPackConfig(
+            ratio=ratio, preset=preset, quantize=name, compile=compile, strict=strict, min_tokens=min_tokens
+        )
     elif not isinstance(config, AttentionPackConfig):
         raise ValueError(f"config={config!r} must be an AttentionPackConfig")
-    elif (ratio, preset, quantize, compile, strict) != (None, None, None, "auto", False):
+    elif (ratio, preset, quantize, compile, strict, min_tokens) != (None, None, None, "auto", False, None):
         raise ValueError("config: pass either a config or the keyword arguments, not both")
     quantize = quantize if quantize is not None else config.quantize
     session = _new_session(model, config, plan)
@@ -155,14 +163,12 @@ def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Com
 @overload
 def report(model: GraphLog) -> GraphReport: ...
 @overload
-def report(model: nn.Module) -> Report: ...
-@overload
-def report(model: ExportedProgram) -> ProgramReport: ...
+def report(model: nn.Module | ExportedProgram) -> Any: ...
 def report(model: nn.Module | ExportedProgram | GraphLog) -> Report | ProgramReport | GraphReport:
     """What was rewritten, what was not and why, and the bytes held; prints as a table.
 
-    model: an optimized model, or a program (of an fx.GraphModule, too, the result is a ProgramReport); for a `torch.compile` of
-    any other, the GraphLog that was given as its option `log`.
+    model: an optimized model (its Report), a program (its ProgramReport); for a `torch.compile` of any other, the GraphLog that was
+    given as its option `log`.
     """
     if isinstance(model, GraphLog):
         return build_graph_report(model)

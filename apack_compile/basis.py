@@ -7,9 +7,10 @@ from torch import Tensor
 
 from apack_compile.codec import GAUSSIAN_STEP, WIDTHS, Bands, StreamBasis
 
-# Above this width an eigendecomposition of the Gram matrix costs more than a few block products.
-EIGH_MAX_WIDTH = 2048
-SUBSPACE_ITERATIONS = 4
+# Above this width an eigendecomposition of the covariance costs more than a few products with a block (benchmarks/subspace.py).
+EIGH_MAX_WIDTH = 256
+# Iterations from random rows, and from a basis of most of the same tokens.
+SUBSPACE_ITERATIONS, WARM_ITERATIONS = 4, 2
 OVERSAMPLING = 8
 # Components get their bits in runs of this many: the tile a kernel reads.
 BAND_GRAIN = 16
@@ -65,11 +66,11 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def principal_rows(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def principal_rows(covariance: Tensor, rank: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Leading `rank` eigenvectors as orthonormal rows `[..., rank, W]` and their eigenvalues, largest first.
 
-    Eigendecomposition for narrow streams, randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4)
-    where the width is large and the rank a small part of it.
+    Eigendecomposition for narrow streams, subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) where the width is large and
+    the rank a small part of it: from random rows or, with fewer iterations, from `start` `[..., n, W]`, rows of a similar covariance.
     """
     width = covariance.shape[-1]
     if width <= EIGH_MAX_WIDTH or rank + OVERSAMPLING >= width // 4:
@@ -78,22 +79,24 @@ def principal_rows(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device=covariance.device).manual_seed(0)
     shape = (*covariance.shape[:-1], rank + OVERSAMPLING)
     block = torch.randn(shape, generator=generator, device=covariance.device, dtype=covariance.dtype)
-    for _ in range(SUBSPACE_ITERATIONS):
+    if start is not None:
+        block[..., : start.shape[-2]] = start[..., : block.shape[-1], :].mT
+    for _ in range(SUBSPACE_ITERATIONS if start is None else WARM_ITERATIONS):
         block = torch.linalg.qr(covariance @ block).Q
     values, vectors = symmetric_eigen(block.mT @ covariance @ block)
     rows = (block @ vectors.flip(-1)).mT[..., :rank, :]
     return rows.contiguous(), values.flip(-1)[..., :rank].clamp_min(0)
 
 
-def fit(stats: Moments, rank: int | None = None) -> Spectrum:
-    """Spectrum of a stream from its moments, with the steps of a Gaussian.
+def fit(stats: Moments, rank: int | None = None, start: Tensor | None = None) -> Spectrum:
+    """Spectrum of a stream from its moments, with the steps of a Gaussian; `start` `[S, G, n, W_g]`, rows of an earlier basis, saves time.
 
     A little of the mean variance is spread over all directions: with few tokens the sample knows only some of them, and a
     frozen basis must still serve the tokens to come.
     """
     width = stats.mean.shape[-1]
     rank = width if rank is None else min(rank, width)
-    rows, variance = principal_rows(stats.covariance, rank)
+    rows, variance = principal_rows(stats.covariance, rank, start)
     average = stats.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
     share = width / (width + 20 * stats.count.to(average.dtype))
     variance = (1 - share)[..., None] * variance + (share * average)[..., None]

@@ -24,11 +24,11 @@ class AttentionPackConfig:
     attention is fast for powers of two from 16 up, and is the reference for others.
     head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
     many heads. coarse: with a ratio of 5 or more, the modalities whose tokens get more or fewer bits by how much they are expected
-    to matter, "text", "vision", both or none. For attentionpack: `ranks` per modality and stream, for all layers or a list
-    with one per packed layer; `tail_slots` newest tokens stay dense until they are packed anew; the rest in `attentionpack`.
-    For a-vl: `a_vl`. compile:
-    how decode is compiled. strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming
-    the argument.
+    to matter, "text", "vision", both or none. min_tokens: a generate call whose prompt and new tokens are fewer, in a row of the
+    batch, keeps transformers' own cache; None: the device's default with a ratio (time_model.py), 0 with a preset.
+    For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer; `tail_slots` newest
+    tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is compiled.
+    strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming the argument.
     """
 
     ratio: float | None = None
@@ -45,6 +45,7 @@ class AttentionPackConfig:
     quantize: str | None = None
     compile: str = "auto"
     strict: bool = False
+    min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.ratio is not None and self.preset is not None:
@@ -67,7 +68,7 @@ class AttentionPackConfig:
             raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
         if not isinstance(self.head_groups, int) or isinstance(self.head_groups, bool) or self.head_groups < 1:
             raise ValueError(f"head_groups={self.head_groups!r} must be an integer >= 1")
-        if not isinstance(self.key_block, int) or isinstance(self.key_block, bool) or self.key_block < 0:
+        if not _is_count(self.key_block):
             raise ValueError(f"key_block={self.key_block!r} must be an integer >= 0")
         if not isinstance(self.coarse, (list, tuple)) or not set(self.coarse) <= {"text", "vision"}:
             raise ValueError(f'coarse={self.coarse!r} must hold "text", "vision", both or none')
@@ -79,6 +80,8 @@ class AttentionPackConfig:
             raise ValueError(
                 f"quantize={self.quantize!r}: a config holds the short name; pass torchao objects to optimize"
             )
+        if self.min_tokens is not None and not _is_count(self.min_tokens):
+            raise ValueError(f"min_tokens={self.min_tokens!r} must be an integer >= 0, or None")
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict={self.strict!r} must be True or False")
 
@@ -103,6 +106,10 @@ class AttentionPackConfig:
                     raise ValueError(f"{name} is an object with {', '.join(sorted(allowed))}; got {given!r}")
                 values[name] = options(**given)
         return cls(**values)
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 def _are_ranks(ranks: object) -> bool:

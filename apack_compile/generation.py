@@ -28,7 +28,11 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     prompt = prompt_of(args, kwargs)
     if cache is None:
         check_length(model, prompt)
-        cache = kwargs["past_key_values"] = session.new_cache(model, new_tokens(options, prompt))
+        expected = new_tokens(options, prompt)
+        session.unused = session.too_short(None if prompt is None else prompt.shape[1], expected, model.device.type)
+        if session.unused:
+            return plain(model, *args, **kwargs)
+        cache = kwargs["past_key_values"] = session.new_cache(model, expected)
     session.unused = None if isinstance(cache, CompactedCache) else f"past_key_values is a {type(cache).__name__}"
     if session.unused:
         return plain(model, *args, **kwargs)

@@ -75,6 +75,8 @@ class CompactedLayer(CacheLayerMixin):
         # Of each stream with a shared basis: how it fitted this prompt, and how it would have where it was refitted.
         self.fits: dict[int, Fit] = {}
         self.refitted: dict[int, Fit] = {}
+        # Bases of a sequence while they are fitted anew.
+        self.earlier_bases: list[Tensor] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -130,12 +132,14 @@ class CompactedLayer(CacheLayerMixin):
         end = held + key.shape[2]
         out = (key, value) if fresh else self._exact(key, value)
         if self.index.plan.per_request:
+            self.earlier_bases = [] if fresh else self.bases
             self.lazy_initialization(key, value)
             parts, used = [states[:, :, :end] for states in out], [0] * len(self.index.plan.segments)
         else:
             parts = [self._tail_then(states, i, held, packed) for i, states in enumerate((key, value))]
             used = [*(codes.shape[2] for codes in self.codes[:-4:4]), packed - origin]
         self._lay_out(parts, used, end)
+        self.earlier_bases = []
         return out
 
     def recompact(self) -> None:
@@ -243,7 +247,7 @@ class CompactedLayer(CacheLayerMixin):
             if plan.scope == "batch":
                 sample, real = x.transpose(0, 1).flatten(1, 2)[None], real.reshape(1, -1)
             bands = bands.at_most(sample.shape[2])
-            spectrum = fit(moments(sample, real.to(torch.float32)), bands.components)
+            spectrum = fit(moments(sample, real.to(torch.float32)), bands.components, self._earlier_rows(stream))
             if bands.components > bands.counts[0]:
                 # a Gaussian's steps clip a sequence's outliers, which costs more than all else
                 spectrum = fit_steps(spectrum, sample, token_scale=False)
@@ -254,6 +258,11 @@ class CompactedLayer(CacheLayerMixin):
         basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
         codes, scale = encode(x, basis, bands, plan.token_scale)
         return (codes.to(self.codes[2 * stream].dtype) if plan.scope == "half" else codes), scale
+
+    def _earlier_rows(self, stream: int) -> Tensor | None:
+        """Rows of the stream's basis before this chunk; None where there was none."""
+        rows = self.earlier_bases[3 * stream + 1] if self.earlier_bases else None
+        return rows if rows is not None and bool(rows.any()) else None
 
     def _watch_fit(self, x: Tensor, real: Tensor, stream: int) -> None:
         """Measure how well a shared basis codes tokens `[B, G, N, W_g]`; refit a bad one while nothing is stored with it."""

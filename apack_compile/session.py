@@ -32,6 +32,7 @@ from apack_compile.plan import (
 )
 from apack_compile.plan_file import versions
 from apack_compile.rotary import KeyTurn, find_turn
+from apack_compile.time_model import default_min_tokens
 from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
@@ -96,6 +97,19 @@ class Session:
     def ratio(self) -> float | None:
         """The ratio that plans are made for; None with a preset or a given plan."""
         return self.config.ratio if self.plan is None else None
+
+    def min_tokens(self, device: str) -> int:
+        """Tokens of a row from which generate packs, on a type of device."""
+        if self.config.min_tokens is not None:
+            return self.config.min_tokens
+        return 0 if self.ratio is None else default_min_tokens(device)
+
+    def too_short(self, prompt: int | None, new_tokens: int, device: str) -> str | None:
+        """Why a generate call keeps transformers' own cache; None where it packs, as it does where the prompt's length is unknown."""
+        least = self.min_tokens(device)
+        if prompt is None or prompt + new_tokens >= least:
+            return None
+        return f"prompt of {prompt} and {new_tokens} new tokens; packed from min_tokens={least} on"
 
     def plan_for(self, tokens: int, vision_share: float) -> Plan:
         """The plan for a prompt of so many tokens, this share of them vision."""

@@ -31,7 +31,7 @@ class Device:
     on integers. row_tiles: rows that the matrix unit takes at once, () for any number. narrow_rows: rows that give a product its full
     rate; n rows give `2 n / (n + narrow_rows)` of it, because both operands are fetched. 0 where rows do not matter. packed_launches,
     dense_launches: kernels of a step, one after the other, each of `launch_seconds`. dense_bytes_per_second: at which dense attention reads
-    its cache; None for that of a copy.
+    its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Device:
     packed_launches: int = 1
     dense_launches: int = 1
     dense_bytes_per_second: float | None = None
+    min_tokens: int = 0
 
     def padded(self, rows: int) -> int:
         """Rows that the matrix unit works on for so many."""
@@ -66,10 +67,22 @@ class Device:
 
 # Copy and full matrix rate: measured on an H200. Unpacking: 132 processors x 64 integer operations x 1.8 GHz. A narrow product's share
 # assumes that both operands come from shared memory (64 rows of codes, n rows of queries); launches are assumed, as in a CUDA graph.
-H200 = Device("H200", 4.3e12, 790e12, 15e12, (16, 32, 64), 64, 3e-6, packed_launches=4, dense_launches=2)
+# min_tokens: the shortest of the lengths from which ratio 8 is predicted to pay, LLaVA and Gemma at batch 16 (docs/performance.md).
+H200 = Device(
+    "H200", 4.3e12, 790e12, 15e12, (16, 32, 64), 64, 3e-6, packed_launches=4, dense_launches=2, min_tokens=1_024
+)
 # Measured by `measured_cpu`: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
-CPU = Device("CPU", 75e9, 205e9, 52e9, launch_seconds=CPU_CALL, dense_launches=0, dense_bytes_per_second=26e9)
+# min_tokens: `python benchmarks/crossover.py`.
+CPU = Device(
+    "CPU", 75e9, 205e9, 52e9, launch_seconds=CPU_CALL, dense_launches=0, dense_bytes_per_second=26e9, min_tokens=64
+)
+OF_TYPE = {"cpu": CPU, "cuda": H200}
 DEVICES = {device.name: device for device in (H200, CPU)}
+
+
+def default_min_tokens(device_type: str) -> int:
+    """Tokens of a row from which a packed cache is about as fast as a dense one, or faster; 0 for a type of device without figures."""
+    return OF_TYPE[device_type].min_tokens if device_type in OF_TYPE else 0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 
 The bands of a ratio are `budget_plan`'s over a synthetic spectrum: component k of W has variance `(1 + 24 k / W) ** -2.2`, which is
 the mean over layers of SmolLM2-135M's keys and values (text, calibration pictures of the demo) within a third at every k. The bases and
-codes are random: time does not depend on them. Head groups, `--groups`, trade bytes for arithmetic (docs/performance.md).
+codes are random: time does not depend on them. From ratio 5 on three quarters of the tokens are coarse, as in a real plan: a segment more.
+Head groups, `--groups`, trade bytes for arithmetic (docs/performance.md).
 
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
 bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
@@ -27,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import apack_compile  # noqa: F401  (registers the operations)
 from apack_compile.basis import Spectrum
 from apack_compile.codec import GAUSSIAN_STEP, Bands
+from apack_compile.importance import COARSE_SHARE, LEAST_RATIO, NEWEST, CoarseRule
 from apack_compile.kernels.ops import implementations
 from apack_compile.plan import (
     FIRST_TOKENS,
@@ -42,6 +44,8 @@ from apack_compile.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 DECAY_PER_WIDTH, DECAY_POWER = 24, 2.2
+# Harm of a fine token over that of a coarse one, keys and values: geometric means over the layers of SmolLM2-135M, text.
+FINE_HARM = (25.0, 33.0)
 PAPER_RANK, PAPER_TAIL = 64, 32
 FP8 = torch.float8_e4m3fn
 
@@ -64,8 +68,8 @@ SHAPES = {
 }
 
 
-def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int) -> Plan:
-    """One layer's plan: for a ratio, or the paper's."""
+def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, coarse: bool = False) -> Plan:
+    """One layer's plan: for a ratio, or the paper's. coarse: with coarse tokens, where a real plan of this ratio has them."""
     if ratio is None:
         ranks = {f"{modality}_{stream}": PAPER_RANK for modality in ("vision", "text") for stream in ("key", "value")}
         return attentionpack_plan([0], ranks, PAPER_TAIL)
@@ -76,15 +80,21 @@ def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int) 
     rows = torch.randn(1, groups, width, width) / width**0.5
     spectrum = Spectrum(torch.zeros(1, groups, width), rows, deviation, steps)
     statistics = StreamStatistics(spectrum, variance.expand(groups, width))
-    return budget_plan({0: {"text": (statistics, statistics)}}, ratio, tokens, 0.0)
+    segments = {"text": (statistics, statistics)}
+    if not coarse or ratio < LEAST_RATIO:
+        return budget_plan({0: segments}, ratio, tokens, 0.0)
+    segments["coarse_text"] = (statistics, statistics)
+    segments["fine_text"] = tuple(replace(statistics, weights=statistics.weights * harm) for harm in FINE_HARM)
+    rules = {"text": CoarseRule("text", COARSE_SHARE, {})}
+    return budget_plan({0: segments}, ratio, tokens, 0.0, rules=rules)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One layer's state as `attend` takes it, and the bytes that a step reads of it."""
+    """One layer's state as `attend` takes it, the bands of its streams in the operations' order, and the bytes that a step reads."""
 
     state: tuple
-    bands: tuple[Bands, Bands]
+    bands: tuple[Bands, ...]
 
     @property
     def bytes_read(self) -> int:
@@ -98,7 +108,11 @@ def packed_state(
 ) -> Packed:
     """A cache of `tokens` text tokens, the last of them in the tail, with random codes and free slots full of zeros."""
     stored = tokens - FIRST_TOKENS - plan.tail_slots
-    slots, width = stored + spare_slots(tokens), shape.heads * shape.head_dim // groups
+    coarse = [] if plan.coarse is None else [round(COARSE_SHARE * max(stored - NEWEST, 0))]
+    # slots of each packed segment, and how many of them are held
+    held = [*coarse, 0, stored - sum(coarse)]
+    slots = [*held[:-1], held[-1] + spare_slots(tokens)]
+    width = shape.heads * shape.head_dim // groups
     dense = [
         torch.randn(batch, shape.heads, n, shape.head_dim, device=device, dtype=dtype)
         for n in (FIRST_TOKENS, FIRST_TOKENS, plan.tail_slots, plan.tail_slots)
@@ -108,8 +122,7 @@ def packed_state(
     bands: list[int] = []
     streams = plan.layers[0].streams
     for i, stream in enumerate(streams):
-        here = slots if i >= 2 else 0
-        codes += packed_codes(stream, batch, groups, here, stored, device)
+        codes += packed_codes(stream, batch, groups, slots[i // 2], held[i // 2], device)
         per_sequence = stream.scope == "sequence"
         kind = torch.float16 if per_sequence else torch.float32
         size = (batch if per_sequence else 1, groups)
@@ -117,12 +130,11 @@ def packed_state(
         bases.append((torch.randn(*size, stream.bands.components, width, device=device) / width**0.5).to(kind))
         bases.append(torch.rand(*size, stream.bands.components, device=device) + 0.5)
         bands += stream.bands.counts
-    position = torch.arange(tokens + slots, dtype=torch.int32, device=device).expand(batch, -1)
-    first, text = position[:, :FIRST_TOKENS], position[:, FIRST_TOKENS : FIRST_TOKENS + slots]
-    positions = [x.contiguous() for x in (first, position[:, :0], text)]
+    position = torch.arange(FIRST_TOKENS + sum(slots), dtype=torch.int32, device=device).expand(batch, -1)
+    positions = [x.contiguous() for x in position.split([FIRST_TOKENS, *slots], dim=1)]
     # the newest token is the query's own
     cursor = torch.tensor([tokens + 1, FIRST_TOKENS + stored, FIRST_TOKENS], device=device)
-    return Packed((dense, codes, bases, bands, positions, cursor), (streams[2].bands, streams[3].bands))
+    return Packed((dense, codes, bases, bands, positions, cursor), tuple(stream.bands for stream in streams))
 
 
 def packed_codes(stream: StreamPlan, batch: int, groups: int, slots: int, stored: int, device: str) -> list[Tensor]:
@@ -201,7 +213,9 @@ def measured(
     """One row: a shape, a length, a batch, a plan."""
     shape = SHAPES[name]
     groups = 1 if ratio is None else groups or shape.groups
-    plan = with_relative_keys(synthetic_plan(shape, groups, ratio, tokens), shape, key_block if ratio else 0)
+    plan = with_relative_keys(
+        synthetic_plan(shape, groups, ratio, tokens, coarse=True), shape, key_block if ratio else 0
+    )
     packed = packed_state(plan, shape, groups, tokens, batch, dtype, device)
     query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)
     key, value = torch.randn(2, batch, shape.heads, tokens + 1, shape.head_dim, device=device, dtype=dtype)
@@ -227,8 +241,10 @@ def measured(
         "ratio": 2 * 2 * batch * shape.heads * shape.head_dim * tokens / (sum(held_bytes(packed.state))),
         "groups": groups,
         "key_block": 0 if plan.turn is None else plan.turn.block,
-        "bands_key": "+".join(map(str, packed.bands[0].counts)),
-        "bands_value": "+".join(map(str, packed.bands[1].counts)),
+        "bands_key": named_bands(packed.bands[-2]),
+        "bands_value": named_bands(packed.bands[-1]),
+        "bands_coarse_key": named_bands(packed.bands[0]) if plan.coarse else "",
+        "bands_coarse_value": named_bands(packed.bands[1]) if plan.coarse else "",
         "dense": best,
         "dense_ms": 1e3 * timing["dense"].median,
         "packed_ms": 1e3 * timing["packed"].median,
@@ -243,6 +259,11 @@ def measured(
     if "fp8" in timing:
         row["speedup_vs_fp8"] = timing["fp8"].median / timing["packed"].median
     return row
+
+
+def named_bands(bands: Bands) -> str:
+    """Components in 16, 8, 4 and 2 bits."""
+    return "+".join(map(str, bands.counts))
 
 
 def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:

@@ -32,6 +32,16 @@ SIZES = {
     "encode": ENCODE.size,
     "unpack": UNPACK.size,
 }
+# kernels/csrc/torch_abi.h: Torch
+TORCH_FUNCTIONS = (
+    "aoti_torch_library_init_impl", "torch_library_impl", "torch_call_dispatcher", "torch_list_size", "torch_list_get_item",
+    "torch_delete_list", "aoti_torch_delete_tensor_object", "aoti_torch_get_data_ptr", "aoti_torch_get_dim",
+    "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype", "aoti_torch_is_contiguous",
+    "aoti_torch_empty_strided", "torch_get_num_threads", "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16",
+    "aoti_torch_dtype_float16", "aoti_torch_dtype_uint8", "aoti_torch_dtype_bool", "aoti_torch_dtype_int32",
+    "aoti_torch_dtype_int64", "aoti_torch_device_type_cpu",
+)  # fmt: skip
+LAST_ERROR = "torch_exception_get_what_without_backtrace"
 # the last words of a Source whose tokens are kept as they are
 NO_BASIS = (0,) * 10
 NOT_TURNED = (0, 0, 0, 0)
@@ -60,6 +70,16 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
 
 COMPILED, STATUS = load_library(find_library())
 INSTRUCTION_SET = COMPILED.apack_instruction_set() if COMPILED is not None else 0
+
+
+def register_attend() -> bool:
+    """Make `apack::attend` on CPUs the compiled operation itself; False where this PyTorch lacks a function that it needs."""
+    pytorch = ctypes.CDLL(torch._C.__file__)
+    found = [getattr(pytorch, name, None) for name in (*TORCH_FUNCTIONS, LAST_ERROR)]
+    if None in found[:-1]:
+        return False
+    table = (ctypes.c_void_p * len(found))(*(ctypes.cast(one, ctypes.c_void_p).value if one else None for one in found))
+    return COMPILED.apack_register(table) == 0
 
 
 def turns_of(turns: Tensor | None, block: int, copies: list[Tensor]) -> tuple[int, ...]:

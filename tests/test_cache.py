@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from apack_compile import layer as layer_module
 from apack_compile.basis import fit, moments
 from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.codec import Bands
@@ -538,3 +539,23 @@ def test_rows_with_other_padding_keep_their_turns(change):
     for _ in range(60):
         pair.feed(1)
     pair.check()
+
+
+@pytest.mark.parametrize("scope", ("sequence", "batch"))
+def test_a_basis_fitted_anew_starts_from_the_earlier_one(scope, monkeypatch):
+    starts, fitted = [], layer_module.fit
+    monkeypatch.setattr(
+        layer_module, "fit", lambda stats, rank, start: starts.append(start) or fitted(stats, rank, start)
+    )
+    options = AttentionPackOptions(1.0, 1.0, basis=scope)
+    cache = new_cache(attentionpack_plan(range(LAYERS), RANKS, MAX_APPEND, options))
+    tokens = torch.randn(2, 90, RANK, generator=torch.Generator().manual_seed(3))
+    for part in (tokens[:, :50], tokens[:, 50:]):
+        cache.expect(None, None)
+        starts.clear()
+        for layer in range(LAYERS):
+            cache.update(*(states_of(part, layer, stream, torch.float32) for stream in range(2)), layer)
+        text = [start for start in starts if start is not None]
+        assert len(text) == (0 if part.shape[1] == 50 else 2 * LAYERS)
+    assert not any(layer.earlier_bases for layer in cache.layers)
+    assert all(start.shape[-2:] == (RANK, WIDTH) for start in text)

@@ -221,27 +221,45 @@ def test_more_components_than_tokens_still_decode_every_token():
     torch.testing.assert_close(decode(*encode(x, basis, bands), basis, bands), x, atol=2e-3, rtol=2e-3)
 
 
-def test_subspace_iteration_captures_what_the_eigendecomposition_does(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    width, rank = 301, 24
-    rows = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    variance = torch.logspace(2, -3, width)
-    covariance = (rows * variance @ rows.mT)[None, None]
-    exact_rows, exact_values = principal_rows(covariance, rank)
-    monkeypatch.setattr(basis_module, "EIGH_MAX_WIDTH", 300)
-    calls = []
-    qr = torch.linalg.qr
-    monkeypatch.setattr(torch.linalg, "qr", lambda *args, **kwargs: calls.append(1) or qr(*args, **kwargs))
-    found, values = principal_rows(covariance, rank)
-    assert calls, "the width is over the threshold, yet no subspace iteration ran"
-    assert found.shape == exact_rows.shape == (1, 1, rank, width)
-    torch.testing.assert_close(found @ found.mT, torch.eye(rank)[None, None], atol=1e-5, rtol=0)
+def falling_covariance(width: int, turned: float, seed: int) -> torch.Tensor:
+    """Covariance `[1, 2, W, W]` in float64 with the spectrum of text's keys, its directions `turned` a little; the same ones at 0."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.linalg.qr(torch.randn(2, width, width, generator=generator, dtype=torch.float64)).Q
+    noise = torch.randn(2, width, width, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    rows = torch.linalg.qr(rows + turned / width**0.5 * noise).Q
+    variance = (1 + 24 * torch.arange(width, dtype=torch.float64) / width) ** -2.2
+    return (rows * variance @ rows.mT)[None]
 
-    def captured(r: torch.Tensor) -> float:
-        return float((r @ covariance @ r.mT).diagonal(dim1=-2, dim2=-1).sum())
 
-    assert captured(found) > 0.99 * captured(exact_rows)
-    torch.testing.assert_close(values[..., :8], exact_values[..., :8], rtol=1e-3, atol=0)
+@pytest.mark.parametrize(("width", "rank"), ((261, 17), (389, 64), (515, 1)))
+@pytest.mark.parametrize("warm", (False, True))
+def test_subspace_iteration_loses_little_more_than_the_float64_eigenvectors(width, rank, warm, monkeypatch):
+    decomposed, eigen = [], basis_module.symmetric_eigen
+    monkeypatch.setattr(basis_module, "symmetric_eigen", lambda x: decomposed.append(x.shape[-1]) or eigen(x))
+    covariance = falling_covariance(width, 0.05, 3)
+    exact = torch.linalg.eigh(covariance).eigenvectors.flip(-1)[..., :rank].mT
+    earlier = torch.linalg.eigh(falling_covariance(width, 0.0, 3)).eigenvectors.flip(-1)[..., :rank].mT
+    start = earlier.half() if warm else None
+    rows, values = principal_rows(covariance.float(), rank, start)
+    assert decomposed == [rank + basis_module.OVERSAMPLING]
+    assert rows.shape == exact.shape and rows.dtype == torch.float32
+    identity = torch.eye(rank).expand(1, 2, -1, -1)
+    torch.testing.assert_close(rows @ rows.mT, identity, atol=2e-5, rtol=0)
+    energy = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def lost(r: torch.Tensor) -> torch.Tensor:
+        return energy - (r.double() @ covariance @ r.double().mT).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    assert (lost(rows) <= 1.02 * lost(exact)).all()
+    torch.testing.assert_close(values.double().sum(-1), energy - lost(rows), rtol=1e-4, atol=0)
+
+
+def test_an_earlier_basis_serves_better_than_as_many_iterations_from_random_rows(monkeypatch):
+    covariance = falling_covariance(389, 0.05, 3).float()
+    before = torch.linalg.eigh(falling_covariance(389, 0.0, 3)).eigenvectors.flip(-1)[..., :64].mT
+    monkeypatch.setattr(basis_module, "SUBSPACE_ITERATIONS", basis_module.WARM_ITERATIONS)
+    warm, cold = (principal_rows(covariance, 64, start)[1].sum() for start in (before, None))
+    assert warm > cold
 
 
 @pytest.mark.parametrize("token_scale", (False, True))

@@ -7,6 +7,8 @@ namespace {
 
 constexpr int MAX_PACKED = 3;
 
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
+
 // Segments. Packed ones follow the first; where there are fewer than the most, those that are missing have no slots.
 enum { FIRST = 0, FIRST_PACKED = 1, TAIL = FIRST_PACKED + MAX_PACKED, NEW, SEGMENTS };
 

@@ -121,16 +121,21 @@ __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int s
         const Columns &columns = partial ? w.partial[kind - 1] : w.value[kind - 1];
         const float *holds = slots.all ? nullptr : slots.holds;
         Packed packed = packed_of(s.value, a.batch, item.b, item.group, s.slots, columns.bytes);
-        // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
-        for (int i = 0; i < 4; ++i) {
-            Band band = columns.band[i];
-            int full = w.value[kind - 1].band[i].column;
-            for (int c = 0; c < band.columns; c += VALUE_COLUMNS) {
-                int width = band.columns - c < VALUE_COLUMNS ? band.columns - c : VALUE_COLUMNS;
-                unpack_tile(packed, columns, band.column + c, width, token, tokens, holds, local.tile, local.row);
-                weigh(local.score, BLOCK, M, local.tile, width, width, tokens, item.sums + full + c, w.width[kind]);
+        auto sum_columns = [&](int first, int count, int to) {
+            for (int c = 0, tiles = (count + VALUE_COLUMNS - 1) / VALUE_COLUMNS; c < count; --tiles) {
+                int width = round_up((count - c + tiles - 1) / tiles, LANES);
+                if (width > count - c) width = count - c;
+                unpack_tile(packed, columns, first + c, width, token, tokens, holds, local.tile, local.row);
+                weigh(local.score, BLOCK, M, local.tile, width, width, tokens, item.sums + to + c, w.width[kind]);
+                c += width;
             }
+        };
+        if (!partial) {
+            sum_columns(0, columns.count, 0);
+            return;
         }
+        // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
+        for (int i = 0; i < 4; ++i) sum_columns(columns.band[i].column, columns.band[i].columns, w.value[kind - 1].band[i].column);
         return;
     }
     for (int h = 0; h < per_group; ++h) {

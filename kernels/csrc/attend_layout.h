@@ -138,17 +138,18 @@ inline Work work_of(const Attend &a, const State &state) {
             w.value[i] = columns_of(s.value, components_of(s.value));
             w.partial[i] = columns_of(s.value, i == 0 && a.tiers ? a.partial : components_of(s.value));
         }
+        int wanted = (int)(a.threads == 1 ? 1 : (4 * a.threads + a.batch * groups - 1) / (a.batch * groups));
+        int most_parts = (w.used[FIRST_PACKED + i] + MIN_PART - 1) / MIN_PART;
+        w.parts[1 + i] = wanted < most_parts ? wanted : most_parts;
         if (w.used[FIRST_PACKED + i] && is_packed(s.key) && a.turns[i].data) {
-            int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count;
-            int64_t most = latents ? TURNED_LATENTS / latents : TURNED;
+            int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count, slots = w.parts[1 + i] * a.turns[i].block;
+            int64_t most = latents ? TURNED_LATENTS / latents : TURNED, there = (w.used[FIRST_PACKED + i] + slots - 1) / slots;
+            if (most > there) most = there;
             w.ahead[i] = (int)(most < 1 ? 1 : most > TURNED ? TURNED : most);
             int64_t rows = (int64_t)w.ahead[i] * w.R;
             w.transposes[i] = TRANSPOSES && s.key.basis_dtype == FLOAT32 && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim;
         }
         w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;
-        int wanted = (int)(a.threads == 1 ? 1 : (4 * a.threads + a.batch * groups - 1) / (a.batch * groups));
-        int most = (w.used[FIRST_PACKED + i] + MIN_PART - 1) / MIN_PART;
-        w.parts[1 + i] = wanted < most ? wanted : most;
     }
     for (int kind = 0; kind < KINDS; ++kind)
         w.item_count += (int)(a.batch * (a.heads / heads_per_group(w, kind)) * w.parts[kind]);

@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int NEAR_ROWS = 16;
+
 // Rows of one head's queries, scaled, as floats.
 inline void load_queries(const Work &w, int64_t b, int64_t head) {
     const Attend &a = *w.a;
@@ -25,10 +27,20 @@ __attribute__((noinline)) void project_rows(const Work &w, int kind, int64_t b, 
     int D = (int)a.head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
     int64_t group = head / per_group, W = per_group * D;
     int64_t at = basis_at(s, b, group), inside = head % per_group * D;
+    // whether the latents of all turns follow one another at one distance
+    const int64_t between = w.R == 1 ? latent_step : columns.count;
+    const bool evenly = turns == 1 || latent_step == w.R * between;
     auto product = [&](const float *rows, int64_t stride, int n, float *out) {
-        if (w.R == 1) return dots(query, D, turns, rows, stride, n, D, out, latent_step, false);
-        for (int k = 0; k < turns; ++k)
-            dots(query + (int64_t)k * w.R * D, D, w.R, rows, stride, n, D, out + k * latent_step, columns.count, false);
+        // a few rows of the decoder serve all turns while they are in the nearest cache
+        for (int c = 0; c < n; c += NEAR_ROWS) {
+            int now = n - c < NEAR_ROWS ? n - c : NEAR_ROWS;
+            if (evenly) {
+                dots(query, D, turns * w.R, rows + c * stride, stride, now, D, out + c, between, false);
+                continue;
+            }
+            for (int k = 0; k < turns; ++k)
+                dots(query + (int64_t)k * w.R * D, D, w.R, rows + c * stride, stride, now, D, out + k * latent_step + c, columns.count, false);
+        }
     };
     const int most = TILE / round_up(D, LANES) & ~3;
     for (const Band &band : columns.band) {
@@ -52,9 +64,11 @@ __attribute__((noinline)) void project_rows(const Work &w, int kind, int64_t b, 
     }
     const float *mean = basis_row(s, s.mean, at * W + inside, D, tile);
     for (int m = 0; m < turns * w.R; ++m) {
-        float sum = 0;
-        for (int d = 0; d < D; ++d) sum += query[m * D + d] * mean[d];
-        offset[m / w.R * offset_step + m % w.R] = sum;
+        Vec sums = zero();
+        int d = 0;
+        for (; d + LANES <= D; d += LANES) sums = fma(load(query + m * D + d), load(mean + d), sums);
+        if (d < D) sums = fma(load_some(query + m * D + d, D - d), load_some(mean + d, D - d), sums);
+        offset[m / w.R * offset_step + m % w.R] = sum(sums);
     }
 }
 

@@ -154,30 +154,33 @@ inline void weigh_tile(const float *a, int64_t lda, const float *b, int64_t ldb,
 
 template <int MB>
 inline void weigh_rows(const float *a, int64_t lda, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
-    int j = 0;
-    for (; j + VECTORS * LANES <= n; j += VECTORS * LANES)
-        weigh_tile<MB, VECTORS>(a, lda, b + j, ldb, k, out + j, ldo, LANES);
-    if (j == n) return;
-    int vectors = (n - j + LANES - 1) / LANES, last = n - j - (vectors - 1) * LANES;
+    int vectors = (n + LANES - 1) / LANES, last = n - (vectors - 1) * LANES;
     switch (vectors) {
-        case 4: weigh_tile<MB, 4>(a, lda, b + j, ldb, k, out + j, ldo, last); break;
-        case 3: weigh_tile<MB, 3>(a, lda, b + j, ldb, k, out + j, ldo, last); break;
-        case 2: weigh_tile<MB, 2>(a, lda, b + j, ldb, k, out + j, ldo, last); break;
-        case 1: weigh_tile<MB, 1>(a, lda, b + j, ldb, k, out + j, ldo, last); break;
+        case 4: weigh_tile<MB, 4>(a, lda, b, ldb, k, out, ldo, last); break;
+        case 3: weigh_tile<MB, 3>(a, lda, b, ldb, k, out, ldo, last); break;
+        case 2: weigh_tile<MB, 2>(a, lda, b, ldb, k, out, ldo, last); break;
+        case 1: weigh_tile<MB, 1>(a, lda, b, ldb, k, out, ldo, last); break;
     }
 }
 
-// out[m][:n] += sum over k of a[m][k] b[k][:n].
+// out[m][:n] += sum over k of a[m][k] b[k][:n]. Rows and vectors of columns are shared out evenly; a strip of b is used by all rows
+// while it is in the nearest cache.
 __attribute__((noinline)) void weigh(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
-    for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
-        int now = (rows - m + left - 1) / left;
-        switch (now) {
-            case 4: weigh_rows<4>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
-            case 3: weigh_rows<3>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
-            case 2: weigh_rows<2>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
-            case 1: weigh_rows<1>(a + m * lda, lda, b, ldb, n, k, out + m * ldo, ldo); break;
+    int vectors = (n + LANES - 1) / LANES;
+    for (int j = 0, strips = (vectors + VECTORS - 1) / VECTORS; j < n; --strips) {
+        int wide = (vectors + strips - 1) / strips, width = n - j < wide * LANES ? n - j : wide * LANES;
+        for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
+            int now = (rows - m + left - 1) / left;
+            switch (now) {
+                case 4: weigh_rows<4>(a + m * lda, lda, b + j, ldb, width, k, out + m * ldo + j, ldo); break;
+                case 3: weigh_rows<3>(a + m * lda, lda, b + j, ldb, width, k, out + m * ldo + j, ldo); break;
+                case 2: weigh_rows<2>(a + m * lda, lda, b + j, ldb, width, k, out + m * ldo + j, ldo); break;
+                case 1: weigh_rows<1>(a + m * lda, lda, b + j, ldb, width, k, out + m * ldo + j, ldo); break;
+            }
+            m += now;
         }
-        m += now;
+        j += width;
+        vectors -= wide;
     }
 }
 

@@ -6,9 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 
-namespace {
+#include "arguments.h"
 
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
+namespace {
 
 inline float from_bits(uint32_t bits) {
     float x;

@@ -38,6 +38,9 @@ def untouched(model) -> bool:
         ({"quantize": "int3"}, "quantize='int3' is not one of int8wo"),
         ({"quantize": 7}, "quantize=7 is neither"),
         ({"strict": 1}, "strict=1 must be"),
+        ({"min_tokens": -1}, "min_tokens=-1 must be an integer >= 0, or None"),
+        ({"min_tokens": 64.0}, r"min_tokens=64\.0 must be an integer >= 0, or None"),
+        ({"min_tokens": True}, "min_tokens=True must be an integer >= 0, or None"),
         ({"config": {"ratio": 4}}, "config=.* must be an AttentionPackConfig"),
     ],
 )
