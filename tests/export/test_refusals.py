@@ -181,6 +181,39 @@ def attend_masked(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def test_keys_that_two_attentions_pair_with_other_values_are_refused():
+    class Crossed(Step):
+        def __init__(self):
+            super().__init__(None)
+            self.register_buffer("others", torch.zeros_like(self.keys))
+
+        def forward(self, q, mask, at):
+            for buffer in (self.keys, self.values, self.others):
+                buffer.index_copy_(2, at, q)
+            return sum(attend_masked(q, self.keys, values, mask) for values in (self.values, self.others))
+
+    program = torch.export.export(Crossed(), step_inputs())
+    with pytest.raises(ValueError, match="its keys or values are paired with others in another attention"):
+        apack_compile.optimize(program, plan=dense_plan(2, dtype=torch.float32))
+
+
+def test_two_attentions_over_one_cache_read_the_same_packed_state():
+    class Shared(Step):
+        def forward(self, q, mask, at):
+            keys, values = self.keys.index_copy_(2, at, q), self.values.index_copy_(2, at, q - 1)
+            return self.attend(q, keys, values, mask) + self.attend(q * 2, keys, values, mask)
+
+    program = torch.export.export(Shared(attend_masked), step_inputs())
+    packed = apack_compile.optimize(program, plan=dense_plan(1, dtype=torch.float32), strict=True)
+    found, expected = (p.module()(*step_inputs()[:1], causal_mask(), torch.arange(3)) for p in (packed, program))
+    torch.testing.assert_close(found, expected)
+    assert len(apack_compile.report(packed).packed) == 1
+
+
+def causal_mask() -> Tensor:
+    return (torch.arange(TOKENS) <= torch.arange(3)[:, None])[None, None]
+
+
 def test_caches_that_are_inputs_belong_to_the_caller():
     caches = [torch.zeros(1, KV_HEADS, TOKENS, WIDTH) for _ in range(2)]
     program = torch.export.export(Step(attend_masked, given=True), (*step_inputs(), *caches))
