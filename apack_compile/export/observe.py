@@ -96,7 +96,7 @@ def observe(gm: fx.GraphModule, caches: Sequence[OwnedCache], calls: Iterable[Ca
                 f"calibration_inputs: {cache.name} saw no token past the first {FIRST_TOKENS}; pass longer or more calls"
             )
     found = {turn: by_layer(sums) for turn, sums in running.items()}
-    best = max(found, key=lambda turn: key_bits(found[turn]))
+    best = min(found, key=lambda turn: key_bits(found[turn]))
     return Observed(found[best], best)
 
 
