@@ -58,9 +58,9 @@ def optimize_program(
     else:
         watched = copied(gm)
         plans = budget_plans(observe(watched, owned(watched, caches), calls), caches, config.ratio)
-    reasons = rewrite(gm, caches, plans)
-    if reasons:
-        raise RuntimeError(f"program: caches that could be packed could not in the end: {reasons}")
+    refused = rewrite(gm, caches, plans)
+    if refused:
+        raise RuntimeError(f"program: caches that could be packed on trial could not in the end: {refused}")
     return gm if isinstance(program, fx.GraphModule) else exported(gm, program, calls)
 
 
