@@ -1,5 +1,6 @@
 """Which caches of a program can be packed: buffers that one write fills at an input's positions and that attention alone reads."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +57,14 @@ def find_caches(gm: fx.GraphModule) -> list[OwnedCache | LeftCache]:
             if any(writes):
                 readers.setdefault(writes, []).append(attention)
                 updates.setdefault(writes, found)
+    pairs = Counter(write for writes in updates for write in set(writes))
     caches: list[OwnedCache | LeftCache] = []
     for writes, found in updates.items():
         nodes = tuple(attention.node for attention in readers[writes])
         name = layer_path(nodes[0]) or nodes[0].name
-        cache = _cache(gm, len(caches), name, nodes, found, memory)
+        cache: OwnedCache | str = "its keys or values are paired with others in another attention"
+        if all(pairs[write] == 1 for write in writes if write is not None):
+            cache = _cache(gm, len(caches), name, nodes, found, memory)
         caches.append(LeftCache(len(caches), name, cache) if isinstance(cache, str) else cache)
     known = {root_of(target)[0] for writes in updates for write in writes if write for target in _targets(write)}
     for node, why in _unread(gm, attentions, {str(node.target) for node in known}, memory).items():

@@ -58,15 +58,17 @@ def optimize_program(
     else:
         watched = copied(gm)
         plans = budget_plans(observe(watched, owned(watched, caches), calls), caches, config.ratio)
-    rewrite(gm, caches, plans)
+    refused = rewrite(gm, caches, plans)
+    if refused:
+        raise RuntimeError(f"program: caches that could be packed on trial could not in the end: {refused}")
     return gm if isinstance(program, fx.GraphModule) else exported(gm, program, calls)
 
 
 def packable(gm: fx.GraphModule) -> tuple[list[OwnedCache], list[LeftCache]]:
-    """The caches that can be packed, and those that cannot; tried on a copy of the graph."""
+    """The caches that can be packed, and those that cannot; tried on a copy without data."""
     found = find_caches(gm)
     candidates = [cache for cache in found if isinstance(cache, OwnedCache)]
-    trial = copied(gm)
+    trial = copied(gm, torch.device("meta"))
     plans = {cache.number: LOSSLESS for cache in candidates}
     reasons = rewrite(trial, owned(trial, candidates), plans) if candidates else {}
     left = [cache for cache in found if isinstance(cache, LeftCache)]
@@ -93,8 +95,8 @@ def graph_module_of(program: ExportedProgram | fx.GraphModule, call: Call | None
     return gm
 
 
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with the same parameters, and its own graph and buffers."""
+def copied(gm: fx.GraphModule, device: torch.device | None = None) -> fx.GraphModule:
+    """A copy with the same parameters, and its own graph and buffers; with a device, the buffers are there."""
     new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     fleeting = {
         f"{path}.{name}".lstrip(".")
@@ -107,7 +109,8 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     for path, buffer in list(new.named_buffers(remove_duplicate=False)):
         owner, _, name = path.rpartition(".")
         module = _own_module(new, owner, own)
-        module.register_buffer(name, copy.deepcopy(buffer.detach(), memo), persistent=path not in fleeting)
+        own_buffer = copy.deepcopy(buffer.detach(), memo) if device is None else buffer.to(device)
+        module.register_buffer(name, own_buffer, persistent=path not in fleeting)
     return new
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import apack_compile
 from apack_compile.backend import StrictError
-from apack_compile.importance import CoarseRule
-from apack_compile.plan import lossless_plan
+from apack_compile.importance import CoarseRule, feature_count
+from apack_compile.plan import attentionpack_plan, budget_plan, lossless_plan
 
 TOKENS, CHUNKS = 64, (9, *[1] * 8, 6)
 
@@ -181,6 +181,39 @@ def attend_masked(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def test_keys_that_two_attentions_pair_with_other_values_are_refused():
+    class Crossed(Step):
+        def __init__(self):
+            super().__init__(None)
+            self.register_buffer("others", torch.zeros_like(self.keys))
+
+        def forward(self, q, mask, at):
+            for buffer in (self.keys, self.values, self.others):
+                buffer.index_copy_(2, at, q)
+            return sum(attend_masked(q, self.keys, values, mask) for values in (self.values, self.others))
+
+    program = torch.export.export(Crossed(), step_inputs())
+    with pytest.raises(ValueError, match="its keys or values are paired with others in another attention"):
+        apack_compile.optimize(program, plan=dense_plan(2, dtype=torch.float32))
+
+
+def test_two_attentions_over_one_cache_read_the_same_packed_state():
+    class Shared(Step):
+        def forward(self, q, mask, at):
+            keys, values = self.keys.index_copy_(2, at, q), self.values.index_copy_(2, at, q - 1)
+            return self.attend(q, keys, values, mask) + self.attend(q * 2, keys, values, mask)
+
+    program = torch.export.export(Shared(attend_masked), step_inputs())
+    packed = apack_compile.optimize(program, plan=dense_plan(1, dtype=torch.float32), strict=True)
+    found, expected = (p.module()(*step_inputs()[:1], causal_mask(), torch.arange(3)) for p in (packed, program))
+    torch.testing.assert_close(found, expected)
+    assert len(apack_compile.report(packed).packed) == 1
+
+
+def causal_mask() -> Tensor:
+    return (torch.arange(TOKENS) <= torch.arange(3)[:, None])[None, None]
+
+
 def test_caches_that_are_inputs_belong_to_the_caller():
     caches = [torch.zeros(1, KV_HEADS, TOKENS, WIDTH) for _ in range(2)]
     program = torch.export.export(Step(attend_masked, given=True), (*step_inputs(), *caches))
@@ -216,16 +249,17 @@ def test_a_program_without_a_cache_is_refused():
 
 def wrong_plans():
     plan = dense_plan(dtype=torch.float32)
-    coarse = CoarseRule("text", 0.75, {})
-    fitted = apack_compile.AttentionPackConfig(preset="attentionpack")
+    config = apack_compile.AttentionPackConfig()
+    ranks = dict.fromkeys(config.ranks, 8)
+    fitted = replace(attentionpack_plan(range(2), ranks, 32), signature=plan.signature)
     return {
         "layers": (dense_plan(3, dtype=torch.float32), "packs 3 layers; the program has 2 caches"),
         "heads": (replace(plan, signature=(2, 4, WIDTH, "torch.float32")), r"made for .*\(4, 16, 'torch.float32'\)"),
         "dtype": (dense_plan(), r"layers\.0 has \(2, 16, 'torch.float32'\)"),
         "no room": (dense_plan(tail_slots=TOKENS, dtype=torch.float32), "64 dense newest tokens fill a cache of 64"),
         "unsigned": (lossless_plan(range(2)), "plan: signature"),
-        "config": (fitted, "must be a Plan"),
-        "coarse": (replace(plan, coarse=coarse), "plan: "),
+        "config": (config, "must be a Plan"),
+        "fitted": (fitted, "plan: fits bases to each cache; a program needs"),
     }
 
 
@@ -233,6 +267,18 @@ def wrong_plans():
 def test_a_plan_that_does_not_fit_is_refused(name):
     plan, message = wrong_plans()[name]
     with pytest.raises(ValueError, match=message):
+        apack_compile.optimize(exported(Decoder()), plan=plan)
+
+
+def test_a_plan_that_tells_coarse_tokens_apart_is_refused(statistics_of):
+    statistics = statistics_of(2, KV_HEADS, WIDTH, vision=False)
+    for layer in statistics.values():
+        layer |= {"coarse_text": layer["text"], "fine_text": layer["text"]}
+    weights = torch.zeros(feature_count(KV_HEADS, WIDTH, WIDTH))
+    rule = CoarseRule("text", 0.75, dict.fromkeys(range(2), weights))
+    plan = budget_plan(statistics, 4, TOKENS, 0.0, rules={"text": rule})
+    plan = replace(plan, signature=(2, KV_HEADS, WIDTH, "torch.float32"))
+    with pytest.raises(ValueError, match=r"plan: orders or separates tokens by importance; make it with .*coarse=\(\)"):
         apack_compile.optimize(exported(Decoder()), plan=plan)
 
 
