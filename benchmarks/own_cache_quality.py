@@ -33,7 +33,7 @@ def scored(model: Any, step: Callable[..., Any], ids: Tensor, prompt: int) -> Te
     return torch.cat(found)
 
 
-def measured(model: Any, ids: Tensor, prompt: int, expected: Tensor, bases: str, ratio: float, **chosen: Any) -> Row:
+def measured(model: Any, ids: Tensor, prompt: int, expected: Tensor, bases: str, ratio: float, chosen: Row) -> Row:
     """One row: where the bases come from, a ratio."""
     torch._dynamo.reset()
     log = apack_compile.GraphLog()
@@ -58,7 +58,7 @@ def main(
     model, text = load_model(), text_ids(load_tokenizer())
     ids = text[None, PLACE : PLACE + prompt + scored_tokens]
     expected = scored(model, model, ids, prompt)
-    rows = [measured(model, ids, prompt, expected, "prompt", ratio, ratio=ratio) for ratio in (4.0, 8.0)]
+    rows = [measured(model, ids, prompt, expected, "prompt", ratio, {"ratio": ratio}) for ratio in (4.0, 8.0)]
     with torch.enable_grad():
         calibrate_on_text(model, text, prompt)
     with TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def main(
             apack_compile.plan_for(model, ids.shape[1]).save(path)
         apack_compile.restore(model)
         for ratio, path in plans.items():
-            rows.append(measured(model, ids, prompt, expected, "calibrated plan", ratio, plan=path))
+            rows.append(measured(model, ids, prompt, expected, "calibrated plan", ratio, {"plan": path}))
     print_table("own_cache, SmolLM2-135M", rows)
     if json is not None:
         write_json(json, rows, {"prompt": prompt, "scored": scored_tokens, "place": PLACE})
