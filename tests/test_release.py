@@ -29,12 +29,14 @@ def test_a_large_tensor_gives_its_pages_back_and_takes_new_ones_when_it_is_writt
     assert float(x.sum()) == 2.0
 
 
-@pytest.mark.parametrize("size", [1, 1023, 1024, 5000])
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the memory; it is zeroed there")
+@pytest.mark.parametrize("size", [1, 1023, 1024, 5000, 500_000])
 def test_no_size_leaves_numbers_behind(size):
     around = torch.ones(size + 20_000)
     x = around[:size].clone()
     given = release(x)
     assert given % 4096 == 0 and given <= x.nbytes
+    assert given > x.nbytes - 2 * 4096, "all but what lies in pages that others share"
     assert not x.any() and around.all()
 
 

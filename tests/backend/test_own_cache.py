@@ -204,8 +204,9 @@ def test_the_graphs_of_one_torch_compile_share_packed_state_without_a_log(lossle
     step = torch.compile(model, backend="attentionpack", options=options)
     for prompt in (PROMPT, 80):
         prefilled(dense, (step, None), prompt)
-        tokens = tokens_of(3, 1, 2)
-        close(run(step, tokens, prompt), run(dense, tokens, prompt))
+        for start, chunk in ((prompt, 1), (prompt + 3, 3)):
+            tokens = tokens_of(3, 1, start)
+            close(run(step, tokens, start, chunk), run(dense, tokens, start, chunk))
         assert not model.layers[0].k_cache.any()
 
 
