@@ -63,11 +63,13 @@ def measured(subject: Subject, tokens: int, ratios: list[float], rounds: int) ->
 
 
 def keep_leading_layers(model: nn.Module, count: int) -> None:
-    """Take away a model's later layers."""
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = count
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:count]
+    """Take away a language model's later layers."""
+    config = model.config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
+    decoder.layers = decoder.layers[:count]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
 
 
 def crossing(rows: list[Row], least: float) -> int | None:
