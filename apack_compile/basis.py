@@ -7,7 +7,8 @@ from torch import Tensor
 
 from apack_compile.codec import GAUSSIAN_STEP, WIDTHS, Bands, StreamBasis
 
-# Above this width an eigendecomposition of the covariance costs more than a few products with a block (benchmarks/subspace.py).
+# Above this width an eigendecomposition of the covariance costs more than a few products with a block, from random rows; above half of
+# it, from an earlier basis (benchmarks/subspace.py).
 EIGH_MAX_WIDTH = 256
 # Iterations from random rows, and from a basis of most of the same tokens.
 SUBSPACE_ITERATIONS, WARM_ITERATIONS = 4, 2
@@ -73,7 +74,8 @@ def principal_rows(covariance: Tensor, rank: int, start: Tensor | None = None) -
     the rank a small part of it: from random rows or, with fewer iterations, from `start` `[..., n, W]`, rows of a similar covariance.
     """
     width = covariance.shape[-1]
-    if width <= EIGH_MAX_WIDTH or rank + OVERSAMPLING >= width // 4:
+    worth = 1 if start is None else 2
+    if width <= EIGH_MAX_WIDTH // worth or rank + OVERSAMPLING >= width // 4 * worth:
         values, vectors = symmetric_eigen(covariance)
         return vectors.flip(-1).mT[..., :rank, :].contiguous(), values.flip(-1)[..., :rank].clamp_min(0)
     generator = torch.Generator(device=covariance.device).manual_seed(0)

@@ -72,9 +72,9 @@ H200 = Device(
     "H200", 4.3e12, 790e12, 15e12, (16, 32, 64), 64, 3e-6, packed_launches=4, dense_launches=2, min_tokens=1_024
 )
 # Measured by `measured_cpu`: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
-# min_tokens: `python benchmarks/crossover.py`.
+# min_tokens: where a step loses 5 %, about 300 tokens, as a power of two (benchmarks/crossover.py, docs/performance.md).
 CPU = Device(
-    "CPU", 75e9, 205e9, 52e9, launch_seconds=CPU_CALL, dense_launches=0, dense_bytes_per_second=26e9, min_tokens=64
+    "CPU", 75e9, 205e9, 52e9, launch_seconds=CPU_CALL, dense_launches=0, dense_bytes_per_second=26e9, min_tokens=256
 )
 OF_TYPE = {"cpu": CPU, "cuda": H200}
 DEVICES = {device.name: device for device in (H200, CPU)}

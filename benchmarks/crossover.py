@@ -2,7 +2,8 @@
 
 `python benchmarks/crossover.py`: SmolLM2 with its own weights, compiled, one decode step at each length: transformers' StaticCache with
 Inductor in turns with packed caches of each ratio. A row is a length and a ratio. The crossing is the shortest length from which on no
-length is slower than `--least` times dense.
+length is slower than `--least` times dense. `--layers` keeps the leading layers alone, where time is short: `packed_more_us_a_layer` is
+then what to look at.
 """
 
 from dataclasses import replace
@@ -15,6 +16,7 @@ import typer
 from decode import STEPS, WARM_UP_STEPS, calls_of, compacted, dense_cache, prefilled, static_cache, stepper, timed_steps
 from harness import Row, print_table, write_json
 from models import REAL, Packing, Subject, real_subject
+from torch import nn
 
 import apack_compile
 from apack_compile.rotary import BLOCK
@@ -43,18 +45,31 @@ def measured(subject: Subject, tokens: int, ratios: list[float], rounds: int) ->
         steps[ratio] = stepper(subject, packed, token, calls_of(subject, "cpu", True, [])["packed"])
         held[ratio] = packed.report()["ratio"]
     times = timed_steps(steps, rounds, "cpu")
+    layers = subject.built_layers
     return [
         {
             "tokens": tokens,
             "plan": f"ratio={ratio:g}",
+            "layers": layers,
             "ratio": held[ratio],
             "dense_step_ms": 1e3 * median(times["dense"]),
             "packed_step_ms": 1e3 * median(times[ratio]),
             "speedup_vs_dense": median(times["dense"]) / median(times[ratio]),
             "speedup_of_fastest_rounds": min(times["dense"]) / min(times[ratio]),
+            "packed_more_us_a_layer": 1e6 * (min(times[ratio]) - min(times["dense"])) / layers,
         }
         for ratio in ratios
     ]
+
+
+def keep_leading_layers(model: nn.Module, count: int) -> None:
+    """Take away a language model's later layers."""
+    config = model.config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
+    decoder.layers = decoder.layers[:count]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
 
 
 def crossing(rows: list[Row], least: float) -> int | None:
@@ -71,12 +86,15 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens of the prompt; may be repeated.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Dense bytes over packed bytes; may be repeated.")] = None,
     least: Annotated[float, typer.Option(help="Speed against dense that counts as no slower.")] = 0.95,
+    layers: Annotated[int | None, typer.Option(help="Leading layers of the model. Default: all.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of steps, in turns.")] = 12,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
 ) -> None:
     """Time decode steps of whole models over short prompts, dense and packed."""
     longest = max(*(tokens or LENGTHS), CALIBRATION_TOKENS)
     subject = real_subject(REAL[0], longest, 1, Packing(RATIOS[0], BLOCK))
+    if layers is not None:
+        keep_leading_layers(subject.model, layers)
     subject.prepare()
     rows: list[Row] = []
     for length in tokens or LENGTHS:

@@ -231,8 +231,10 @@ def falling_covariance(width: int, turned: float, seed: int) -> torch.Tensor:
     return (rows * variance @ rows.mT)[None]
 
 
-@pytest.mark.parametrize(("width", "rank"), ((261, 17), (389, 64), (515, 1)))
-@pytest.mark.parametrize("warm", (False, True))
+@pytest.mark.parametrize(
+    ("width", "rank", "warm"),
+    ((261, 17, False), (389, 64, False), (515, 1, False), (131, 33, True), (193, 64, True), (515, 1, True)),
+)
 def test_subspace_iteration_loses_little_more_than_the_float64_eigenvectors(width, rank, warm, monkeypatch):
     decomposed, eigen = [], basis_module.symmetric_eigen
     monkeypatch.setattr(basis_module, "symmetric_eigen", lambda x: decomposed.append(x.shape[-1]) or eigen(x))
