@@ -45,9 +45,13 @@ def test_a_plan_that_keeps_tokens_as_they_are_gives_equal_outputs(name, decompos
     program = exported(Decoder([UPDATES[name]] * 2, dtype=torch.float64))
     if decomposed:
         program = program.run_decompositions({})
-    packed = apack_compile.optimize(program, plan=dense_plan())
     ids = token_ids(60)
-    torch.testing.assert_close(run(packed, ids, CHUNKS), run(program, ids, CHUNKS))
+    try:
+        dense = run(program, ids, CHUNKS)
+    except TypeError as error:
+        pytest.skip(f"torch {torch.__version__} cannot run the dense program either: {error}")
+    packed = apack_compile.optimize(program, plan=dense_plan())
+    torch.testing.assert_close(run(packed, ids, CHUNKS), dense)
     assert {line.name for line in apack_compile.report(packed).packed} == {"layers.0", "layers.1"}
 
 
