@@ -49,6 +49,8 @@ def test_a_plan_that_keeps_tokens_as_they_are_gives_equal_outputs(name, decompos
     try:
         dense = run(program, ids, CHUNKS)
     except TypeError as error:
+        if not torch.__version__.startswith("2.11."):
+            raise
         pytest.skip(f"torch {torch.__version__} cannot run the dense program either: {error}")
     packed = apack_compile.optimize(program, plan=dense_plan())
     torch.testing.assert_close(run(packed, ids, CHUNKS), dense)
