@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import FIRST_TOKENS, MODALITIES, StreamStatistics
-from apack_compile.rotary import KeyTurn, rotary_start, turns_at
+from apack_compile.rotary import KeyTurn, deinterleaved_keys, rotary_start, turns_at
 from apack_compile.sensitivity import Observation, observe
 from apack_compile.token_index import compact
 
@@ -98,11 +98,15 @@ def collect(
     Raises ValueError when no input has a usable token (padding and the first tokens are left out).
     """
     batches, layers = [inputs] if isinstance(inputs, Mapping) else list(inputs), list(layers)
-    only = [observe(model, batches[0], layers)] if len(batches) == 1 else None
+
+    def observed(batch: Mapping[str, Any]) -> Observation:
+        return as_packed(observe(model, batch, layers), turn)
+
+    only = [observed(batches[0])] if len(batches) == 1 else None
 
     def observations() -> Iterable[tuple[Mapping[str, Any], Observation]]:
         # an observation takes the memory of a few dense caches: only that of a single input is kept
-        return zip(batches, only or (observe(model, batch, layers) for batch in batches), strict=True)
+        return zip(batches, only or map(observed, batches), strict=True)
 
     running: Running = {}
     importance: dict[tuple[str, int], RunningImportance] = {}
@@ -121,6 +125,18 @@ def collect(
     for batch, seen in observations() if rules else ():
         add_observation(running, seen, model.config, batch, groups, turn, rules)
     return by_layer(running), rules
+
+
+def as_packed(seen: Observation, turn: KeyTurn | None) -> Observation:
+    """An observation with keys, and their gradients, as a packed cache has them."""
+    return replace(
+        seen,
+        states={i: (deinterleaved_keys(key, turn), value) for i, (key, value) in seen.states.items()},
+        gradients={
+            i: ([deinterleaved_keys(gradient, turn) for gradient in keys], values)
+            for i, (keys, values) in seen.gradients.items()
+        },
+    )
 
 
 def by_layer(running: Running) -> Statistics:

@@ -14,7 +14,7 @@ from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
 from apack_compile.plan import FITTED_SCOPES, STREAMS, Plan
-from apack_compile.rotary import turns_of_blocks
+from apack_compile.rotary import deinterleaved_keys, turns_of_blocks
 from apack_compile.token_index import Assignment, Chunk, compact, extended, flags_at, gather_tokens, positions_of
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
@@ -83,6 +83,7 @@ class CompactedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
         if self.is_initialized and (torch.compiler.is_dynamo_compiling() or self.index.chunk is None):
+            key_states = deinterleaved_keys(key_states, self.index.plan.turn)
             torch.ops.apack.append.default(
                 key_states, value_states, *self.append_state(), **self.turn_state(text_only=True)
             )
@@ -110,12 +111,15 @@ class CompactedLayer(CacheLayerMixin):
         return () if self.tiers is None else self.tiers.state(sum(self.bands[4:8]))
 
     def turn_state(self, turns: list[Tensor] | None = None, text_only: bool = False) -> dict[str, Any]:
-        """The arguments that say how packed keys were turned back; empty where they were not."""
+        """The arguments of `unpack` or (text_only) `append` that say how packed keys were turned back; empty where they were not."""
         turns = turns or self.turns()
         if not turns:
             return {}
-        named = {"text_turns": turns[-1]} if text_only else {"turns": turns}
-        return {**named, "block": self.index.plan.turn.block}
+        turn = self.index.plan.turn
+        if text_only:
+            return {"text_turns": turns[-1], "block": turn.block}
+        pairs = {"interleaved_pairs": turn.interleaved_pairs} if turn.interleaved else {}
+        return {"turns": turns, "block": turn.block, **pairs}
 
     def append_state(self) -> tuple:
         """The state arguments of `append`."""
@@ -130,7 +134,8 @@ class CompactedLayer(CacheLayerMixin):
             self.lazy_initialization(key, value)
         held, packed, origin = self.cursor.tolist()
         end = held + key.shape[2]
-        out = (key, value) if fresh else self._exact(key, value)
+        given, key = key, deinterleaved_keys(key, self.index.plan.turn)
+        out = (given, value) if fresh else self._exact(key, value)
         if self.index.plan.per_request:
             self.earlier_bases = [] if fresh else self.bases
             self.lazy_initialization(key, value)

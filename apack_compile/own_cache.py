@@ -81,7 +81,8 @@ class OwnCaches:
         if self.plan is None:
             return StateLayout()
         turn = self.plan.turn
-        return StateLayout(len(self.plan.segments), turn is not None, 0 if turn is None else turn.block)
+        turns = {} if turn is None else {"turns": True, "block": turn.block, "interleaved_pairs": turn.interleaved_pairs}
+        return StateLayout(len(self.plan.segments), **turns)
 
     def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[CompactedLayer] | None:
         """The packed layers that a call writing at `positions` must use; None where it is to run dense.

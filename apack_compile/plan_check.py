@@ -98,6 +98,7 @@ def coarse_claims(rule: CoarseRule, features: dict[int, int]) -> Iterator[Claim]
 def turn_claims(turn: KeyTurn, head_dim: int) -> Iterator[Claim]:
     """What must hold of the way keys are turned back."""
     yield Claim(is_count(turn.block) and turn.block > 0, "turn block", turn.block, "an integer >= 1")
+    yield Claim(isinstance(turn.interleaved, bool), "turn interleaved", turn.interleaved, "True or False")
     frequencies = turn.frequencies
     yield Claim(isinstance(frequencies, torch.Tensor), "turn frequencies", type(frequencies).__name__, "a tensor")
     yield Claim(frequencies.dtype == torch.float32, "turn frequencies dtype", frequencies.dtype, "torch.float32")

@@ -23,7 +23,7 @@ from apack_compile.plan_check import check_plan, uses_bases
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 VERSION_KEY = "apack_plan"
 FREQUENCIES = "turn.frequencies"
 COARSE = "coarse."
@@ -121,7 +121,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in SCALARS},
         "layers": layers,
         "tiers": None if plan.tiers is None else asdict(plan.tiers) | {"ema": list(plan.tiers.ema)},
-        "turn": None if plan.turn is None else {"block": plan.turn.block},
+        "turn": None if plan.turn is None else {"block": plan.turn.block, "interleaved": plan.turn.interleaved},
         "coarse": None if plan.coarse is None else {"modality": plan.coarse.modality, "share": plan.coarse.share},
         "signature": list(plan.signature),
         "calibrated_on": plan.provenance.calibrated_on,
@@ -149,7 +149,7 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
     if set(map(type, (*provenance.versions, *provenance.versions.values()))) != {str}:
         raise TypeError(f"versions is {provenance.versions!r}, must be an object of strings")
     scalars = {name: values[name] for name in SCALARS}
-    turn = None if values["turn"] is None else KeyTurn(tensors[FREQUENCIES], values["turn"]["block"])
+    turn = None if values["turn"] is None else KeyTurn(tensors[FREQUENCIES], **values["turn"])
     weights = {int(name.removeprefix(COARSE)): t for name, t in tensors.items() if name.startswith(COARSE)}
     coarse = None if values["coarse"] is None else CoarseRule(**values["coarse"], weights=weights)
     plan = Plan(

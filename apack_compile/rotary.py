@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.kernels.turns import turned
+from apack_compile.kernels.turns import deinterleaved, turned
 from apack_compile.sensitivity import pictures_beside
 from apack_compile.uncompiled import uncompiled
 
@@ -28,12 +28,26 @@ TURN_TOLERANCE = 0.05
 class KeyTurn:
     """How keys turn with their position.
 
-    frequencies: radians a position, float32 `[P]`; component i of a head turns with component i + P. block: slots that share
-    an anchor.
+    frequencies: radians a position, float32 `[P]`; component i of a head turns with component i + P or, interleaved, component 2 i
+    with 2 i + 1. block: slots that share an anchor.
     """
 
     frequencies: Tensor
     block: int
+    interleaved: bool = False
+
+    @property
+    def interleaved_pairs(self) -> int:
+        """Pairs (2 i, 2 i + 1) of components that turn; 0 where pairs are not interleaved."""
+        return len(self.frequencies) if self.interleaved else 0
+
+
+def deinterleaved_keys(states: Tensor, turn: KeyTurn | None) -> Tensor:
+    """The model's keys `[..., D]` as a packed cache has them: interleaved pairs at i and i + P, all others as they come.
+
+    A score does not change where queries are put so as well; so whatever turns keys knows one order of components.
+    """
+    return deinterleaved(states, turn.interleaved_pairs) if turn is not None and turn.interleaved else states
 
 
 def turns_at(anchors: Tensor, frequencies: Tensor) -> Tensor:
@@ -72,11 +86,19 @@ def find_turn(
     if not known:
         return None, "stored as they are: the model has no rotary frequencies"
     keys = keys_of_one_token(model, layers, batch)
-    found = {name: turning_error(keys, frequencies.float()) for name, frequencies in known.items()}
-    best = min(found, key=lambda name: found[name])
-    if not found[best] < TURN_TOLERANCE:
-        return None, f"stored as they are: they do not turn by {best} alone (relative difference {found[best]:.2g})"
-    return KeyTurn(known[best].float().clone(), block), f"turned back to the start of their {block} slots, by {best}"
+    ways = [
+        (name, KeyTurn(frequencies.float().clone(), block, interleaved))
+        for name, frequencies in known.items()
+        for interleaved in (False, True)
+    ]
+    errors = [turning_error(keys, turn) for _, turn in ways]
+    name, turn = ways[errors.index(min(errors))]
+    if not min(errors) < TURN_TOLERANCE:
+        if turning_error(keys, KeyTurn(torch.zeros(1), block)) < TURN_TOLERANCE:
+            return None, "stored as they are: they do not turn with their position"
+        return None, f"stored as they are: they do not turn by {name} alone (relative difference {min(errors):.2g})"
+    pairs = " in interleaved pairs" if turn.interleaved else ""
+    return turn, f"turned back to the start of their {block} slots, by {name}{pairs}"
 
 
 def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[str, Any]) -> list[Tensor]:
@@ -91,15 +113,15 @@ def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[st
     return [cache.layers[i].keys[0] for i in layers]
 
 
-def turning_error(keys: list[Tensor], frequencies: Tensor) -> float:
+def turning_error(keys: list[Tensor], turn: KeyTurn) -> float:
     """Largest relative difference, over layers, between the first key and the others turned back to it; inf where they cannot turn."""
-    if any(2 * len(frequencies) > k.shape[-1] for k in keys):
+    if any(2 * len(turn.frequencies) > k.shape[-1] for k in keys):
         return float("inf")
-    positions = torch.arange(keys[0].shape[1], device=frequencies.device)
-    turns = turns_at(positions, frequencies)
+    positions = torch.arange(keys[0].shape[1], device=turn.frequencies.device)
+    turns = turns_at(positions, turn.frequencies)
     errors = []
     for k in keys:
-        still = turned(k.float(), turns.to(k.device), back=True)
+        still = turned(deinterleaved_keys(k.float(), turn), turns.to(k.device), back=True)
         first = still[:, :1]
         errors.append(float((still - first).norm(dim=-1).amax() / first.norm(dim=-1).amax().clamp_min(1e-12)))
     return max(errors)

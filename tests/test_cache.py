@@ -21,7 +21,7 @@ from apack_compile.kernels.turns import turned
 from apack_compile.layer import MAX_APPEND
 from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, budget_plan, lossless_plan
 from apack_compile.preset_options import AttentionPackOptions
-from apack_compile.rotary import KeyTurn, turns_at
+from apack_compile.rotary import KeyTurn, deinterleaved_keys, turns_at
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
 WIDTH = HEADS * HEAD_DIM
@@ -40,7 +40,9 @@ def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None, co
 
     def seen(layer: int, stream: int) -> Tensor:
         states = states_of(sample, layer, stream, torch.float32)
-        return states if stream or turn is None else turned(states, turns_at(torch.arange(400), turn.frequencies))
+        if stream or turn is None:
+            return states
+        return turned(deinterleaved_keys(states, turn), turns_at(torch.arange(400), turn.frequencies))
 
     width = WIDTH // groups
     bands = Bands((0, width, 0, 0))
@@ -64,6 +66,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "no tail": lambda: model_plan(0),
     "tail": lambda: model_plan(8, groups=2),
     "relative": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4)),
+    "interleaved": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), 4, interleaved=True)),
     "coarse text": lambda: model_plan(0, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4), coarse="text"),
     "coarse vision": lambda: model_plan(5, groups=2, coarse="vision"),
     "batch": lambda: attentionpack_plan(
@@ -412,7 +415,7 @@ def test_crop_gives_back_the_newest_tokens_only(plan):
     assert int(pair.cache.get_seq_length()) == 43
     pair.cache.crop(-3)
     assert int(pair.cache.get_seq_length()) == 40
-    if plan not in ("tail", "relative", "coarse vision"):
+    if plan not in ("tail", "relative", "interleaved", "coarse vision"):
         assert same_tokens(pair.cache, before)
 
 

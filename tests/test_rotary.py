@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     CohereConfig,
+    DeepseekV3Config,
+    Ernie4_5Config,
+    Glm4Config,
     GPT2Config,
     LlamaConfig,
     Qwen2VLTextConfig,
@@ -32,6 +36,15 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+LATENTS = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
 
 
 def model_of(config: object) -> torch.nn.Module:
@@ -48,27 +61,31 @@ def prompt(tokens: int = 300, rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("config", "pairs"),
+    ("config", "pairs", "interleaved"),
     [
-        (LlamaConfig(**SIZES), 8),
-        (LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 8),
-        (StableLmConfig(**SIZES, partial_rotary_factor=0.25), 2),
+        (LlamaConfig(**SIZES), 8, False),
+        (LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 8, False),
+        (StableLmConfig(**SIZES, partial_rotary_factor=0.25), 2, False),
+        (CohereConfig(**SIZES), 8, True),
+        (Ernie4_5Config(**SIZES, head_dim=20), 10, True),
+        (Glm4Config(**SIZES, head_dim=20, pad_token_id=None), 5, True),
     ],
-    ids=("whole head", "scaled", "part of a head"),
+    ids=("whole head", "scaled", "part of a head", "interleaved", "interleaved, Ernie", "interleaved part of a head"),
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, dtype):
+def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, interleaved, dtype):
     turn, reason = find_turn(model_of(config).to(dtype), [0, 1], {"input_ids": prompt()}, BLOCK)
     assert turn is not None and turn.frequencies.shape == (pairs,), reason
     assert turn.frequencies.dtype == torch.float32
-    assert "inv_freq" in reason
+    assert turn.interleaved == interleaved == ("interleaved pairs" in reason) and "inv_freq" in reason
 
 
 @pytest.mark.parametrize(
     ("config", "why"),
     [
         (GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4), "no rotary frequencies"),
-        (CohereConfig(**SIZES), "do not turn by .*inv_freq alone"),
+        (Cohere2Config(**SIZES, layer_types=["full_attention"] * 2), "do not turn with their position"),
+        (DeepseekV3Config(**SIZES | LATENTS), "do not turn by .*inv_freq alone"),
         (
             Qwen2VLTextConfig(
                 **SIZES, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
@@ -76,7 +93,7 @@ def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, dtype):
             "several coordinates",
         ),
     ],
-    ids=("no rotary embedding", "interleaved pairs", "several coordinates"),
+    ids=("no rotary embedding", "layers without one", "the last components of a head", "several coordinates"),
 )
 def test_keys_that_turn_otherwise_are_left_with_a_reason(config, why):
     turn, reason = find_turn(model_of(config), [0, 1], {"input_ids": prompt()}, BLOCK)
@@ -112,8 +129,9 @@ def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
         assert torch.equal(by_token[row][flags[row]], expected)
 
 
-def test_fewer_components_explain_keys_that_are_turned_back():
-    model, inputs = model_of(LlamaConfig(**SIZES)), {"input_ids": prompt(600)}
+@pytest.mark.parametrize("config", (LlamaConfig, CohereConfig), ids=("halves", "interleaved"))
+def test_fewer_components_explain_keys_that_are_turned_back(config):
+    model, inputs = model_of(config(**SIZES)), {"input_ids": prompt(600)}
     turn, _ = find_turn(model, [0, 1], inputs, BLOCK)
     plain, relative = (collect(model, [0, 1], inputs, turn=t)[0] for t in (None, turn))
     for layer in range(2):
