@@ -81,7 +81,9 @@ class OwnCaches:
         if self.plan is None:
             return StateLayout()
         turn = self.plan.turn
-        turns = {} if turn is None else {"turns": True, "block": turn.block, "interleaved_pairs": turn.interleaved_pairs}
+        turns = (
+            {} if turn is None else {"turns": True, "block": turn.block, "interleaved_pairs": turn.interleaved_pairs}
+        )
         return StateLayout(len(self.plan.segments), **turns)
 
     def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[CompactedLayer] | None:

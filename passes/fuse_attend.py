@@ -20,7 +20,18 @@ class FuseAttend(Pass):
 
     uses: ClassVar[tuple[str, ...]] = tuple(
         f"apack_compile.passes.{name}"
-        for name in ("attention", "components", "effects", "layout", "masks", "memory", "nodes", "origin", "scores", "sites")
+        for name in (
+            "attention",
+            "components",
+            "effects",
+            "layout",
+            "masks",
+            "memory",
+            "nodes",
+            "origin",
+            "scores",
+            "sites",
+        )
     )
 
     def match(self, graph: fx.Graph) -> list[AttentionSite | Refusal]:

@@ -34,7 +34,9 @@ def test_halves_are_another_order_of_the_components_and_come_back(made):
     assert torch.equal(interleaved(halves, pairs), keys)
     assert torch.equal(halves[..., 2 * pairs :], keys[..., 2 * pairs :])
     for i in range(pairs):
-        assert torch.equal(halves[..., i], keys[..., 2 * i]) and torch.equal(halves[..., pairs + i], keys[..., 2 * i + 1])
+        assert torch.equal(halves[..., i], keys[..., 2 * i]) and torch.equal(
+            halves[..., pairs + i], keys[..., 2 * i + 1]
+        )
 
 
 @given(heads_of(), st.booleans())

@@ -74,7 +74,9 @@ def test_unpack_is_as_close_to_float64_as_the_reference(instructions, monkeypatc
     @given(cases(), st.sampled_from((0, 1, 70)), st.sampled_from((0, 0, 1, 7, 64)))
     @example(Case(vision=0, text=0, tail=0), 0, 0)
     @example(Case(vision=65, text=64, block=16), 0, 5)
-    @example(Case(heads=4, groups=2, head_dim=72, value_dim=80, bands=(None, (0, 0, 0, 64), (16, 0, 0, 0), None)), 1, 36)
+    @example(
+        Case(heads=4, groups=2, head_dim=72, value_dim=80, bands=(None, (0, 0, 0, 64), (16, 0, 0, 0), None)), 1, 36
+    )
     def check(case: Case, spare: int, pairs: int) -> None:
         arguments, turns = arguments_of(case, spare)
         assert_close_to_float64(arguments, {**turns, "interleaved_pairs": min(pairs, case.head_dim // 2)})
