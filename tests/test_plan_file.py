@@ -20,6 +20,7 @@ from apack_compile.codec import Bands, StreamBasis
 from apack_compile.importance import CoarseRule
 from apack_compile.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan, attentionpack_plan, lossless_plan
 from apack_compile.plan_file import FORMAT_VERSION, digest, tensors_of, values_of, versions
+from apack_compile.rotary import KeyTurn
 
 IMAGE = 9
 RATIO = 3
@@ -134,6 +135,9 @@ def plans(draw) -> Plan:
             order = (4, 5, 0, 1, 2, 3) if tells_apart else range(4)
             bases[layer] = tuple(streams[i][1] for i in order)
     weights = {layer: torch.rand(2 * groups * width + 2 * 2, generator=generator) for layer in layers}
+    turn = None
+    if scope == "model" and draw(st.booleans()):
+        turn = KeyTurn(torch.rand(draw(st.integers(1, 4)), generator=generator), 16, draw(st.booleans()))
     return Plan(
         layers,
         draw(st.integers(32 if scope in FITTED_SCOPES else 0, 64)),
@@ -143,6 +147,7 @@ def plans(draw) -> Plan:
         draw(st.booleans()),
         (6, 2, 8, "torch.bfloat16"),
         Provenance(draw(st.none() | st.text())),
+        turn=turn,
         coarse=CoarseRule(draw(st.sampled_from(("vision", "text"))), 0.6, weights) if tells_apart else None,
     )
 
