@@ -87,14 +87,14 @@ def find_turn(
         return None, "stored as they are: the model has no rotary frequencies"
     keys = keys_of_one_token(model, layers, batch)
     ways = [
-        (name, KeyTurn(frequencies.float().clone(), block, interleaved))
+        (name, KeyTurn(frequencies.float().clone(), block, interleaved=interleaved))
         for name, frequencies in known.items()
         for interleaved in (False, True)
     ]
-    errors = [turning_error(keys, turn) for _, turn in ways]
+    errors = [turning_error([deinterleaved_keys(k, turn) for k in keys], turn.frequencies) for _, turn in ways]
     name, turn = ways[errors.index(min(errors))]
     if not min(errors) < TURN_TOLERANCE:
-        if turning_error(keys, KeyTurn(torch.zeros(1), block)) < TURN_TOLERANCE:
+        if turning_error(keys, torch.zeros(1)) < TURN_TOLERANCE:
             return None, "stored as they are: they do not turn with their position"
         return None, f"stored as they are: they do not turn by {name} alone (relative difference {min(errors):.2g})"
     pairs = " in interleaved pairs" if turn.interleaved else ""
@@ -113,15 +113,15 @@ def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[st
     return [cache.layers[i].keys[0] for i in layers]
 
 
-def turning_error(keys: list[Tensor], turn: KeyTurn) -> float:
+def turning_error(keys: list[Tensor], frequencies: Tensor) -> float:
     """Largest relative difference, over layers, between the first key and the others turned back to it; inf where they cannot turn."""
-    if any(2 * len(turn.frequencies) > k.shape[-1] for k in keys):
+    if any(2 * len(frequencies) > k.shape[-1] for k in keys):
         return float("inf")
-    positions = torch.arange(keys[0].shape[1], device=turn.frequencies.device)
-    turns = turns_at(positions, turn.frequencies)
+    positions = torch.arange(keys[0].shape[1], device=frequencies.device)
+    turns = turns_at(positions, frequencies)
     errors = []
     for k in keys:
-        still = turned(deinterleaved_keys(k.float(), turn), turns.to(k.device), back=True)
+        still = turned(k.float(), turns.to(k.device), back=True)
         first = still[:, :1]
         errors.append(float((still - first).norm(dim=-1).amax() / first.norm(dim=-1).amax().clamp_min(1e-12)))
     return max(errors)

@@ -137,7 +137,7 @@ def plans(draw) -> Plan:
     weights = {layer: torch.rand(2 * groups * width + 2 * 2, generator=generator) for layer in layers}
     turn = None
     if scope == "model" and draw(st.booleans()):
-        turn = KeyTurn(torch.rand(draw(st.integers(1, 4)), generator=generator), 16, draw(st.booleans()))
+        turn = KeyTurn(torch.rand(draw(st.integers(1, 4)), generator=generator), 16, interleaved=draw(st.booleans()))
     return Plan(
         layers,
         draw(st.integers(32 if scope in FITTED_SCOPES else 0, 64)),

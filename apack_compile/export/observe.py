@@ -106,7 +106,9 @@ def key_turns(gm: fx.GraphModule, caches: Sequence[OwnedCache]) -> list[KeyTurn]
     width = min(cache.key.size[3] for cache in caches)
     known = [b.float() for name, b in gm.named_buffers() if name.endswith("inv_freq") and b.dim() == 1]
     fitting = [frequencies for frequencies in known if 2 * len(frequencies) <= width]
-    return [KeyTurn(frequencies, BLOCK, interleaved) for frequencies in fitting for interleaved in (False, True)]
+    return [
+        KeyTurn(frequencies, BLOCK, interleaved=interleaved) for frequencies in fitting for interleaved in (False, True)
+    ]
 
 
 def key_bits(statistics: Statistics) -> float:

@@ -335,10 +335,12 @@ def test_buffers_made_in_inference_mode_are_refused():
             run(step, tokens_of(1), PROMPT)
 
 
-def tiny_model(config: type[PretrainedConfig] = LlamaConfig) -> PreTrainedModel:
+def tiny_model(config: type[PretrainedConfig] = LlamaConfig, **changes: float) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
-    return AutoModelForCausalLM.from_config(config(num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
+    return AutoModelForCausalLM.from_config(
+        config(num_attention_heads=4, num_key_value_heads=2, **sizes, **changes)
+    ).eval()
 
 
 def test_a_static_cache_passed_to_a_model_is_packed(lossless):
@@ -358,9 +360,13 @@ def test_a_static_cache_passed_to_a_model_is_packed(lossless):
     assert len(log.graphs) == 1 and counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize(("config", "ratio"), [(LlamaConfig, 4), (LlamaConfig, 6), (CohereConfig, 4)])
-def test_a_plan_of_an_optimized_model_serves_its_static_cache(config, ratio, tmp_path):
-    model = tiny_model(config)
+@pytest.mark.parametrize(
+    ("config", "ratio", "spread", "allowed"),
+    # with a wide spread single keys decide, which shows one whose components are in the wrong order
+    [(LlamaConfig, 4, 0.02, 0.15), (LlamaConfig, 6, 0.02, 0.15), (CohereConfig, 1.3, 0.2, 0.02)],
+)
+def test_a_plan_of_an_optimized_model_serves_its_static_cache(config, ratio, spread, allowed, tmp_path):
+    model = tiny_model(config, initializer_range=spread)
     tokens = torch.randint(64, (1, 1_200))
     apack_compile.optimize(model, ratio=ratio, compile="none")
     apack_compile.calibrate(model, {"input_ids": tokens})
@@ -376,7 +382,7 @@ def test_a_plan_of_an_optimized_model_serves_its_static_cache(config, ratio, tmp
     for token in tokens[:, 500:505].split(1, dim=1):
         token = token.clone(memory_format=torch.contiguous_format)
         out, expected = step(token, past_key_values=ours).logits, model(token, past_key_values=theirs).logits
-        assert float((out - expected).norm() / expected.norm()) < 0.15
+        assert float((out - expected).norm() / expected.norm()) < allowed
     assert held(log)["tokens"] == 205
 
 
