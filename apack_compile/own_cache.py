@@ -81,10 +81,9 @@ class OwnCaches:
         if self.plan is None:
             return StateLayout()
         turn = self.plan.turn
-        turns = (
-            {} if turn is None else {"turns": True, "block": turn.block, "interleaved_pairs": turn.interleaved_pairs}
-        )
-        return StateLayout(len(self.plan.segments), **turns)
+        if turn is None:
+            return StateLayout(len(self.plan.segments))
+        return StateLayout(len(self.plan.segments), True, turn.block, turn.interleaved_pairs)
 
     def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[CompactedLayer] | None:
         """The packed layers that a call writing at `positions` must use; None where it is to run dense.

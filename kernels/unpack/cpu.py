@@ -32,7 +32,8 @@ def unpack(
 ) -> tuple[Tensor, Tensor]:
     """As the reference, in float32 inside; states in float64 get the reference.
 
-    Raises ValueError for more pairs than a key has, IndexError when more than `tokens` are held, MemoryError when there is no memory for scratch space.
+    Raises ValueError for more pairs than a key has, IndexError when more than `tokens` are held, MemoryError when there is no memory for
+    scratch space.
     """
     if key.dtype not in DTYPES or value.dtype not in DTYPES:
         return reference(
