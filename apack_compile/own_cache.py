@@ -63,8 +63,9 @@ class OwnCaches:
     """
 
     def __init__(self, ratio: float, plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> None:
-        if plan is not None and (plan.per_request or plan.tiers is not None):
-            what = "bases fitted to each cache" if plan.per_request else "tiers"
+        places = plan is not None and plan.turn is not None and plan.turn.coordinates is not None
+        if plan is not None and (plan.per_request or plan.tiers is not None or places):
+            what = "bases fitted to each cache" if plan.per_request else "keys that turn by several coordinates" if places else "tiers"
             raise ValueError(
                 f"option plan: a plan with {what} cannot serve static buffers; make one with optimize(model, ratio=...)"
             )

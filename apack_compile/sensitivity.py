@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from apack_compile.coordinates import TokenCoordinates, seen_positions
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.uncompiled import uncompiled
 
@@ -27,12 +28,14 @@ class Observation:
     """One calibration input as the model saw it, per layer.
 
     states: K and V `[B, H_kv, T, D]`. gradients: of K and V, one `[B, H_kv, cached, D]` per draw of labels; none where no
-    token could play the tokens to come. queries: tokens that did.
+    token could play the tokens to come. queries: tokens that did. coordinates: `[B, T, C]` that the model's rotary embedding was
+    given, where it was seen.
     """
 
     states: Mapping[int, tuple[Tensor, Tensor]]
     gradients: Mapping[int, tuple[list[Tensor], list[Tensor]]]
     queries: int
+    positions: Tensor | None = None
 
 
 def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[int]) -> Observation:
@@ -44,16 +47,20 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
         queries = query_tokens(model.config, batch)
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         read, following = split(batch, queries)
-        with torch.no_grad():
+        with torch.no_grad(), seen_positions(model) as seen:
             model(**{**read, "past_key_values": cache, "use_cache": True})
+        positions = seen[-1][1] if seen else None
         if queries == 0:
-            return Observation({i: (cache.layers[i].keys, cache.layers[i].values) for i in layers}, {}, 0)
+            return Observation({i: (cache.layers[i].keys, cache.layers[i].values) for i in layers}, {}, 0, positions)
         leaves = []
         for layer in (cache.layers[i] for i in layers):
             layer.keys, layer.values = layer.keys.detach().requires_grad_(), layer.values.detach().requires_grad_()
             leaves += [layer.keys, layer.values]
-        with torch.enable_grad():
+        if positions is not None and positions.dim() == 3 and "position_ids" not in following:
+            following["position_ids"] = text_after(positions, following.get("attention_mask"), queries)
+        with torch.enable_grad(), seen_positions(model) as seen:
             logits = model(**{**following, "past_key_values": cache, "use_cache": True}).logits
+        positions = torch.cat([positions, seen[-1][1]], -1) if positions is not None and seen else None
         mask = following.get("attention_mask")
         hidden = None if mask is None else mask[:, -queries:] == 0
         drawn = [gradients_of(logits, leaves, hidden, seed) for seed in range(LABEL_DRAWS)]
@@ -62,7 +69,21 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
         {i: (cache.layers[i].keys.detach(), cache.layers[i].values.detach()) for i in layers},
         {i: (list(streams[2 * n]), list(streams[2 * n + 1])) for n, i in enumerate(layers)},
         queries,
+        positions,
     )
+
+
+def text_after(positions: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
+    """Positions `[C, B, tokens]` of text after tokens at `[C, B, T]`, as generate would pass them; mask: `[B, T + tokens]`.
+
+    Left to themselves, models whose positions have several coordinates count the mask from its beginning.
+    """
+    count, rows, held = positions.shape
+    padding = positions.new_zeros(rows, held, dtype=torch.bool) if mask is None else mask[:, :held] == 0
+    known = TokenCoordinates.starting_at(padding.new_zeros(rows, 1), count)
+    known = known.followed_by(positions.permute(1, 2, 0).float(), padding, 0)
+    index = torch.arange(held, held + tokens, device=positions.device).expand(rows, -1)
+    return known.at(index).permute(2, 0, 1).to(positions.dtype)
 
 
 def query_tokens(config: Any, batch: Mapping[str, Any]) -> int:
