@@ -369,8 +369,9 @@ def show_positions(model: nn.Module, rotary: nn.Module, args: tuple, kwargs: dic
     """Forward pre-hook of a rotary embedding: show what it is given to the packed cache of this thread's eager pass."""
     if torch.compiler.is_dynamo_compiling():
         return
-    running = getattr(session_of(model).running, "cache", None)
-    cache, positions = None if running is None else running(), positions_given(args, kwargs)
+    session, positions = session_of(model), positions_given(args, kwargs)
+    running = None if session is None else getattr(session.running, "cache", None)
+    cache = None if running is None else running()
     if cache is not None and positions is not None:
         cache.show_positions(positions)
 
