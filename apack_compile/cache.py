@@ -282,11 +282,14 @@ class CompactedCache(Cache):
         count = 1 if turn is None else turn.coordinate_count
         if not held:
             index.coordinates = TokenCoordinates.starting_at(rotary_start(padding), count)
-        if turn is None or turn.coordinates is None:
+        if not index.plan.has_coordinates:
             return
-        shown = coordinates_of(shown, *padding.shape, count)
+        shown = coordinates_of(shown, len(padding), padding.shape[1], count)
         if shown is None:
-            text = "rotary coordinates of a chunk were not seen: its keys are turned back as if it were all text"
+            text = (
+                "a chunk's rotary coordinates were not seen (a prefill that is not eager?): its keys are turned back as if it "
+                "were all text, and coded worse"
+            )
             if self.strict:
                 raise StrictError(f"strict: {text}")
             self.note(text)

@@ -113,7 +113,9 @@ def replaced_positions(rotary: nn.Module, positions: Tensor) -> Iterator[None]:
         if given is None or get_ident() != thread:
             return None
         new = positions.to(given)
-        return (args, {**kwargs, "position_ids": new}) if "position_ids" in kwargs else ((args[0], new, *args[2:]), kwargs)
+        return (
+            (args, {**kwargs, "position_ids": new}) if "position_ids" in kwargs else ((args[0], new, *args[2:]), kwargs)
+        )
 
     handle = rotary.register_forward_pre_hook(replace, with_kwargs=True)
     try:

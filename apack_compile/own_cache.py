@@ -63,9 +63,13 @@ class OwnCaches:
     """
 
     def __init__(self, ratio: float, plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> None:
-        places = plan is not None and plan.turn is not None and plan.turn.coordinates is not None
-        if plan is not None and (plan.per_request or plan.tiers is not None or places):
-            what = "bases fitted to each cache" if plan.per_request else "keys that turn by several coordinates" if places else "tiers"
+        if plan is not None and plan.has_coordinates:
+            raise ValueError(
+                "option plan: its keys turn by several coordinates of a token, and static buffers do not say where their tokens are; "
+                "make it with AttentionPackConfig(key_block=0)"
+            )
+        if plan is not None and (plan.per_request or plan.tiers is not None):
+            what = "bases fitted to each cache" if plan.per_request else "tiers"
             raise ValueError(
                 f"option plan: a plan with {what} cannot serve static buffers; make one with optimize(model, ratio=...)"
             )

@@ -112,6 +112,11 @@ class Plan:
         return {segment: held[segment] for segment in self.segments}
 
     @property
+    def has_coordinates(self) -> bool:
+        """Whether packed keys turn by several coordinates of a token, which a cache must be shown."""
+        return self.turn is not None and self.turn.coordinates is not None
+
+    @property
     def layers_place_tokens(self) -> bool:
         """Whether each layer has positions of its own, because it orders, evicts or separates tokens by itself."""
         return self.tiers is not None or self.coarse is not None

@@ -110,7 +110,9 @@ def turn_claims(turn: KeyTurn, head_dim: int) -> Iterator[Claim]:
 
 def coordinate_claims(coordinates: torch.Tensor, pairs: int) -> Iterator[Claim]:
     """What must hold of which coordinate each of so many pairs turns by."""
-    yield Claim(isinstance(coordinates, torch.Tensor), "turn coordinates", type(coordinates).__name__, "a tensor or None")
+    yield Claim(
+        isinstance(coordinates, torch.Tensor), "turn coordinates", type(coordinates).__name__, "a tensor or None"
+    )
     yield Claim(coordinates.dtype == torch.int64, "turn coordinates dtype", coordinates.dtype, "torch.int64")
     yield Claim(coordinates.shape == (pairs,), "turn coordinates shape", shape_of(coordinates), f"({pairs},)")
     low, high = int(coordinates.min()), int(coordinates.max())

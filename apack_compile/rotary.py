@@ -105,7 +105,10 @@ def find_turn(
     best = min(found, key=lambda name: found[name])
     if not found[best] < TURN_TOLERANCE:
         return None, f"stored as they are: they do not turn by {best} alone (relative difference {found[best]:.2g})"
-    turn, said = KeyTurn(known[best].float().clone(), block), f"turned back to the start of their {block} slots, by {best}"
+    turn, said = (
+        KeyTurn(known[best].float().clone(), block),
+        f"turned back to the start of their {block} slots, by {best}",
+    )
     rotary = owner_of(model, best)
     count = given[rotary].shape[0] if rotary in given and given[rotary].dim() == 3 else 1
     if count == 1:

@@ -79,7 +79,9 @@ class Session:
 
     def __deepcopy__(self, memo: dict) -> "Session":
         """For a copied model; what belongs to threads is its own."""
-        copied = {f.name: deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name not in ("lock", "running")}
+        copied = {
+            f.name: deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name not in ("lock", "running")
+        }
         return Session(**copied)
 
     def __reduce__(self) -> Any:
@@ -164,9 +166,7 @@ class Session:
             raise ValueError("model: its weights are on the meta device now; load them before it generates")
         self.follow(model)
         own = DynamicCache(config=model.config.get_text_config(decoder=True))
-        cache = CompactedCache(
-            self.kinds, own, self.plan_for, expected_tokens, self.signature, self.config.strict
-        )
+        cache = CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature, self.config.strict)
         self.last_cache = weakref.ref(cache)
         return cache
 

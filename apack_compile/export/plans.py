@@ -37,10 +37,10 @@ def given_plans(plan: Plan, caches: Sequence[OwnedCache], total: int) -> dict[in
         )
     if plan.layers_place_tokens:
         raise ValueError("plan: orders or separates tokens by importance; make it with AttentionPackConfig(coarse=())")
-    if plan.turn is not None and plan.turn.coordinates is not None:
+    if plan.has_coordinates:
         raise ValueError(
-            f"plan: its keys turn by {plan.turn.coordinate_count} coordinates of a token, and a program does not say where its tokens "
-            "are; make it with AttentionPackConfig(key_block=0)"
+            "plan: its keys turn by several coordinates of a token, and a program does not say where its tokens are; "
+            "make it with AttentionPackConfig(key_block=0)"
         )
     if len(plan.layers) != total:
         raise ValueError(f"plan: packs {len(plan.layers)} layers; the program has {total} caches")
