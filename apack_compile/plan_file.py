@@ -154,7 +154,7 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
     scalars = {name: values[name] for name in SCALARS}
     turn = None
     if values["turn"] is not None:
-        turn = KeyTurn(tensors[FREQUENCIES], values["turn"]["block"], tensors.get(COORDINATES))
+        turn = KeyTurn(tensors[FREQUENCIES], values["turn"]["block"], coordinates=tensors.get(COORDINATES))
     weights = {int(name.removeprefix(COARSE)): t for name, t in tensors.items() if name.startswith(COARSE)}
     coarse = None if values["coarse"] is None else CoarseRule(**values["coarse"], weights=weights)
     plan = Plan(

@@ -8,6 +8,8 @@ import pytest
 import torch
 from multi_section import COORDINATES, MODELS, build, prompt
 from transformers.cache_utils import DynamicCache
+from vlms import build as small_vlm
+from vlms import prompt as vlm_prompt
 
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
@@ -87,6 +89,15 @@ def test_the_coordinate_of_each_pair_is_found(name, dtype):
     assert turn.coordinates.tolist() == COORDINATES[name]
     assert turn.coordinate_count == 3 and turn.block == BLOCK
     assert reason.endswith("language_model.rotary_emb.inv_freq, each pair by one of 3 coordinates")
+
+
+def test_a_vision_tower_with_the_same_frequencies_does_not_matter():
+    model, placeholders = small_vlm("qwen2_5_vl")
+    buffers = dict(model.named_buffers())
+    tower = buffers["model.visual.rotary_pos_emb.inv_freq"]
+    assert torch.equal(tower, buffers["model.language_model.rotary_emb.inv_freq"])
+    turn, reason = find_turn(model, [0, 1], vlm_prompt("qwen2_5_vl", [[30, 9]], placeholders), BLOCK)
+    assert turn.coordinates.tolist() == [0, 1, 2, 2] and "language_model" in reason
 
 
 def test_pairs_that_turn_by_no_single_coordinate_are_refused():
