@@ -97,6 +97,7 @@ class Pair:
     dense: list[list[Tensor]] = field(init=False)
     vision: Tensor = field(init=False)
     padding: Tensor = field(init=False)
+    shown: Tensor = field(init=False)
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,7 +126,8 @@ class Pair:
         self.vision = torch.cat([self.vision, none if vision is None else vision], 1)
         self.padding = torch.cat([self.padding, none if padding is None else padding], 1)
         self.cache.expect(vision, padding)
-        self.cache.show_positions(torch.randint(0, 900, (3, self.batch, count), generator=self.generator))
+        self.shown = torch.randint(0, 900, (3, self.batch, count), generator=self.generator)
+        self.cache.show_positions(self.shown)
         length, offset = self.cache.get_mask_sizes(count, 0)
         assert offset == 0
         for layer in range(LAYERS):
@@ -334,7 +336,7 @@ def test_vision_and_text_lie_in_segments_of_their_own(plan):
     assert pair.cache.packed_layers[0].codes[0].shape[2] == 40
 
 
-@pytest.mark.parametrize("plan", ("coarse text", "coarse vision"))
+@pytest.mark.parametrize("plan", ("coarse text", "coarse vision", "coarse several"))
 def test_the_tokens_of_least_predicted_importance_are_coarse_by_layer(plan):
     pair = Pair(plan, batch=2)
     vision, padding = torch.zeros(2, 160, dtype=torch.bool), torch.zeros(2, 160, dtype=torch.bool)
@@ -342,7 +344,8 @@ def test_the_tokens_of_least_predicted_importance_are_coarse_by_layer(plan):
     padding[1, :9] = True
     pair.feed(160, vision, padding)
     held, rule = pair.cache.index.plan, pair.cache.index.plan.coarse
-    places = (torch.arange(160) - torch.tensor([[0], [9]]))[..., None]
+    counted = (torch.arange(160) - torch.tensor([[0], [9]]))[..., None]
+    places = pair.shown.permute(1, 2, 0) if held.has_coordinates else counted
     seen = []
     for i, layer in enumerate(pair.cache.packed_layers):
         first, coarse, *others = layer.own_positions
