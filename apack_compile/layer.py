@@ -8,6 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
+from apack_compile.coordinates import TokenCoordinates
 from apack_compile.drift import Fit, lost_share, refit
 from apack_compile.importance import NEWEST, least_important, scores_of
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
@@ -30,7 +31,7 @@ class SharedIndex:
     it, of an eager step that may return held tokens alone. floor: first position that can still be cropped. steps: decode steps
     since the last layout; refreshed_at: tokens held at the last one.
     turns: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are turned back; empty where they are not.
-    start: `[B, 1]`, the position whose rotary angle is 0. laid_out, laid_out_turns: what layers have which the chunk being
+    coordinates: of the tokens, by which keys turn. laid_out, laid_out_turns: what layers have which the chunk being
     stored has not reached. chunk, assignment: of the chunk being
     stored; None while tokens are only appended.
     """
@@ -39,7 +40,7 @@ class SharedIndex:
         self.plan: Plan | None = None
         self.positions: list[Tensor] = []
         self.turns: list[Tensor] = []
-        self.start: Tensor | None = None
+        self.coordinates: TokenCoordinates | None = None
         self.laid_out: list[Tensor] = []
         self.laid_out_turns: list[Tensor] = []
         self.capacity = 0
@@ -337,8 +338,8 @@ class CompactedLayer(CacheLayerMixin):
         column = torch.arange(tokens, device=older.device)
         candidates = flags_at(assignment.vision if plan.coarse.modality == "vision" else older, tokens)
         candidates &= column < tokens - NEWEST
-        positions = chunk.start + column - self.index.start
-        scores = scores_of(parts[0], parts[1], positions, plan.turn, plan.coarse.weights[self.layer_idx])
+        coordinates = self.index.coordinates.at((chunk.start + column).expand(len(older), -1))
+        scores = scores_of(parts[0], parts[1], coordinates, plan.turn, plan.coarse.weights[self.layer_idx])
         coarse = least_important(candidates, scores, plan.coarse.share)
         if plan.coarse.modality == "vision":
             return [compact(coarse), compact(flags_at(assignment.vision, tokens) & ~coarse), assignment.text]
@@ -358,7 +359,7 @@ class CompactedLayer(CacheLayerMixin):
         """Turns of its own slots as they are now."""
         turn = self.index.plan.turn
         if turn is not None:
-            self.own_turns = [turns_of_blocks(p, self.index.start, turn) for p in self.own_positions[1:]]
+            self.own_turns = [turns_of_blocks(p, self.index.coordinates, turn) for p in self.own_positions[1:]]
 
     def grow(self, slots: int) -> None:
         """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""

@@ -90,6 +90,7 @@ def assert_equal(found: Plan, expected: Plan) -> None:
     if expected.turn is not None:
         assert (found.turn.block, found.turn.interleaved) == (expected.turn.block, expected.turn.interleaved)
         assert torch.equal(found.turn.frequencies, expected.turn.frequencies)
+        assert (found.turn.coordinates is None) == (expected.turn.coordinates is None)
     assert found.provenance.calibrated_on == expected.provenance.calibrated_on
     assert set(found.bases) == set(expected.bases)
     for layer, bases in expected.bases.items():
@@ -432,6 +433,29 @@ def test_values_that_make_no_plan_are_refused(plan, tmp_path, change, message):
     write(path, values, tensors_of(plan))
     with pytest.raises(ValueError, match=rf"path='{path}': .*{message}"):
         Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "message"),
+    [
+        (torch.tensor([0, 1, 2]), r"turn coordinates shape is \(3,\), must be \(8,\)"),
+        (torch.zeros(8), "turn coordinates dtype is torch.float32, must be torch.int64"),
+        (torch.full((8,), -1), r"turn coordinate is \(-1, -1\), must be from 0 to 7"),
+        (torch.tensor([0] * 7 + [8]), r"turn coordinate is \(0, 8\), must be from 0 to 7"),
+    ],
+)
+def test_coordinates_that_make_no_plan_are_refused(plan, tmp_path, coordinates, message):
+    path = tmp_path / "plan"
+    write(path, values_of(plan), {**tensors_of(plan), "turn.coordinates": coordinates})
+    with pytest.raises(ValueError, match=message):
+        Plan.load(path)
+
+
+def test_coordinates_without_a_turn_are_refused(plan, tmp_path):
+    still = replace(plan, turn=None)
+    write(tmp_path / "plan", values_of(still), {**tensors_of(still), "turn.coordinates": torch.zeros(8).long()})
+    with pytest.raises(ValueError, match="more than a plan"):
+        Plan.load(tmp_path / "plan")
 
 
 @pytest.mark.parametrize(

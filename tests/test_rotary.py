@@ -14,15 +14,14 @@ from transformers import (
     Glm4Config,
     GPT2Config,
     LlamaConfig,
-    Qwen2VLTextConfig,
     StableLmConfig,
 )
 from transformers.cache_utils import DynamicCache
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.calibration import collect, turns_of_tokens
+from apack_compile.coordinates import TokenCoordinates
 from apack_compile.demo.evaluate import _decoded
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.rotary import BLOCK, KeyTurn, find_turn, rotary_start, turns_at, turns_of_blocks
@@ -39,8 +38,6 @@ SIZES = {
 
 def model_of(config: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    if isinstance(config, Qwen2VLTextConfig):
-        return Qwen2VLTextModel(config).eval()
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     return model
@@ -79,14 +76,8 @@ def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, interleaved, dty
             Cohere2Config(**SIZES, layer_types=["sliding_attention", "full_attention"]),
             "do not turn by .*inv_freq alone",
         ),
-        (
-            Qwen2VLTextConfig(
-                **SIZES, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-            ),
-            "several coordinates",
-        ),
     ],
-    ids=("no rotary embedding", "layers without one", "one layer without one", "several coordinates"),
+    ids=("no rotary embedding", "layers without one", "one layer without one"),
 )
 def test_keys_that_turn_otherwise_are_left_with_a_reason(config, why):
     turn, reason = find_turn(model_of(config), [0, 1], {"input_ids": prompt()}, BLOCK)
@@ -99,7 +90,8 @@ def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs
     positions = torch.randint(0, 5000, (batch, slots), generator=generator, dtype=torch.int32)
     turn = KeyTurn(torch.rand(pairs, generator=generator), block)
     start = torch.zeros(batch, 1, dtype=torch.int64)
-    turns = turns_of_slots(turns_of_blocks(positions, start, turn), block, torch.arange(slots))
+    coordinates = TokenCoordinates.starting_at(start)
+    turns = turns_of_slots(turns_of_blocks(positions, coordinates, turn), block, torch.arange(slots))
     keys, query = (torch.randn(batch, slots, 2 * pairs + 3, generator=generator).double() for _ in range(2))
     back = turned(keys, turns, back=True)
     torch.testing.assert_close(turned(back, turns), keys, atol=1e-5, rtol=1e-5)
@@ -114,10 +106,11 @@ def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs
 def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
     flags = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < 0.4
     turn, start = KeyTurn(torch.tensor([1.0, 0.01]), 16), torch.tensor([[0], [3], [7]])
-    by_token = turns_of_tokens(flags, start, turn)
+    coordinates = TokenCoordinates.starting_at(start)
+    by_token = turns_of_tokens(flags, coordinates.at(torch.arange(200).expand(3, -1)), turn)
     for row in range(3):
         positions = flags[row].nonzero().flatten()[None].to(torch.int32)
-        blocks = turns_of_blocks(positions, start[row : row + 1], turn)
+        blocks = turns_of_blocks(positions, TokenCoordinates.starting_at(start[row : row + 1]), turn)
         expected = turns_of_slots(blocks, turn.block, torch.arange(positions.shape[1]))[0]
         assert torch.equal(by_token[row][flags[row]], expected)
 
