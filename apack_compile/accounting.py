@@ -32,21 +32,21 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
     """What the cache holds, in bytes.
 
     tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for layers that are not packed, of what they
-    hold). sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, turns.
-    model_bytes: model-scoped bases, rotary frequencies and a coarse rule's weights. captured: smallest share of a stream's
+    hold). sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, turns.
+    model_bytes: model-scoped bases, the turn's tensors and a coarse rule's weights. captured: smallest share of a stream's
     variance that a shared basis kept (1 without any). ratio: dense_bytes / sequence_bytes.
     """
     plan, packed = cache.index.plan, [layer for layer in cache.packed_layers if layer.is_initialized]
     model = [t for bases in plan.bases.values() for basis in bases for t in basis] if plan is not None else []
     if plan is not None and plan.turn is not None:
-        model.append(plan.turn.frequencies)
+        model += tensors_in(list(vars(plan.turn).values()))
     if plan is not None and plan.coarse is not None:
         model += plan.coarse.weights.values()
     own = [t for layer in cache.layers if layer not in cache.packed_layers for t in tensors_in(vars(layer))]
     sequence = [
         *cache.index.positions,
         *cache.index.turns,
-        *tensors_in(cache.index.start),
+        *tensors_in(list(vars(cache.index.coordinates).values()) if cache.index.coordinates is not None else []),
         *own,
         *tensors_in(cache.history),
     ]

@@ -35,6 +35,7 @@ from apack_compile.session import (
     session_of,
     signature_of,
     watch_forward,
+    watch_rotary,
 )
 
 # What optimize, and generate after it, put on a model.
@@ -118,7 +119,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `optimize` (quantized weights stay quantized); returns the same model."""
     session = session_of(model)
     if session is not None:
-        for hook in session.hooks:
+        for hook in (*session.hooks, *session.rotary_hooks):
             hook.remove()
         for part in generating_parts(model):
             for name in OWN_ATTRIBUTES:
@@ -137,6 +138,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str
             "model: optimized with a plan, which has its bases; call optimize(model, ratio=...) before calibrate"
         )
     session.calibrate(model, inputs, "calibrate")
+    watch_rotary(model)
     return model
 
 
@@ -242,6 +244,7 @@ def _install(model: nn.Module, session: Session) -> None:
         vars(part)["init_continuous_batching"] = partial(refuse_continuous_batching, "init_continuous_batching")
     vars(model)[ATTRIBUTE] = session
     vars(model)["generate"] = types.MethodType(generate, model)
+    watch_rotary(model)
 
 
 def _require_session(model: nn.Module) -> Session:

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from apack_compile.accounting import cache_report
+from apack_compile.backend import StrictError
+from apack_compile.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.layer import MAX_APPEND, CompactedLayer, SharedIndex
 from apack_compile.plan import Plan, spare_slots
 from apack_compile.rotary import rotary_start, turns_of_blocks
@@ -54,7 +56,8 @@ class CompactedCache(Cache):
 
     kinds: one entry per layer of the model. own_layers: transformers' layers for those that are not packed. planner: gives the
     plan for a prompt of so many tokens, this share of them vision; asked once, at the first prefill. expected_tokens: new tokens
-    to make room for from the start (the cache grows past it when it must). signature: what model it belongs to.
+    to make room for from the start (the cache grows past it when it must). signature: what model it belongs to. strict: raise
+    StrictError where tokens' rotary coordinates are needed and not shown.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class CompactedCache(Cache):
         planner: Planner,
         expected_tokens: int = 64,
         signature: tuple = (),
+        strict: bool = False,
     ) -> None:
         self.index = SharedIndex()
         layers = [
@@ -75,12 +79,15 @@ class CompactedCache(Cache):
         self.planner: Planner | None = planner
         self.expected_tokens = expected_tokens
         self.signature = signature
+        self.strict = strict
         self.notes: list[str] = []
         # The layer that a chunk was laid out in last, and the tokens of the chunk: the next attention is its.
         self.last_update: tuple[CompactedLayer, int] | None = None
         self.watch: AbstractContextManager | None = None
         self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
         self.is_told = False
+        # What the pass that runs gave its rotary embedding: `[C, B, n]` or `[B, n]`.
+        self._shown: Tensor | None = None
         self._undo: Callable[[], None] | None = None
         self.history: tuple[Tensor, Tensor] | None = None
         # Where generate's prompt ends: tokens from there on are generated or drafted, never pictures.
@@ -120,7 +127,11 @@ class CompactedCache(Cache):
 
     def expect(self, vision: Tensor | None, padding: Tensor | None) -> None:
         """Tell which tokens of the coming chunk are vision and which padding, bool `[B, n]`; None for none of them."""
-        self._incoming, self.is_told = (vision, padding), True
+        self._incoming, self.is_told, self._shown = (vision, padding), True, None
+
+    def show_positions(self, positions: Tensor) -> None:
+        """Tell what the model's rotary embedding is given for the coming chunk: `[C, B, n]` or `[B, n]`."""
+        self._shown = positions
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -141,8 +152,9 @@ class CompactedCache(Cache):
         packed = self.packed_layers
         if layer is packed[0]:
             self._check(layer, key, value)
-            self._begin(key)
         try:
+            if layer is packed[0]:
+                self._begin(key)
             self._check(layer, key, value)
             out = layer.update(key, value)
         except Exception:
@@ -189,8 +201,8 @@ class CompactedCache(Cache):
         """Decide, at the first packed layer, what happens to the coming chunk `[B, H_kv, n, D]`."""
         batch, _, tokens, _ = key.shape
         self.eager_chunks += 1
-        vision, padding = self._incoming
-        self._incoming, self.is_told = (None, None), False
+        (vision, padding), shown = self._incoming, self._shown
+        self._incoming, self._shown, self.is_told = (None, None), None, False
         first = self.packed_layers[0]
         held = int(first.get_seq_length())
         appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))
@@ -204,7 +216,7 @@ class CompactedCache(Cache):
         none = torch.zeros(batch, tokens, dtype=torch.bool, device=key.device)
         vision, padding = (none if f is None or f.shape != none.shape else f.to(key.device) for f in (vision, padding))
         self._choose_plan(tokens, vision, padding)
-        self._plan_chunk(vision, padding, held, key.shape[1] * key.shape[3])
+        self._plan_chunk(vision, padding, shown, held, key.shape[1] * key.shape[3])
 
     def plan_for_prompt(self, tokens: int, vision_share: float) -> None:
         """Choose the plan of an empty cache now: the first chunk may not be the whole prompt."""
@@ -217,13 +229,12 @@ class CompactedCache(Cache):
             real = (~padding).sum().clamp_min(1)
             self.plan_for_prompt(tokens, float((vision & ~padding).sum() / real))
 
-    def _plan_chunk(self, vision: Tensor, padding: Tensor, held: int, width: int) -> None:
+    def _plan_chunk(self, vision: Tensor, padding: Tensor, shown: Tensor | None, held: int, width: int) -> None:
         """Assign the chunk's tokens to slots and update the shared positions."""
         plan, index, first = self.index.plan, self.index, self.packed_layers[0]
         tokens = vision.shape[1]
         drafted = 0 if self.prompt_end is None else min(tokens, held + tokens - self.prompt_end)
-        if not held:
-            index.start = rotary_start(padding)
+        self._extend_coordinates(shown, padding, held)
         self._extend_history(held)
         if not plan.separates_vision and bool(vision.any()):
             self.note("the calibration inputs held no vision tokens: vision tokens are stored with the text bases")
@@ -265,6 +276,26 @@ class CompactedCache(Cache):
         if tokens > MAX_APPEND or held + tokens > index.capacity:
             index.capacity = max(index.capacity, self._capacity(held + tokens))
 
+    def _extend_coordinates(self, shown: Tensor | None, padding: Tensor, held: int) -> None:
+        """Follow a chunk that begins at index `held` and whose rotary embedding was `shown` these positions; padding: bool `[B, n]`."""
+        index, turn = self.index, self.index.plan.turn
+        count = 1 if turn is None else turn.coordinate_count
+        if not held:
+            index.coordinates = TokenCoordinates.starting_at(rotary_start(padding), count)
+        if not index.plan.has_coordinates:
+            return
+        shown = coordinates_of(shown, len(padding), padding.shape[1], count)
+        if shown is None:
+            text = (
+                "a chunk's rotary coordinates were not seen (a prefill that is not eager?): its keys are turned back as if it "
+                "were all text, and coded worse"
+            )
+            if self.strict:
+                raise StrictError(f"strict: {text}")
+            self.note(text)
+            return
+        index.coordinates = index.coordinates.followed_by(shown.to(padding.device), padding, held)
+
     def _spare(self, tokens: int) -> int:
         """Free text slots to keep when `tokens` tokens are held."""
         return max(16, min(self.expected_tokens, spare_slots(tokens)))
@@ -278,7 +309,7 @@ class CompactedCache(Cache):
         index = self.index
         if index.plan.turn is not None:
             index.turns = [
-                turns_of_blocks(positions, index.start, index.plan.turn) for positions in index.positions[1:]
+                turns_of_blocks(positions, index.coordinates, index.plan.turn) for positions in index.positions[1:]
             ]
         self._mark_positions()
 
@@ -305,7 +336,7 @@ class CompactedCache(Cache):
         if index.plan.per_request:
             batch = packed[0].batch_size
             none = torch.zeros(batch, 0, dtype=torch.bool, device=packed[0].device)
-            self._plan_chunk(none, none, held, packed[0].num_heads * packed[0].dense[0].shape[3])
+            self._plan_chunk(none, none, None, held, packed[0].num_heads * packed[0].dense[0].shape[3])
             for layer in packed:
                 layer.recompact()
             index.chunk, index.assignment, index.laid_out = None, None, []
@@ -404,7 +435,7 @@ class CompactedCache(Cache):
         super().reset()
         plan, self.index.__dict__ = self.index.plan, SharedIndex().__dict__
         self.index.plan = plan
-        self.history, self._undo, self._incoming = None, None, (None, None)
+        self.history, self._undo, self._incoming, self._shown = None, None, (None, None), None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens; raises ValueError past those that a prefill keeps croppable."""
@@ -453,7 +484,7 @@ class CompactedCache(Cache):
             tensors[:] = [change(tensor) if tensor.dim() > 1 else tensor for tensor in tensors]
         if self.history is not None:
             self.history = tuple(change(flags) for flags in self.history)
-        self.index.start = change(self.index.start)
+        self.index.coordinates = self.index.coordinates.mapped(change)
         for layer in packed:
             layer.batch_size = layer.dense[0].shape[0]
             layer.mark_static()

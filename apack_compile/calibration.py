@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apack_compile.basis import Moments, Spectrum, fit, fit_steps, mixed
+from apack_compile.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.importance import (
     COARSE_SHARE,
     NEWEST,
@@ -23,7 +24,7 @@ from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import FIRST_TOKENS, MODALITIES, StreamStatistics
-from apack_compile.rotary import KeyTurn, rotary_start, turns_at
+from apack_compile.rotary import KeyTurn, deinterleaved_keys, rotary_start
 from apack_compile.sensitivity import Observation, observe
 from apack_compile.token_index import compact
 
@@ -98,11 +99,15 @@ def collect(
     Raises ValueError when no input has a usable token (padding and the first tokens are left out).
     """
     batches, layers = [inputs] if isinstance(inputs, Mapping) else list(inputs), list(layers)
-    only = [observe(model, batches[0], layers)] if len(batches) == 1 else None
+
+    def observed(batch: Mapping[str, Any]) -> Observation:
+        return as_packed(observe(model, batch, layers), turn)
+
+    only = [observed(batches[0])] if len(batches) == 1 else None
 
     def observations() -> Iterable[tuple[Mapping[str, Any], Observation]]:
         # an observation takes the memory of a few dense caches: only that of a single input is kept
-        return zip(batches, only or (observe(model, batch, layers) for batch in batches), strict=True)
+        return zip(batches, only or map(observed, batches), strict=True)
 
     running: Running = {}
     importance: dict[tuple[str, int], RunningImportance] = {}
@@ -121,6 +126,18 @@ def collect(
     for batch, seen in observations() if rules else ():
         add_observation(running, seen, model.config, batch, groups, turn, rules)
     return by_layer(running), rules
+
+
+def as_packed(seen: Observation, turn: KeyTurn | None) -> Observation:
+    """An observation with keys, and their gradients, as a packed cache has them."""
+    return replace(
+        seen,
+        states={i: (deinterleaved_keys(key, turn), value) for i, (key, value) in seen.states.items()},
+        gradients={
+            i: ([deinterleaved_keys(gradient, turn) for gradient in keys], values)
+            for i, (keys, values) in seen.gradients.items()
+        },
+    )
 
 
 def by_layer(running: Running) -> Statistics:
@@ -143,13 +160,13 @@ def add_observation(
 ) -> None:
     """Add one input's states and gradients to the streams of their modality or, with rules, of its coarse and fine tokens."""
     keys = next(iter(seen.states.values()))[0]
-    usable, start = usable_tokens(config, batch, keys), start_of(batch, keys)
+    usable, coordinates = usable_tokens(config, batch, keys), tokens_at(seen, batch, keys, turn)
     for layer, both in seen.states.items():
-        segments = usable if rules is None else separated(rules, layer, seen, usable, start, turn)
+        segments = usable if rules is None else separated(rules, layer, seen, usable, coordinates, turn)
         for name, chosen in segments.items():
             if not bool(chosen.any()):
                 continue
-            turns = None if turn is None else turns_of_tokens(chosen, start, turn)[:, None]
+            turns = None if turn is None else turns_of_tokens(chosen, coordinates, turn)[:, None]
             for stream, states in enumerate(both):
                 moments = running.setdefault((layer, name, stream), RunningMoments())
                 moments.add(chosen_tokens(states, chosen, None if stream else turns, groups))
@@ -163,15 +180,15 @@ def separated(
     layer: int,
     seen: Observation,
     usable: Mapping[str, Tensor],
-    start: Tensor,
+    coordinates: Tensor,
     turn: KeyTurn | None,
 ) -> dict[str, Tensor]:
     """Coarse and fine tokens of each modality with a rule, bool `[B, T]`, among the usable ones."""
     segments: dict[str, Tensor] = {}
-    column = torch.arange(seen.states[layer][0].shape[2], device=start.device)
+    column = torch.arange(coordinates.shape[1], device=coordinates.device)
     older = column < len(column) - seen.queries - NEWEST
     for modality, rule in rules.items():
-        scores = scores_of(*seen.states[layer], column - start, turn, rule.weights[layer])
+        scores = scores_of(*seen.states[layer], coordinates, turn, rule.weights[layer])
         coarse = least_important(usable[modality] & older, scores, rule.share)
         segments |= {f"coarse_{modality}": coarse, f"fine_{modality}": usable[modality] & ~coarse}
     return segments
@@ -187,11 +204,11 @@ def add_importance(
 ) -> None:
     """Add one input's tokens of the `coarse` modalities, and how much disturbing each of them costs, by modality and layer."""
     keys = next(iter(seen.states.values()))[0]
-    positions = torch.arange(keys.shape[2], device=keys.device) - start_of(batch, keys)
+    coordinates = tokens_at(seen, batch, keys, turn)
     usable = {name: flags for name, flags in usable_tokens(config, batch, keys).items() if name in coarse}
     for layer, both in seen.gradients.items() if usable else ():
         key, value = seen.states[layer]
-        x = features(unturned(key, positions, turn), value)
+        x = features(unturned(key, coordinates, turn), value)
         energy = sum(
             gradient.double().square().sum((1, 3)) * float(states.float().var())
             for states, drawn in zip((key, value), both, strict=True)
@@ -222,19 +239,25 @@ def chosen_tokens(states: Tensor, chosen: Tensor, turns: Tensor | None, groups: 
     return to_groups(still, groups).transpose(0, 1)[:, chosen[:, :tokens]]
 
 
-def start_of(batch: Mapping[str, Any], keys: Tensor) -> Tensor:
-    """Position `[B, 1]` whose rotary angle is 0."""
-    padding = padding_of(batch, keys.shape[2])
-    return (
-        torch.zeros(len(keys), 1, dtype=torch.int64, device=keys.device) if padding is None else rotary_start(padding)
-    )
+def tokens_at(seen: Observation, batch: Mapping[str, Any], keys: Tensor, turn: KeyTurn | None) -> Tensor:
+    """Rotary coordinates `[B, T, C]` of an input's tokens; raises ValueError where keys turn by several and they were not seen."""
+    rows, tokens = keys.shape[0], keys.shape[2]
+    if turn is not None and turn.coordinates is not None:
+        found = coordinates_of(seen.positions, rows, tokens, turn.coordinate_count)
+        if found is None:
+            raise ValueError("inputs: the model did not give its rotary embedding the positions of every token")
+        return found
+    padding = padding_of(batch, tokens)
+    none = torch.zeros(rows, 1, dtype=torch.int64, device=keys.device)
+    start = none if padding is None else rotary_start(padding)
+    return TokenCoordinates.starting_at(start).at(torch.arange(tokens, device=keys.device).expand(rows, -1))
 
 
-def turns_of_tokens(flags: Tensor, start: Tensor, turn: KeyTurn) -> Tensor:
+def turns_of_tokens(flags: Tensor, coordinates: Tensor, turn: KeyTurn) -> Tensor:
     """Turns `[B, T, 2, P]` of the tokens that are flagged `[B, T]`, stored in order; anything for the others."""
     slot = (flags.cumsum(1) - 1).clamp_min(0)
-    anchors = compact(flags).gather(1, slot // turn.block * turn.block)
-    return turns_at(anchors - start, turn.frequencies)
+    anchors = compact(flags).gather(1, slot // turn.block * turn.block).clamp_min(0)
+    return turn.at(coordinates.gather(1, anchors[..., None].expand(-1, -1, coordinates.shape[-1])))
 
 
 def finish_all(running: Running) -> dict[StreamKey, StreamStatistics]:

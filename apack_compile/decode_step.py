@@ -35,7 +35,8 @@ def function_of_its_own() -> Callable:
 def shape_of(plan: Plan) -> Hashable:
     """What a graph has as constants of a plan."""
     bands = tuple(tuple(stream.bands.counts) for layer in plan.layers.values() for stream in layer.streams)
-    return bands, plan.groups, plan.tail_slots, None if plan.turn is None else plan.turn.block, plan.tiers
+    turn = None if plan.turn is None else (plan.turn.block, plan.turn.interleaved_pairs)
+    return bands, plan.groups, plan.tail_slots, turn, plan.tiers
 
 
 class DecodeSteps:

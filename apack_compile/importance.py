@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.turns import turned
-from apack_compile.rotary import KeyTurn, turns_at
+from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import rank_of
 
 # Least ratio at which tokens are told apart: below, all need their bits (docs/quality.md).
@@ -62,14 +62,14 @@ def feature_count(heads: int, key_dim: int, value_dim: int) -> int:
     return sum(averages(heads, dim) * dim + heads for dim in (key_dim, value_dim))
 
 
-def scores_of(key: Tensor, value: Tensor, positions: Tensor, turn: KeyTurn | None, weights: Tensor) -> Tensor:
-    """Scores `[B, T]` of tokens `[B, H_kv, T, D]` at `positions` `[B, T]` (0 where the rotary angle is 0)."""
-    return features(unturned(key, positions, turn), value) @ weights
+def scores_of(key: Tensor, value: Tensor, coordinates: Tensor, turn: KeyTurn | None, weights: Tensor) -> Tensor:
+    """Scores `[B, T]` of tokens `[B, H_kv, T, D]` at rotary `coordinates` `[B, T, C]`."""
+    return features(unturned(key, coordinates, turn), value) @ weights
 
 
-def unturned(key: Tensor, positions: Tensor, turn: KeyTurn | None) -> Tensor:
-    """Keys `[B, H_kv, T, D]` as they were before they were turned by their `positions` `[B, T]`, where that is known."""
-    return key if turn is None else turned(key.float(), turns_at(positions, turn.frequencies)[:, None], back=True)
+def unturned(key: Tensor, coordinates: Tensor, turn: KeyTurn | None) -> Tensor:
+    """Keys `[B, H_kv, T, D]` as they were before they were turned by their `coordinates` `[B, T, C]`, where that is known."""
+    return key if turn is None else turned(key.float(), turn.at(coordinates)[:, None], back=True)
 
 
 class RunningImportance:

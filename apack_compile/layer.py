@@ -8,13 +8,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
+from apack_compile.coordinates import TokenCoordinates
 from apack_compile.drift import Fit, lost_share, refit
 from apack_compile.importance import NEWEST, least_important, scores_of
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
 from apack_compile.plan import FITTED_SCOPES, STREAMS, Plan
-from apack_compile.rotary import turns_of_blocks
+from apack_compile.rotary import deinterleaved_keys, turns_of_blocks
 from apack_compile.stored_states import StoredStep
 from apack_compile.token_index import Assignment, Chunk, compact, extended, flags_at, gather_tokens, positions_of
 
@@ -32,7 +33,7 @@ class SharedIndex:
     since the last layout; refreshed_at: tokens held at the last one. is_watched: whether a forward pass that runs eagerly is known to
     have begun, so that its attentions can be served by `attend`.
     turns: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are turned back; empty where they are not.
-    start: `[B, 1]`, the position whose rotary angle is 0. laid_out, laid_out_turns: what layers have which the chunk being
+    coordinates: of the tokens, by which keys turn. laid_out, laid_out_turns: what layers have which the chunk being
     stored has not reached. chunk, assignment: of the chunk being
     stored; None while tokens are only appended.
     """
@@ -41,7 +42,7 @@ class SharedIndex:
         self.plan: Plan | None = None
         self.positions: list[Tensor] = []
         self.turns: list[Tensor] = []
-        self.start: Tensor | None = None
+        self.coordinates: TokenCoordinates | None = None
         self.laid_out: list[Tensor] = []
         self.laid_out_turns: list[Tensor] = []
         self.capacity = 0
@@ -88,32 +89,37 @@ class CompactedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
         if torch.compiler.is_dynamo_compiling() and self.is_initialized:
-            self.append(key_states, value_states)
-            return self.unpacked(key_states, value_states, self.index.capacity)
+            key = deinterleaved_keys(key_states, self.index.plan.turn)
+            self.append(key, value_states)
+            return self.unpacked(key, value_states, self.index.capacity)
         self.updates += 1
         if not self.is_initialized or self.index.chunk is not None:
             return self._store(key_states, value_states)
-        self.append(key_states, value_states)
-        step = StoredStep(self, key_states, value_states, self.index.length or self.index.capacity)
+        key = deinterleaved_keys(key_states, self.index.plan.turn)
+        self.append(key, value_states)
+        step = StoredStep(self, key, value_states, self.index.length or self.index.capacity)
         # what is kept as it is gets the very attention of a dense cache
         return step.states() if self.index.is_watched and not self._lossless() else step.decoded
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Store a few new tokens `[B, H_kv, n, D]`."""
+        """Store a few new tokens `[B, H_kv, n, D]`, keys deinterleaved."""
         torch.ops.apack.append.default(key, value, *self.append_state(), **self.turn_state(text_only=True))
 
     def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """K and V `[B, H_kv, tokens, D]` of every token held, the new ones exact."""
+        """K and V `[B, H_kv, tokens, D]` of every token held, the new ones exact; `key` deinterleaved, K as the model has them."""
         return torch.ops.apack.unpack.default(
             key, value, *self.state(), tokens, *self.tier_state(), **self.turn_state()
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
+        query = deinterleaved_keys(query, self.index.plan.turn)
         arguments = query, key, value, mask, None, *self.state(), scale
         if self.tiers is not None:
             return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
-        return torch.ops.apack.attend.default(*arguments, **self.turn_state())
+        turns = self.turns()
+        turned_back = {"turns": turns, "block": self.index.plan.turn.block} if turns else {}
+        return torch.ops.apack.attend.default(*arguments, **turned_back)
 
     def state(self) -> tuple:
         """The state arguments of `unpack` and `attend`."""
@@ -132,12 +138,15 @@ class CompactedLayer(CacheLayerMixin):
         return () if self.tiers is None else self.tiers.state(sum(self.bands[4:8]))
 
     def turn_state(self, turns: list[Tensor] | None = None, text_only: bool = False) -> dict[str, Any]:
-        """The arguments that say how packed keys were turned back; empty where they were not."""
+        """The arguments of `unpack` or (text_only) `append` that say how packed keys were turned back; empty where they were not."""
         turns = turns or self.turns()
         if not turns:
             return {}
-        named = {"text_turns": turns[-1]} if text_only else {"turns": turns}
-        return {**named, "block": self.index.plan.turn.block}
+        turn = self.index.plan.turn
+        if text_only:
+            return {"text_turns": turns[-1], "block": turn.block}
+        pairs = {"interleaved_pairs": turn.interleaved_pairs} if turn.interleaved else {}
+        return {"turns": turns, "block": turn.block, **pairs}
 
     def append_state(self) -> tuple:
         """The state arguments of `append`."""
@@ -152,7 +161,8 @@ class CompactedLayer(CacheLayerMixin):
             self.lazy_initialization(key, value)
         held, packed, origin = self.cursor.tolist()
         end = held + key.shape[2]
-        out = (key, value) if fresh else self._exact(key, value)
+        given, key = key, deinterleaved_keys(key, self.index.plan.turn)
+        out = (given, value) if fresh else self._exact(key, value)
         if self.index.plan.per_request:
             self.earlier_bases = [] if fresh else self.bases
             self.lazy_initialization(key, value)
@@ -354,8 +364,8 @@ class CompactedLayer(CacheLayerMixin):
         column = torch.arange(tokens, device=older.device)
         candidates = flags_at(assignment.vision if plan.coarse.modality == "vision" else older, tokens)
         candidates &= column < tokens - NEWEST
-        positions = chunk.start + column - self.index.start
-        scores = scores_of(parts[0], parts[1], positions, plan.turn, plan.coarse.weights[self.layer_idx])
+        coordinates = self.index.coordinates.at((chunk.start + column).expand(len(older), -1))
+        scores = scores_of(parts[0], parts[1], coordinates, plan.turn, plan.coarse.weights[self.layer_idx])
         coarse = least_important(candidates, scores, plan.coarse.share)
         if plan.coarse.modality == "vision":
             return [compact(coarse), compact(flags_at(assignment.vision, tokens) & ~coarse), assignment.text]
@@ -375,7 +385,7 @@ class CompactedLayer(CacheLayerMixin):
         """Turns of its own slots as they are now."""
         turn = self.index.plan.turn
         if turn is not None:
-            self.own_turns = [turns_of_blocks(p, self.index.start, turn) for p in self.own_positions[1:]]
+            self.own_turns = [turns_of_blocks(p, self.index.coordinates, turn) for p in self.own_positions[1:]]
 
     def grow(self, slots: int) -> None:
         """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""

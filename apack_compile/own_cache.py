@@ -63,6 +63,11 @@ class OwnCaches:
     """
 
     def __init__(self, ratio: float, plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> None:
+        if plan is not None and plan.has_coordinates:
+            raise ValueError(
+                "option plan: its keys turn by several coordinates of a token, and static buffers do not say where their tokens are; "
+                "make it with AttentionPackConfig(key_block=0)"
+            )
         if plan is not None and (plan.per_request or plan.tiers is not None):
             what = "bases fitted to each cache" if plan.per_request else "tiers"
             raise ValueError(
@@ -81,7 +86,9 @@ class OwnCaches:
         if self.plan is None:
             return StateLayout()
         turn = self.plan.turn
-        return StateLayout(len(self.plan.segments), turn is not None, 0 if turn is None else turn.block)
+        if turn is None:
+            return StateLayout(len(self.plan.segments))
+        return StateLayout(len(self.plan.segments), True, turn.block, turn.interleaved_pairs)
 
     def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[CompactedLayer] | None:
         """The packed layers that a call writing at `positions` must use; None where it is to run dense.

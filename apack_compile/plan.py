@@ -112,6 +112,11 @@ class Plan:
         return {segment: held[segment] for segment in self.segments}
 
     @property
+    def has_coordinates(self) -> bool:
+        """Whether packed keys turn by several coordinates of a token, which a cache must be shown."""
+        return self.turn is not None and self.turn.coordinates is not None
+
+    @property
     def layers_place_tokens(self) -> bool:
         """Whether each layer has positions of its own, because it orders, evicts or separates tokens by itself."""
         return self.tiers is not None or self.coarse is not None
@@ -137,7 +142,7 @@ class Plan:
     def to(self, device: torch.device) -> "Plan":
         """This plan with its bases on a device."""
         moved = {i: tuple(StreamBasis(*(t.to(device) for t in b)) for b in bases) for i, bases in self.bases.items()}
-        turn = None if self.turn is None else replace(self.turn, frequencies=self.turn.frequencies.to(device))
+        turn = None if self.turn is None else self.turn.to(device)
         coarse = None if self.coarse is None else self.coarse.to(device)
         return replace(self, bases=moved, turn=turn, coarse=coarse)
 
@@ -302,6 +307,8 @@ def budget_plan(
     place_bits = 32 + (0 if turn is None else 64 * len(turn.frequencies) / turn.block)
     if coarse is not None:
         place_bits *= len(statistics)
+    if turn is not None and turn.coordinates is not None:
+        place_bits += 32 * turn.coordinate_count
     fixed = (FIRST_TOKENS + tail_slots) * dense_bits + place_bits * tokens
     scale_bits = 16 * sum(len(layer["text"]) * groups_of(layer["text"][0]) for layer in statistics.values())
     budget = (tokens * dense_bits / ratio - fixed) / packed_tokens - scale_bits

@@ -9,7 +9,7 @@ from apack_compile.codec import Bands, StreamBasis
 from apack_compile.config import MIN_TAIL_SLOTS
 from apack_compile.importance import CoarseRule, feature_count
 from apack_compile.plan import FITTED_SCOPES, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
-from apack_compile.rotary import KeyTurn
+from apack_compile.rotary import MAX_COORDINATES, KeyTurn
 
 SCOPES = ("as_is", "half", *FITTED_SCOPES, "model")
 
@@ -98,12 +98,27 @@ def coarse_claims(rule: CoarseRule, features: dict[int, int]) -> Iterator[Claim]
 def turn_claims(turn: KeyTurn, head_dim: int) -> Iterator[Claim]:
     """What must hold of the way keys are turned back."""
     yield Claim(is_count(turn.block) and turn.block > 0, "turn block", turn.block, "an integer >= 1")
+    yield Claim(isinstance(turn.interleaved, bool), "turn interleaved", turn.interleaved, "True or False")
     frequencies = turn.frequencies
     yield Claim(isinstance(frequencies, torch.Tensor), "turn frequencies", type(frequencies).__name__, "a tensor")
     yield Claim(frequencies.dtype == torch.float32, "turn frequencies dtype", frequencies.dtype, "torch.float32")
     fits = frequencies.dim() == 1 and 0 < 2 * len(frequencies) <= head_dim
     yield Claim(fits, "turn frequencies shape", shape_of(frequencies), f"(P,) with 1 <= P <= {head_dim // 2}")
     yield Claim(bool(frequencies.isfinite().all()), "turn frequencies", "NaN or Inf somewhere", "finite")
+    if turn.coordinates is not None:
+        yield from coordinate_claims(turn.coordinates, len(frequencies))
+
+
+def coordinate_claims(coordinates: torch.Tensor, pairs: int) -> Iterator[Claim]:
+    """What must hold of which coordinate each of so many pairs turns by."""
+    yield Claim(
+        isinstance(coordinates, torch.Tensor), "turn coordinates", type(coordinates).__name__, "a tensor or None"
+    )
+    yield Claim(coordinates.dtype == torch.int64, "turn coordinates dtype", coordinates.dtype, "torch.int64")
+    yield Claim(coordinates.shape == (pairs,), "turn coordinates shape", shape_of(coordinates), f"({pairs},)")
+    low, high = int(coordinates.min()), int(coordinates.max())
+    about, allowed = "smallest and largest turn coordinate", f"from 0 to {MAX_COORDINATES - 1}"
+    yield Claim(low >= 0 and high < MAX_COORDINATES, about, (low, high), allowed)
 
 
 def stream_claims(stream: StreamPlan, where: str) -> Iterator[Claim]:

@@ -23,9 +23,10 @@ from apack_compile.plan_check import check_plan, uses_bases
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 VERSION_KEY = "apack_plan"
 FREQUENCIES = "turn.frequencies"
+COORDINATES = "turn.coordinates"
 COARSE = "coarse."
 SCALARS = ("tail_slots", "first_tokens", "groups", "separates_vision")
 
@@ -102,6 +103,8 @@ def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of every basis, of the turn and of the coarse rule."""
     if plan.turn is not None:
         yield FREQUENCIES, plan.turn.frequencies
+        if plan.turn.coordinates is not None:
+            yield COORDINATES, plan.turn.coordinates
     for layer, weights in plan.coarse.weights.items() if plan.coarse is not None else ():
         yield f"{COARSE}{layer}", weights
     for layer, bases in plan.bases.items():
@@ -121,7 +124,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in SCALARS},
         "layers": layers,
         "tiers": None if plan.tiers is None else asdict(plan.tiers) | {"ema": list(plan.tiers.ema)},
-        "turn": None if plan.turn is None else {"block": plan.turn.block},
+        "turn": None if plan.turn is None else {"block": plan.turn.block, "interleaved": plan.turn.interleaved},
         "coarse": None if plan.coarse is None else {"modality": plan.coarse.modality, "share": plan.coarse.share},
         "signature": list(plan.signature),
         "calibrated_on": plan.provenance.calibrated_on,
@@ -149,7 +152,9 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
     if set(map(type, (*provenance.versions, *provenance.versions.values()))) != {str}:
         raise TypeError(f"versions is {provenance.versions!r}, must be an object of strings")
     scalars = {name: values[name] for name in SCALARS}
-    turn = None if values["turn"] is None else KeyTurn(tensors[FREQUENCIES], values["turn"]["block"])
+    turn = None
+    if values["turn"] is not None:
+        turn = KeyTurn(tensors[FREQUENCIES], **values["turn"], coordinates=tensors.get(COORDINATES))
     weights = {int(name.removeprefix(COARSE)): t for name, t in tensors.items() if name.startswith(COARSE)}
     coarse = None if values["coarse"] is None else CoarseRule(**values["coarse"], weights=weights)
     plan = Plan(

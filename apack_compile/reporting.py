@@ -108,9 +108,10 @@ def keys_of(session: Any) -> str:
     if session.plan is None:
         return session.turn_reason if session.ratio is not None else ""
     turn = session.plan.turn
-    return (
-        "stored as they are, says the plan" if turn is None else f"turned back to the start of their {turn.block} slots"
-    )
+    if turn is None:
+        return "stored as they are, says the plan"
+    said = f"turned back to the start of their {turn.block} slots"
+    return said if turn.coordinates is None else f"{said}, each pair by one of {turn.coordinate_count} coordinates"
 
 
 def sites_by_layer(graphs: list[Any]) -> tuple[set[int], dict[int, str]]:

@@ -6,14 +6,15 @@ by each block's anchor instead. Frequencies that are not the model's cost qualit
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.kernels.turns import turned
+from apack_compile.coordinates import TokenCoordinates, replaced_positions, seen_positions
+from apack_compile.kernels.turns import deinterleaved, turned
 from apack_compile.sensitivity import pictures_beside
 from apack_compile.uncompiled import uncompiled
 
@@ -22,33 +23,72 @@ BLOCK = 64
 PROBE_TOKENS = 32
 # Largest relative difference of keys that are the same key turned; rounding to bfloat16 over many layers stays below.
 TURN_TOLERANCE = 0.05
+# More than any model has; a plan file that claims more is damaged, and would take memory for each.
+MAX_COORDINATES = 8
+# Where a model does not say how long its sequences can be.
+FARTHEST = 4_096
 
 
 @dataclass(frozen=True)
 class KeyTurn:
     """How keys turn with their position.
 
-    frequencies: radians a position, float32 `[P]`; component i of a head turns with component i + P. block: slots that share
-    an anchor.
+    frequencies: radians a position, float32 `[P]`; component i of a head turns with component i + P or, interleaved, component 2 i
+    with 2 i + 1. block: slots that share an anchor. coordinates: int64 `[P]`, by which of a token's coordinates each pair turns; None
+    where there is only one.
     """
 
     frequencies: Tensor
     block: int
+    coordinates: Tensor | None = None
+    interleaved: bool = False
+
+    @property
+    def coordinate_count(self) -> int:
+        """How many coordinates a token has."""
+        return 1 if self.coordinates is None else int(self.coordinates.max()) + 1
+
+    def at(self, coordinates: Tensor) -> Tensor:
+        """Cosine and sine `[..., 2, P]` of the angles at coordinates `[..., C]`, float32."""
+        each = coordinates if self.coordinates is None else coordinates[..., self.coordinates]
+        return cosine_and_sine(each.double() * self.frequencies.double())
+
+    def to(self, device: torch.device) -> "KeyTurn":
+        """This turn with its tensors on a device."""
+        coordinates = None if self.coordinates is None else self.coordinates.to(device)
+        return replace(self, frequencies=self.frequencies.to(device), coordinates=coordinates)
+
+    @property
+    def interleaved_pairs(self) -> int:
+        """Pairs (2 i, 2 i + 1) of components that turn; 0 where pairs are not interleaved."""
+        return len(self.frequencies) if self.interleaved else 0
+
+
+def deinterleaved_keys(states: Tensor, turn: KeyTurn | None) -> Tensor:
+    """The model's keys `[..., D]` as a packed cache has them: interleaved pairs at i and i + P, all others as they come.
+
+    A score does not change where queries are put so as well; so whatever turns keys knows one order of components.
+    """
+    return deinterleaved(states, turn.interleaved_pairs) if turn is not None and turn.interleaved else states
 
 
 def turns_at(anchors: Tensor, frequencies: Tensor) -> Tensor:
     """Cosine and sine `[..., 2, P]` of the angles at positions `[...]`, float32."""
-    angles = anchors.double()[..., None] * frequencies.double()
+    return cosine_and_sine(anchors.double()[..., None] * frequencies.double())
+
+
+def cosine_and_sine(angles: Tensor) -> Tensor:
+    """Of angles `[..., P]`: float32 `[..., 2, P]`."""
     return torch.stack([angles.cos(), angles.sin()], dim=-2).float()
 
 
-def turns_of_blocks(positions: Tensor, start: Tensor, turn: KeyTurn) -> Tensor:
-    """Turns `[B, blocks, 2, P]` of the blocks of slots that hold `positions` `[B, N]`; `start` `[B, 1]` has the angle 0.
+def turns_of_blocks(positions: Tensor, coordinates: TokenCoordinates, turn: KeyTurn) -> Tensor:
+    """Turns `[B, blocks, 2, P]` of the blocks of slots that hold `positions` `[B, N]`.
 
     One block more than needed: a dimension of 1 would be compiled as a constant.
     """
     anchors = torch.nn.functional.pad(positions[:, :: turn.block], (0, 2 - min(positions.shape[1], 1)), value=-1)
-    return turns_at(anchors.clamp_min(0) - start, turn.frequencies)
+    return turn.at(coordinates.at(anchors.clamp_min(0)))
 
 
 def rotary_start(padding: Tensor) -> Tensor:
@@ -66,17 +106,88 @@ def find_turn(
     """
     if block == 0:
         return None, "stored as they are: key_block=0"
-    if "mrope_section" in str(model.config.get_text_config(decoder=True).to_dict()):
-        return None, "stored as they are: positions of vision tokens have several coordinates"
     known = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq") and buffer.dim() == 1}
     if not known:
         return None, "stored as they are: the model has no rotary frequencies"
-    keys = keys_of_one_token(model, layers, batch)
-    found = {name: turning_error(keys, frequencies.float()) for name, frequencies in known.items()}
-    best = min(found, key=lambda name: found[name])
-    if not found[best] < TURN_TOLERANCE:
-        return None, f"stored as they are: they do not turn by {best} alone (relative difference {found[best]:.2g})"
-    return KeyTurn(known[best].float().clone(), block), f"turned back to the start of their {block} slots, by {best}"
+    layers = list(layers)
+    with seen_positions(model) as seen:
+        keys = keys_of_one_token(model, layers, batch)
+    given = dict(seen)
+    used = {name: frequencies for name, frequencies in known.items() if owner_of(model, name) in given}
+    # an embedding that was not called, as a vision tower's, may have the same frequencies
+    known = used or known
+    ways = [
+        (name, KeyTurn(frequencies.float().clone(), block, interleaved=interleaved))
+        for name, frequencies in known.items()
+        for interleaved in (False, True)
+    ]
+    errors = [turning_error([deinterleaved_keys(k, turn) for k in keys], turn.frequencies) for _, turn in ways]
+    name, turn = ways[errors.index(min(errors))]
+    if not min(errors) < TURN_TOLERANCE:
+        if turning_error(keys, torch.zeros(1)) < TURN_TOLERANCE:
+            return None, "stored as they are: they do not turn with their position"
+        return None, f"stored as they are: they do not turn by {name} alone (relative difference {min(errors):.2g})"
+    pairs = " in interleaved pairs" if turn.interleaved else ""
+    said = f"turned back to the start of their {block} slots, by {name}{pairs}"
+    rotary = owner_of(model, name)
+    count = given[rotary].shape[0] if rotary in given and given[rotary].dim() == 3 else 1
+    if count == 1:
+        return turn, said
+    if count > MAX_COORDINATES:
+        return None, f"stored as they are: positions have {count} coordinates"
+    probes = keys_by_coordinate(model, rotary, layers, batch, count)
+    probes = [(places, [deinterleaved_keys(k, turn) for k in keys]) for places, keys in probes]
+    coordinates, error = coordinates_of_pairs(probes, turn.frequencies)
+    if not error < TURN_TOLERANCE:
+        return None, (
+            f"stored as they are: positions have {count} coordinates, and pairs do not turn by one of them each "
+            f"(relative difference {error:.2g})"
+        )
+    return replace(turn, coordinates=coordinates), f"{said}, each pair by one of {count} coordinates"
+
+
+def owner_of(model: nn.Module, buffer: str) -> nn.Module:
+    """The module that has a buffer, by the buffer's name."""
+    return model.get_submodule(buffer.rpartition(".")[0])
+
+
+Probes = list[tuple[Tensor, list[Tensor]]]
+
+
+def keys_by_coordinate(
+    model: nn.Module, rotary: nn.Module, layers: list[int], batch: Mapping[str, Any], count: int
+) -> Probes:
+    """For each coordinate: where a repeated token was put `[T]`, at 0 in the other coordinates, and its keys per layer."""
+    # powers of two: far enough apart for slow pairs, and their float32 angles are exact
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or FARTHEST
+    places = 2 ** (torch.arange(PROBE_TOKENS) % max(longest.bit_length() - 1, 1))
+    places[0] = 0
+    probes = []
+    for coordinate in range(count):
+        positions = torch.zeros(count, 1, PROBE_TOKENS, dtype=torch.int64)
+        positions[coordinate] = places
+        with replaced_positions(rotary, positions):
+            probes.append((places, keys_of_one_token(model, layers, batch)))
+    return probes
+
+
+def coordinates_of_pairs(probes: Probes, frequencies: Tensor) -> tuple[Tensor, float]:
+    """The coordinate `[P]` that each pair turns by, int64, and the largest relative difference that it leaves in any layer."""
+    each = torch.stack([pair_errors(keys, frequencies, places) for places, keys in probes])
+    found = each.argmin(0).to(frequencies.device)
+    errors = [turning_error(keys, frequencies * (found == i), places) for i, (places, keys) in enumerate(probes)]
+    return found, max(errors)
+
+
+def pair_errors(keys: list[Tensor], frequencies: Tensor, places: Tensor) -> Tensor:
+    """Largest difference `[P]` of each pair, over layers, between the first key and the others turned back to it."""
+    pairs, turns = len(frequencies), turns_at(places.to(frequencies.device), frequencies)
+    errors = []
+    for k in keys:
+        still = turned(k.float(), turns.to(k.device), back=True)[..., : 2 * pairs]
+        moved = (still - still[:, :1]).unflatten(-1, (2, pairs)).norm(dim=-2)
+        errors.append(moved.amax((0, 1)).cpu())
+    return torch.stack(errors).amax(0)
 
 
 def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[str, Any]) -> list[Tensor]:
@@ -91,12 +202,15 @@ def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[st
     return [cache.layers[i].keys[0] for i in layers]
 
 
-def turning_error(keys: list[Tensor], frequencies: Tensor) -> float:
-    """Largest relative difference, over layers, between the first key and the others turned back to it; inf where they cannot turn."""
+def turning_error(keys: list[Tensor], frequencies: Tensor, places: Tensor | None = None) -> float:
+    """Largest relative difference, over layers, between the first key and the others turned back to it; inf where they cannot turn.
+
+    places: where the tokens are, `[T]`; by default one after another.
+    """
     if any(2 * len(frequencies) > k.shape[-1] for k in keys):
         return float("inf")
-    positions = torch.arange(keys[0].shape[1], device=frequencies.device)
-    turns = turns_at(positions, frequencies)
+    places = torch.arange(keys[0].shape[1]) if places is None else places
+    turns = turns_at(places.to(frequencies.device), frequencies)
     errors = []
     for k in keys:
         still = turned(k.float(), turns.to(k.device), back=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from apack_compile.coordinates import TokenCoordinates, coordinates_of, seen_positions
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.uncompiled import uncompiled
 
@@ -27,12 +28,14 @@ class Observation:
     """One calibration input as the model saw it, per layer.
 
     states: K and V `[B, H_kv, T, D]`. gradients: of K and V, one `[B, H_kv, cached, D]` per draw of labels; none where no
-    token could play the tokens to come. queries: tokens that did.
+    token could play the tokens to come. queries: tokens that did. positions: what the model's rotary embedding was given,
+    `[C, B, T]` or `[B, T]`; None where that was not seen.
     """
 
     states: Mapping[int, tuple[Tensor, Tensor]]
     gradients: Mapping[int, tuple[list[Tensor], list[Tensor]]]
     queries: int
+    positions: Tensor | None = None
 
 
 def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[int]) -> Observation:
@@ -44,16 +47,22 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
         queries = query_tokens(model.config, batch)
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         read, following = split(batch, queries)
-        with torch.no_grad():
+        with torch.no_grad(), seen_positions(model) as seen:
             model(**{**read, "past_key_values": cache, "use_cache": True})
+        positions = seen[-1][1] if seen else None
         if queries == 0:
-            return Observation({i: (cache.layers[i].keys, cache.layers[i].values) for i in layers}, {}, 0)
+            return Observation({i: (cache.layers[i].keys, cache.layers[i].values) for i in layers}, {}, 0, positions)
         leaves = []
         for layer in (cache.layers[i] for i in layers):
             layer.keys, layer.values = layer.keys.detach().requires_grad_(), layer.values.detach().requires_grad_()
             leaves += [layer.keys, layer.values]
-        with torch.enable_grad():
+        if positions is not None and positions.dim() == 3 and "position_ids" not in following:
+            following |= positions_after(positions, batch, queries)
+        with torch.enable_grad(), seen_positions(model) as seen:
             logits = model(**{**following, "past_key_values": cache, "use_cache": True}).logits
+        more = seen[-1][1] if seen else None
+        alike = positions is not None and more is not None and positions.shape[:-1] == more.shape[:-1]
+        positions = torch.cat([positions, more], -1) if alike else None
         mask = following.get("attention_mask")
         hidden = None if mask is None else mask[:, -queries:] == 0
         drawn = [gradients_of(logits, leaves, hidden, seed) for seed in range(LABEL_DRAWS)]
@@ -62,7 +71,27 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
         {i: (cache.layers[i].keys.detach(), cache.layers[i].values.detach()) for i in layers},
         {i: (list(streams[2 * n]), list(streams[2 * n + 1])) for n, i in enumerate(layers)},
         queries,
+        positions,
     )
+
+
+def positions_after(positions: Tensor, batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """Positions `[C, B, tokens]` of a batch's last tokens, as generate would pass them, after `positions` `[C, B, T]` of the others.
+
+    Left to themselves, models whose positions have several coordinates count the attention mask from its beginning. Nothing where
+    the positions are not of this batch's tokens.
+    """
+    count, (rows, length) = positions.shape[0], states_of(batch).shape[:2]
+    held = length - tokens
+    coordinates = coordinates_of(positions, rows, held, count)
+    if coordinates is None:
+        return {}
+    padding = padding_of(batch, length)
+    padding = torch.zeros(rows, held, dtype=torch.bool) if padding is None else padding[:, :held]
+    padding = padding.to(positions.device)
+    known = TokenCoordinates.starting_at(padding.new_zeros(rows, 1), count).followed_by(coordinates, padding, 0)
+    index = torch.arange(held, length, device=positions.device).expand(rows, -1)
+    return {"position_ids": known.at(index).permute(2, 0, 1).to(positions.dtype)}
 
 
 def query_tokens(config: Any, batch: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.calibration import Statistics, collect
 from apack_compile.config import AttentionPackConfig
+from apack_compile.coordinates import positions_given, rotary_modules
 from apack_compile.decode_step import DecodeSteps
 from apack_compile.importance import LEAST_RATIO, CoarseRule
 from apack_compile.modality import padding_of, vision_of
@@ -63,6 +65,7 @@ class Session:
     decode: DecodeSteps | None = None
     quantized: int = 0
     hooks: tuple[Any, ...] = ()
+    rotary_hooks: tuple[Any, ...] = ()
     last_cache: Any = None
     last_held: tuple[dict[str, Any], list[str]] | None = None
     # Why the last generate used no packed cache.
@@ -73,10 +76,14 @@ class Session:
     outdated: str | None = None
     # Threads may share a model: statistics and what belongs to them change together.
     lock: Any = field(default_factory=threading.RLock)
+    # `cache`: the packed cache of the eager pass that this thread runs, weakly.
+    running: threading.local = field(default_factory=threading.local)
 
     def __deepcopy__(self, memo: dict) -> "Session":
-        """For a copied model; it has a lock of its own."""
-        copied = {f.name: deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name != "lock"}
+        """For a copied model; what belongs to threads is its own."""
+        copied = {
+            f.name: deepcopy(getattr(self, f.name), memo) for f in fields(self) if f.name not in ("lock", "running")
+        }
         return Session(**copied)
 
     def __reduce__(self) -> Any:
@@ -162,7 +169,7 @@ class Session:
             raise ValueError("model: its weights are on the meta device now; load them before it generates")
         self.follow(model)
         own = DynamicCache(config=model.config.get_text_config(decoder=True))
-        cache = CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature)
+        cache = CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature, self.config.strict)
         self.last_cache = weakref.ref(cache)
         return cache
 
@@ -322,6 +329,8 @@ def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[s
     announce(model, part, cache, args, kwargs)
     if not torch.compiler.is_dynamo_compiling():
         cache.chunks_before = cache.eager_chunks
+        if (session := session_of(model)) is not None:
+            session.running.cache = weakref.ref(cache)
         start_watching(cache)
 
 
@@ -331,17 +340,42 @@ def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
     if torch.compiler.is_dynamo_compiling() or not isinstance(cache, CompactedCache):
         return
     stop_watching(cache)
+    session = session_of(model)
+    if session is not None:
+        session.running.cache = None
     if cache.is_filled and cache.index.plan.tiers is not None and cache.eager_chunks == cache.chunks_before:
         cache.note(
             "a forward compiled by hand: unless its backend is attentionpack, it reads every token held, not tiers"
         )
     unseen = cache.unsettled() if cache.is_filled else []
     if unseen:
-        session = session_of(model)
         text = f"layers {', '.join(map(str, unseen))}: no scaled_dot_product_attention was seen; every token is kept and read"
         if session is not None and session.config.strict:
             raise StrictError(f"strict: {text}")
         cache.note(text)
+
+
+def watch_rotary(model: nn.Module) -> None:
+    """Where keys turn by several coordinates, see what rotary embeddings are given, from now on."""
+    session = session_of(model)
+    turn = None if session is None else session.turn if session.plan is None else session.plan.turn
+    if session is None or turn is None or turn.coordinates is None or session.rotary_hooks:
+        return
+    session.rotary_hooks = tuple(
+        module.register_forward_pre_hook(partial(show_positions, model), with_kwargs=True)
+        for module in rotary_modules(model)
+    )
+
+
+def show_positions(model: nn.Module, rotary: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a rotary embedding: show what it is given to the packed cache of this thread's eager pass."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    session, positions = session_of(model), positions_given(args, kwargs)
+    running = None if session is None else getattr(session.running, "cache", None)
+    cache = None if running is None else running()
+    if cache is not None and positions is not None:
+        cache.show_positions(positions)
 
 
 def note_new_weights(model: nn.Module, incompatible_keys: Any) -> None:
@@ -366,6 +400,7 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
     session = session_of(model)
     if session is not None and cache.planner is not None:
         session.calibrate_on_first(part, inputs)
+        watch_rotary(model)
     if inputs.get("input_ids") is None:
         cache.note("inputs_embeds without input_ids: vision positions unknown, all tokens taken as text")
     # A single token is a generated one, whatever its id: no picture is that small.

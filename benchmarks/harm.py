@@ -12,7 +12,7 @@ import typer
 from harness import Row, print_table, write_json
 from text_quality import CALIBRATION_PLACES, text_ids
 
-from apack_compile.calibration import Running, Statistics, add_observation, finish_all
+from apack_compile.calibration import Running, Statistics, add_observation, as_packed, finish_all
 from apack_compile.codec import GAUSSIAN_DISTORTION
 from apack_compile.demo.assets import load_model, load_tokenizer
 from apack_compile.plan import STREAMS, Plan, budget_plan
@@ -53,7 +53,7 @@ def main(
         for groups in (1, heads):
             running: Running = {}
             for observation, one in zip(seen, inputs, strict=True):
-                add_observation(running, observation, model.config, one, groups, turn)
+                add_observation(running, as_packed(observation, turn), model.config, one, groups, turn)
             found = finish_all(running)
             statistics = {i: {"text": (found[i, "text", 0], found[i, "text", 1])} for i in layers}
             for wanted in ratio or [4.0, 8.0]:

@@ -21,7 +21,7 @@ ATTEND = Struct("=13qd12qq2dq2d10q12q")
 SEGMENT = Struct("=2q16q16q")
 APPEND = Struct("=7q6d27q27q4q")
 ENCODE = Struct("=9q6d16q")
-UNPACK = Struct("=6q14q12q")
+UNPACK = Struct("=6q14q12qq")
 # packed segments that there is room for
 MAX_PACKED = 3
 # bytes of what is passed, as the library is asked for them

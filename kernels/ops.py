@@ -38,7 +38,8 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.define(
-    f"unpack(Tensor key, Tensor value, {STATE}, SymInt tokens, {OPTIONAL_TIERS}, {TURNS}) -> (Tensor, Tensor)",
+    f"unpack(Tensor key, Tensor value, {STATE}, SymInt tokens, {OPTIONAL_TIERS}, {TURNS}, int interleaved_pairs=0) "
+    "-> (Tensor, Tensor)",
     tags=TAGS,
 )
 LIBRARY.define(f"attend({ATTEND}, {TURNS}) -> Tensor", tags=TAGS)

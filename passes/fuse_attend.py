@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from apack_compile.passes.base import Pass, Refusal
+from apack_compile.passes.components import deinterleaved_node
 from apack_compile.passes.masks import one_mask
 from apack_compile.passes.nodes import bind, default_overload
 from apack_compile.passes.sites import AttentionSite, find_sites
@@ -19,7 +20,18 @@ class FuseAttend(Pass):
 
     uses: ClassVar[tuple[str, ...]] = tuple(
         f"apack_compile.passes.{name}"
-        for name in ("attention", "effects", "layout", "masks", "memory", "nodes", "origin", "scores", "sites")
+        for name in (
+            "attention",
+            "components",
+            "effects",
+            "layout",
+            "masks",
+            "memory",
+            "nodes",
+            "origin",
+            "scores",
+            "sites",
+        )
     )
 
     def match(self, graph: fx.Graph) -> list[AttentionSite | Refusal]:
@@ -45,10 +57,12 @@ class FuseAttend(Pass):
 
 def _attend(graph: fx.Graph, site: AttentionSite, query: fx.Node) -> fx.Node:
     """The `apack::attend` of a site, at the graph's insertion point."""
+    given = bind(site.unpack, default_overload(site.unpack))
+    # The packed cache has its keys in halves; unpack interleaves them again, attend takes a query in halves too.
+    query = deinterleaved_node(graph, query, given["interleaved_pairs"])
     mask = one_mask(graph, site.attention.masks)
     if site.grouped:
         query, mask = (graph.call_method("flatten", (node, 1, 2)) for node in (query, mask))
-    given = bind(site.unpack, default_overload(site.unpack))
     given |= {"query": query, "mask": mask, "bias": None, "scale": site.attention.scale}
     attend = torch.ops.apack.attend_tiers if given["tiers"] is not None else torch.ops.apack.attend
     # Cache state goes over by name: unpack and attend call it the same.

@@ -15,6 +15,7 @@ from torch import fx
 
 from apack_compile.passes.base import Pass, Refusal
 from apack_compile.passes.buffer_pairs import BufferPair, find_pairs
+from apack_compile.passes.components import deinterleaved_node
 from apack_compile.passes.nodes import value_of
 from apack_compile.passes.sites import AttentionSite, find_sites
 
@@ -23,12 +24,13 @@ from apack_compile.passes.sites import AttentionSite, find_sites
 class StateLayout:
     """How many tensors a packed layer has of each kind, in the order in which the graph takes them.
 
-    segments: packed ones; turns: whether keys are turned back, `block` slots at a time.
+    segments: packed ones; turns: whether keys are turned back, `block` slots at a time; interleaved_pairs: as `unpack` has them.
     """
 
     segments: int = 2
     turns: bool = False
     block: int = 0
+    interleaved_pairs: int = 0
 
     @property
     def counts(self) -> tuple[int, int, int, int, int, int]:
@@ -50,6 +52,7 @@ class PackBuffers(Pass):
             "attention",
             "buffer_pairs",
             "cache_updates",
+            "components",
             "effects",
             "memory",
             "nodes",
@@ -108,9 +111,10 @@ class PackBuffers(Pass):
         """Rewrite one pair; its unpack."""
         states = [update.state for update in (pair.key, pair.value)]
         dense, codes, bases, positions, (cursor,), turns = self._inputs(graph, name, value_of(states[0]))
-        new = (pair.new_key, pair.new_value)
         turned: dict[str, Any] = {"block": self.layout.block} if turns else {}
+        pairs = self.layout.interleaved_pairs
         with graph.inserting_before(pair.node):
+            new = (deinterleaved_node(graph, pair.new_key, pairs), pair.new_value)
             append = graph.call_function(
                 torch.ops.apack.append.default,
                 (*new, dense[2:] + codes[-4:], bases[-6:], bands[-8:], cursor),
@@ -120,7 +124,7 @@ class PackBuffers(Pass):
                 torch.ops.apack.unpack.default,
                 # FuseAttend takes it away: its length is never asked for
                 (*new, dense, codes, bases, bands, positions, cursor, 0),
-                {"turns": turns, **turned} if turns else {},
+                {"turns": turns, **turned, "interleaved_pairs": pairs} if turns else {},
             )
             read = [graph.call_function(operator.getitem, (unpack, i)) for i in range(2)]
         for node in (append, unpack, *read):

@@ -21,7 +21,7 @@ from apack_compile.kernels.turns import turned
 from apack_compile.layer import MAX_APPEND
 from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, budget_plan, lossless_plan
 from apack_compile.preset_options import AttentionPackOptions
-from apack_compile.rotary import KeyTurn, turns_at
+from apack_compile.rotary import KeyTurn, deinterleaved_keys, turns_at
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
 WIDTH = HEADS * HEAD_DIM
@@ -40,7 +40,9 @@ def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None, co
 
     def seen(layer: int, stream: int) -> Tensor:
         states = states_of(sample, layer, stream, torch.float32)
-        return states if stream or turn is None else turned(states, turns_at(torch.arange(400), turn.frequencies))
+        if stream or turn is None:
+            return states
+        return turned(deinterleaved_keys(states, turn), turns_at(torch.arange(400), turn.frequencies))
 
     width = WIDTH // groups
     bands = Bands((0, width, 0, 0))
@@ -58,12 +60,20 @@ def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None, co
     return Plan(dict.fromkeys(range(LAYERS), streams), tail_slots, groups=groups, bases=bases, turn=turn, coarse=rule)
 
 
+def several_coordinates() -> KeyTurn:
+    """Pairs that turn by one of three coordinates each."""
+    return KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4, coordinates=torch.tensor([2, 0, 1]))
+
+
 RANKS = {f"{modality}_{stream}": RANK for modality in ("vision", "text") for stream in ("key", "value")}
 PLANS: dict[str, Callable[[], Plan]] = {
     "lossless": lambda: lossless_plan(range(LAYERS)),
     "no tail": lambda: model_plan(0),
     "tail": lambda: model_plan(8, groups=2),
     "relative": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4)),
+    "interleaved": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), 4, interleaved=True)),
+    "several coordinates": lambda: model_plan(3, turn=several_coordinates()),
+    "coarse several": lambda: model_plan(0, turn=several_coordinates(), coarse="vision"),
     "coarse text": lambda: model_plan(0, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4), coarse="text"),
     "coarse vision": lambda: model_plan(5, groups=2, coarse="vision"),
     "batch": lambda: attentionpack_plan(
@@ -90,6 +100,7 @@ class Pair:
     dense: list[list[Tensor]] = field(init=False)
     vision: Tensor = field(init=False)
     padding: Tensor = field(init=False)
+    shown: Tensor = field(init=False)
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +129,8 @@ class Pair:
         self.vision = torch.cat([self.vision, none if vision is None else vision], 1)
         self.padding = torch.cat([self.padding, none if padding is None else padding], 1)
         self.cache.expect(vision, padding)
+        self.shown = torch.randint(0, 900, (3, self.batch, count), generator=self.generator)
+        self.cache.show_positions(self.shown)
         length, offset = self.cache.get_mask_sizes(count, 0)
         assert offset == 0
         for layer in range(LAYERS):
@@ -326,7 +339,7 @@ def test_vision_and_text_lie_in_segments_of_their_own(plan):
     assert pair.cache.packed_layers[0].codes[0].shape[2] == 40
 
 
-@pytest.mark.parametrize("plan", ("coarse text", "coarse vision"))
+@pytest.mark.parametrize("plan", ("coarse text", "coarse vision", "coarse several"))
 def test_the_tokens_of_least_predicted_importance_are_coarse_by_layer(plan):
     pair = Pair(plan, batch=2)
     vision, padding = torch.zeros(2, 160, dtype=torch.bool), torch.zeros(2, 160, dtype=torch.bool)
@@ -334,7 +347,8 @@ def test_the_tokens_of_least_predicted_importance_are_coarse_by_layer(plan):
     padding[1, :9] = True
     pair.feed(160, vision, padding)
     held, rule = pair.cache.index.plan, pair.cache.index.plan.coarse
-    places = torch.arange(160) - torch.tensor([[0], [9]])
+    counted = (torch.arange(160) - torch.tensor([[0], [9]]))[..., None]
+    places = pair.shown.permute(1, 2, 0) if held.has_coordinates else counted
     seen = []
     for i, layer in enumerate(pair.cache.packed_layers):
         first, coarse, *others = layer.own_positions
@@ -412,7 +426,7 @@ def test_crop_gives_back_the_newest_tokens_only(plan):
     assert int(pair.cache.get_seq_length()) == 43
     pair.cache.crop(-3)
     assert int(pair.cache.get_seq_length()) == 40
-    if plan not in ("tail", "relative", "coarse vision"):
+    if plan not in ("tail", "relative", "interleaved", "several coordinates", "coarse vision"):
         assert same_tokens(pair.cache, before)
 
 
@@ -522,8 +536,9 @@ def test_a_reset_cache_holds_the_next_prompt_like_a_new_one():
 
 
 @pytest.mark.parametrize("change", ("reorder", "select", "repeat"))
-def test_rows_with_other_padding_keep_their_turns(change):
-    pair = Pair("relative", batch=3)
+@pytest.mark.parametrize("plan", ("relative", "several coordinates"))
+def test_rows_with_other_padding_keep_their_turns(plan, change):
+    pair = Pair(plan, batch=3)
     padding = torch.arange(30) < torch.tensor([[0], [7], [19]])
     vision = torch.rand(3, 30, generator=pair.generator) < torch.tensor([[0.2], [0.5], [0.8]])
     pair.feed(30, vision=vision & ~padding, padding=padding)

@@ -113,10 +113,10 @@ def test_unturned_keys_of_a_token_are_the_same_wherever_it_stands():
     with torch.no_grad():
         model(input_ids=torch.full((1, 40), 7), past_key_values=cache)
     keys = cache.layers[0].keys
-    still = unturned(keys, torch.arange(40)[None], turn)
+    still = unturned(keys, torch.arange(40)[None, :, None], turn)
     torch.testing.assert_close(still, still[:, :, :1].expand_as(still), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(keys, keys[:, :, :1].expand_as(keys), atol=1e-2)
-    assert unturned(keys, torch.arange(40)[None], None) is keys
+    assert unturned(keys, torch.arange(40)[None, :, None], None) is keys
 
 
 def test_a_rule_needs_tokens_enough():

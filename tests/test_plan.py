@@ -25,6 +25,7 @@ from apack_compile.plan import (
     tail_slots_for,
     water_fill,
 )
+from apack_compile.rotary import KeyTurn
 
 RUNS = st.lists(
     st.tuples(st.floats(1e-9, 1e6, allow_subnormal=False), st.sampled_from((1.0, 8.0, 16.0, 48.0))),
@@ -101,6 +102,7 @@ def held(plan, tokens: int, vision_share: float, layers: int, heads: int, head_d
     vision = torch.zeros(1, tokens, dtype=torch.bool)
     vision[:, 5 : 5 + int(vision_share * tokens)] = True
     cache.expect(vision, None)
+    cache.show_positions(torch.arange(tokens).expand(3, 1, tokens))
     for layer in range(layers):
         states = torch.randn(1, heads, tokens, head_dim, generator=generator).to(torch.bfloat16)
         cache.update(states, states, layer)
@@ -120,6 +122,14 @@ def test_a_cache_holds_the_ratio_that_was_asked_for(
     report = held(plan, tokens, vision_share, layers, heads, head_dim)
     assert report["tokens"] == tokens
     assert abs(report["sequence_bytes"] * ratio / report["dense_bytes"] - 1) <= 0.05
+
+
+@pytest.mark.parametrize("coordinates", (None, torch.arange(16) % 3), ids=("one", "three"))
+def test_turns_and_coordinates_count_towards_the_ratio(statistics_of, coordinates):
+    turn = KeyTurn(torch.rand(16, generator=torch.Generator().manual_seed(0)), 16, coordinates=coordinates)
+    plan = budget_plan(statistics_of(2, 3, 64), 8, *budget_key(8192, 0.3), turn=turn)
+    report = held(plan, 8192, 0.3, 2, 3, 64)
+    assert abs(report["sequence_bytes"] * 8 / report["dense_bytes"] - 1) <= 0.03
 
 
 def test_a_prompt_too_short_for_its_budget_still_gets_a_plan(statistics_of):

@@ -20,6 +20,7 @@ from apack_compile.codec import Bands, StreamBasis
 from apack_compile.importance import CoarseRule
 from apack_compile.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan, attentionpack_plan, lossless_plan
 from apack_compile.plan_file import FORMAT_VERSION, digest, tensors_of, values_of, versions
+from apack_compile.rotary import KeyTurn
 
 IMAGE = 9
 RATIO = 3
@@ -87,8 +88,9 @@ def assert_equal(found: Plan, expected: Plan) -> None:
         assert all(torch.equal(w, expected.coarse.weights[i]) for i, w in found.coarse.weights.items())
     assert (found.turn is None) == (expected.turn is None)
     if expected.turn is not None:
-        assert found.turn.block == expected.turn.block
+        assert (found.turn.block, found.turn.interleaved) == (expected.turn.block, expected.turn.interleaved)
         assert torch.equal(found.turn.frequencies, expected.turn.frequencies)
+        assert (found.turn.coordinates is None) == (expected.turn.coordinates is None)
     assert found.provenance.calibrated_on == expected.provenance.calibrated_on
     assert set(found.bases) == set(expected.bases)
     for layer, bases in expected.bases.items():
@@ -134,6 +136,9 @@ def plans(draw) -> Plan:
             order = (4, 5, 0, 1, 2, 3) if tells_apart else range(4)
             bases[layer] = tuple(streams[i][1] for i in order)
     weights = {layer: torch.rand(2 * groups * width + 2 * 2, generator=generator) for layer in layers}
+    turn = None
+    if scope == "model" and draw(st.booleans()):
+        turn = KeyTurn(torch.rand(draw(st.integers(1, 4)), generator=generator), 16, interleaved=draw(st.booleans()))
     return Plan(
         layers,
         draw(st.integers(32 if scope in FITTED_SCOPES else 0, 64)),
@@ -143,6 +148,7 @@ def plans(draw) -> Plan:
         draw(st.booleans()),
         (6, 2, 8, "torch.bfloat16"),
         Provenance(draw(st.none() | st.text())),
+        turn=turn,
         coarse=CoarseRule(draw(st.sampled_from(("vision", "text"))), 0.6, weights) if tells_apart else None,
     )
 
@@ -338,7 +344,7 @@ def test_a_foreign_file_is_refused(tmp_path, content):
 
 def test_a_file_of_another_format_version_is_refused(plan, tmp_path):
     write(tmp_path / "plan", values_of(plan), tensors_of(plan), version="1")
-    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads format '3'"):
+    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads format '4'"):
         Plan.load(tmp_path / "plan")
 
 
@@ -404,14 +410,16 @@ def stream_change(**changes):
         (lambda values: values.update(separates_vision="no"), "separates_vision is 'no'"),
         (lambda values: values.update(signature=[2, 2, 16]), "signature is"),
         (lambda values: values.update(signature=[1, 2, 16, "torch.float32"]), r"layers is \[0, 1\], must be .* 0 to 0"),
-        (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 3"),
-        (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 3"),
+        (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 4"),
+        (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 4"),
         (lambda values: values["turn"].update(block=0), "turn block is 0, must be an integer >= 1"),
         (lambda values: values["turn"].update(block="32"), "turn block is '32'"),
+        (lambda values: values["turn"].update(interleaved=1), "turn interleaved is 1, must be True or False"),
+        (lambda values: values["turn"].pop("interleaved"), "more than a plan"),
         (lambda values: values.update(turn=None), "more than a plan"),
         (lambda values: values["turn"].pop("block"), "not laid out"),
-        (lambda values: values["layers"].pop(), "not laid out as plan format 3 says: .*more than a plan"),
-        (lambda values: values.pop("groups"), "not laid out as plan format 3 says: KeyError"),
+        (lambda values: values["layers"].pop(), "not laid out as plan format 4 says: .*more than a plan"),
+        (lambda values: values.pop("groups"), "not laid out as plan format 4 says: KeyError"),
         (lambda values: values.update(more=1), "more than a plan"),
         (lambda values: values.update(layers=None), "not laid out"),
         (lambda values: values.update(versions=[]), "not laid out"),
@@ -425,6 +433,29 @@ def test_values_that_make_no_plan_are_refused(plan, tmp_path, change, message):
     write(path, values, tensors_of(plan))
     with pytest.raises(ValueError, match=rf"path='{path}': .*{message}"):
         Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "message"),
+    [
+        (torch.tensor([0, 1, 2]), r"turn coordinates shape is \(3,\), must be \(8,\)"),
+        (torch.zeros(8), "turn coordinates dtype is torch.float32, must be torch.int64"),
+        (torch.full((8,), -1), r"turn coordinate is \(-1, -1\), must be from 0 to 7"),
+        (torch.tensor([0] * 7 + [8]), r"turn coordinate is \(0, 8\), must be from 0 to 7"),
+    ],
+)
+def test_coordinates_that_make_no_plan_are_refused(plan, tmp_path, coordinates, message):
+    path = tmp_path / "plan"
+    write(path, values_of(plan), {**tensors_of(plan), "turn.coordinates": coordinates})
+    with pytest.raises(ValueError, match=message):
+        Plan.load(path)
+
+
+def test_coordinates_without_a_turn_are_refused(plan, tmp_path):
+    still = replace(plan, turn=None)
+    write(tmp_path / "plan", values_of(still), {**tensors_of(still), "turn.coordinates": torch.zeros(8).long()})
+    with pytest.raises(ValueError, match="more than a plan"):
+        Plan.load(tmp_path / "plan")
 
 
 @pytest.mark.parametrize(

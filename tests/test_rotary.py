@@ -8,18 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     CohereConfig,
+    Ernie4_5Config,
+    Glm4Config,
     GPT2Config,
     LlamaConfig,
-    Qwen2VLTextConfig,
     StableLmConfig,
 )
 from transformers.cache_utils import DynamicCache
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.calibration import collect, turns_of_tokens
+from apack_compile.coordinates import TokenCoordinates
 from apack_compile.demo.evaluate import _decoded
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.rotary import BLOCK, KeyTurn, find_turn, rotary_start, turns_at, turns_of_blocks
@@ -36,8 +38,6 @@ SIZES = {
 
 def model_of(config: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    if isinstance(config, Qwen2VLTextConfig):
-        return Qwen2VLTextModel(config).eval()
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None
     return model
@@ -48,35 +48,36 @@ def prompt(tokens: int = 300, rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("config", "pairs"),
+    ("config", "pairs", "interleaved"),
     [
-        (LlamaConfig(**SIZES), 8),
-        (LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 8),
-        (StableLmConfig(**SIZES, partial_rotary_factor=0.25), 2),
+        (LlamaConfig(**SIZES), 8, False),
+        (LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 8, False),
+        (StableLmConfig(**SIZES, partial_rotary_factor=0.25), 2, False),
+        (CohereConfig(**SIZES), 8, True),
+        (Ernie4_5Config(**SIZES, head_dim=20), 10, True),
+        (Glm4Config(**SIZES, head_dim=20, pad_token_id=None), 5, True),
     ],
-    ids=("whole head", "scaled", "part of a head"),
+    ids=("whole head", "scaled", "part of a head", "interleaved", "interleaved, Ernie", "interleaved part of a head"),
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, dtype):
+def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, interleaved, dtype):
     turn, reason = find_turn(model_of(config).to(dtype), [0, 1], {"input_ids": prompt()}, BLOCK)
     assert turn is not None and turn.frequencies.shape == (pairs,), reason
     assert turn.frequencies.dtype == torch.float32
-    assert "inv_freq" in reason
+    assert turn.interleaved == interleaved == ("interleaved pairs" in reason) and "inv_freq" in reason
 
 
 @pytest.mark.parametrize(
     ("config", "why"),
     [
         (GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4), "no rotary frequencies"),
-        (CohereConfig(**SIZES), "do not turn by .*inv_freq alone"),
+        (Cohere2Config(**SIZES, layer_types=["full_attention"] * 2), "do not turn with their position"),
         (
-            Qwen2VLTextConfig(
-                **SIZES, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-            ),
-            "several coordinates",
+            Cohere2Config(**SIZES, layer_types=["sliding_attention", "full_attention"]),
+            "do not turn by .*inv_freq alone",
         ),
     ],
-    ids=("no rotary embedding", "interleaved pairs", "several coordinates"),
+    ids=("no rotary embedding", "layers without one", "one layer without one"),
 )
 def test_keys_that_turn_otherwise_are_left_with_a_reason(config, why):
     turn, reason = find_turn(model_of(config), [0, 1], {"input_ids": prompt()}, BLOCK)
@@ -89,7 +90,8 @@ def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs
     positions = torch.randint(0, 5000, (batch, slots), generator=generator, dtype=torch.int32)
     turn = KeyTurn(torch.rand(pairs, generator=generator), block)
     start = torch.zeros(batch, 1, dtype=torch.int64)
-    turns = turns_of_slots(turns_of_blocks(positions, start, turn), block, torch.arange(slots))
+    coordinates = TokenCoordinates.starting_at(start)
+    turns = turns_of_slots(turns_of_blocks(positions, coordinates, turn), block, torch.arange(slots))
     keys, query = (torch.randn(batch, slots, 2 * pairs + 3, generator=generator).double() for _ in range(2))
     back = turned(keys, turns, back=True)
     torch.testing.assert_close(turned(back, turns), keys, atol=1e-5, rtol=1e-5)
@@ -104,16 +106,18 @@ def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs
 def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
     flags = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < 0.4
     turn, start = KeyTurn(torch.tensor([1.0, 0.01]), 16), torch.tensor([[0], [3], [7]])
-    by_token = turns_of_tokens(flags, start, turn)
+    coordinates = TokenCoordinates.starting_at(start)
+    by_token = turns_of_tokens(flags, coordinates.at(torch.arange(200).expand(3, -1)), turn)
     for row in range(3):
         positions = flags[row].nonzero().flatten()[None].to(torch.int32)
-        blocks = turns_of_blocks(positions, start[row : row + 1], turn)
+        blocks = turns_of_blocks(positions, TokenCoordinates.starting_at(start[row : row + 1]), turn)
         expected = turns_of_slots(blocks, turn.block, torch.arange(positions.shape[1]))[0]
         assert torch.equal(by_token[row][flags[row]], expected)
 
 
-def test_fewer_components_explain_keys_that_are_turned_back():
-    model, inputs = model_of(LlamaConfig(**SIZES)), {"input_ids": prompt(600)}
+@pytest.mark.parametrize("config", (LlamaConfig, CohereConfig), ids=("halves", "interleaved"))
+def test_fewer_components_explain_keys_that_are_turned_back(config):
+    model, inputs = model_of(config(**SIZES)), {"input_ids": prompt(600)}
     turn, _ = find_turn(model, [0, 1], inputs, BLOCK)
     plain, relative = (collect(model, [0, 1], inputs, turn=t)[0] for t in (None, turn))
     for layer in range(2):

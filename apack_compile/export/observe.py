@@ -14,7 +14,7 @@ from apack_compile.export.rewrite import new_tokens
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.plan import FIRST_TOKENS, STREAMS
-from apack_compile.rotary import BLOCK, KeyTurn, turns_at
+from apack_compile.rotary import BLOCK, KeyTurn, deinterleaved_keys, turns_at
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -49,7 +49,8 @@ class Observer(nn.Module):
             still = key
             if turn is not None:
                 turns = turns_at(index // turn.block * turn.block, turn.frequencies)
-                still = turned(key.to(torch.promote_types(key.dtype, torch.float32)), turns, back=True)
+                halves = deinterleaved_keys(key.to(torch.promote_types(key.dtype, torch.float32)), turn)
+                still = turned(halves, turns, back=True)
             for stream, states in enumerate((still, value)):
                 tokens = to_groups(states, 1).transpose(0, 1).flatten(1, 2)
                 running.setdefault((self.number, "text", stream), RunningMoments()).add(tokens)
@@ -101,10 +102,13 @@ def observe(gm: fx.GraphModule, caches: Sequence[OwnedCache], calls: Iterable[Ca
 
 
 def key_turns(gm: fx.GraphModule, caches: Sequence[OwnedCache]) -> list[KeyTurn]:
-    """Ways to turn keys back: by each buffer of rotary frequencies, named as transformers names them."""
+    """Ways to turn keys back: by each buffer of rotary frequencies, named as transformers names them, in either pairs."""
     width = min(cache.key.size[3] for cache in caches)
     known = [b.float() for name, b in gm.named_buffers() if name.endswith("inv_freq") and b.dim() == 1]
-    return [KeyTurn(frequencies, BLOCK) for frequencies in known if 2 * len(frequencies) <= width]
+    fitting = [frequencies for frequencies in known if 2 * len(frequencies) <= width]
+    return [
+        KeyTurn(frequencies, BLOCK, interleaved=interleaved) for frequencies in fitting for interleaved in (False, True)
+    ]
 
 
 def key_bits(statistics: Statistics) -> float:

@@ -37,6 +37,11 @@ def given_plans(plan: Plan, caches: Sequence[OwnedCache], total: int) -> dict[in
         )
     if plan.layers_place_tokens:
         raise ValueError("plan: orders or separates tokens by importance; make it with AttentionPackConfig(coarse=())")
+    if plan.has_coordinates:
+        raise ValueError(
+            "plan: its keys turn by several coordinates of a token, and a program does not say where its tokens are; "
+            "make it with AttentionPackConfig(key_block=0)"
+        )
     if len(plan.layers) != total:
         raise ValueError(f"plan: packs {len(plan.layers)} layers; the program has {total} caches")
     layers, plans = sorted(plan.layers), {}

@@ -26,6 +26,7 @@ from apack_compile.export.state import (
     slots_key,
 )
 from apack_compile.export.streams import Span, Stream
+from apack_compile.passes.components import deinterleaved_node
 from apack_compile.passes.effects import live_nodes
 from apack_compile.passes.fuse_attend import FuseAttend
 from apack_compile.passes.nodes import op_name, same_sizes, shape, value_of
@@ -117,11 +118,13 @@ def _unpack(buffers: Buffers, cache: OwnedCache, plan: CachePlan, own: str, shar
         (cursor,), positions = buffers.read(own, [CURSOR]), buffers.read(shared, POSITIONS)
         turns = [] if plan.turn is None else buffers.read(shared, TURNS)
         turned = {} if plan.turn is None else {"block": plan.turn.block}
+        pairs = 0 if plan.turn is None else plan.turn.interleaved_pairs
+        key = deinterleaved_node(graph, key, pairs)
         appended = {**turned, "text_turns": turns[1]} if turns else {}
         arguments = (key, value, index, first, [*tail, *codes], bases, plan.bands, cursor)
         graph.call_function(torch.ops.apack.append_at.default, arguments, appended)
         state = ([*first, *tail], [*none, *codes], [*bases, *bases], plan.bands * 2, positions, cursor)
-        read = {**turned, "turns": turns} if turns else {}
+        read = {**turned, "turns": turns, "interleaved_pairs": pairs} if turns else {}
         unpack = graph.call_function(torch.ops.apack.unpack.default, (key, value, *state, cache.key.size[2]), read)
         streams = (cache.key, cache.value)
         tokens = []

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from apack_compile.codec import StreamBasis, encode
+from apack_compile.coordinates import TokenCoordinates
 from apack_compile.kernels.layout import to_groups
 from apack_compile.plan import StreamPlan
 from apack_compile.rotary import KeyTurn, turns_of_blocks
@@ -103,7 +104,7 @@ def slot_positions(key: Tensor, plan: CachePlan) -> Held:
     rows = [where.expand(batch, -1).contiguous() for where in positions]
     tensors = dict(zip(POSITIONS, rows, strict=True))
     if plan.turn is not None:
-        start = torch.zeros(batch, 1, dtype=torch.int64, device=key.device)
+        start = TokenCoordinates.starting_at(torch.zeros(batch, 1, device=key.device))
         at_slots = text.expand(batch, -1)
         turns = [turns_of_blocks(where, start, plan.turn) for where in (at_slots[:, :1], at_slots)]
         tensors |= dict(zip(TURNS, turns, strict=True))

@@ -130,6 +130,7 @@ struct Unpack {
     const int64_t *cursor;
     Restored sides[2];
     Turns turns[MAX_PACKED];
+    int64_t interleaved_pairs;
 };
 
 }  // namespace

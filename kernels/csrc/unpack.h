@@ -1,7 +1,7 @@
 // `apack::unpack` (kernels/unpack/reference.py is the specification).
 //
 // A task decodes one head of one stream for a piece of a segment: the head's columns of the decoder, times the steps, are laid out as
-// panels once; then, for blocks of tokens, codes to floats, times the panels, turned forward, to the tokens' positions.
+// panels once; then, for blocks of tokens, codes to floats, times the panels, turned forward, interleaved, to the tokens' positions.
 #pragma once
 
 #include "codes.h"
@@ -28,6 +28,7 @@ struct Unpacking {
 struct Decoding {
     float *panels, *tile;       // [D / PANEL][columns][PANEL], [BLOCK][COMPONENTS_AT_ONCE]
     float *rows, *row, *mean;   // [BLOCK][D, rounded up to vectors], [D], [D]
+    float *halves;              // [D]
     uint8_t *codes;             // one token's, and a vector
 };
 
@@ -81,20 +82,34 @@ inline void lay_out_panels(const Source &s, const Columns &columns, int64_t basi
         }
 }
 
-// A row of floats as a token of the result, or a row as it is stored.
-inline void write_row(const Unpacking &w, int stream, int64_t b, int64_t head, int64_t position, const float *row) {
+inline int pairs_to_interleave(const Unpacking &w, int stream) {
+    return stream ? 0 : (int)w.u->interleaved_pairs;
+}
+
+// Components i and i + pairs go to 2 i and 2 i + 1.
+inline void interleave(float *row, int pairs, float *halves) {
+    memcpy(halves, row, 2 * pairs * sizeof(float));
+    for (int i = 0; i < pairs; ++i) {
+        row[2 * i] = halves[i];
+        row[2 * i + 1] = halves[pairs + i];
+    }
+}
+
+// A row of floats, which is changed, as a token of the result, or a row as it is stored.
+inline void write_row(const Unpacking &w, int stream, int64_t b, int64_t head, int64_t position, float *row, const Decoding &d) {
     const Restored &side = w.u->sides[stream];
+    if (int pairs = pairs_to_interleave(w, stream)) interleave(row, pairs, d.halves);
     store_row(restored_row(w, stream, b, head, position), side.dtype, row, (int)side.width);
 }
 
-inline void copy_row(const Unpacking &w, int stream, int64_t b, int64_t head, int64_t position, const void *from, int64_t dtype, float *row) {
+inline void copy_row(const Unpacking &w, int stream, int64_t b, int64_t head, int64_t position, const void *from, int64_t dtype, const Decoding &d) {
     const Restored &side = w.u->sides[stream];
-    if (dtype == side.dtype) {
+    if (dtype == side.dtype && !pairs_to_interleave(w, stream)) {
         memcpy(restored_row(w, stream, b, head, position), from, side.width * element_bytes(dtype));
         return;
     }
-    convert_row(row, from, dtype, (int)side.width);
-    write_row(w, stream, b, head, position, row);
+    convert_row(d.row, from, dtype, (int)side.width);
+    write_row(w, stream, b, head, position, d.row, d);
 }
 
 // Slots [begin, end) of a packed stream, one head.
@@ -134,7 +149,7 @@ inline void decode_slots(const Unpacking &w, int stream, int segment, int64_t b,
             float scale = s.scale ? half_to_float(s.scale[(b * s.groups + group) * slots + token + t]) : 1;
             for (int i = 0; i < D; ++i) row[i] = row[i] * scale + mean[i];
             if (turned) turn_forward(row, turn_of(turns, b, token + t), turns.pairs);
-            write_row(w, stream, b, head, positions[t], row);
+            write_row(w, stream, b, head, positions[t], row, d);
         }
     }
 }
@@ -150,12 +165,12 @@ inline void copy_slots(const Unpacking &w, int stream, int segment, int64_t b, i
         if (position < 0) continue;
         const void *from = dense_row(s, b, head, slot, u.heads / s.groups, width);
         if (!turns || !turns->data) {
-            copy_row(w, stream, b, head, position, from, s.dtype, d.row);
+            copy_row(w, stream, b, head, position, from, s.dtype, d);
             continue;
         }
         convert_row(d.row, from, s.dtype, (int)width);
         turn_forward(d.row, turn_of(*turns, b, slot), turns->pairs);
-        write_row(w, stream, b, head, position, d.row);
+        write_row(w, stream, b, head, position, d.row, d);
     }
 }
 
@@ -169,7 +184,7 @@ inline void fill_rest(const Unpacking &w, int stream, int64_t b, int64_t head, c
             memset(restored_row(w, stream, b, head, position), 0, side.width * element_bytes(side.dtype));
     for (int64_t i = 0; i < u.new_tokens; ++i) {
         int64_t at = b * side.strides[0] + head * side.strides[1] + i * side.strides[2];
-        copy_row(w, stream, b, head, before + i, (const char *)side.fresh + at * element_bytes(side.dtype), side.dtype, d.row);
+        copy_row(w, stream, b, head, before + i, (const char *)side.fresh + at * element_bytes(side.dtype), side.dtype, d);
     }
 }
 
@@ -196,6 +211,7 @@ inline int run_unpack(const Unpack &u, const State &state) {
         d.rows = arena.floats(BLOCK * widest);
         d.row = arena.floats(widest);
         d.mean = arena.floats(widest);
+        d.halves = arena.floats(widest);
         d.codes = (uint8_t *)arena.take(bytes + LANES);
         return d;
     };

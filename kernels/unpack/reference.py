@@ -14,7 +14,7 @@ from apack_compile.kernels.layout import (
     tail_positions,
     to_heads,
 )
-from apack_compile.kernels.turns import turned, turns_of_slots
+from apack_compile.kernels.turns import check_pairs, interleaved, turned, turns_of_slots
 
 
 def unpack(
@@ -34,17 +34,24 @@ def unpack(
     ema: Sequence[float] | None = None,
     turns: list[Tensor] | None = None,
     block: int = 0,
+    interleaved_pairs: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """K and V `[B, H_kv, tokens, D]` in `key`'s dtype, the newest tokens exact, zeros where no token is held.
 
     Every stored token with all its bands: the tiers say what `attend`, which takes this call's place, reads. turns: of each packed
     segment float32 `[B, blocks, 2, P]`, by which the stored keys of each `block` of slots were turned back; none for keys stored as
-    they came. Raises ValueError for lists that are not those of two or three packed segments.
+    they came. interleaved_pairs: keys, the new ones too, are held with components i and i + interleaved_pairs of a head where the model
+    has 2 i and 2 i + 1, and are given back as the model has them. Raises ValueError for lists that are not those of two or three packed
+    segments, and for more pairs than a key has.
     """
     check_segments(codes, bases, bands, positions, turns or ())
+    check_pairs(interleaved_pairs, key.shape[-1])
     keys = list(_decoded(0, key, dense, codes, bases, bands, turns or (), block))
     values = list(_decoded(1, value, dense, codes, bases, bands, (), block))
-    return _restore(key, keys, positions, cursor, tokens), _restore(value, values, positions, cursor, tokens)
+    out = _restore(key, keys, positions, cursor, tokens)
+    if interleaved_pairs:
+        out = interleaved(out, interleaved_pairs)
+    return out, _restore(value, values, positions, cursor, tokens)
 
 
 def _decoded(

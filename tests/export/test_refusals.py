@@ -13,6 +13,7 @@ import apack_compile
 from apack_compile.backend import StrictError
 from apack_compile.importance import CoarseRule, feature_count
 from apack_compile.plan import attentionpack_plan, budget_plan, lossless_plan
+from apack_compile.rotary import KeyTurn
 
 TOKENS, CHUNKS = 64, (9, *[1] * 8, 6)
 
@@ -279,6 +280,14 @@ def test_a_plan_that_tells_coarse_tokens_apart_is_refused(statistics_of):
     plan = budget_plan(statistics, 4, TOKENS, 0.0, rules={"text": rule})
     plan = replace(plan, signature=(2, KV_HEADS, WIDTH, "torch.float32"))
     with pytest.raises(ValueError, match=r"plan: orders or separates tokens by importance; make it with .*coarse=\(\)"):
+        apack_compile.optimize(exported(Decoder()), plan=plan)
+
+
+def test_a_plan_whose_keys_turn_by_several_coordinates_is_refused(statistics_of):
+    turn = KeyTurn(torch.ones(2), 16, coordinates=torch.tensor([0, 1]))
+    plan = budget_plan(statistics_of(2, KV_HEADS, WIDTH, vision=False), 4, TOKENS, 0.0, turn=turn)
+    plan = replace(plan, signature=(2, KV_HEADS, WIDTH, "torch.float32"))
+    with pytest.raises(ValueError, match=r"plan: its keys turn by several coordinates .*key_block=0"):
         apack_compile.optimize(exported(Decoder()), plan=plan)
 
 

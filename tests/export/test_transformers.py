@@ -2,20 +2,23 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.export.program import copied, graph_module_of
+from apack_compile.export.observe import observe
+from apack_compile.export.program import copied, graph_module_of, owned, packable
 
 TOKENS, PROMPT = 256, 100
 IDS = torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(3))
 
 
-def llama(dtype: torch.dtype = torch.float32, attention: str = "sdpa", spread: float = 0.2) -> LlamaForCausalLM:
+def llama(
+    dtype: torch.dtype = torch.float32, attention: str = "sdpa", spread: float = 0.2, kind: type = LlamaConfig
+) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = kind(
         vocab_size=64,
         hidden_size=64,
         intermediate_size=96,
@@ -26,14 +29,14 @@ def llama(dtype: torch.dtype = torch.float32, attention: str = "sdpa", spread: f
         initializer_range=spread,
         attn_implementation=attention,
     )
-    model = LlamaForCausalLM(config).eval().to(dtype)
+    model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
     model.generation_config = GenerationConfig(
         use_cache=True, cache_implementation="static", cache_config={"batch_size": 1, "max_cache_len": TOKENS}
     )
     return model
 
 
-def exported(model: LlamaForCausalLM, strict: bool = True) -> torch.export.ExportedProgram:
+def exported(model: PreTrainedModel, strict: bool = True) -> torch.export.ExportedProgram:
     sizes = {1: torch.export.Dim("tokens", max=TOKENS - 1)}
     return TorchExportableModuleForDecoderOnlyLM(model).export(
         input_ids=IDS[:, :5],
@@ -54,7 +57,7 @@ def generate(program: torch.export.ExportedProgram, steps: int = 40) -> tuple[li
     return tokens, logits
 
 
-def lossless_plan_of(model: LlamaForCausalLM) -> apack_compile.Plan:
+def lossless_plan_of(model: PreTrainedModel) -> apack_compile.Plan:
     apack_compile.optimize(model, preset="lossless", compile="none")
     plan = apack_compile.plan_for(model, TOKENS)
     apack_compile.restore(model)
@@ -98,14 +101,25 @@ def test_a_ratio_holds_and_keys_are_turned_back():
     assert (logits - dense).norm() < 0.5 * dense.norm()
 
 
-def test_a_plan_calibrated_on_the_model_serves_its_program():
+@pytest.mark.parametrize("kind", (LlamaConfig, CohereConfig))
+def test_the_pairs_that_turn_are_found_among_the_programs_buffers(kind):
+    program = exported(llama(spread=0.05, kind=kind))
+    gm = graph_module_of(program, None)
+    calls = [((), {"input_ids": IDS[:, :-1], "cache_position": torch.arange(TOKENS - 1)})]
+    watched = copied(gm)
+    turn = observe(watched, owned(watched, packable(gm)[0]), calls).turn
+    assert turn is not None and turn.interleaved == (kind is CohereConfig)
+
+
+@pytest.mark.parametrize("kind", (LlamaConfig, CohereConfig))
+def test_a_plan_calibrated_on_the_model_serves_its_program(kind):
     """The same plan, with turned keys, costs the program about what it costs the model's own cache."""
-    model = llama()
+    model = llama(kind=kind)
     program = exported(model)
     apack_compile.optimize(model, AttentionPackConfig(ratio=4, coarse=(), compile="none"))
     apack_compile.calibrate(model, {"input_ids": IDS})
     plan = apack_compile.plan_for(model, TOKENS)
-    assert plan.turn is not None
+    assert plan.turn.interleaved == (kind is CohereConfig)
     cache = apack_compile.new_cache(model)
     with torch.no_grad():
         model(input_ids=IDS[:, :PROMPT], past_key_values=cache)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import Bands, StreamBasis
+from apack_compile.coordinates import TokenCoordinates
 from apack_compile.kernels.turns import turned
 from apack_compile.rotary import KeyTurn, turns_of_blocks
 
@@ -43,7 +44,7 @@ class State:
         self.cursor = torch.zeros(3, dtype=torch.int64, device=device)
         self.turns = {}
         if turn is not None:
-            start = torch.zeros(BATCH, 1, dtype=torch.int64)
+            start = TokenCoordinates.starting_at(torch.zeros(BATCH, 1))
             turns = [turns_of_blocks(where, start, turn) for where in (text[:, :0], text)]
             self.turns = {"turns": turns, "block": turn.block}
 

@@ -71,13 +71,15 @@ def test_unpack_is_as_close_to_float64_as_the_reference(instructions, monkeypatc
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
 
     @settings(max_examples=120, deadline=None)
-    @given(cases(), st.sampled_from((0, 1, 70)))
-    @example(Case(vision=0, text=0, tail=0), 0)
-    @example(Case(vision=65, text=64, block=16), 0)
-    @example(Case(heads=4, groups=2, head_dim=72, value_dim=80, bands=(None, (0, 0, 0, 64), (16, 0, 0, 0), None)), 1)
-    def check(case: Case, spare: int) -> None:
+    @given(cases(), st.sampled_from((0, 1, 70)), st.sampled_from((0, 0, 1, 7, 64)))
+    @example(Case(vision=0, text=0, tail=0), 0, 0)
+    @example(Case(vision=65, text=64, block=16), 0, 5)
+    @example(
+        Case(heads=4, groups=2, head_dim=72, value_dim=80, bands=(None, (0, 0, 0, 64), (16, 0, 0, 0), None)), 1, 36
+    )
+    def check(case: Case, spare: int, pairs: int) -> None:
         arguments, turns = arguments_of(case, spare)
-        assert_close_to_float64(arguments, turns)
+        assert_close_to_float64(arguments, {**turns, "interleaved_pairs": min(pairs, case.head_dim // 2)})
 
     check()
 
@@ -199,6 +201,7 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
         dtype=(torch.float32, torch.bfloat16)[seed // 3], block=(0, 16, 64)[seed % 3],
     )  # fmt: skip
     arguments, turns = arguments_of(case)
+    turns["interleaved_pairs"] = seed % 2 * (sizes[0] // 2)
     keep: list = []
 
     def placed(x):

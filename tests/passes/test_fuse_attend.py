@@ -180,10 +180,10 @@ def with_coarse(state: State) -> State:
     return state._replace(codes=codes, bases=bases, bands=[0] * 8 + state.bands, positions=positions)
 
 
-@pytest.mark.parametrize("relative", (True, False))
-def test_three_packed_segments_and_their_turns_go_over(relative):
+@pytest.mark.parametrize(("relative", "pairs"), [(True, 0), (True, 3), (True, 4), (False, 0)])
+def test_three_packed_segments_and_their_turns_go_over(relative, pairs):
     def attention(q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor, turns: list[Tensor]):
-        by = {"turns": turns, "block": 4} if relative else {}
+        by = {"turns": turns, "block": 4, "interleaved_pairs": pairs} if relative else {}
         text_by = {"text_turns": turns[-1], "block": 4} if relative else {}
         stores = [*state.dense[2:], *state.codes[-4:]]
         torch.ops.apack.append(k, v, stores, state.bases[-6:], state.bands[-8:], state.cursor, **text_by)
