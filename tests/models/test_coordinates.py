@@ -212,6 +212,17 @@ def test_a_prompt_in_chunks_and_a_turn_with_more_pictures_keep_every_key():
     assert cache.notes == []
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_first_request_of_embeddings_serves_as_calibration(name):
+    model, inputs = build(name), prompt([[200], [140]])
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    given = {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]}
+    apack_compile.optimize(model, ratio=2, compile="none", strict=True)
+    assert generate(model, given).shape == (2, 20)
+    report = apack_compile.report(model)
+    assert report.keys.endswith("each pair by one of 3 coordinates") and report.bytes["tokens"] == 2 * 219
+
+
 WAYS = {
     "beams": {"num_beams": 3},
     "several": {"do_sample": True, "num_return_sequences": 3},
