@@ -105,11 +105,8 @@ def find_turn(
     best = min(found, key=lambda name: found[name])
     if not found[best] < TURN_TOLERANCE:
         return None, f"stored as they are: they do not turn by {best} alone (relative difference {found[best]:.2g})"
-    turn, said = (
-        KeyTurn(known[best].float().clone(), block),
-        f"turned back to the start of their {block} slots, by {best}",
-    )
-    rotary = owner_of(model, best)
+    turn, rotary = KeyTurn(known[best].float().clone(), block), owner_of(model, best)
+    said = f"turned back to the start of their {block} slots, by {best}"
     count = given[rotary].shape[0] if rotary in given and given[rotary].dim() == 3 else 1
     if count == 1:
         return turn, said

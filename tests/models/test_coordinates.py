@@ -1,5 +1,6 @@
 """Relative keys where a token's position has three coordinates: multi-section RoPE."""
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 from threading import Thread
@@ -348,6 +349,17 @@ def test_hooks_come_and_go_with_the_session():
     assert not any(module._forward_pre_hooks for module in modules)
     apack_compile.restore(model)
     assert not any(module._forward_pre_hooks for module in modules)
+
+
+def test_a_copied_model_shows_coordinates_to_its_own_caches():
+    model, inputs = relative("qwen2_vl"), prompt([[40, 50, 60]])
+    twin = copy.deepcopy(model)
+    apack_compile.restore(model)
+    cache = apack_compile.new_cache(twin, 8)
+    generate(twin, inputs, past_key_values=cache)
+    assert torch.equal(cache.index.coordinates.known, rope_index(twin, inputs).permute(1, 2, 0).float())
+    apack_compile.restore(twin)
+    assert not any(module._forward_pre_hooks for one in (model, twin) for module in rotary_modules(one))
 
 
 def test_a_model_may_change_its_dtype_after_calibration():
