@@ -194,10 +194,12 @@ def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[st
     """Keys `[H_kv, T, D]` per layer for a prompt that repeats the last token of `batch`."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     name = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
-    last = batch[name][:1, -1:]
+    # without ids, Qwen-VL takes the rows of its newest prompt to be these: as many are needed
+    rows = 1 if name == "input_ids" else len(batch[name])
+    last = batch[name][:rows, -1:]
     with torch.inference_mode(False), torch.no_grad(), uncompiled():
         repeated = last.clone().expand(-1, PROBE_TOKENS, *last.shape[2:])
-        beside = {key: x[:1].clone() for key, x in pictures_beside(batch, PROBE_TOKENS).items()}
+        beside = {key: x[:rows].clone() for key, x in pictures_beside(batch, PROBE_TOKENS).items()}
         model(**{name: repeated, **beside, "past_key_values": cache, "use_cache": True})
     return [cache.layers[i].keys[0] for i in layers]
 

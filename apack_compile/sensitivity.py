@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.coordinates import TokenCoordinates, coordinates_of, seen_positions
+from apack_compile.coordinates import seen_positions
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.uncompiled import uncompiled
 
@@ -81,17 +81,11 @@ def positions_after(positions: Tensor, batch: Mapping[str, Any], tokens: int) ->
     Left to themselves, models whose positions have several coordinates count the attention mask from its beginning. Nothing where
     the positions are not of this batch's tokens.
     """
-    count, (rows, length) = positions.shape[0], states_of(batch).shape[:2]
-    held = length - tokens
-    coordinates = coordinates_of(positions, rows, held, count)
-    if coordinates is None:
+    rows, length = states_of(batch).shape[:2]
+    if positions.shape[1:] not in ((1, length - tokens), (rows, length - tokens)):
         return {}
-    padding = padding_of(batch, length)
-    padding = torch.zeros(rows, held, dtype=torch.bool) if padding is None else padding[:, :held]
-    padding = padding.to(positions.device)
-    known = TokenCoordinates.starting_at(padding.new_zeros(rows, 1), count).followed_by(coordinates, padding, 0)
-    index = torch.arange(held, length, device=positions.device).expand(rows, -1)
-    return {"position_ids": known.at(index).permute(2, 0, 1).to(positions.dtype)}
+    after = positions[..., -1:].amax(0, keepdim=True) + 1 + torch.arange(tokens, device=positions.device)
+    return {"position_ids": after.expand(len(positions), -1, -1)}
 
 
 def query_tokens(config: Any, batch: Mapping[str, Any]) -> int:

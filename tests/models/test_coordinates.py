@@ -1,5 +1,6 @@
 """Relative keys where a token's position has three coordinates: multi-section RoPE."""
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 from threading import Thread
@@ -212,6 +213,17 @@ def test_a_prompt_in_chunks_and_a_turn_with_more_pictures_keep_every_key():
     assert cache.notes == []
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_first_request_of_embeddings_serves_as_calibration(name):
+    model, inputs = build(name), prompt([[200], [140]])
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    given = {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]}
+    apack_compile.optimize(model, ratio=2, compile="none", strict=True)
+    assert generate(model, given).shape == (2, 20)
+    report = apack_compile.report(model)
+    assert report.keys.endswith("each pair by one of 3 coordinates") and report.bytes["tokens"] == 2 * 219
+
+
 WAYS = {
     "beams": {"num_beams": 3},
     "several": {"do_sample": True, "num_return_sequences": 3},
@@ -337,6 +349,17 @@ def test_hooks_come_and_go_with_the_session():
     assert not any(module._forward_pre_hooks for module in modules)
     apack_compile.restore(model)
     assert not any(module._forward_pre_hooks for module in modules)
+
+
+def test_a_copied_model_shows_coordinates_to_its_own_caches():
+    model, inputs = relative("qwen2_vl"), prompt([[40, 50, 60]])
+    twin = copy.deepcopy(model)
+    apack_compile.restore(model)
+    cache = apack_compile.new_cache(twin, 8)
+    generate(twin, inputs, past_key_values=cache)
+    assert torch.equal(cache.index.coordinates.known, rope_index(twin, inputs).permute(1, 2, 0).float())
+    apack_compile.restore(twin)
+    assert not any(module._forward_pre_hooks for one in (model, twin) for module in rotary_modules(one))
 
 
 def test_a_model_may_change_its_dtype_after_calibration():
