@@ -26,9 +26,9 @@ from apack_compile.passes import (
     ShareHeads,
     run_passes,
 )
-from apack_compile.passes.buffer_pairs import read_besides
 from apack_compile.passes.nodes import bind, default_overload
 from apack_compile.passes.origin import is_unpack
+from apack_compile.passes.pack_buffers import read_besides
 
 if TYPE_CHECKING:
     from apack_compile.own_cache import OwnCaches

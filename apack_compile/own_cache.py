@@ -3,7 +3,8 @@
 When it is made, when it is dropped, and what must not happen to the buffers in between. own_cache_graph.py runs the graphs.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,21 @@ MAX_DECODE = 8
 # Fewer tokens say too little about those to come: a basis fitted to them would lose most of what follows.
 LEAST_TOKENS = 64
 
-Pair = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class Buffer:
+    """A static buffer; layout: its dimensions as `[B, H_kv, T, D]`."""
+
+    tensor: Tensor
+    layout: tuple[int, ...]
+
+    @property
+    def states(self) -> Tensor:
+        """The keys or values in it, `[B, H_kv, T, D]`."""
+        return self.tensor.permute(self.layout)
+
+
+Pair = tuple[Buffer, Buffer]
 
 
 class BufferCache(CompactedCache):
@@ -47,10 +62,15 @@ class BufferCache(CompactedCache):
 
 @dataclass(frozen=True)
 class Packed:
-    """What stands for one pair of buffers: a layer of a packed cache, and the buffers' versions when they were released."""
+    """What stands for one pair of buffers: a layer of a packed cache, and the buffers' versions when they were released.
+
+    state: the layer's tensors in the order of `StateLayout`; what is written later is written into them.
+    """
 
     cache: BufferCache
     layer: CompactedLayer
+    state: tuple[Tensor, ...]
+    bands: tuple[int, ...]
     versions: tuple[int, int]
     released: int
 
@@ -83,17 +103,18 @@ class OwnCaches:
         turn = self.plan.turn
         return StateLayout(len(self.plan.segments), turn is not None, 0 if turn is None else turn.block)
 
-    def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[CompactedLayer] | None:
-        """The packed layers that a call writing at `positions` must use; None where it is to run dense.
+    def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[Packed] | None:
+        """The packed state that a call writing at `positions` must use; None where it is to run dense.
 
         Raises RuntimeError for buffers that were written outside, and ValueError for positions that packed state cannot take.
         """
         start, count = span_of(positions)
-        if start + count > pairs[0][0].shape[2]:
-            raise ValueError(f"positions {start} to {start + count - 1}: the buffers end at {pairs[0][0].shape[2]}")
+        slots = slots_of(pairs[0])
+        if start + count > slots:
+            raise ValueError(f"positions {start} to {start + count - 1}: the buffers end at {slots}")
         found = [self._held(pair, start) for pair in pairs]
         if start == 0:
-            self.forget(pairs)
+            self.forget(buffer.tensor for pair in pairs for buffer in pair)
             return None
         if not any(found):
             if count > MAX_DECODE or start < LEAST_TOKENS:
@@ -103,65 +124,65 @@ class OwnCaches:
             raise RuntimeError("own_cache: some of this graph's buffers are packed, others dense")
         for cache in dict.fromkeys(packed.cache for packed in found):
             follow(cache, start)
-        return [packed.layer for packed in found]
+        return found
 
-    def check_dense(self, states: Tensor) -> None:
+    def check_dense(self, buffer: Tensor) -> None:
         """Raise RuntimeError for a packed buffer, which a graph wants to read as it was."""
-        packed = self.held.get(states)
+        packed = self.held.get(buffer)
         if packed is not None:
             raise RuntimeError(
                 f"own_cache: the buffers of layer {packed.layer.layer_idx} are packed, and this graph reads them in a way that has no "
                 "packed form (report of the option log says why); GraphLog.forget() drops what is packed"
             )
 
-    def forget(self, pairs: Sequence[Pair]) -> None:
+    def forget(self, buffers: Iterable[Tensor]) -> None:
         """Drop what is packed for these buffers, which are dense and empty again."""
-        for states in (states for pair in pairs for states in pair):
-            if self.held.pop(states, None) is not None:
-                regain(states)
+        for buffer in buffers:
+            if self.held.pop(buffer, None) is not None:
+                regain(buffer)
 
     def _held(self, pair: Pair, start: int) -> Packed | None:
         """What is packed for a pair before a call at `start`; None for dense buffers, and for those that were filled anew."""
-        packed = self.held.get(pair[0])
+        packed = self.held.get(pair[0].tensor)
         if packed is None or start == 0 or versions_of(pair) == packed.versions:
             return packed
-        if not all(bool(states[:, :, :start].any(-1).all()) for states in pair):
+        if not all(bool(buffer.states[:, :, :start].any(-1).all()) for buffer in pair):
             raise RuntimeError(
                 f"own_cache: the buffers of layer {packed.layer.layer_idx} were written outside of the compiled graphs while their "
                 f"{int(packed.layer.cursor[HELD])} tokens were packed, and not all of positions 0 to {start - 1}: neither is valid. "
                 "Write a sequence from position 0 on, or through the compiled module"
             )
-        for states in pair:
-            del self.held[states]
+        for buffer in pair:
+            del self.held[buffer.tensor]
         return None
 
     @torch.no_grad()
     def _pack(self, pairs: Sequence[Pair], tokens: int) -> list[Packed]:
         """Pack the first `tokens` tokens of dense buffers and release them."""
-        if any(states.is_inference() for pair in pairs for states in pair):
+        if any(buffer.tensor.is_inference() for pair in pairs for buffer in pair):
             raise ValueError("own_cache: buffers made in inference mode do not tell who writes them; make them outside")
-        filled = [tuple(states[:, :, :tokens] for states in pair) for pair in pairs]
+        filled = [tuple(buffer.states[:, :, :tokens] for buffer in pair) for pair in pairs]
         plan = self._plan_for(pairs, filled)
-        cache = BufferCache(len(pairs), lambda *_: plan, pairs[0][0].shape[2])
+        cache = BufferCache(len(pairs), lambda *_: plan, slots_of(pairs[0]))
         for i, (key, value) in enumerate(filled):
             cache.update(key, value, i)
         found = []
         for pair, layer in zip(pairs, cache.packed_layers, strict=True):
-            released = sum(release(states) for states in pair)
-            packed = Packed(cache, layer, versions_of(pair), released)
-            self.held[pair[0]] = self.held[pair[1]] = packed
+            released = sum(release(buffer.tensor) for buffer in pair)
+            packed = Packed(cache, layer, state_of(layer), tuple(layer.bands), versions_of(pair), released)
+            for buffer in pair:
+                self.held[buffer.tensor] = packed
             found.append(packed)
         self.last = self._live_report()
         return found
 
     def _plan_for(self, pairs: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
         """The plan of a graph's pairs: the given one, or one by the first sequence in such buffers."""
-        key = pairs[0][0]
+        buffers = [buffer.states for pair in pairs for buffer in pair]
+        key = buffers[0]
         if self.plan is not None:
-            return renumbered(self.plan, pairs).to(key.device)
-        streams = tuple(
-            (states.shape[1], states.shape[3], states.dtype, states.device) for pair in pairs for states in pair
-        )
+            return renumbered(self.plan, len(pairs), key).to(key.device)
+        streams = tuple((states.shape[1], states.shape[3], states.dtype, states.device) for states in buffers)
         which = (streams, budget_key(key.shape[2], 0.0))
         if which not in self.plans:
             plan = budget_plan(statistics_of(filled), self.ratio, *which[1])
@@ -208,12 +229,26 @@ class OwnCaches:
 
 def versions_of(pair: Pair) -> tuple[int, int]:
     """How often each buffer of a pair was written."""
-    return pair[0]._version, pair[1]._version
+    return pair[0].tensor._version, pair[1].tensor._version
+
+
+def slots_of(pair: Pair) -> int:
+    """How many tokens there is room for."""
+    return pair[0].tensor.shape[pair[0].layout[2]]
+
+
+def state_of(layer: CompactedLayer) -> tuple[Tensor, ...]:
+    """A layer's tensors, in the order of `StateLayout`."""
+    return (*layer.dense, *layer.codes, *layer.bases, *layer.positions(), layer.cursor, *layer.turns())
 
 
 def span_of(positions: Sequence[Tensor]) -> tuple[int, int]:
     """First position and number of positions that a call writes, the same for all layers; raises ValueError for others."""
-    spans = {tuple(where.tolist()) for where in dict.fromkeys(positions)}
+    distinct = list(dict.fromkeys(positions))
+    # one transfer, however many layers count for themselves
+    numbers = distinct[0].tolist() if len(distinct) == 1 else torch.cat(distinct).tolist()
+    ends = list(itertools.accumulate(where.shape[0] for where in distinct))
+    spans = {tuple(numbers[end - where.shape[0] : end]) for where, end in zip(distinct, ends, strict=True)}
     first = next(iter(spans))
     if len(spans) > 1 or list(first) != list(range(first[0], first[0] + len(first))):
         raise ValueError(f"own_cache: positions {sorted(spans)} must be consecutive and the same for all layers")
@@ -239,11 +274,10 @@ def statistics_of(filled: Sequence[tuple[Tensor, ...]]) -> Statistics:
     return by_layer(running)
 
 
-def renumbered(plan: Plan, pairs: Sequence[Pair]) -> Plan:
-    """A plan for the layers of a model as one for a graph's pairs; raises ValueError where it is for others."""
+def renumbered(plan: Plan, pairs: int, key: Tensor) -> Plan:
+    """A plan for the layers of a model as one for so many pairs, of keys `[B, H_kv, T, D]`; raises ValueError where it is for others."""
     _, heads, head_dim, dtype = plan.signature
-    key = pairs[0][0]
-    found = (len(pairs), key.shape[1], key.shape[3], str(key.dtype))
+    found = (pairs, key.shape[1], key.shape[3], str(key.dtype))
     if found != (len(plan.layers), heads, head_dim, dtype):
         raise ValueError(
             f"own_cache: plan is for {len(plan.layers)} layers, {heads} KV heads x {head_dim}, {dtype}; the graph has "
