@@ -8,7 +8,7 @@ from apack_compile.graph_log import GraphLog
 from apack_compile.passes import GraphRecord, MatchRecord
 
 HOW_TO_PACK = (
-    "to pack them: options={'own_cache': True} for static buffers [B, H_kv, max_len, D] of the compiled module, or "
+    "to pack them: options={'own_cache': True} for static buffers of the compiled module, or "
     "apack_compile.optimize(model) for a transformers model"
 )
 

@@ -181,7 +181,8 @@ def _stream(update: CacheUpdate, rules: Rules, memory: Memory, live: set[fx.Node
     if why is not None or isinstance(entered, str):
         return why or str(entered)
     if buffer.dim() != 4 or update.token_dim not in (1, 2):
-        return f"{name} {tuple(buffer.shape)} is neither [B, H_kv, T, D] nor [B, T, H_kv, D]"
+        what = f"{name} {tuple(buffer.shape)} is neither [B, H_kv, T, D] nor [B, T, H_kv, D]"
+        return f"{what}, tokens are dimension {update.token_dim}"
     root, dims, _ = root_of(entered.target)
     new = value_of(entered.new)
     if root is not state or sorted(dims) != [0, 1, 2, 3] or new.dim() > 4:

@@ -145,9 +145,11 @@ def test_an_outside_read_of_a_packed_buffer_is_zero_for_its_views_too():
     assert not view.any()
 
 
-@pytest.mark.parametrize("prefill", ["compiled", "eager"])
-def test_a_prompt_from_position_0_on_starts_a_new_sequence(prefill, lossless):
-    model = StaticModel()
+@pytest.mark.parametrize(
+    ("prefill", "update"), [("compiled", "setitem"), ("eager", "tokens_first"), ("compiled", "slices")]
+)
+def test_a_prompt_from_position_0_on_starts_a_new_sequence(prefill, update, lossless):
+    model = StaticModel(update=update)
     dense = copy.deepcopy(model)
     step, log = compiled(model, plan=lossless)
     for prompt, seed in ((PROMPT, 1), (77, 5), (130, 7)):
@@ -269,10 +271,40 @@ def test_options_that_mean_nothing_are_refused(options, message):
     assert message in str(caught.value)
 
 
+def test_of_two_layers_the_one_whose_attention_packed_state_cannot_serve_stays_dense(lossless):
+    class Softcapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = StaticModel()
+            self.last = copy.deepcopy(self.model.layers[1])
+
+        def forward(self, tokens, at, start=0):
+            x, last = self.model.embedding(tokens), self.last
+            x = x + self.model.layers[0](x, self.model.causal[None, None, at], at, start)
+            query, key, value = (
+                layer(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for layer in (last.query, last.key, last.value)
+            )
+            last.k_cache[:, :, at], last.v_cache[:, :, at] = key, value
+            keys, values = (states.repeat_interleave(2, dim=1) for states in (last.k_cache, last.v_cache))
+            scores = torch.tanh(query @ keys.mT / 30.0) * 30.0
+            weights = scores.masked_fill(~self.model.causal[None, None, at], float("-inf")).softmax(-1)
+            return self.model.head(x + last.out((weights @ values).transpose(1, 2).flatten(2)))
+
+    model = Softcapped()
+    dense = copy.deepcopy(model)
+    step, log = compiled(model, strict=False, ratio=3)
+    prefilled(dense, (step, log))
+    tokens = tokens_of(4, 1, 2)
+    out, expected = run(step, tokens, PROMPT), run(dense, tokens, PROMPT)
+    assert 0 < float((out - expected).norm() / expected.norm()) < 0.05
+    assert [match.reason for match in log.graphs[1].static_buffers] == [None, "softcap 30: attend has none"]
+    assert model.last.k_cache.any() and not model.model.layers[0].k_cache.any()
+
+
 class Watched(StaticModel):
     """Something besides the attention reads a buffer."""
 
-    def forward(self, tokens, at):
+    def forward(self, tokens, at, start=0):
         return super().forward(tokens, at) + self.layers[0].k_cache.sum()
 
 
