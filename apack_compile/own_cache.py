@@ -246,7 +246,8 @@ def span_of(positions: Sequence[Tensor]) -> tuple[int, int]:
     """First position and number of positions that a call writes, the same for all layers; raises ValueError for others."""
     distinct = list(dict.fromkeys(positions))
     # one transfer, however many layers count for themselves
-    numbers = distinct[0].tolist() if len(distinct) == 1 else torch.cat(distinct).tolist()
+    read = [torch.cat(distinct)] if len({where.device for where in distinct}) == 1 else distinct
+    numbers = [number for where in read for number in where.tolist()]
     ends = list(itertools.accumulate(where.shape[0] for where in distinct))
     spans = {tuple(numbers[end - where.shape[0] : end]) for where, end in zip(distinct, ends, strict=True)}
     first = next(iter(spans))

@@ -6,7 +6,7 @@ pair's own nodes say is checked here; whether the attentions over it can be rewr
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,8 +149,7 @@ def _pair(
     if key.size[:3] != value.size[:3] or kept[0].dtype != kept[1].dtype:
         held = [f"{stream.size} {states.dtype}" for stream, states in zip(streams, kept, strict=True)]
         return f"keys {held[0]} and values {held[1]} do not belong together"
-    alike = isinstance(key.index, Span) == isinstance(value.index, Span) and same_sizes([key.count], [value.count])
-    if not alike or not same_positions(key.start, value.start):
+    if not same_positions(key.start, value.start) or not same_sizes([key.count], [value.count]):
         return f"keys are written at {key.start}, values at {value.start}"
     first, last = sorted(streams, key=lambda stream: memory.order[stream.write])
     moved = _between(first, last.write, memory, live)
@@ -159,6 +158,11 @@ def _pair(
     read = [node for node in (key.start, key.new, value.new) if isinstance(node, fx.Node)]
     changed = memory.write_between(first.write, last.write, read)
     return changed or BufferPair(number, name, attentions, key, value, last.write, moved)
+
+
+def pairs_of(found: Iterable[BufferPair | Refusal]) -> list[BufferPair]:
+    """What was found, less what is refused."""
+    return [match for match in found if isinstance(match, BufferPair)]
 
 
 def refused(name: str, reason: str, writes: Sequence[fx.Node]) -> Refusal:
@@ -222,20 +226,18 @@ def _uses(
     if twin is not None:
         return f"{name} and {_name(twin)} share memory"
     aliases: dict[fx.Node, Dims] = {**dict.fromkeys(states, (0, 1, 2, 3)), write: written_dims}
+    sliced = {part, write} if in_place and part is not None else {part}
     stack, readers, copies = list(aliases), list[Reader](), list[fx.Node]()
     while stack:
         node = stack.pop()
         for user in node.users:
             view, is_after = view_of(user), order[user] > order[write]
-            if user is write or user in aliases or user not in live:
+            filled = kind(user) == "copy" and set(user.users) == {write}
+            if user is write or user in aliases or user not in live or (node is part and filled):
                 continue
-            if user is part:
-                other = next(
-                    (other for other in part.users if other is not write and set(other.users) != {write}), None
-                )
-                if other is not None:
-                    return f"the slice of {name} that is written is also read by {op_name(other)}"
-            elif not is_after and view is not None and None not in view.dims and not view.narrowed:
+            if node in sliced:
+                return f"the slice of {name} that is written is also read by {op_name(user)}"
+            if not is_after and view is not None and None not in view.dims and (user is part or not view.narrowed):
                 aliases[user] = tuple(aliases[node][dim] for dim in view.dims)  # type: ignore[index]
                 stack.append(user)
             elif not in_place and kind(user) == "copy" and user.args[0] in states and user.args[1] is write:
@@ -244,8 +246,6 @@ def _uses(
                 return f"{name} is also written by {op_name(user)}"
             elif not is_after or (not in_place and node is not write):
                 return f"{name} is read by {op_name(user)} before it is written"
-            elif in_place and part is not None and node is write:
-                return f"the slice of {name} that is written is also read by {op_name(user)}"
             else:
                 readers.append((user, node, tuple(layout.index(dim) for dim in aliases[node])))
     if not in_place and not copies:

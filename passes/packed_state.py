@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from apack_compile.passes.base import Refusal
-from apack_compile.passes.buffer_pairs import BufferPair, BufferStream, Dims, refused
+from apack_compile.passes.buffer_pairs import BufferPair, BufferStream, Dims, pairs_of, refused
 from apack_compile.passes.buffer_writes import Span
 from apack_compile.passes.dead_code import erase_dead
 from apack_compile.passes.nodes import shape, value_of
@@ -116,7 +116,7 @@ def attended(graph: fx.Graph, found: Sequence[BufferPair | Refusal]) -> list[Buf
     """What was found, pairs that would still be unpacked refused with their reason: tried on a copy of the graph."""
     tried, reasons = list(found), {0: ""}
     while reasons:
-        reasons = _why_not_attended(graph, [match for match in tried if isinstance(match, BufferPair)])
+        reasons = _why_not_attended(graph, pairs_of(tried))
         for number, reason in reasons.items():
             pair = tried[number]
             assert isinstance(pair, BufferPair)

@@ -1,7 +1,6 @@
 """Which caches of a program can be packed: pairs of its buffers (passes/buffer_pairs.py), and those that no attention reads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +10,6 @@ from apack_compile.passes.attention import NoAttention, find_attentions
 from apack_compile.passes.base import Refusal
 from apack_compile.passes.buffer_pairs import BufferPair, BufferStream, Rules, find_pairs
 from apack_compile.passes.cache_updates import root_of
-from apack_compile.passes.effects import written
 from apack_compile.passes.memory import Memory
 from apack_compile.passes.nodes import kind
 from apack_compile.passes.packed_state import attended
@@ -19,17 +17,8 @@ from apack_compile.passes.positions import Counted
 from apack_compile.passes.update_kinds import KINDS, target_of
 
 
-@dataclass(frozen=True)
-class LeftCache:
-    """A cache that stays dense, and why; `attended` says that an attention was found to read it."""
-
-    name: str
-    reason: str
-    attended: bool = True
-
-
-def find_caches(gm: fx.GraphModule, tried: bool = False) -> list[BufferPair | LeftCache]:
-    """Every cache that attention reads, in the order of the attentions, then buffers written like one that none was found to read.
+def find_caches(gm: fx.GraphModule, tried: bool = False) -> tuple[list[BufferPair | Refusal], dict[str, str]]:
+    """Every cache that attention reads, in the order of the attentions; by name, why others written like one are not read by one.
 
     A pair can be packed by what its own nodes say; where `tried`, also by what would become of its attentions.
     """
@@ -40,12 +29,10 @@ def find_caches(gm: fx.GraphModule, tried: bool = False) -> list[BufferPair | Le
         return None if owned else f"{state.name} is an input, not a buffer of the program"
 
     found = find_pairs(gm.graph, Rules(why_not_buffer, why_not_given))
-    if tried:
-        found = attended(gm.graph, found)
-    caches = [LeftCache(str(m.layer), m.reason) if isinstance(m, Refusal) else m for m in found]
-    writes = [write for m in found for write in (m.writes if isinstance(m, BufferPair) else m.covers)]
-    known = {str(root_of(node)[0].target) for write in writes for node in _targets(write)}
-    return [*caches, *_unread(gm.graph, {name: b for name, b in buffers.items() if name not in known})]
+    targets = [target_of(write) for m in found for write in (m.writes if isinstance(m, BufferPair) else m.covers)]
+    known = {str(root_of(target)[0].target) for target in targets if target is not None}
+    unread = _unread(gm.graph, {name: buffer for name, buffer in buffers.items() if name not in known})
+    return attended(gm.graph, found) if tried else found, unread
 
 
 def why_not_given(stream: BufferStream, origin: Counted) -> str | None:
@@ -62,14 +49,9 @@ def drop_checks(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _targets(write: fx.Node) -> list[fx.Node]:
-    """The tensor that an update is of."""
-    return [node for node in (target_of(write), *written(write)) if node is not None]
-
-
-def _unread(graph: fx.Graph, buffers: Mapping[str, Tensor]) -> list[LeftCache]:
+def _unread(graph: fx.Graph, buffers: Mapping[str, Tensor]) -> dict[str, str]:
     """Those of some buffers that are `[B, H_kv, T, D]` and written, but that no attention was found to read, and why."""
-    memory, found = Memory.of(graph), dict[str, LeftCache]()
+    memory, found = Memory.of(graph), dict[str, str]()
     unknown = [match for match in find_attentions(graph, memory) if isinstance(match, NoAttention)]
     for write, targets in memory.writes:
         for root in (root_of(target)[0] for target in targets):
@@ -78,5 +60,5 @@ def _unread(graph: fx.Graph, buffers: Mapping[str, Tensor]) -> list[LeftCache]:
             if buffer is None or name.startswith(f"{ROOT}.") or buffer.dim() != 4 or not buffer.is_floating_point():
                 continue
             later = (match.why for match in unknown if memory.order[match.node] > memory.order[write])
-            found[name] = LeftCache(name, next(later, "no attention that reads it was found"), attended=False)
-    return list(found.values())
+            found[name] = next(later, "no attention that reads it was found")
+    return found

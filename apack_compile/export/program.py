@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 
 from apack_compile.backend import StrictError
 from apack_compile.config import AttentionPackConfig
-from apack_compile.export.find import LeftCache, drop_checks, find_caches
+from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.observe import Call, calls_of, observe
 from apack_compile.export.plans import budget_plans, given_plans
 from apack_compile.export.rewrite import rewrite
-from apack_compile.passes.buffer_pairs import BufferPair
+from apack_compile.passes.base import Refusal
+from apack_compile.passes.buffer_pairs import pairs_of
 from apack_compile.passes.nodes import value_of
 from apack_compile.plan import Plan
 
@@ -46,26 +47,24 @@ def optimize_program(
     calls = None if calibration_inputs is None else calls_of(calibration_inputs)
     config = AttentionPackConfig(ratio=ratio) if plan is None else None
     gm = graph_module_of(program, calls[0] if calls else None)
-    caches, left = packable(gm)
+    found, unread = find_caches(gm, tried=True)
+    caches = pairs_of(found)
+    left = [f"{m.layer}: {m.reason}" for m in found if isinstance(m, Refusal)]
+    left += [f"{name}: {reason}" for name, reason in unread.items()]
     if strict and left:
-        lines = [f"  {cache.name}: {cache.reason}" for cache in left]
-        raise StrictError("strict=True, but a cache stays dense:\n" + "\n".join(lines))
+        raise StrictError("strict=True, but a cache stays dense:\n  " + "\n  ".join(left))
     if not caches:
-        reasons = "; ".join(f"{cache.name}: {cache.reason}" for cache in left) or "it has no attention over a cache"
+        reasons = "; ".join(left) or "it has no attention over a cache"
         raise ValueError(f"program: none of its caches can be packed ({reasons})")
     if plan is not None:
-        plans = given_plans(plan, caches, len(caches) + sum(cache.attended for cache in left))
+        plans = given_plans(plan, caches, len(found))
     else:
         watched = copied(gm)
-        plans = budget_plans(observe(watched, packable(watched)[0], calls), caches, config.ratio)
+        plans = budget_plans(
+            observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls), caches, config.ratio
+        )
     rewrite(gm, caches, plans)
     return gm if isinstance(program, fx.GraphModule) else exported(gm, program, calls)
-
-
-def packable(gm: fx.GraphModule) -> tuple[list[BufferPair], list[LeftCache]]:
-    """The caches that can be packed, and those that cannot."""
-    found = find_caches(gm, tried=True)
-    return [m for m in found if isinstance(m, BufferPair)], [m for m in found if isinstance(m, LeftCache)]
 
 
 def graph_module_of(program: ExportedProgram | fx.GraphModule, call: Call | None) -> fx.GraphModule:
