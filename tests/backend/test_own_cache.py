@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import operator
 import weakref
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCac
 
 import apack_compile
 from apack_compile.backend import StrictError
+from apack_compile.own_cache import span_of, state_of
 from apack_compile.plan import a_vl_plan, lossless_plan
 
 PROMPT, STEPS = 101, 64
@@ -186,6 +188,17 @@ def test_a_step_further_back_drops_what_came_after_it(lossless):
         run(step, tokens_of(1), 40)
     with pytest.raises(ValueError, match="positions 190 to 194: the buffers end at 192"):
         run(step, tokens_of(5), 190, 5)
+    for packed in log.caches[0].held.values():
+        assert all(map(operator.is_, packed.state, state_of(packed.layer))), "what a graph is given is what is written"
+
+
+@pytest.mark.parametrize("other", [[5, 7], [6, 7], [5], [5, 6, 7]])
+def test_positions_are_the_same_and_consecutive_in_all_layers(other):
+    assert span_of([torch.tensor([5, 6]), torch.tensor([5, 6]), torch.tensor([5, 6], dtype=torch.int32)]) == (5, 2)
+    with pytest.raises(ValueError, match="must be consecutive and the same for all layers"):
+        span_of([torch.tensor([5, 6]), torch.tensor(other)])
+    with pytest.raises(ValueError, match="must be consecutive"):
+        span_of([torch.tensor([5, 7])] * 2)
 
 
 def test_buffers_with_few_tokens_stay_dense_until_there_are_64():
