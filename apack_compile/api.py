@@ -100,7 +100,7 @@ def optimize(
     session = _new_session(model, config, plan)
     previous = session_of(model)
     if previous is not None and previous.calibrates_like(session):
-        for name in ("statistics", "rules", "turn", "turn_reason", "calibrated_on", "outdated"):
+        for name in ("statistics", "rules", "ranked", "turn", "turn_reason", "calibrated_on", "outdated"):
             setattr(session, name, getattr(previous, name))
     if quantize is not None:
         torchao_config = quantization.resolve(quantize)

@@ -54,6 +54,8 @@ class Session:
     plan: Plan | None = None
     statistics: Statistics | None = None
     rules: Mapping[str, CoarseRule] = field(default_factory=dict)
+    # Modalities that the calibration looked for a rule in.
+    ranked: tuple[str, ...] = ()
     turn: KeyTurn | None = None
     turn_reason: str = ""
     calibrated_on: str | None = None
@@ -130,7 +132,8 @@ class Session:
         key = budget_key(tokens, vision_share)
         with self.lock:
             if key not in self.plans:
-                rules = self.rules if self.ratio >= LEAST_RATIO else {}
+                asked = self.config.coarse if self.ratio >= LEAST_RATIO else ()
+                rules = {modality: rule for modality, rule in self.rules.items() if modality in asked}
                 plan = budget_plan(self.statistics, self.ratio, *key, turn=self.turn, rules=rules)
                 plan = plan if self.device is None else plan.to(self.device)
                 self.plans[key] = self.signed(plan, self.calibrated_on)
@@ -171,7 +174,7 @@ class Session:
             self.statistics, self.rules = collect(
                 model, self.packed, batches, self.config.head_groups, turn, self.config.coarse
             )
-            self.turn, self.turn_reason = turn, reason
+            self.turn, self.turn_reason, self.ranked = turn, reason, self.config.coarse
             self.calibrated_on, self.outdated = source, None
             self.plans = {}
 
@@ -204,9 +207,8 @@ class Session:
 
     def calibrates_like(self, other: "Session") -> bool:
         """Whether statistics of this session serve the other's plans."""
-        return all(
-            getattr(self.config, name) == getattr(other.config, name) for name in ("key_block", "head_groups", "coarse")
-        )
+        alike = all(getattr(self.config, name) == getattr(other.config, name) for name in ("key_block", "head_groups"))
+        return alike and set(other.config.coarse) <= set(self.ranked)
 
     def needs_calibration(self) -> bool:
         """Whether a plan needs statistics that are not there."""

@@ -73,6 +73,7 @@ def measure(model: nn.Module, prompt: Prompt, references: Sequence[Reply], syste
 def _measure(model: nn.Module, prompt: Prompt, references: Sequence[Reply], system: System) -> Measured:
     trial = prompt.trial
     try:
+        model = system.model(model)
         if system.reads_prompt:
             cache, held = read(system, model, trial.ids, prompt.states, **(trial.inputs or {}))
         else:

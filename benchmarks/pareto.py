@@ -80,19 +80,22 @@ def _looks(families: Sequence[str]) -> dict[str, dict[str, object]]:
 
 
 def _panel(axes: Axes, rows: Sequence[Row], looks: dict[str, dict[str, object]], name: str, title: str) -> None:
-    dense = next((row[name] for row in rows if row["system"] == "dense"), None)
+    lines = {
+        row["setting"]: row[name] for row in rows if row["system"] == "dense" and (name != "kl" or row[name] > KL_FLOOR)
+    }
     for family in dict.fromkeys(row["system"] for row in rows):
         points = sorted((row["held_ratio"], row[name]) for row in rows if row["system"] == family)
         if family == "dense":
             continue
         shown = [max(value, KL_FLOOR) if name == "kl" else value for _, value in points]
         axes.plot([ratio for ratio, _ in points], shown, label=family, **looks[family])
+    for setting, level in lines.items():
+        axes.axhline(level, color=MUTED, linewidth=1, linestyle=":", zorder=1)
+        place = {"ha": "left", "va": "bottom", "transform": axes.get_yaxis_transform()}
+        axes.text(0.01, level, f"dense, {setting}", color=MUTED, size=9, **place)
     if name == "kl":
         axes.set_yscale("log")
-    elif dense is not None:
-        axes.axhline(dense, color=MUTED, linewidth=1, linestyle=":", zorder=1)
-        place = {"ha": "left", "va": "bottom", "transform": axes.get_yaxis_transform()}
-        axes.text(0.01, dense, "dense", color=MUTED, size=9, **place)
+    else:
         axes.set_ylim(-0.03, 1.0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.set_xscale("log")

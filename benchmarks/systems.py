@@ -3,6 +3,7 @@
 A row more is one `System` more: `make` gives an empty cache for the model, `held` counts a filled one.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ class System:
     """One cache: family (a line of the plot), setting (a point of it), how an empty one is made, how a filled one is counted.
 
     grain: its first update takes a multiple of so many tokens. reads_prompt: the model reads the prompt into it, because it needs
-    to see the attention; the others are filled with the dense states.
+    to see the attention; the others are filled with the dense states. computes_in: dtype of the model that reads and answers; None for
+    the model as it is.
     """
 
     family: str
@@ -35,6 +37,11 @@ class System:
     note: str = ""
     grain: int = 1
     reads_prompt: bool = False
+    computes_in: torch.dtype | None = None
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """The model that reads and answers."""
+        return model if self.computes_in is None else copy.deepcopy(model).to(self.computes_in)
 
 
 def dense_bytes(states: States) -> int:
@@ -59,6 +66,7 @@ def filled(system: System, model: nn.Module, states: States, vision: Tensor | No
 def read(system: System, model: nn.Module, ids: Tensor, states: States, **inputs: Any) -> tuple[Any, Held]:
     """A cache that the model itself filled with the tokens `[T]`, and its bytes."""
     cache = system.make(model)
+    inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     model(input_ids=ids[None], past_key_values=cache, logits_to_keep=1, **inputs)
     return cache, system.held(cache, dense_bytes(states))
 
@@ -113,9 +121,11 @@ def a_vl_systems() -> list[System]:
     return [packed("A-VL", name, True, preset="a-vl", a_vl=options) for name, options in settings.items()]
 
 
-def dense_system() -> System:
-    """The dense cache in 16 bits."""
-    return System("dense", "float16", lambda model: HalfStates(dense_cache(model)), all_tensors)
+def dense_systems() -> list[System]:
+    """The dense cache in 16 bits; and with a model that computes in bfloat16: what rounding changes where nothing is packed."""
+    half = System("dense", "float16", lambda model: HalfStates(dense_cache(model)), all_tensors)
+    bfloat16 = {"reads_prompt": True, "computes_in": torch.bfloat16}
+    return [half, System("dense", "model in bfloat16", dense_cache, all_tensors, **bfloat16)]
 
 
 @torch.no_grad()

@@ -152,6 +152,17 @@ def test_a_plan_tells_tokens_apart_where_bytes_are_few(ratio, coarse):
         assert sum(bits["text_value"]) >= sum(bits["coarse_value"])
 
 
+def test_statistics_serve_plans_that_tell_fewer_modalities_apart():
+    model = apack_compile.optimize(small_model(), ratio=6, compile="none")
+    apack_compile.calibrate(model, [{"input_ids": prompt(200, seed=seed)} for seed in range(3)])
+    for coarse, told in (((), False), (("text",), True)):
+        apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=coarse, compile="none"))
+        assert (apack_compile.plan_for(model, 1000).coarse is not None) == told
+    apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=("text", "vision"), compile="none"))
+    with pytest.raises(RuntimeError, match="no calibrated statistics"):
+        apack_compile.plan_for(model, 1000)
+
+
 @pytest.mark.parametrize("modality", ("vision", "text"))
 def test_one_graph_decodes_from_three_packed_segments(modality):
     torch._dynamo.reset()
