@@ -30,20 +30,19 @@ class StateNodes:
     turns: list[fx.Node]
     block: int = 0
 
-    def append(self, graph: fx.Graph, key: fx.Node, value: fx.Node, index: fx.Node | None) -> fx.Node:
-        """The call that puts new tokens in: at the positions `index`, or behind those held."""
-        state = (self.dense[2:] + self.codes[-4:], self.bases[-6:], self.bands[-8:], self.cursor)
+    def calls(self, graph: fx.Graph, key: fx.Node, value: fx.Node, index: fx.Node | None) -> tuple[fx.Node, fx.Node]:
+        """Append of new tokens, at the positions `index` or behind those held, and unpack."""
+        stores, coded = self.dense[2:] + self.codes[-4:], (self.bases[-6:], self.bands[-8:], self.cursor)
         turned = {"text_turns": self.turns[-1], "block": self.block} if self.turns else {}
         if index is None:
-            return graph.call_function(torch.ops.apack.append.default, (key, value, *state), turned)
-        arguments = (key, value, index, self.dense[:2], *state)
-        return graph.call_function(torch.ops.apack.append_at.default, arguments, turned)
-
-    def unpack(self, graph: fx.Graph, key: fx.Node, value: fx.Node) -> fx.Node:
-        """The call that FuseAttend takes away: how many tokens it gives is never asked for."""
+            append = graph.call_function(torch.ops.apack.append.default, (key, value, stores, *coded), turned)
+        else:
+            arguments = (key, value, index, self.dense[:2], stores, *coded)
+            append = graph.call_function(torch.ops.apack.append_at.default, arguments, turned)
+        # FuseAttend takes unpack away: how many tokens it gives is never asked for
         state = (self.dense, self.codes, self.bases, self.bands, self.positions, self.cursor, 0)
         turned = {"turns": self.turns, "block": self.block} if self.turns else {}
-        return graph.call_function(torch.ops.apack.unpack.default, (key, value, *state), turned)
+        return append, graph.call_function(torch.ops.apack.unpack.default, (key, value, *state), turned)
 
 
 def put_unpack(graph: fx.Graph, pair: BufferPair, state: StateNodes, at_positions: bool) -> fx.Node:
@@ -56,10 +55,9 @@ def put_unpack(graph: fx.Graph, pair: BufferPair, state: StateNodes, at_position
         anchor = graph.call_function(operator.add, (0, 0))
     with graph.inserting_before(anchor):
         key, value = new_tokens(graph, pair)
-        nodes = [state.append(graph, key, value, positions(graph, pair.key, key) if at_positions else None)]
-        nodes.append(unpack := state.unpack(graph, key, value))
-        nodes += (tokens := [graph.call_function(operator.getitem, (unpack, i)) for i in range(2)])
-        for node in nodes:
+        append, unpack = state.calls(graph, key, value, positions(graph, pair.key, key) if at_positions else None)
+        tokens = [graph.call_function(operator.getitem, (unpack, i)) for i in range(2)]
+        for node in (append, unpack, *tokens):
             node.meta |= {name: found for name, found in pair.node.meta.items() if name == "nn_module_stack"}
         for node, stream in zip(tokens, streams, strict=True):
             node.meta["val"] = value_of(stream.state).permute(stream.layout)
