@@ -28,21 +28,9 @@ MAX_DECODE = 8
 # Fewer tokens say too little about those to come: a basis fitted to them would lose most of what follows.
 LEAST_TOKENS = 64
 
-
-@dataclass(frozen=True)
-class Buffer:
-    """A static buffer; layout: its dimensions as `[B, H_kv, T, D]`."""
-
-    tensor: Tensor
-    layout: tuple[int, ...]
-
-    @property
-    def states(self) -> Tensor:
-        """The keys or values in it, `[B, H_kv, T, D]`."""
-        return self.tensor.permute(self.layout)
-
-
-Pair = tuple[Buffer, Buffer]
+Pair = tuple[Tensor, Tensor]
+# Of both buffers, which dimensions are `[B, H_kv, T, D]`.
+Layouts = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class BufferCache(CompactedCache):
@@ -103,23 +91,25 @@ class OwnCaches:
         turn = self.plan.turn
         return StateLayout(len(self.plan.segments), turn is not None, 0 if turn is None else turn.block)
 
-    def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[Packed] | None:
+    def before(
+        self, pairs: Sequence[Pair], layouts: Sequence[Layouts], positions: Sequence[Tensor]
+    ) -> list[Packed] | None:
         """The packed state that a call writing at `positions` must use; None where it is to run dense.
 
         Raises RuntimeError for buffers that were written outside, and ValueError for positions that packed state cannot take.
         """
         start, count = span_of(positions)
-        slots = slots_of(pairs[0])
+        slots = pairs[0][0].shape[layouts[0][0][2]]
         if start + count > slots:
             raise ValueError(f"positions {start} to {start + count - 1}: the buffers end at {slots}")
-        found = [self._held(pair, start) for pair in pairs]
+        found = [self._held(pair, how, start) for pair, how in zip(pairs, layouts, strict=True)]
         if start == 0:
-            self.forget(buffer.tensor for pair in pairs for buffer in pair)
+            self.forget(itertools.chain.from_iterable(pairs))
             return None
         if not any(found):
             if count > MAX_DECODE or start < LEAST_TOKENS:
                 return None
-            found = self._pack(pairs, start)
+            found = self._pack(pairs, layouts, start)
         if not all(found):
             raise RuntimeError("own_cache: some of this graph's buffers are packed, others dense")
         for cache in dict.fromkeys(packed.cache for packed in found):
@@ -141,52 +131,53 @@ class OwnCaches:
             if self.held.pop(buffer, None) is not None:
                 regain(buffer)
 
-    def _held(self, pair: Pair, start: int) -> Packed | None:
+    def _held(self, pair: Pair, layouts: Layouts, start: int) -> Packed | None:
         """What is packed for a pair before a call at `start`; None for dense buffers, and for those that were filled anew."""
-        packed = self.held.get(pair[0].tensor)
+        packed = self.held.get(pair[0])
         if packed is None or start == 0 or versions_of(pair) == packed.versions:
             return packed
-        if not all(bool(buffer.states[:, :, :start].any(-1).all()) for buffer in pair):
+        if not all(bool(states[:, :, :start].any(-1).all()) for states in states_of(pair, layouts)):
             raise RuntimeError(
                 f"own_cache: the buffers of layer {packed.layer.layer_idx} were written outside of the compiled graphs while their "
                 f"{int(packed.layer.cursor[HELD])} tokens were packed, and not all of positions 0 to {start - 1}: neither is valid. "
                 "Write a sequence from position 0 on, or through the compiled module"
             )
         for buffer in pair:
-            del self.held[buffer.tensor]
+            del self.held[buffer]
         return None
 
     @torch.no_grad()
-    def _pack(self, pairs: Sequence[Pair], tokens: int) -> list[Packed]:
+    def _pack(self, pairs: Sequence[Pair], layouts: Sequence[Layouts], tokens: int) -> list[Packed]:
         """Pack the first `tokens` tokens of dense buffers and release them."""
-        if any(buffer.tensor.is_inference() for pair in pairs for buffer in pair):
+        if any(buffer.is_inference() for pair in pairs for buffer in pair):
             raise ValueError("own_cache: buffers made in inference mode do not tell who writes them; make them outside")
-        filled = [tuple(buffer.states[:, :, :tokens] for buffer in pair) for pair in pairs]
-        plan = self._plan_for(pairs, filled)
-        cache = BufferCache(len(pairs), lambda *_: plan, slots_of(pairs[0]))
+        held = [states_of(pair, how) for pair, how in zip(pairs, layouts, strict=True)]
+        filled = [tuple(states[:, :, :tokens] for states in pair) for pair in held]
+        plan = self._plan_for(held, filled)
+        cache = BufferCache(len(pairs), lambda *_: plan, held[0][0].shape[2])
         for i, (key, value) in enumerate(filled):
             cache.update(key, value, i)
         found = []
         for pair, layer in zip(pairs, cache.packed_layers, strict=True):
-            released = sum(release(buffer.tensor) for buffer in pair)
+            released = sum(release(buffer) for buffer in pair)
             packed = Packed(cache, layer, state_of(layer), tuple(layer.bands), versions_of(pair), released)
-            for buffer in pair:
-                self.held[buffer.tensor] = packed
+            self.held[pair[0]] = self.held[pair[1]] = packed
             found.append(packed)
         self.last = self._live_report()
         return found
 
-    def _plan_for(self, pairs: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
+    def _plan_for(self, held: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
         """The plan of a graph's pairs: the given one, or one by the first sequence in such buffers."""
-        buffers = [buffer.states for pair in pairs for buffer in pair]
-        key = buffers[0]
+        key = held[0][0]
         if self.plan is not None:
-            return renumbered(self.plan, len(pairs), key).to(key.device)
-        streams = tuple((states.shape[1], states.shape[3], states.dtype, states.device) for states in buffers)
+            return renumbered(self.plan, held).to(key.device)
+        streams = tuple(
+            (states.shape[1], states.shape[3], states.dtype, states.device) for pair in held for states in pair
+        )
         which = (streams, budget_key(key.shape[2], 0.0))
         if which not in self.plans:
             plan = budget_plan(statistics_of(filled), self.ratio, *which[1])
-            about_model = (len(pairs), key.shape[1], key.shape[3], str(key.dtype))
+            about_model = (len(held), key.shape[1], key.shape[3], str(key.dtype))
             provenance = Provenance(f"the first {filled[0][0].shape[2]} tokens in static buffers", versions())
             self.plans[which] = replace(plan, signature=about_model, provenance=provenance)
         return self.plans[which]
@@ -229,12 +220,12 @@ class OwnCaches:
 
 def versions_of(pair: Pair) -> tuple[int, int]:
     """How often each buffer of a pair was written."""
-    return pair[0].tensor._version, pair[1].tensor._version
+    return pair[0]._version, pair[1]._version
 
 
-def slots_of(pair: Pair) -> int:
-    """How many tokens there is room for."""
-    return pair[0].tensor.shape[pair[0].layout[2]]
+def states_of(pair: Pair, layouts: Layouts) -> Pair:
+    """Keys and values in the buffers of a pair, `[B, H_kv, T, D]`."""
+    return pair[0].permute(layouts[0]), pair[1].permute(layouts[1])
 
 
 def state_of(layer: CompactedLayer) -> tuple[Tensor, ...]:
@@ -275,10 +266,11 @@ def statistics_of(filled: Sequence[tuple[Tensor, ...]]) -> Statistics:
     return by_layer(running)
 
 
-def renumbered(plan: Plan, pairs: int, key: Tensor) -> Plan:
-    """A plan for the layers of a model as one for so many pairs, of keys `[B, H_kv, T, D]`; raises ValueError where it is for others."""
+def renumbered(plan: Plan, held: Sequence[Pair]) -> Plan:
+    """A plan for the layers of a model as one for pairs of `[B, H_kv, T, D]`; raises ValueError where it is for others."""
     _, heads, head_dim, dtype = plan.signature
-    found = (pairs, key.shape[1], key.shape[3], str(key.dtype))
+    key = held[0][0]
+    found = (len(held), key.shape[1], key.shape[3], str(key.dtype))
     if found != (len(plan.layers), heads, head_dim, dtype):
         raise ValueError(
             f"own_cache: plan is for {len(plan.layers)} layers, {heads} KV heads x {head_dim}, {dtype}; the graph has "

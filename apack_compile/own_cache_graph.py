@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from apack_compile.own_cache import Buffer, OwnCaches
+from apack_compile.own_cache import OwnCaches
 from apack_compile.passes import BufferPair, FuseAttend, PackBuffers, RemoveDeadCode, run_passes
 from apack_compile.passes.ahead import index_graph
 from apack_compile.passes.pack_buffers import read_besides
@@ -34,8 +34,8 @@ class OwnCacheGraph:
         self.gm, self.caches, self.compile, self.dump_dir = gm, caches, compile, dump_dir
         inputs = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         self.inputs = inputs
-        streams = [(pair.key, pair.value) for pair in pairs]
-        self.buffers = [[(state_reader(gm, s.state, inputs), s.layout) for s in pair] for pair in streams]
+        self.buffers = [[state_reader(gm, s.state, inputs) for s in (pair.key, pair.value)] for pair in pairs]
+        self.layouts = [(pair.key.layout, pair.value.layout) for pair in pairs]
         self.others = [state_reader(gm, node, inputs) for node in read_besides(gm.graph, pairs)]
         self.positions = fx.GraphModule(gm, index_graph(gm.graph, pairs))
         self.dense: Callable[..., Any] | None = None
@@ -47,9 +47,9 @@ class OwnCacheGraph:
             self.caches.check_dense(read(args))
         found = None
         if self.buffers:
-            pairs = [(Buffer(key(args), at), Buffer(value(args), where)) for (key, at), (value, where) in self.buffers]
+            pairs = [(key(args), value(args)) for key, value in self.buffers]
             with torch.no_grad():
-                found = self.caches.before(pairs, self.positions(*args))
+                found = self.caches.before(pairs, self.layouts, self.positions(*args))
         if found is None:
             if self.dense is None:
                 self.dense = self.compile(self._copy())
