@@ -26,9 +26,10 @@ from apack_compile.passes import (
     ShareHeads,
     run_passes,
 )
-from apack_compile.passes.buffer_pairs import read_besides
+from apack_compile.passes.buffer_pairs import pairs_of
 from apack_compile.passes.nodes import bind, default_overload
 from apack_compile.passes.origin import is_unpack
+from apack_compile.passes.pack_buffers import read_besides
 
 if TYPE_CHECKING:
     from apack_compile.own_cache import OwnCaches
@@ -113,7 +114,7 @@ def attentionpack(
         caches = _own_caches(options, chosen)
         packing = PackBuffers(caches.layout)
         found = packing.match(gm.graph)
-        pairs = [match for match in found if isinstance(match, BufferPair)]
+        pairs = pairs_of(found)
         matches = tuple(match.record() for match in found)
         record = GraphRecord((*record.passes, PassRecord(packing.name, packing.key(), len(pairs), matches)))
     for tell in (on_graph, None if chosen.log is None else chosen.log.graphs.append):

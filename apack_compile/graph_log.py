@@ -31,4 +31,4 @@ class GraphLog:
     def forget(self) -> None:
         """Drop everything packed: the next calls must fill the buffers from position 0 on."""
         for caches in self.caches:
-            caches.forget([tuple(caches.held)])
+            caches.forget(list(caches.held))

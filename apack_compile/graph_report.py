@@ -8,7 +8,7 @@ from apack_compile.graph_log import GraphLog
 from apack_compile.passes import GraphRecord, MatchRecord
 
 HOW_TO_PACK = (
-    "to pack them: options={'own_cache': True} for static buffers [B, H_kv, max_len, D] of the compiled module, or "
+    "to pack them: options={'own_cache': True} for static buffers of the compiled module, or "
     "apack_compile.optimize(model) for a transformers model"
 )
 
@@ -72,7 +72,12 @@ def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:
     packed = [match for match in graph.static_buffers if match.reason is None]
     own = {name for match in packed for name in nodes_of(match)}
     shared = {match.node for match in graph.shared_heads}
-    refused = {match.node: match.reason for match in graph.static_buffers if match.reason is not None}
+    refused = {
+        name: match.reason
+        for match in graph.static_buffers
+        if match.reason is not None
+        for name in match.details["updates"]  # type: ignore[attr-defined]
+    }
     for site in graph.sites:
         if site.node in own:
             continue
@@ -87,7 +92,7 @@ def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:
         yield GraphLine(number, match.layer or "", what, "packed", "from the first decode call on; dense in a prefill")
     for update in graph.cache_updates:
         if update.node not in own:
-            reason = refused.pop(update.node, update.reason) or ""
+            reason = refused.get(update.node, update.reason) or ""
             what = f"{update.details.get('stream', '')} cache".strip()
             yield GraphLine(number, update.layer or "", what, "unchanged", reason)
 
@@ -100,10 +105,8 @@ def stock_bytes(graph: GraphRecord) -> int:
 
 
 def nodes_of(match: MatchRecord) -> list[Any]:
-    """The attention and both updates of a packed pair."""
-    updates = match.details["updates"]
-    assert isinstance(updates, list)
-    return [match.details["attention"], *updates]
+    """The attentions and both updates of a packed pair."""
+    return [name for kind in ("attentions", "updates") for name in match.details[kind]]  # type: ignore[attr-defined]
 
 
 def total(held: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
 When it is made, when it is dropped, and what must not happen to the buffers in between. own_cache_graph.py runs the graphs.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,8 @@ MAX_DECODE = 8
 LEAST_TOKENS = 64
 
 Pair = tuple[Tensor, Tensor]
+# Of both buffers, which dimensions are `[B, H_kv, T, D]`.
+Layouts = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class BufferCache(CompactedCache):
@@ -47,10 +50,15 @@ class BufferCache(CompactedCache):
 
 @dataclass(frozen=True)
 class Packed:
-    """What stands for one pair of buffers: a layer of a packed cache, and the buffers' versions when they were released."""
+    """What stands for one pair of buffers: a layer of a packed cache, and the buffers' versions when they were released.
+
+    state: the layer's tensors in the order of `StateLayout`; what is written later is written into them.
+    """
 
     cache: BufferCache
     layer: CompactedLayer
+    state: tuple[Tensor, ...]
+    bands: tuple[int, ...]
     versions: tuple[int, int]
     released: int
 
@@ -90,89 +98,93 @@ class OwnCaches:
             return StateLayout(len(self.plan.segments))
         return StateLayout(len(self.plan.segments), True, turn.block, turn.interleaved_pairs)
 
-    def before(self, pairs: Sequence[Pair], positions: Sequence[Tensor]) -> list[CompactedLayer] | None:
-        """The packed layers that a call writing at `positions` must use; None where it is to run dense.
+    def before(
+        self, pairs: Sequence[Pair], layouts: Sequence[Layouts], positions: Sequence[Tensor]
+    ) -> list[Packed] | None:
+        """The packed state that a call writing at `positions` must use; None where it is to run dense.
 
         Raises RuntimeError for buffers that were written outside, and ValueError for positions that packed state cannot take.
         """
         start, count = span_of(positions)
-        if start + count > pairs[0][0].shape[2]:
-            raise ValueError(f"positions {start} to {start + count - 1}: the buffers end at {pairs[0][0].shape[2]}")
-        found = [self._held(pair, start) for pair in pairs]
+        slots = pairs[0][0].shape[layouts[0][0][2]]
+        if start + count > slots:
+            raise ValueError(f"positions {start} to {start + count - 1}: the buffers end at {slots}")
+        found = [self._held(pair, how, start) for pair, how in zip(pairs, layouts, strict=True)]
         if start == 0:
-            self.forget(pairs)
+            self.forget(itertools.chain.from_iterable(pairs))
             return None
         if not any(found):
             if count > MAX_DECODE or start < LEAST_TOKENS:
                 return None
-            found = self._pack(pairs, start)
+            found = self._pack(pairs, layouts, start)
         if not all(found):
             raise RuntimeError("own_cache: some of this graph's buffers are packed, others dense")
         for cache in dict.fromkeys(packed.cache for packed in found):
             follow(cache, start)
-        return [packed.layer for packed in found]
+        return found
 
-    def check_dense(self, states: Tensor) -> None:
+    def check_dense(self, buffer: Tensor) -> None:
         """Raise RuntimeError for a packed buffer, which a graph wants to read as it was."""
-        packed = self.held.get(states)
+        packed = self.held.get(buffer)
         if packed is not None:
             raise RuntimeError(
                 f"own_cache: the buffers of layer {packed.layer.layer_idx} are packed, and this graph reads them in a way that has no "
                 "packed form (report of the option log says why); GraphLog.forget() drops what is packed"
             )
 
-    def forget(self, pairs: Sequence[Pair]) -> None:
+    def forget(self, buffers: Iterable[Tensor]) -> None:
         """Drop what is packed for these buffers, which are dense and empty again."""
-        for states in (states for pair in pairs for states in pair):
-            if self.held.pop(states, None) is not None:
-                regain(states)
+        for buffer in buffers:
+            if self.held.pop(buffer, None) is not None:
+                regain(buffer)
 
-    def _held(self, pair: Pair, start: int) -> Packed | None:
+    def _held(self, pair: Pair, layouts: Layouts, start: int) -> Packed | None:
         """What is packed for a pair before a call at `start`; None for dense buffers, and for those that were filled anew."""
         packed = self.held.get(pair[0])
         if packed is None or start == 0 or versions_of(pair) == packed.versions:
             return packed
-        if not all(bool(states[:, :, :start].any(-1).all()) for states in pair):
+        if not all(bool(states[:, :, :start].any(-1).all()) for states in states_of(pair, layouts)):
             raise RuntimeError(
                 f"own_cache: the buffers of layer {packed.layer.layer_idx} were written outside of the compiled graphs while their "
                 f"{int(packed.layer.cursor[HELD])} tokens were packed, and not all of positions 0 to {start - 1}: neither is valid. "
                 "Write a sequence from position 0 on, or through the compiled module"
             )
-        for states in pair:
-            del self.held[states]
+        for buffer in pair:
+            del self.held[buffer]
         return None
 
     @torch.no_grad()
-    def _pack(self, pairs: Sequence[Pair], tokens: int) -> list[Packed]:
+    def _pack(self, pairs: Sequence[Pair], layouts: Sequence[Layouts], tokens: int) -> list[Packed]:
         """Pack the first `tokens` tokens of dense buffers and release them."""
-        if any(states.is_inference() for pair in pairs for states in pair):
+        if any(buffer.is_inference() for pair in pairs for buffer in pair):
             raise ValueError("own_cache: buffers made in inference mode do not tell who writes them; make them outside")
-        filled = [tuple(states[:, :, :tokens] for states in pair) for pair in pairs]
-        plan = self._plan_for(pairs, filled)
-        cache = BufferCache(len(pairs), lambda *_: plan, pairs[0][0].shape[2])
+        held = [states_of(pair, how) for pair, how in zip(pairs, layouts, strict=True)]
+        filled = [tuple(states[:, :, :tokens] for states in pair) for pair in held]
+        plan = self._plan_for(held, filled)
+        cache = BufferCache(len(pairs), lambda *_: plan, held[0][0].shape[2])
         for i, (key, value) in enumerate(filled):
             cache.update(key, value, i)
         found = []
         for pair, layer in zip(pairs, cache.packed_layers, strict=True):
-            released = sum(release(states) for states in pair)
-            packed = Packed(cache, layer, versions_of(pair), released)
+            released = sum(release(buffer) for buffer in pair)
+            packed = Packed(cache, layer, state_of(layer), tuple(layer.bands), versions_of(pair), released)
             self.held[pair[0]] = self.held[pair[1]] = packed
             found.append(packed)
         self.last = self._live_report()
         return found
 
-    def _plan_for(self, pairs: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
+    def _plan_for(self, held: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
         """The plan of a graph's pairs: the given one, or one by the first sequence in such buffers."""
-        key = pairs[0][0]
+        key = held[0][0]
         if self.plan is not None:
-            return renumbered(self.plan, pairs).to(key.device)
+            return renumbered(self.plan, held).to(key.device)
         streams = tuple(
-            (states.shape[1], states.shape[3], states.dtype, states.device) for pair in pairs for states in pair
+            (states.shape[1], states.shape[3], states.dtype, states.device) for pair in held for states in pair
         )
         which = (streams, budget_key(key.shape[2], 0.0))
         if which not in self.plans:
             plan = budget_plan(statistics_of(filled), self.ratio, *which[1])
-            about_model = (len(pairs), key.shape[1], key.shape[3], str(key.dtype))
+            about_model = (len(held), key.shape[1], key.shape[3], str(key.dtype))
             provenance = Provenance(f"the first {filled[0][0].shape[2]} tokens in static buffers", versions())
             self.plans[which] = replace(plan, signature=about_model, provenance=provenance)
         return self.plans[which]
@@ -218,9 +230,24 @@ def versions_of(pair: Pair) -> tuple[int, int]:
     return pair[0]._version, pair[1]._version
 
 
+def states_of(pair: Pair, layouts: Layouts) -> Pair:
+    """Keys and values in the buffers of a pair, `[B, H_kv, T, D]`."""
+    return pair[0].permute(layouts[0]), pair[1].permute(layouts[1])
+
+
+def state_of(layer: CompactedLayer) -> tuple[Tensor, ...]:
+    """A layer's tensors, in the order of `StateLayout`."""
+    return (*layer.dense, *layer.codes, *layer.bases, *layer.positions(), layer.cursor, *layer.turns())
+
+
 def span_of(positions: Sequence[Tensor]) -> tuple[int, int]:
     """First position and number of positions that a call writes, the same for all layers; raises ValueError for others."""
-    spans = {tuple(where.tolist()) for where in dict.fromkeys(positions)}
+    distinct = list(dict.fromkeys(positions))
+    # one transfer, however many layers count for themselves
+    read = [torch.cat(distinct)] if len({where.device for where in distinct}) == 1 else distinct
+    numbers = [number for where in read for number in where.tolist()]
+    ends = list(itertools.accumulate(where.shape[0] for where in distinct))
+    spans = {tuple(numbers[end - where.shape[0] : end]) for where, end in zip(distinct, ends, strict=True)}
     first = next(iter(spans))
     if len(spans) > 1 or list(first) != list(range(first[0], first[0] + len(first))):
         raise ValueError(f"own_cache: positions {sorted(spans)} must be consecutive and the same for all layers")
@@ -246,11 +273,11 @@ def statistics_of(filled: Sequence[tuple[Tensor, ...]]) -> Statistics:
     return by_layer(running)
 
 
-def renumbered(plan: Plan, pairs: Sequence[Pair]) -> Plan:
-    """A plan for the layers of a model as one for a graph's pairs; raises ValueError where it is for others."""
+def renumbered(plan: Plan, held: Sequence[Pair]) -> Plan:
+    """A plan for the layers of a model as one for pairs of `[B, H_kv, T, D]`; raises ValueError where it is for others."""
     _, heads, head_dim, dtype = plan.signature
-    key = pairs[0][0]
-    found = (len(pairs), key.shape[1], key.shape[3], str(key.dtype))
+    key = held[0][0]
+    found = (len(held), key.shape[1], key.shape[3], str(key.dtype))
     if found != (len(plan.layers), heads, head_dim, dtype):
         raise ValueError(
             f"own_cache: plan is for {len(plan.layers)} layers, {heads} KV heads x {head_dim}, {dtype}; the graph has "

@@ -4,16 +4,17 @@ The packed form appends to packed state and attends to it (passes/pack_buffers.p
 call writes and by what is held.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from apack_compile.layer import CompactedLayer
 from apack_compile.own_cache import OwnCaches
 from apack_compile.passes import BufferPair, FuseAttend, PackBuffers, RemoveDeadCode, run_passes
-from apack_compile.passes.buffer_pairs import index_graph, read_besides
+from apack_compile.passes.ahead import index_graph
+from apack_compile.passes.pack_buffers import read_besides
 
 
 class OwnCacheGraph:
@@ -33,7 +34,8 @@ class OwnCacheGraph:
         self.gm, self.caches, self.compile, self.dump_dir = gm, caches, compile, dump_dir
         inputs = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
         self.inputs = inputs
-        self.states = [tuple(state_reader(gm, u.state, inputs) for u in (pair.key, pair.value)) for pair in pairs]
+        self.buffers = [[state_reader(gm, s.state, inputs) for s in (pair.key, pair.value)] for pair in pairs]
+        self.layouts = [(pair.key.layout, pair.value.layout) for pair in pairs]
         self.others = [state_reader(gm, node, inputs) for node in read_besides(gm.graph, pairs)]
         self.positions = fx.GraphModule(gm, index_graph(gm.graph, pairs))
         self.dense: Callable[..., Any] | None = None
@@ -43,20 +45,20 @@ class OwnCacheGraph:
         """Run the graph on the inputs it was traced with."""
         for read in self.others:
             self.caches.check_dense(read(args))
-        layers = None
-        if self.states:
-            pairs = [(key(args), value(args)) for key, value in self.states]
+        found = None
+        if self.buffers:
+            pairs = [(key(args), value(args)) for key, value in self.buffers]
             with torch.no_grad():
-                layers = self.caches.before(pairs, self.positions(*args))
-        if layers is None:
+                found = self.caches.before(pairs, self.layouts, self.positions(*args))
+        if found is None:
             if self.dense is None:
                 self.dense = self.compile(self._copy())
             return self.dense(*args)
-        bands = tuple(tuple(layer.bands) for layer in layers)
+        bands = tuple(packed.bands for packed in found)
         if bands not in self.packed:
             self.packed[bands] = self._packed_form(bands)
         kept, run = self.packed[bands]
-        return run(*(args[i] for i in kept), *(tensor for layer in layers for tensor in state_of(layer)))
+        return run(*(args[i] for i in kept), *itertools.chain.from_iterable(packed.state for packed in found))
 
     def _copy(self) -> fx.GraphModule:
         """The graph as it came, in a module of an ordinary kind: Dynamo does not trace its own."""
@@ -82,8 +84,3 @@ def state_reader(gm: fx.GraphModule, state: fx.Node, inputs: Sequence[str]) -> C
     *path, name = str(state.target).split(".")
     owner = gm.get_submodule(".".join(path))
     return lambda args: getattr(owner, name)
-
-
-def state_of(layer: CompactedLayer) -> list[Tensor]:
-    """A layer's tensors, in the order of `StateLayout`."""
-    return [*layer.dense, *layer.codes, *layer.bases, *layer.positions(), layer.cursor, *layer.turns()]

@@ -34,11 +34,22 @@ class RemoveDeadCode(Pass):
 
     def match(self, graph: fx.Graph) -> list[DeadNode]:
         """Dead nodes, users before what they use."""
-        live = live_nodes(graph)
-        return [DeadNode(node) for node in reversed(graph.nodes) if node not in live]
+        return [DeadNode(node) for node in dead_nodes(graph)]
 
     def rewrite(self, graph: fx.Graph, matches: Sequence[Any]) -> int:
         """Erase the dead nodes."""
         for dead in matches:
             graph.erase_node(dead.node)
         return len(matches)
+
+
+def dead_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Dead nodes, users before what they use."""
+    live = live_nodes(graph)
+    return [node for node in reversed(graph.nodes) if node not in live]
+
+
+def erase_dead(graph: fx.Graph) -> None:
+    """Erase the dead nodes."""
+    for node in dead_nodes(graph):
+        graph.erase_node(node)

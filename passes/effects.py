@@ -61,7 +61,7 @@ def written(node: fx.Node) -> list[fx.Node]:
         return _nodes([first, node.kwargs.get("out")])
     overloads = _not_out(_overloads(node))
     if not overloads or _asks_in_place(node):
-        return [source for source in node.all_input_nodes if not isinstance(_attribute(source), fx.GraphModule)]
+        return [source for source in node.all_input_nodes if not isinstance(attribute_of(source), fx.GraphModule)]
     if not any(op._schema.is_mutable for op in overloads):
         return _nodes([node.kwargs.get("out")])
     if len(overloads) > 1 or isinstance(node.target, str):
@@ -94,10 +94,10 @@ def _wrapped(node: fx.Node) -> fx.Graph | None:
     """The graph that an exported `with torch.no_grad():` (or autocast) runs."""
     if not op_name(node).startswith(_WRAPPERS):
         return None
-    return next((gm.graph for n in node.all_input_nodes if isinstance(gm := _attribute(n), fx.GraphModule)), None)
+    return next((gm.graph for n in node.all_input_nodes if isinstance(gm := attribute_of(n), fx.GraphModule)), None)
 
 
-def _attribute(node: fx.Node) -> Any:
+def attribute_of(node: fx.Node) -> Any:
     """What a get_attr node reads, where the graph has a module."""
     found: Any = node.graph.owning_module if node.op == "get_attr" else None
     for part in str(node.target).split(".") if found is not None else ():

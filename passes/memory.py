@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from apack_compile.passes.effects import written
+from apack_compile.passes.effects import attribute_of, written
 from apack_compile.passes.nodes import op_name, value_of
 
 
@@ -48,6 +48,13 @@ class Memory:
                 unknown = ", whose memory is not known," if value_of(target) is None else ""
                 return f"{op_name(writer)} may write {target.name}{unknown} between the packed cache and the attention"
         return None
+
+
+def shares_memory(node: fx.Node, state: fx.Node) -> bool:
+    """Whether a node looks at a state's memory, or at memory that is not known."""
+    value = value_of(node)
+    unknown = value is None and not isinstance(attribute_of(node), fx.GraphModule)
+    return node is state or unknown or not _storages(value).isdisjoint(_storages(value_of(state)))
 
 
 def _touches(targets: Iterable[fx.Node], nodes: set[fx.Node]) -> fx.Node | None:

@@ -4,6 +4,7 @@ Every step checks what the node does to the shape; a node that is none of the kn
 """
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,13 +201,22 @@ def _no_change(node: fx.Node) -> _Step | None:
 
 def reads_unpack(node: fx.Node) -> bool:
     """True when the tensor is computed from a packed cache's tokens, not from an earlier attention's result."""
+    return bool(_unpacks([node]))
+
+
+def unpacks_read(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The packed caches that the nodes of an attention read, not those behind an earlier attention's result."""
+    nodes = set(nodes)
+    return _unpacks([*filter(is_unpack, nodes), *{source for node in nodes for source in node.all_input_nodes} - nodes])
+
+
+def _unpacks(stack: list[fx.Node]) -> set[fx.Node]:
     seen: set[fx.Node] = set()
-    stack = [node]
     while stack:
         here = stack.pop()
-        if is_unpack(here):
-            return True
-        if here not in seen and kind(here) not in NEW_KEYS and here.op != "call_module":
-            seen.add(here)
+        if here in seen:
+            continue
+        seen.add(here)
+        if not is_unpack(here) and kind(here) not in NEW_KEYS and here.op != "call_module":
             stack += here.all_input_nodes
-    return False
+    return set(filter(is_unpack, seen))

@@ -5,19 +5,36 @@ unpack and attention. A pair for which it would not is refused with its reason, 
 comes in through further graph inputs: packing anew changes no graph.
 """
 
-import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from apack_compile.passes.ahead import why_not_ahead
 from apack_compile.passes.base import Pass, Refusal
-from apack_compile.passes.buffer_pairs import BufferPair, find_pairs
-from apack_compile.passes.components import deinterleaved_node
-from apack_compile.passes.nodes import value_of
-from apack_compile.passes.sites import AttentionSite, find_sites
+from apack_compile.passes.buffer_pairs import BufferPair, Rules, find_pairs
+from apack_compile.passes.dead_code import erase_dead
+from apack_compile.passes.nodes import kind, shape, value_of
+from apack_compile.passes.packed_state import StateNodes, attended, put_unpack
+from apack_compile.passes.update_kinds import KINDS, target_of
+
+USES = (
+    *(
+        "ahead",
+        "attention",
+        "buffer_pairs",
+        "buffer_writes",
+        "cache_updates",
+        "components",
+        "dead_code",
+        "effects",
+        "layout",
+    ),
+    *("memory", "nodes", "origin", "packed_state", "positions", "scores", "sites", "update_kinds", "views"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,99 +63,23 @@ class PackBuffers(Pass):
     layout: StateLayout = StateLayout()
     bands: tuple[tuple[int, ...], ...] = ()
 
-    uses: ClassVar[tuple[str, ...]] = tuple(
-        f"apack_compile.passes.{name}"
-        for name in (
-            "attention",
-            "buffer_pairs",
-            "cache_updates",
-            "components",
-            "effects",
-            "memory",
-            "nodes",
-            "origin",
-            "sites",
-            "update_kinds",
-        )
-    )
+    uses: ClassVar[tuple[str, ...]] = tuple(f"apack_compile.passes.{name}" for name in USES)
 
     def match(self, graph: fx.Graph) -> list[BufferPair | Refusal]:
         """The graph's pairs, and what is refused."""
-        found = find_pairs(graph)
-        pairs = [pair for pair in found if isinstance(pair, BufferPair)]
-        reasons: dict[fx.Node, str] = {}
-        while True:
-            again = self._refused_sites(graph, [pair for pair in pairs if pair.node not in reasons])
-            if not again:
-                break
-            reasons |= again
-        return [
-            Refusal(m.node, m.key.layer, reasons[m.node], False)
-            if isinstance(m, BufferPair) and m.node in reasons
-            else m
-            for m in found
-        ]
+        return attended(graph, find_pairs(graph, RULES))
 
     def rewrite(self, graph: fx.Graph, matches: Sequence[BufferPair]) -> int:
         """Rewrite the pairs; their state comes in through new inputs, behind the graph's own."""
+        erase_dead(graph)
         for i, pair in enumerate(matches):
-            bands = list(self.bands[i]) if self.bands else [0] * (8 * self.layout.segments)
-            self._rewrite_pair(graph, pair, f"packed_{i}", bands)
+            put_unpack(graph, pair, self._inputs(graph, i, value_of(pair.key.state)), at_positions=False)
+        erase_dead(graph)
+        for state in {stream.state for pair in matches for stream in (pair.key, pair.value)}:
+            graph.erase_node(state)
         return len(matches)
 
-    def _refused_sites(self, graph: fx.Graph, pairs: list[BufferPair]) -> dict[fx.Node, str]:
-        """Which pairs would still be unpacked, tried on a copy of the graph, and why."""
-        trial = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        trial.output(trial.graph_copy(graph, copies))
-        unpacks = {}
-        for i, pair in enumerate(pairs):
-            unpack = self._rewrite_pair(trial, _copied(pair, copies), f"packed_{i}", [0] * (8 * self.layout.segments))
-            unpacks[unpack] = pair.node
-        reasons, fused = {}, set()
-        for site in find_sites(trial):
-            if isinstance(site, AttentionSite):
-                fused.add(site.unpack)
-            elif site.packed:
-                for unpack in _unpacks_behind(site, unpacks):
-                    reasons[unpacks[unpack]] = site.reason
-        for unpack, node in unpacks.items():
-            if unpack not in fused:
-                reasons.setdefault(node, "no attention reads it that could be rewritten")
-        return reasons
-
-    def _rewrite_pair(self, graph: fx.Graph, pair: BufferPair, name: str, bands: list[int]) -> fx.Node:
-        """Rewrite one pair; its unpack."""
-        states = [update.state for update in (pair.key, pair.value)]
-        dense, codes, bases, positions, (cursor,), turns = self._inputs(graph, name, value_of(states[0]))
-        turned: dict[str, Any] = {"block": self.layout.block} if turns else {}
-        pairs = self.layout.interleaved_pairs
-        with graph.inserting_before(pair.node):
-            new = (deinterleaved_node(graph, pair.new_key, pairs), pair.new_value)
-            append = graph.call_function(
-                torch.ops.apack.append.default,
-                (*new, dense[2:] + codes[-4:], bases[-6:], bands[-8:], cursor),
-                {"text_turns": turns[-1], **turned} if turns else {},
-            )
-            unpack = graph.call_function(
-                torch.ops.apack.unpack.default,
-                # FuseAttend takes it away: its length is never asked for
-                (*new, dense, codes, bases, bands, positions, cursor, 0),
-                {"turns": turns, **turned, "interleaved_pairs": pairs} if turns else {},
-            )
-            read = [graph.call_function(operator.getitem, (unpack, i)) for i in range(2)]
-        for node in (append, unpack, *read):
-            node.meta["nn_module_stack"] = pair.node.meta.get("nn_module_stack")
-        unpack.meta["example_value"] = tuple(value_of(state) for state in states)
-        for update, state, node in zip((pair.key, pair.value), states, read, strict=True):
-            node.meta["example_value"] = value_of(state)
-            for held in (update.node, state):
-                held.replace_all_uses_with(node, delete_user_cb=lambda user, write=update.node: user is not write)
-            graph.erase_node(update.node)
-            graph.erase_node(state)
-        return unpack
-
-    def _inputs(self, graph: fx.Graph, name: str, like: torch.Tensor) -> list[list[fx.Node]]:
+    def _inputs(self, graph: fx.Graph, number: int, like: torch.Tensor) -> StateNodes:
         """New graph inputs for the state of one layer, behind the last input."""
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         groups: list[list[fx.Node]] = []
@@ -147,31 +88,37 @@ class PackBuffers(Pass):
             groups.append([])
             for i in range(count):
                 with graph.inserting_after(last):
-                    last = graph.placeholder(f"{name}_{label}_{i}")
+                    last = graph.placeholder(f"packed_{number}_{label}_{i}")
                 # Its own memory, which is all that is asked of it.
-                last.meta["example_value"] = like.new_empty(0)
+                last.meta["val"] = like.new_empty(0)
                 groups[-1].append(last)
-        return groups
+        dense, codes, bases, positions, (cursor,), turns = groups
+        bands = list(self.bands[number]) if self.bands else [0] * (8 * self.layout.segments)
+        turning = (self.layout.block, self.layout.interleaved_pairs)
+        return StateNodes(dense, codes, bases, bands, positions, cursor, turns, *turning)
 
 
-def _copied(pair: BufferPair, copies: dict[fx.Node, fx.Node]) -> BufferPair:
-    """The same pair in a copy of its graph."""
-    key, value = (
-        replace(update, node=copies[update.node], state=copies[update.state]) for update in (pair.key, pair.value)
-    )
-    nodes = {name: copies[getattr(pair, name)] for name in ("index", "new_key", "new_value", "node")}
-    return replace(pair, key=key, value=value, **nodes)
+def _why_not_own(state: fx.Node) -> str | None:
+    """Why an input or attribute of a graph is no buffer that can be released."""
+    buffer = value_of(state)
+    if buffer.requires_grad or isinstance(buffer, torch.nn.Parameter):
+        return f"{state.name} is a parameter, or needs a gradient"
+    size = buffer.numel() * buffer.dtype.itemsize
+    if not buffer.is_contiguous() or not statically_known_true(buffer.untyped_storage().nbytes() == size):
+        return f"{state.name} is a view: it has no memory of its own"
+    return None
 
 
-def _unpacks_behind(site: Refusal, unpacks: Iterable[fx.Node]) -> list[fx.Node]:
-    """The unpacks that a refused site reads."""
-    known, seen, found = set(unpacks), set(), []
-    stack = [site.node, *site.covers]
-    while stack:
-        here = stack.pop()
-        if here in known:
-            found.append(here)
-        elif here not in seen:
-            seen.add(here)
-            stack += here.all_input_nodes
-    return found
+RULES = Rules(_why_not_own, why_not_ahead)
+
+
+def read_besides(graph: fx.Graph, pairs: Iterable[BufferPair]) -> list[fx.Node]:
+    """4-D inputs that the graph reads and that are no buffer of a pair: where one is packed, its tokens are not there."""
+    known = {stream.state for pair in pairs for stream in (pair.key, pair.value)}
+    inputs = [node for node in graph.nodes if node.op in ("placeholder", "get_attr") and node not in known]
+    return [node for node in inputs if len(shape(node) or ()) == 4 and any(_reads(user, node) for user in node.users)]
+
+
+def _reads(user: fx.Node, state: fx.Node) -> bool:
+    """Whether a node does more than write into a tensor in place."""
+    return kind(user) not in KINDS or target_of(user) is not state or user.op == "output" or bool(user.users)

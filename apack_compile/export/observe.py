@@ -9,10 +9,10 @@ from torch import Tensor, fx, nn
 
 from apack_compile.calibration import Running, RunningMoments, Statistics, by_layer
 from apack_compile.codec import FLOAT16_MAX
-from apack_compile.export.find import OwnedCache
-from apack_compile.export.rewrite import new_tokens
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
+from apack_compile.passes.buffer_pairs import BufferPair
+from apack_compile.passes.packed_state import new_tokens, positions
 from apack_compile.plan import FIRST_TOKENS, STREAMS
 from apack_compile.rotary import BLOCK, KeyTurn, deinterleaved_keys, turns_at
 
@@ -74,7 +74,7 @@ def calls_of(inputs: Any) -> list[Call]:
     return calls
 
 
-def observe(gm: fx.GraphModule, caches: Sequence[OwnedCache], calls: Iterable[Call]) -> Observed:
+def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Call]) -> Observed:
     """Statistics of the caches; `gm` is changed and its state used. Raises ValueError where a cache saw no usable token.
 
     Keys are turned back by the frequencies of one of the program's buffers where that leaves them fewer bits to code. Wrong ones
@@ -83,10 +83,11 @@ def observe(gm: fx.GraphModule, caches: Sequence[OwnedCache], calls: Iterable[Ca
     running: dict[KeyTurn | None, Running] = {None: {}, **{turn: {} for turn in key_turns(gm, caches)}}
     for cache in caches:
         gm.add_module(f"observer_{cache.number}", Observer(cache.number, cache.name, running))
-        with gm.graph.inserting_after(cache.last):
+        with gm.graph.inserting_after(cache.node):
             see = gm.graph.call_module(f"observer_{cache.number}")
         with gm.graph.inserting_before(see):
-            see.args = new_tokens(gm.graph, cache)
+            key, value = new_tokens(gm.graph, cache)
+            see.args = (key, value, positions(gm.graph, cache.key, key))
     gm.recompile()
     with torch.no_grad():
         for args, kwargs in calls:
@@ -101,7 +102,7 @@ def observe(gm: fx.GraphModule, caches: Sequence[OwnedCache], calls: Iterable[Ca
     return Observed(found[best], best)
 
 
-def key_turns(gm: fx.GraphModule, caches: Sequence[OwnedCache]) -> list[KeyTurn]:
+def key_turns(gm: fx.GraphModule, caches: Sequence[BufferPair]) -> list[KeyTurn]:
     """Ways to turn keys back: by each buffer of rotary frequencies, named as transformers names them, in either pairs."""
     width = min(cache.key.size[3] for cache in caches)
     known = [b.float() for name, b in gm.named_buffers() if name.endswith("inv_freq") and b.dim() == 1]

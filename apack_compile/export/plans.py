@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from apack_compile.export.find import OwnedCache
 from apack_compile.export.observe import Observed
 from apack_compile.export.state import LOSSLESS, CachePlan
+from apack_compile.passes.buffer_pairs import BufferPair
+from apack_compile.passes.nodes import value_of
 from apack_compile.plan import Plan, budget_plan, largest_ratio
 from apack_compile.plan_check import check_plan
 
 
-def budget_plans(seen: Observed, caches: Sequence[OwnedCache], ratio: float) -> dict[int, CachePlan]:
+def budget_plans(seen: Observed, caches: Sequence[BufferPair], ratio: float) -> dict[int, CachePlan]:
     """Plans by cache number: caches of one length share the budget that `ratio` leaves them.
 
     Raises ValueError for a ratio that no plan can reach.
@@ -28,7 +29,7 @@ def budget_plans(seen: Observed, caches: Sequence[OwnedCache], ratio: float) -> 
     return plans
 
 
-def given_plans(plan: Plan, caches: Sequence[OwnedCache], total: int) -> dict[int, CachePlan]:
+def given_plans(plan: Plan, caches: Sequence[BufferPair], total: int) -> dict[int, CachePlan]:
     """A plan's layers by cache number, of `total` caches that the program has; raises ValueError for a plan that does not fit."""
     check_plan(plan, "plan")
     if plan.per_request:
@@ -47,7 +48,7 @@ def given_plans(plan: Plan, caches: Sequence[OwnedCache], total: int) -> dict[in
     layers, plans = sorted(plan.layers), {}
     for cache in caches:
         _, heads, _, width = cache.key.size
-        found = (heads, width, str(cache.key.tensor.dtype))
+        found = (heads, width, str(value_of(cache.key.state).dtype))
         if found != plan.signature[1:]:
             raise ValueError(
                 f"plan: made for (KV heads, head_dim, dtype) {plan.signature[1:]}; {cache.name} has {found}"

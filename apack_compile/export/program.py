@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 
 from apack_compile.backend import StrictError
 from apack_compile.config import AttentionPackConfig
-from apack_compile.export.find import LeftCache, OwnedCache, drop_checks, find_caches
+from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.observe import Call, calls_of, observe
 from apack_compile.export.plans import budget_plans, given_plans
 from apack_compile.export.rewrite import rewrite
-from apack_compile.export.state import LOSSLESS
+from apack_compile.passes.base import Refusal
+from apack_compile.passes.buffer_pairs import pairs_of
 from apack_compile.passes.nodes import value_of
 from apack_compile.plan import Plan
 
@@ -46,42 +47,24 @@ def optimize_program(
     calls = None if calibration_inputs is None else calls_of(calibration_inputs)
     config = AttentionPackConfig(ratio=ratio) if plan is None else None
     gm = graph_module_of(program, calls[0] if calls else None)
-    caches, left = packable(gm)
+    found, unread = find_caches(gm, tried=True)
+    caches = pairs_of(found)
+    left = [f"{m.layer}: {m.reason}" for m in found if isinstance(m, Refusal)]
+    left += [f"{name}: {reason}" for name, reason in unread.items()]
     if strict and left:
-        lines = [f"  {cache.name}: {cache.reason}" for cache in left]
-        raise StrictError("strict=True, but a cache stays dense:\n" + "\n".join(lines))
+        raise StrictError("strict=True, but a cache stays dense:\n  " + "\n  ".join(left))
     if not caches:
-        reasons = "; ".join(f"{cache.name}: {cache.reason}" for cache in left) or "it has no attention over a cache"
+        reasons = "; ".join(left) or "it has no attention over a cache"
         raise ValueError(f"program: none of its caches can be packed ({reasons})")
     if plan is not None:
-        plans = given_plans(plan, caches, len(caches) + sum(cache.attended for cache in left))
+        plans = given_plans(plan, caches, len(found))
     else:
         watched = copied(gm)
-        plans = budget_plans(observe(watched, owned(watched, caches), calls), caches, config.ratio)
-    refused = rewrite(gm, caches, plans)
-    if refused:
-        raise RuntimeError(f"program: caches that could be packed on trial could not in the end: {refused}")
+        plans = budget_plans(
+            observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls), caches, config.ratio
+        )
+    rewrite(gm, caches, plans)
     return gm if isinstance(program, fx.GraphModule) else exported(gm, program, calls)
-
-
-def packable(gm: fx.GraphModule) -> tuple[list[OwnedCache], list[LeftCache]]:
-    """The caches that can be packed, and those that cannot; tried on a copy without data."""
-    found = find_caches(gm)
-    candidates = [cache for cache in found if isinstance(cache, OwnedCache)]
-    trial = copied(gm, torch.device("meta"))
-    plans = {cache.number: LOSSLESS for cache in candidates}
-    reasons = rewrite(trial, owned(trial, candidates), plans) if candidates else {}
-    left = [cache for cache in found if isinstance(cache, LeftCache)]
-    left += [
-        LeftCache(cache.number, cache.name, reasons[cache.number]) for cache in candidates if cache.number in reasons
-    ]
-    return [cache for cache in candidates if cache.number not in reasons], sorted(left, key=lambda cache: cache.number)
-
-
-def owned(gm: fx.GraphModule, caches: Sequence[OwnedCache]) -> list[OwnedCache]:
-    """The same caches in a copy of their program."""
-    numbers = {cache.number for cache in caches}
-    return [cache for cache in find_caches(gm) if isinstance(cache, OwnedCache) and cache.number in numbers]
 
 
 def graph_module_of(program: ExportedProgram | fx.GraphModule, call: Call | None) -> fx.GraphModule:
@@ -95,8 +78,8 @@ def graph_module_of(program: ExportedProgram | fx.GraphModule, call: Call | None
     return gm
 
 
-def copied(gm: fx.GraphModule, device: torch.device | None = None) -> fx.GraphModule:
-    """A copy with the same parameters, and its own graph and buffers; with a device, the buffers are there."""
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with the same parameters, and its own graph and buffers."""
     new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     fleeting = {
         f"{path}.{name}".lstrip(".")
@@ -109,8 +92,7 @@ def copied(gm: fx.GraphModule, device: torch.device | None = None) -> fx.GraphMo
     for path, buffer in list(new.named_buffers(remove_duplicate=False)):
         owner, _, name = path.rpartition(".")
         module = _own_module(new, owner, own)
-        own_buffer = copy.deepcopy(buffer.detach(), memo) if device is None else buffer.to(device)
-        module.register_buffer(name, own_buffer, persistent=path not in fleeting)
+        module.register_buffer(name, copy.deepcopy(buffer.detach(), memo), persistent=path not in fleeting)
     return new
 
 

@@ -8,9 +8,10 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from apack_compile.accounting import DENSE_ELEMENT_BYTES, storage_bytes
-from apack_compile.export.find import LeftCache, drop_checks, find_caches
+from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
 from apack_compile.kernels.ops import implementations
+from apack_compile.passes.buffer_pairs import BufferPair
 
 NOT_PACKED = "optimize has not packed it"
 
@@ -87,14 +88,14 @@ def program_report(program: ExportedProgram | fx.GraphModule) -> ProgramReport:
     shared = storage_bytes(
         t for held in by_owner.values() if POSITIONS[0] in held or POSITIONS[1] in held for t in held.values()
     )
-    left = tuple(
-        LeftLine(cache.name, cache.reason if isinstance(cache, LeftCache) else NOT_PACKED) for cache in find_caches(gm)
-    )
+    found, unread = find_caches(gm)
+    left = [(m.name, NOT_PACKED) if isinstance(m, BufferPair) else (str(m.layer), m.reason) for m in found]
+    left += unread.items()
     dense, held_bytes = sum(line.dense_bytes for line in packed), sum(line.packed_bytes for line in packed) + shared
     cursor = next((held[CURSOR] for held in by_owner.values() if CURSOR in held), None)
     return ProgramReport(
         packed,
-        left,
+        tuple(LeftLine(name, reason) for name, reason in left),
         dense_bytes=dense,
         sequence_bytes=held_bytes,
         model_bytes=sum(line.basis_bytes for line in packed),

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import operator
 import weakref
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from transformers import (
 
 import apack_compile
 from apack_compile.backend import StrictError
+from apack_compile.own_cache import span_of, state_of
 from apack_compile.plan import a_vl_plan, lossless_plan
 
 PROMPT, STEPS = 101, 64
@@ -153,9 +155,11 @@ def test_an_outside_read_of_a_packed_buffer_is_zero_for_its_views_too():
     assert not view.any()
 
 
-@pytest.mark.parametrize("prefill", ["compiled", "eager"])
-def test_a_prompt_from_position_0_on_starts_a_new_sequence(prefill, lossless):
-    model = StaticModel()
+@pytest.mark.parametrize(
+    ("prefill", "update"), [("compiled", "setitem"), ("eager", "tokens_first"), ("compiled", "slices")]
+)
+def test_a_prompt_from_position_0_on_starts_a_new_sequence(prefill, update, lossless):
+    model = StaticModel(update=update)
     dense = copy.deepcopy(model)
     step, log = compiled(model, plan=lossless)
     for prompt, seed in ((PROMPT, 1), (77, 5), (130, 7)):
@@ -192,6 +196,17 @@ def test_a_step_further_back_drops_what_came_after_it(lossless):
         run(step, tokens_of(1), 40)
     with pytest.raises(ValueError, match="positions 190 to 194: the buffers end at 192"):
         run(step, tokens_of(5), 190, 5)
+    for packed in log.caches[0].held.values():
+        assert all(map(operator.is_, packed.state, state_of(packed.layer))), "what a graph is given is what is written"
+
+
+@pytest.mark.parametrize("other", [[5, 7], [6, 7], [5], [5, 6, 7]])
+def test_positions_are_the_same_and_consecutive_in_all_layers(other):
+    assert span_of([torch.tensor([5, 6]), torch.tensor([5, 6]), torch.tensor([5, 6], dtype=torch.int32)]) == (5, 2)
+    with pytest.raises(ValueError, match="must be consecutive and the same for all layers"):
+        span_of([torch.tensor([5, 6]), torch.tensor(other)])
+    with pytest.raises(ValueError, match="must be consecutive"):
+        span_of([torch.tensor([5, 7])] * 2)
 
 
 def test_buffers_with_few_tokens_stay_dense_until_there_are_64():
@@ -277,10 +292,40 @@ def test_options_that_mean_nothing_are_refused(options, message):
     assert message in str(caught.value)
 
 
+def test_of_two_layers_the_one_whose_attention_packed_state_cannot_serve_stays_dense(lossless):
+    class Softcapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = StaticModel()
+            self.last = copy.deepcopy(self.model.layers[1])
+
+        def forward(self, tokens, at, start=0):
+            x, last = self.model.embedding(tokens), self.last
+            x = x + self.model.layers[0](x, self.model.causal[None, None, at], at, start)
+            query, key, value = (
+                layer(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for layer in (last.query, last.key, last.value)
+            )
+            last.k_cache[:, :, at], last.v_cache[:, :, at] = key, value
+            keys, values = (states.repeat_interleave(2, dim=1) for states in (last.k_cache, last.v_cache))
+            scores = torch.tanh(query @ keys.mT / 30.0) * 30.0
+            weights = scores.masked_fill(~self.model.causal[None, None, at], float("-inf")).softmax(-1)
+            return self.model.head(x + last.out((weights @ values).transpose(1, 2).flatten(2)))
+
+    model = Softcapped()
+    dense = copy.deepcopy(model)
+    step, log = compiled(model, strict=False, ratio=3)
+    prefilled(dense, (step, log))
+    tokens = tokens_of(4, 1, 2)
+    out, expected = run(step, tokens, PROMPT), run(dense, tokens, PROMPT)
+    assert 0 < float((out - expected).norm() / expected.norm()) < 0.05
+    assert [match.reason for match in log.graphs[1].static_buffers] == [None, "softcap 30: attend has none"]
+    assert model.last.k_cache.any() and not model.model.layers[0].k_cache.any()
+
+
 class Watched(StaticModel):
     """Something besides the attention reads a buffer."""
 
-    def forward(self, tokens, at):
+    def forward(self, tokens, at, start=0):
         return super().forward(tokens, at) + self.layers[0].k_cache.sum()
 
 

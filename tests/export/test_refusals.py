@@ -82,18 +82,35 @@ def only_keys(cache, k, v, at):
     return cache.keys, torch.cat([v, v.new_zeros(*v.shape[:2], TOKENS - v.shape[2], WIDTH)], dim=2)
 
 
+def not_put_back(cache, k, v, at):
+    """Each call sees its own tokens alone."""
+    return torch.index_copy(cache.keys, 2, at, k), torch.index_copy(cache.values, 2, at, v)
+
+
+def repeated(cache, k, v, at):
+    """One token to as many slots as the call has tokens."""
+    start = at[0].item()
+    torch._check(start >= 0)
+    torch._check(start + k.shape[2] <= TOKENS)
+    cache.keys.narrow(2, start, k.shape[2]).copy_(k[:, :, :1])
+    cache.values.narrow(2, start, k.shape[2]).copy_(v[:, :, :1])
+    return cache.keys, cache.values
+
+
 REFUSED = {
     wrapped_around: "its positions are computed by aten::remainder",
     of_its_own: r"its positions are computed by aten::where|kept in layers\.1\.cache\.count",
     differently: "computed by aten::mul|key and value are written at positions of different origin",
-    twice: r"layers\.1\.cache\.keys is written twice, also by aten::index_put_",
+    twice: r"key: layers\.1\.cache\.keys is also written by aten::index_put_",
     scaled: "value does not come from a cache",
     read_by_another: "value does not come from a cache",
-    read_before: r"layers\.1\.cache\.keys is also used by aten::sum, before the write",
-    sliding: "it slides",
-    of_one_buffer: "key and value share the buffer",
+    read_before: r"key: layers\.1\.cache\.keys is read by aten::sum before it is written",
+    sliding: r"layers\.1\.cache\.keys slides: its oldest tokens leave it",
+    of_one_buffer: r"keys and values are one buffer, layers\.1\.cache\.keys",
     scattered: "scatter_ is no write at the positions of an index",
     only_keys: "value does not come from a cache",
+    not_put_back: r"index_copy makes a new tensor, which is not put back into layers\.1\.cache\.keys",
+    repeated: "does not write one token to each of its positions",
 }
 
 # Sizes that torch.export cannot leave open.

@@ -9,24 +9,49 @@ from torch import Tensor, nn
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCABULARY = 4, 2, 16, 48, 50
 
 
-def setitem(buffer: Tensor, at: Tensor, new: Tensor) -> Tensor:
+def setitem(buffer: Tensor, at: Tensor, new: Tensor, start: int) -> Tensor:
     buffer[:, :, at] = new
     return buffer
 
 
-def index_put(buffer: Tensor, at: Tensor, new: Tensor) -> Tensor:
+def index_put(buffer: Tensor, at: Tensor, new: Tensor, start: int) -> Tensor:
     return torch.ops.aten.index_put_(buffer, [None, None, at], new)
 
 
-def index_copy(buffer: Tensor, at: Tensor, new: Tensor) -> Tensor:
+def index_copy(buffer: Tensor, at: Tensor, new: Tensor, start: int) -> Tensor:
     buffer.index_copy_(2, at, new)
     return buffer
 
 
-UPDATES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "setitem": setitem,
-    "index_put": index_put,
-    "index_copy": index_copy,
+def put_back(buffer: Tensor, at: Tensor, new: Tensor, start: int) -> Tensor:
+    """Not in place, then copied back."""
+    filled = buffer.index_copy(2, at, new)
+    buffer.copy_(filled)
+    return filled
+
+
+def slices(buffer: Tensor, at: Tensor, new: Tensor, start: int) -> Tensor:
+    buffer[:, :, start : start + new.shape[2]] = new
+    return buffer
+
+
+def tokens_first(buffer: Tensor, at: Tensor, new: Tensor, start: int) -> Tensor:
+    """A buffer `[B, T, H_kv, D]`."""
+    buffer[:, at] = new.transpose(1, 2)
+    return buffer.transpose(1, 2)
+
+
+def tokens_first_narrowed(buffer: Tensor, at: Tensor, new: Tensor, start: int) -> Tensor:
+    """A slice of a buffer `[B, T, H_kv, D]`, through its transpose."""
+    heads_first = buffer.transpose(1, 2)
+    heads_first.narrow(2, start, new.shape[2]).copy_(new)
+    return heads_first
+
+
+Update = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+UPDATES: dict[str, Update] = {
+    update.__name__: update
+    for update in (setitem, index_put, index_copy, put_back, slices, tokens_first, tokens_first_narrowed)
 }
 
 
@@ -38,21 +63,22 @@ class Attention(nn.Module):
         self.key = nn.Linear(WIDTH, KV_HEADS * HEAD_DIM)
         self.value = nn.Linear(WIDTH, KV_HEADS * HEAD_DIM)
         self.out = nn.Linear(HEADS * HEAD_DIM, WIDTH)
+        size = (max_len, KV_HEADS) if update.startswith("tokens_first") else (KV_HEADS, max_len)
         for name in ("k_cache", "v_cache"):
-            self.register_buffer(name, torch.zeros(batch, KV_HEADS, max_len, HEAD_DIM))
+            self.register_buffer(name, torch.zeros(batch, *size, HEAD_DIM))
 
-    def forward(self, x: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, at: Tensor, start: int) -> Tensor:
         query, key, value = (
             layer(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        keys, values = self.update(self.k_cache, at, key), self.update(self.v_cache, at, value)
+        keys, values = self.update(self.k_cache, at, key, start), self.update(self.v_cache, at, value, start)
         keys, values = (states.repeat_interleave(HEADS // KV_HEADS, dim=1) for states in (keys, values))
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
 class StaticModel(nn.Module):
-    """Logits `[B, n, vocabulary]` of tokens `[B, n]` that are written at the positions `at` `[n]`."""
+    """Logits `[B, n, vocabulary]` of tokens `[B, n]` that are written at the positions `at` `[n]`, from `start` on."""
 
     def __init__(self, max_len: int = 192, batch: int = 1, layers: int = 2, update: str = "setitem", seed: int = 0):
         super().__init__()
@@ -63,10 +89,10 @@ class StaticModel(nn.Module):
         self.register_buffer("causal", torch.ones(max_len, max_len, dtype=torch.bool).tril())
         self.requires_grad_(False)
 
-    def forward(self, tokens: Tensor, at: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, at: Tensor, start: int = 0) -> Tensor:
         x, mask = self.embedding(tokens), self.causal[None, None, at]
         for layer in self.layers:
-            x = x + layer(F.layer_norm(x, (WIDTH,)), mask, at)
+            x = x + layer(F.layer_norm(x, (WIDTH,)), mask, at, start)
         return self.head(F.layer_norm(x, (WIDTH,)))
 
     @property
@@ -86,5 +112,5 @@ def run(model: Callable[..., Tensor], tokens: Tensor, start: int, chunk: int = 1
     for i in range(0, tokens.shape[1], chunk):
         # a slice's strides would be another graph's
         part = tokens[:, i : i + chunk].clone(memory_format=torch.contiguous_format)
-        parts.append(model(part, torch.arange(start + i, start + i + part.shape[1])))
+        parts.append(model(part, torch.arange(start + i, start + i + part.shape[1]), start + i))
     return torch.cat(parts, dim=1)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_operations import Shape, State, build, each_slot
-from test_operations import append as append_and_expect
+from states import Shape, State, build, each_slot
+from states import append as append_and_expect
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")

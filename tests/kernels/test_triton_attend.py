@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_calls import Case, build, without_garbage
-from test_operations import SHARES, Shape, State, allowed_by, attention, filled
+from states import SHARES, Shape, State, allowed_by, attention, filled
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")

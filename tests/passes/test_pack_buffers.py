@@ -9,7 +9,9 @@ from attention_graphs import repeat_kv
 from capture import capture
 from torch import Tensor
 
-from apack_compile.passes import BufferPair, PackBuffers, Refusal
+from apack_compile.passes import BufferPair, FuseAttend, PackBuffers, Refusal, RemoveDeadCode, run_passes
+from apack_compile.passes.ahead import index_graph
+from apack_compile.passes.effects import op_name
 
 BATCH, HEADS, SLOTS, DIM = 2, 2, 24, 8
 
@@ -60,23 +62,15 @@ def read_twice(query, key, value, keys, values, at, mask):
     return attend(first, keys, values, mask)
 
 
-@pytest.mark.parametrize("function", [index_copy, setitem, index_put, counted, read_twice])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_buffers_that_attention_alone_reads_get_a_packed_form(function, rows):
-    (pair,) = found_in(function, *inputs(rows))
-    assert isinstance(pair, BufferPair), pair.reason
-    assert pair.index.meta["example_value"].shape == (rows,)
-
-
 def at_a_slice(query, key, value, keys, values, at, mask):
-    keys[:, :, 5:6] = key
-    values[:, :, 5:6] = value
+    keys[:, :, 5 : 5 + key.shape[2]] = key
+    values[:, :, 5 : 5 + key.shape[2]] = value
     return attend(query, keys, values, mask)
 
 
 def copied_into_a_view(query, key, value, keys, values, at, mask):
-    keys[:, :, 5:6].copy_(key)
-    values[:, :, 5:6].copy_(value)
+    keys[:, :, 5 : 5 + key.shape[2]].copy_(key)
+    values.narrow(2, 5, key.shape[2]).copy_(value)
     return attend(query, keys, values, mask)
 
 
@@ -84,6 +78,51 @@ def through_a_view(query, key, value, keys, values, at, mask):
     keys.detach().index_copy_(2, at, key)
     values.detach().index_copy_(2, at, value)
     return attend(query, keys, values, mask)
+
+
+def through_a_transpose(query, key, value, keys, values, at, mask):
+    turned = keys.transpose(1, 2)
+    turned[:, at] = key.transpose(1, 2)
+    values.index_copy_(2, at, value)
+    return attend(query, turned.permute(0, 2, 1, 3), values, mask)
+
+
+def put_back(query, key, value, keys, values, at, mask):
+    new_keys, new_values = keys.index_copy(2, at, key), values.index_copy(2, at, value)
+    keys.copy_(new_keys)
+    values.copy_(new_values)
+    return attend(query, new_keys, new_values, mask)
+
+
+def keys_read_first(query, key, value, keys, values, at, mask):
+    keys.index_copy_(2, at, key)
+    repeated = repeat_kv(keys, 2)
+    values.index_copy_(2, at, value)
+    return F.scaled_dot_product_attention(query, repeated, repeat_kv(values, 2), mask)
+
+
+PACKED = (index_copy, setitem, index_put, counted, read_twice, at_a_slice, copied_into_a_view, through_a_view)
+PACKED += (through_a_transpose, put_back, keys_read_first)
+
+
+@pytest.mark.parametrize("function", PACKED)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_buffers_that_attention_alone_reads_get_a_packed_form(function, rows):
+    (pair,) = found_in(function, *inputs(rows))
+    assert isinstance(pair, BufferPair), pair.reason
+    assert pair.key.count == rows
+
+
+@pytest.mark.parametrize("function", PACKED)
+def test_what_read_the_buffers_attends_to_packed_state_and_the_buffers_are_no_inputs(function):
+    captured = capture(function, *inputs(3))
+    graph = captured.gm.graph
+    run_passes(captured.gm, (PackBuffers(), FuseAttend(), RemoveDeadCode()))
+    names = [op_name(node) for node in graph.nodes]
+    assert names.count("apack::append") == 1
+    assert names.count("apack::attend") == (2 if function is read_twice else 1)
+    assert not {"apack::unpack", "scaled_dot_product_attention"} & set(names)
+    assert not any(node.name in ("l_keys_", "l_values_") for node in graph.nodes)
 
 
 def grown(query, key, value, keys, values, at, mask):
@@ -105,9 +144,73 @@ def scattered(query, key, value, keys, values, at, mask):
 
 def positions_from_numbers(query, key, value, keys, values, at, mask):
     at = at + (query.sum() * 0).long()
-    for _ in range(16):
+    return index_copy(query, key, value, keys, values, at, mask)
+
+
+def positions_after_many_steps(query, key, value, keys, values, at, mask):
+    for _ in range(17):
         at = at + 0
     return index_copy(query, key, value, keys, values, at, mask)
+
+
+def positions_wrapped_around(query, key, value, keys, values, at, mask):
+    return index_copy(query, key, value, keys, values, at % SLOTS, mask)
+
+
+def positions_kept(query, key, value, keys, values, at, mask):
+    state = at.clone()
+    return index_copy(query, key, value, keys, values, at.copy_(state), mask)
+
+
+def values_at_changed_positions(query, key, value, keys, values, at, mask):
+    keys.index_copy_(2, at + 1, key)
+    at.add_(1)
+    values.index_copy_(2, at + 1, value)
+    return attend(query, keys, values, mask)
+
+
+def keys_changed_between(query, key, value, keys, values, at, mask):
+    keys.index_copy_(2, at, key)
+    key.mul_(2)
+    values.index_copy_(2, at, value)
+    return attend(query, keys, values, mask)
+
+
+def every_second_slot(query, key, value, keys, values, at, mask):
+    keys[:, :, 5:7:2] = key
+    values[:, :, 5:7:2] = value
+    return attend(query, keys, values, mask)
+
+
+def from_the_end(query, key, value, keys, values, at, mask):
+    keys[:, :, -2:-1] = key
+    values[:, :, -2:-1] = value
+    return attend(query, keys, values, mask)
+
+
+def one_token_to_three_slots(query, key, value, keys, values, at, mask):
+    keys[:, :, 5:8] = key
+    values[:, :, 5:8] = value
+    return attend(query, keys, values, mask)
+
+
+def slice_read(query, key, value, keys, values, at, mask):
+    part = keys[:, :, 5:6]
+    part.copy_(key)
+    values[:, :, 5:6] = value
+    return attend(query, keys, values, mask) + part.sum()
+
+
+def keys_at_a_slice(query, key, value, keys, values, at, mask):
+    keys[:, :, 5:6] = key
+    values[:, :, at] = value
+    return attend(query, keys, values, mask)
+
+
+def values_of_the_attention(query, key, value, keys, values, at, mask):
+    keys.index_copy_(2, at, key)
+    values.index_copy_(2, at, value + 0 * keys[:, :, :1])
+    return attend(query, keys, values, mask)
 
 
 def positions_drawn(query, key, value, keys, values, at, mask):
@@ -128,13 +231,6 @@ def positions_differ(query, key, value, keys, values, at, mask):
 def read_before(query, key, value, keys, values, at, mask):
     before = keys.sum()
     return index_copy(query, key, value, keys, values, at, mask) + before
-
-
-def read_between(query, key, value, keys, values, at, mask):
-    keys.index_copy_(2, at, key)
-    repeated = repeat_kv(keys, 2)
-    values.index_copy_(2, at, value)
-    return F.scaled_dot_product_attention(query, repeated, repeat_kv(values, 2), mask)
 
 
 def written_twice(query, key, value, keys, values, at, mask):
@@ -173,22 +269,29 @@ def is_causal(query, key, value, keys, values, at, mask):
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (at_a_slice, r"setitem at slice\(5, 6, None\), which is no tensor of positions"),
-        (copied_into_a_view, r"copy_ writes through a view of l_keys_"),
-        (through_a_view, r"index_copy_ writes through a view of l_keys_"),
-        (grown, r"cat and slice makes a new tensor: there is no static buffer"),
-        (functional, r"index_copy makes a new tensor: there is no static buffer"),
-        (scattered, r"scatter is none of index_copy, index_put and setitem"),
-        (positions_from_numbers, r"the positions at_16 are no graph input: much is computed"),
-        (positions_drawn, r"the positions randint are no graph input: randint computes it"),
-        (positions_written, r"the positions l_at_ are written by add_ in the graph"),
+        (grown, r"l_keys_ slides: its oldest tokens leave it, which is no buffer written at positions"),
+        (functional, r"index_copy makes a new tensor, which is not put back into l_keys_"),
+        (scattered, r"scatter_ is no write at the positions of an index"),
+        (every_second_slot, r"setitem writes every 2 slots"),
+        (from_the_end, r"setitem writes from slot -2 on, counted from the end"),
+        (one_token_to_three_slots, r"setitem does not write one token to each of its positions"),
+        (slice_read, r"the slice of l_keys_ that is written is also read by sum"),
+        (positions_from_numbers, r"its positions are computed by mul"),
+        (positions_after_many_steps, r"its positions are not known before the graph runs: much is computed"),
+        (positions_wrapped_around, r"its positions are computed by mod"),
+        (positions_kept, r"its positions are kept in l_at_, which the graph writes first"),
+        (positions_drawn, r"its positions are computed by randint"),
+        (positions_written, r"its positions are changed by add_"),
+        (values_at_changed_positions, r"value: its positions are changed by add_"),
         (positions_differ, r"keys are written at l_at_, values at add"),
+        (keys_at_a_slice, r"keys are written at 5, values at l_at_"),
+        (keys_changed_between, r"mul_ may write l_key_"),
+        (values_of_the_attention, r"what index_copy_ writes depends on l_keys_"),
         (read_before, r"l_keys_ is read by sum before it is written"),
-        (read_between, r"l_keys_ is read before index_copy__1 has written the other buffer"),
         (written_twice, r"l_keys_ is also written by setitem"),
         (returned, r"unpack's tokens are used by output, not only by attention"),
         (one_buffer, r"keys and values are one buffer"),
-        (values_not_cached, r"value comes from no known update of a buffer"),
+        (values_not_cached, r"value does not come from a cache"),
         (only_a_part, r"key: getitem between the packed cache and the attention is no head repetition"),
         (no_mask, r"no mask: the empty slots that unpack returns would be attended"),
         (is_causal, r"is_causal aligns the mask with the first of all slots"),
@@ -242,13 +345,49 @@ def test_buffers_whose_memory_or_type_does_not_allow_it_stay_dense(name, functio
     assert any(re.search(reason, match.reason) for match in found), [match.reason for match in found]
 
 
-def test_a_cache_with_tokens_before_heads_stays_dense():
+def test_a_cache_with_tokens_before_heads_gets_a_packed_form():
     def tokens_first(query, key, value, keys, values, at, mask):
         keys.index_copy_(1, at, key.transpose(1, 2))
-        values.index_copy_(1, at, value.transpose(1, 2))
+        values[:, at] = value.transpose(1, 2)
         return attend(query, keys.transpose(1, 2), values.transpose(1, 2), mask)
 
     query, key, value, _, _, at, mask = inputs()
     keys, values = torch.zeros(BATCH, SLOTS, HEADS, DIM), torch.zeros(BATCH, SLOTS, HEADS, DIM)
-    (refused,) = found_in(tokens_first, query, key, value, keys, values, at, mask)
-    assert refused.reason == "key: tokens are dimension 1 of (2, 24, 2, 8); [B, H_kv, max_len, D] is known"
+    (pair,) = found_in(tokens_first, query, key, value, keys, values, at, mask)
+    assert isinstance(pair, BufferPair) and pair.key.size == (BATCH, HEADS, SLOTS, DIM)
+
+
+def test_tokens_in_another_place_than_the_second_or_third_dimension_are_refused():
+    def last(query, key, value, keys, values, at, mask):
+        keys.index_copy_(3, at, key.mT)
+        values.index_copy_(3, at, value.mT)
+        return attend(query, keys.mT, values.mT, mask)
+
+    query, key, value, keys, values, at, mask = inputs()
+    (refused,) = found_in(last, query, key, value, keys.mT.contiguous(), values.mT.contiguous(), at, mask)
+    assert (
+        refused.reason
+        == "key: l_keys_ (2, 2, 8, 24) is neither [B, H_kv, T, D] nor [B, T, H_kv, D], tokens are dimension 3"
+    )
+
+
+def span(start, count):
+    """Positions that a decode step with a number as its start is found to write at."""
+
+    def step(query, key, value, keys, values, start, mask):
+        keys[:, :, start : start + key.shape[2]] = key
+        values.narrow(2, start, key.shape[2]).copy_(value)
+        return attend(query, keys, values, mask)
+
+    query, key, value, keys, values, _, _ = inputs(count)
+    mask = (torch.arange(SLOTS) <= start + torch.arange(count)[:, None])[None, None]
+    captured = capture(step, query, key, value, keys, values, start, mask, dynamic=True)
+    (pair,) = PackBuffers().match(captured.gm.graph)
+    assert isinstance(pair, BufferPair), pair.reason
+    (found,) = torch.fx.GraphModule(captured.gm, index_graph(captured.gm.graph, [pair]))(*captured.inputs)
+    return found
+
+
+@pytest.mark.parametrize(("start", "count"), [(7, 1), (0, 5), (11, 6)])
+def test_positions_of_a_slice_are_known_before_the_graph_runs(start, count):
+    assert span(start, count).tolist() == list(range(start, start + count))

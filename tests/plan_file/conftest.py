@@ -1,0 +1,41 @@
+"""Puts this folder on the path; plans that its tests share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+import apack_compile
+from apack_compile import Plan
+
+sys.path.append(str(Path(__file__).parent))
+
+from saved_plans import RATIO, llama, prompt
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> LlamaForCausalLM:
+    model = apack_compile.optimize(llama(), ratio=RATIO, compile="none")
+    return apack_compile.calibrate(model, [prompt(1), prompt(2)])
+
+
+@pytest.fixture(scope="module")
+def plan(calibrated) -> Plan:
+    return apack_compile.plan_for(calibrated, 240, 0.375)
+
+
+@pytest.fixture(scope="module")
+def coarse_plan() -> Plan:
+    model = apack_compile.optimize(llama(), ratio=6, compile="none")
+    apack_compile.calibrate(model, [prompt(1), prompt(2), prompt(3)])
+    plan = apack_compile.plan_for(model, 240, 0.375)
+    assert plan.coarse is not None
+    return plan
+
+
+@pytest.fixture
+def saved(plan, tmp_path) -> Path:
+    path = tmp_path / "plan.safetensors"
+    plan.save(path)
+    return path

@@ -1,0 +1,77 @@
+"""Models, plans and files of plans, and when two plans are equal."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apack_compile import Plan
+from apack_compile.plan import Provenance
+from apack_compile.plan_file import FORMAT_VERSION, digest
+
+IMAGE = 9
+RATIO = 3
+HEADS, HEAD_DIM, LAYERS = 2, 16, 2
+SIGNATURE = (LAYERS, HEADS, HEAD_DIM, "torch.float32")
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": HEADS * HEAD_DIM * 2,
+        "intermediate_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2 * HEADS,
+        "num_key_value_heads": HEADS,
+    }
+    config = LlamaConfig(**{**sizes, **changes})
+    config.image_token_id = IMAGE
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def prompt(seed: int, vision: int = 90) -> dict[str, torch.Tensor]:
+    ids = torch.randint(10, 64, (1, 240), generator=torch.Generator().manual_seed(seed))
+    ids[0, 20 : 20 + vision] = IMAGE
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def assert_equal(found: Plan, expected: Plan) -> None:
+    others = {"bases": {}, "provenance": Provenance(), "turn": None, "coarse": None}
+    assert replace(found, **others) == replace(expected, **others)
+    assert (found.coarse is None) == (expected.coarse is None)
+    if expected.coarse is not None:
+        assert (found.coarse.modality, found.coarse.share) == (expected.coarse.modality, expected.coarse.share)
+        assert set(found.coarse.weights) == set(expected.coarse.weights)
+        assert all(torch.equal(w, expected.coarse.weights[i]) for i, w in found.coarse.weights.items())
+    assert (found.turn is None) == (expected.turn is None)
+    if expected.turn is not None:
+        assert (found.turn.block, found.turn.interleaved) == (expected.turn.block, expected.turn.interleaved)
+        assert torch.equal(found.turn.frequencies, expected.turn.frequencies)
+        assert (found.turn.coordinates is None) == (expected.turn.coordinates is None)
+    assert found.provenance.calibrated_on == expected.provenance.calibrated_on
+    assert set(found.bases) == set(expected.bases)
+    for layer, bases in expected.bases.items():
+        for one, other in zip(found.bases[layer], bases, strict=True):
+            for tensor, wanted in zip(one, other, strict=True):
+                assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted)
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a basis owns no more than it needs"
+
+
+def write(path: Path, values: dict, tensors: dict[str, torch.Tensor], version: str = FORMAT_VERSION) -> None:
+    """A file whose checksum is right, whatever it says."""
+    text = json.dumps(values)
+    save_file(tensors, path, {"apack_plan": version, "plan": text, "sha256": digest(text, tensors)})
+
+
+def decoded(model: LlamaForCausalLM, tokens: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens, and the logits they were chosen by."""
+    out = model.generate(
+        **prompt(7), max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    return out.sequences, torch.stack(out.logits)
