@@ -14,8 +14,9 @@ from apack_compile.kernels.turns import turned
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import rank_of
 
-# Least ratio at which tokens are told apart: below, all need their bits (docs/quality.md).
-LEAST_RATIO = 5.0
+# Tokens are told apart from this ratio and this length on: below, all need their bits, or a segment more costs more than it gives
+# (docs/quality.md).
+LEAST_RATIO, LEAST_TOKENS = 5.0, 1_024
 COARSE_SHARE = 0.75
 # The newest tokens are read because they are near, whatever they are: they are fine, and say nothing about the others.
 NEWEST = 64
@@ -25,6 +26,11 @@ WIDEST = 512
 TOKENS_A_WEIGHT = 2
 # Of the features' variance; gradients of few queries are noisy.
 RIDGE = 0.01
+
+
+def tells_apart(ratio: float, tokens: int) -> bool:
+    """Whether a plan of this ratio, for prompts of so many tokens, tells coarse tokens from fine ones."""
+    return ratio >= LEAST_RATIO and tokens >= LEAST_TOKENS
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from apack_compile.calibration import Statistics, collect
 from apack_compile.config import AttentionPackConfig
 from apack_compile.coordinates import positions_given, rotary_modules
 from apack_compile.decode_step import DecodeSteps
-from apack_compile.importance import LEAST_RATIO, CoarseRule
+from apack_compile.importance import CoarseRule, tells_apart
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import (
     Plan,
@@ -139,7 +139,7 @@ class Session:
         key = budget_key(tokens, vision_share)
         with self.lock:
             if key not in self.plans:
-                asked = self.config.coarse if self.ratio >= LEAST_RATIO else ()
+                asked = self.config.coarse if tells_apart(self.ratio, key[0]) else ()
                 rules = {modality: rule for modality, rule in self.rules.items() if modality in asked}
                 plan = budget_plan(self.statistics, self.ratio, *key, turn=self.turn, rules=rules)
                 plan = plan if self.device is None else plan.to(self.device)

@@ -5,7 +5,8 @@
 
 The bands of a ratio are `budget_plan`'s over a synthetic spectrum: component k of W has variance `(1 + 24 k / W) ** -2.2`, which is
 the mean over layers of SmolLM2-135M's keys and values (text, calibration pictures of the demo) within a third at every k. The bases and
-codes are random: time does not depend on them. From ratio 5 on three quarters of the tokens are coarse, as in a real plan: a segment more.
+codes are random: time does not depend on them. From ratio 5 and 1,024 tokens on, three quarters of the tokens are coarse, as in a real
+plan: a segment more.
 Head groups, `--groups`, trade bytes for arithmetic (docs/performance.md).
 
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
@@ -28,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import apack_compile  # noqa: F401  (registers the operations)
 from apack_compile.basis import Spectrum
 from apack_compile.codec import GAUSSIAN_STEP, Bands
-from apack_compile.importance import COARSE_SHARE, LEAST_RATIO, NEWEST, CoarseRule
+from apack_compile.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
 from apack_compile.kernels.ops import implementations
 from apack_compile.plan import (
     FIRST_TOKENS,
@@ -81,7 +82,7 @@ def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, 
     spectrum = Spectrum(torch.zeros(1, groups, width), rows, deviation, steps)
     statistics = StreamStatistics(spectrum, variance.expand(groups, width))
     segments = {"text": (statistics, statistics)}
-    if not coarse or ratio < LEAST_RATIO:
+    if not coarse or not tells_apart(ratio, tokens):
         return budget_plan({0: segments}, ratio, tokens, 0.0)
     segments["coarse_text"] = (statistics, statistics)
     segments["fine_text"] = tuple(replace(statistics, weights=statistics.weights * harm) for harm in FINE_HARM)

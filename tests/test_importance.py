@@ -140,12 +140,12 @@ def test_the_report_says_where_calibration_saw_too_few_tokens():
     assert not any("no coarse text tokens" in note for note in apack_compile.report(model).notes)
 
 
-@pytest.mark.parametrize(("ratio", "coarse"), ((4, False), (6, True)))
-def test_a_plan_tells_tokens_apart_where_bytes_are_few(ratio, coarse):
+@pytest.mark.parametrize(("ratio", "tokens", "coarse"), ((4, 1000, False), (6, 1000, True), (6, 700, False)))
+def test_a_plan_tells_tokens_apart_where_bytes_are_few(ratio, tokens, coarse):
     model = apack_compile.optimize(small_model(), ratio=3, compile="none")
     apack_compile.calibrate(model, [{"input_ids": prompt(200, seed=seed)} for seed in range(3)])
     apack_compile.optimize(model, ratio=ratio, compile="none")
-    plan = apack_compile.plan_for(model, 1000)
+    plan = apack_compile.plan_for(model, tokens)
     assert (plan.coarse is not None) == coarse and len(plan.layers[0].streams) == (6 if coarse else 4)
     if coarse:
         bits = {name: s.bands.counts for name, s in plan.layers[0].named.items()}
@@ -172,7 +172,7 @@ def test_one_graph_decodes_from_three_packed_segments(modality):
     pictures = 120 if modality == "vision" else 0
     apack_compile.optimize(model, AttentionPackConfig(ratio=6, compile="none", coarse=(modality,)))
     apack_compile.calibrate(model, [with_pictures(prompt(240, seed=seed), pictures) for seed in range(3)])
-    plan = apack_compile.plan_for(model, 240, pictures / 240)
+    plan = apack_compile.plan_for(model, 1_000, pictures / 240)
     assert plan.coarse.modality == modality
     prompts = [with_pictures(prompt(length, rows=2, seed=9), pictures) for length in (240, 301)]
     said = {}

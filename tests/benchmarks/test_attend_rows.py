@@ -18,13 +18,16 @@ def sum_bytes(tensors):
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-@pytest.mark.parametrize(("ratio", "groups", "key_block"), [(8.0, 1, 0), (8.0, 3, 32), (4.0, 1, 64), (None, 1, 0)])
-def test_the_operation_takes_the_states_that_are_timed(ratio, groups, key_block):
+@pytest.mark.parametrize(
+    ("ratio", "groups", "key_block", "tokens"),
+    [(8.0, 1, 0, 1_100), (8.0, 3, 32, 1_024), (8.0, 1, 64, 512), (4.0, 1, 64, 1_024), (None, 1, 0, 1_024)],
+)
+def test_the_operation_takes_the_states_that_are_timed(ratio, groups, key_block, tokens):
     torch.manual_seed(0)
-    plan = attend.synthetic_plan(SHAPE, groups, ratio, 512, coarse=True)
-    assert (plan.coarse is not None) == (ratio == 8.0)
+    plan = attend.synthetic_plan(SHAPE, groups, ratio, tokens, coarse=True)
+    assert (plan.coarse is not None) == (ratio == 8.0 and tokens >= 1_024)
     plan = attend.with_relative_keys(plan, SHAPE, key_block)
-    packed = attend.packed_state(plan, SHAPE, groups, 512, 2, torch.float32, "cpu")
+    packed = attend.packed_state(plan, SHAPE, groups, tokens, 2, torch.float32, "cpu")
     turns = {} if plan.turn is None else attend.random_turns(packed, plan.turn, 2, "cpu")
     query = torch.randn(2, SHAPE.query_heads, 1, SHAPE.head_dim)
     new = torch.randn(2, 2, SHAPE.heads, 1, SHAPE.head_dim)
