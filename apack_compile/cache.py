@@ -81,8 +81,8 @@ class CompactedCache(Cache):
         self.signature = signature
         self.strict = strict
         self.notes: list[str] = []
-        # The layer whose states were stored last, its new states, and whether they were a prefill's: the next attention is its.
-        self.last_update: tuple[CompactedLayer, Tensor, Tensor, bool] | None = None
+        # The layer that a chunk was laid out in last, and the tokens of the chunk: the next attention is its.
+        self.last_update: tuple[CompactedLayer, int] | None = None
         self.watch: AbstractContextManager | None = None
         self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
         self.is_told = False
@@ -160,8 +160,8 @@ class CompactedCache(Cache):
         except Exception:
             self._roll_back()
             raise
-        if layer.tiers is not None:
-            self.last_update = (layer, key, value, self.index.chunk is not None)
+        if layer.tiers is not None and self.index.chunk is not None:
+            self.last_update = (layer, key.shape[2])
         if layer is packed[-1]:
             self._note_fits(packed)
             self._undo, self.index.laid_out, self.index.laid_out_turns = None, [], []

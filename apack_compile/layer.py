@@ -16,6 +16,7 @@ from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
 from apack_compile.plan import FITTED_SCOPES, STREAMS, Plan
 from apack_compile.rotary import turns_of_blocks
+from apack_compile.stored_states import StoredStep
 from apack_compile.token_index import Assignment, Chunk, compact, extended, flags_at, gather_tokens, positions_of
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
@@ -29,7 +30,8 @@ class SharedIndex:
 
     positions: int32 `[B, slots]` of first, vision, text. capacity: logical length of what `unpack` returns; length: instead of
     it, of an eager step that may return held tokens alone. floor: first position that can still be cropped. steps: decode steps
-    since the last layout; refreshed_at: tokens held at the last one.
+    since the last layout; refreshed_at: tokens held at the last one. is_watched: whether a forward pass that runs eagerly is known to
+    have begun, so that its attentions can be served by `attend`.
     turns: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are turned back; empty where they are not.
     coordinates: of the tokens, by which keys turn. laid_out, laid_out_turns: what layers have which the chunk being
     stored has not reached. chunk, assignment: of the chunk being
@@ -51,6 +53,7 @@ class SharedIndex:
         self.spare = 0
         self.steps = 0
         self.refreshed_at = -1
+        self.is_watched = False
 
 
 class CompactedLayer(CacheLayerMixin):
@@ -78,21 +81,40 @@ class CompactedLayer(CacheLayerMixin):
         self.refitted: dict[int, Fit] = {}
         # Bases of a sequence while they are fitted anew.
         self.earlier_bases: list[Tensor] = []
+        # Updates so far: states of a step are what the layer holds until the next one.
+        self.updates = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
-        if self.is_initialized and (torch.compiler.is_dynamo_compiling() or self.index.chunk is None):
-            torch.ops.apack.append.default(
-                key_states, value_states, *self.append_state(), **self.turn_state(text_only=True)
-            )
-            padded = self.index.length is None or torch.compiler.is_dynamo_compiling()
-            tokens = self.index.capacity if padded else self.index.length
-            return torch.ops.apack.unpack.default(
-                key_states, value_states, *self.state(), tokens, *self.tier_state(), **self.turn_state()
-            )
-        return self._store(key_states, value_states)
+        if torch.compiler.is_dynamo_compiling() and self.is_initialized:
+            self.append(key_states, value_states)
+            return self.unpacked(key_states, value_states, self.index.capacity)
+        self.updates += 1
+        if not self.is_initialized or self.index.chunk is not None:
+            return self._store(key_states, value_states)
+        self.append(key_states, value_states)
+        step = StoredStep(self, key_states, value_states, self.index.length or self.index.capacity)
+        # what is kept as it is gets the very attention of a dense cache
+        return step.states() if self.index.is_watched and not self._lossless() else step.decoded
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Store a few new tokens `[B, H_kv, n, D]`."""
+        torch.ops.apack.append.default(key, value, *self.append_state(), **self.turn_state(text_only=True))
+
+    def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V `[B, H_kv, tokens, D]` of every token held, the new ones exact."""
+        return torch.ops.apack.unpack.default(
+            key, value, *self.state(), tokens, *self.tier_state(), **self.turn_state()
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
+        arguments = query, key, value, mask, None, *self.state(), scale
+        if self.tiers is not None:
+            return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
+        return torch.ops.apack.attend.default(*arguments, **self.turn_state())
 
     def state(self) -> tuple:
         """The state arguments of `unpack` and `attend`."""

@@ -1,7 +1,7 @@
-"""Attention of an eager forward pass, seen where it happens: importance for prefill, `attend_tiers` for the steps after it.
+"""Attention of an eager prefill, seen where it happens: the importance of its tokens.
 
-A cache with tiers needs the queries, which `Cache.update` does not get. A traced graph has them (passes/fuse_attend.py); an eager pass
-calls scaled_dot_product_attention, and this mode sees the call. Only such caches are watched.
+A cache with tiers needs the queries, which `Cache.update` does not get. A prefill calls scaled_dot_product_attention, and this mode
+sees the call. Only such caches are watched.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from apack_compile.cache import CompactedCache
 from apack_compile.layer import CompactedLayer
+from apack_compile.stored_states import ARGUMENTS, ATTENTION
 from apack_compile.tiers import newest_attention
-
-ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class AttentionWatch(TorchFunctionMode):
@@ -30,19 +29,14 @@ class AttentionWatch(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         given = kwargs or {}
         updated = self.cache.last_update
-        if func is not torch.nn.functional.scaled_dot_product_attention or updated is None:
+        if func is not ATTENTION or updated is None:
             return func(*args, **given)
         self.cache.last_update = None
         named: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None}
         named |= {**dict(zip(ARGUMENTS, args, strict=False)), **given}
         query, key = named["query"], named["key"]
         scale = query.shape[-1] ** -0.5 if named["scale"] is None else named["scale"]
-        layer, new_key, new_value, prefill = updated
-        if not prefill:
-            mask = named["attn_mask"]
-            return torch.ops.apack.attend_tiers.default(
-                query, new_key, new_value, mask, None, *layer.state(), float(scale), *layer.tier_state()
-            )
+        layer, tokens = updated
         mask = self._without_evicted(layer, named)
         if mask is not None:
             out = func(
@@ -50,7 +44,6 @@ class AttentionWatch(TorchFunctionMode):
             )
         else:
             out = func(*args, **given)
-        tokens = new_key.shape[2]
         # Heads may come as rows (grouped query), and keys repeated.
         query = query.reshape(query.shape[0], -1, tokens, query.shape[3])
         key = key[:, :: key.shape[1] // layer.num_heads]
@@ -84,6 +77,7 @@ class AttentionWatch(TorchFunctionMode):
 def start_watching(cache: CompactedCache) -> None:
     """See the attentions of the forward pass that begins."""
     stop_watching(cache)
+    cache.index.is_watched = True
     if cache.may_have_tiers:
         cache.watch = AttentionWatch(cache)
         cache.watch.__enter__()
@@ -91,6 +85,6 @@ def start_watching(cache: CompactedCache) -> None:
 
 def stop_watching(cache: CompactedCache) -> None:
     """The forward pass has ended, or another began without an end."""
-    watch, cache.watch = cache.watch, None
+    watch, cache.watch, cache.index.is_watched = cache.watch, None, False
     if watch is not None:
         watch.__exit__(None, None, None)

@@ -128,7 +128,7 @@ def stepper(subject: Subject, cache: Any, token: Tensor, compiled: Callable[...,
 def calls_of(subject: Subject, device: str, compiled: bool, record: list[Any]) -> dict[str, Callable[..., Any]]:
     """The model's forward for each cache, compiled or not; `record` gets what our backend did to each graph."""
     if not compiled:
-        return {"dense": subject.model.forward, "packed": subject.model.forward}
+        return {"dense": subject.model, "packed": subject.model}
     mode = "reduce-overhead" if device == "cuda" else None
     ours = make_backend(record.append)
     return {
