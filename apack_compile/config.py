@@ -24,8 +24,8 @@ class AttentionPackConfig:
     attention is fast for powers of two from 16 up, and is the reference for others.
     head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
     many heads. coarse: from a ratio of 5 and 1,024 tokens on, the modalities whose tokens get more or fewer bits by how much they
-    are expected to matter, "text", "vision", both or none. min_tokens: a generate call whose prompt and new tokens are fewer, in a row of the
-    batch, keeps transformers' own cache; None: the device's default with a ratio (time_model.py), 0 with a preset.
+    are expected to matter, "text", "vision", both or none. min_tokens: a generate call whose prompt and new tokens are fewer, in a
+    row of the batch, keeps transformers' own cache; None: the device's default with a ratio (time_model.py), 0 with a preset.
     For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer; `tail_slots` newest
     tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is compiled.
     strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming the argument.
