@@ -4,8 +4,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
-from functools import wraps
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,28 +12,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from apack_compile.accounting import cache_report
 from apack_compile.backend import StrictError
 from apack_compile.coordinates import TokenCoordinates, coordinates_of
-from apack_compile.layer import MAX_APPEND, CompactedLayer, SharedIndex
+from apack_compile.inference_mode import outside_inference_mode
+from apack_compile.layer import MAX_APPEND, CompactedLayer
 from apack_compile.plan import Plan, spare_slots
 from apack_compile.rotary import rotary_start, turns_of_blocks
+from apack_compile.shared_index import SharedIndex
 from apack_compile.token_index import Chunk, assign, extended, positions_of, without_bad_bargains
 
 Planner = Callable[[int, float], Plan]
 CAPACITY_GRAIN = 256
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-def outside_inference_mode(change: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make a change of the cache leave ordinary tensors: those of inference mode could not be written after it."""
-
-    @wraps(change)
-    def changed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if not torch.is_inference_mode_enabled():
-            return change(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return change(*args, **kwargs)
-
-    return changed
 
 
 @dataclass(frozen=True)

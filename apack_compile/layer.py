@@ -8,52 +8,21 @@ from transformers.cache_utils import CacheLayerMixin
 
 from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
-from apack_compile.coordinates import TokenCoordinates
 from apack_compile.drift import Fit, lost_share, refit
 from apack_compile.importance import NEWEST, least_important, scores_of
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
-from apack_compile.plan import FITTED_SCOPES, STREAMS, Plan
+from apack_compile.plan import FITTED_SCOPES, STREAMS
 from apack_compile.rotary import deinterleaved_keys, turns_of_blocks
+from apack_compile.shared_index import SharedIndex
 from apack_compile.stored_states import StoredStep
-from apack_compile.token_index import Assignment, Chunk, compact, extended, flags_at, gather_tokens, positions_of
+from apack_compile.token_index import compact, extended, flags_at, gather_tokens, positions_of
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
 MAX_APPEND = 32
 # Fewer tokens do not tell whether a basis fits.
 MIN_WATCHED = 32
-
-
-class SharedIndex:
-    """What all packed layers of a cache share: the plan, the slots' positions, and what the coming chunk is.
-
-    positions: int32 `[B, slots]` of first, vision, text. capacity: logical length of what `unpack` returns; length: instead of
-    it, of an eager step that may return held tokens alone. floor: first position that can still be cropped. steps: decode steps
-    since the last layout; refreshed_at: tokens held at the last one. is_watched: whether a forward pass that runs eagerly is known to
-    have begun, so that its attentions can be served by `attend`.
-    turns: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are turned back; empty where they are not.
-    coordinates: of the tokens, by which keys turn. laid_out, laid_out_turns: what layers have which the chunk being
-    stored has not reached. chunk, assignment: of the chunk being
-    stored; None while tokens are only appended.
-    """
-
-    def __init__(self) -> None:
-        self.plan: Plan | None = None
-        self.positions: list[Tensor] = []
-        self.turns: list[Tensor] = []
-        self.coordinates: TokenCoordinates | None = None
-        self.laid_out: list[Tensor] = []
-        self.laid_out_turns: list[Tensor] = []
-        self.capacity = 0
-        self.length: int | None = None
-        self.floor = 0
-        self.chunk: Chunk | None = None
-        self.assignment: Assignment | None = None
-        self.spare = 0
-        self.steps = 0
-        self.refreshed_at = -1
-        self.is_watched = False
 
 
 class CompactedLayer(CacheLayerMixin):
