@@ -110,44 +110,73 @@ def test_heads_may_come_as_rows():
     torch.testing.assert_close(out.double(), exact(query, *held, None), rtol=1e-4, atol=1e-5)
 
 
+def joined(x: Tensor) -> Tensor:
+    """Repeats put behind one another as tokens."""
+    batch, heads, tokens, width = x.shape
+    return x[:, :, None].expand(-1, -1, REPEATS, -1, -1).reshape(batch, heads, REPEATS * tokens, width)
+
+
 OTHERWISE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "causal from the first token": lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True),
-    "several tokens without a mask": lambda q, k, v: sdpa(q, k, v, enable_gqa=True),
     "values as keys": lambda q, k, v: sdpa(q, v, k, enable_gqa=True),
+    "keys as values": lambda q, k, v: sdpa(q, k, k, enable_gqa=True),
     "keys changed": lambda q, k, v: sdpa(q, k * 2, v, enable_gqa=True),
     "keys changed in place": lambda q, k, v: sdpa(q, k.mul_(2), v, enable_gqa=True),
     "values cut": lambda q, k, v: sdpa(q, k[:, :, -9:], v[:, :, -9:], enable_gqa=True),
     "tiled heads": lambda q, k, v: sdpa(q, k.repeat(1, REPEATS, 1, 1), v.repeat(1, REPEATS, 1, 1)),
     "another head's": lambda q, k, v: sdpa(q, k.flip(1), v, enable_gqa=True),
+    "repeats as tokens": lambda q, k, v: sdpa(q, joined(k), joined(v), enable_gqa=True),
     "by hand": lambda q, k, v: (q @ repeated(k).mT).softmax(-1) @ repeated(v),
-    "a mask of three dimensions": lambda q, k, v: sdpa(
-        q[0], k[0].repeat_interleave(REPEATS, 0), v[0].repeat_interleave(REPEATS, 0)
-    ),
+    "three dimensions": lambda q, k, v: sdpa(q[0], *(x[0].repeat_interleave(REPEATS, 0) for x in (k, v))),
 }
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_everything_else_reads_them_decoded(name):
-    query = torch.randn(2, HEADS * REPEATS, 3, WIDTH, generator=torch.Generator().manual_seed(4))
-    _, key, value = step_of(3)
+    query = torch.randn(2, HEADS * REPEATS, 1, WIDTH, generator=torch.Generator().manual_seed(4))
+    _, key, value = step_of(1)
     with Operations() as operations:
         out = OTHERWISE[name](query, key, value)
     assert operations.called == ["unpack"], "once for both"
-    _, plain_key, plain_value = step_of(3, watched=False)
+    _, plain_key, plain_value = step_of(1, watched=False)
     assert type(plain_key) is Tensor and isinstance(key, StoredStates)
     assert torch.equal(out, OTHERWISE[name](query, plain_key, plain_value))
 
 
-def test_what_was_written_to_states_is_read():
-    _, key, value = step_of(1)
+def test_several_tokens_without_a_mask_see_one_another():
+    query = torch.randn(2, HEADS * REPEATS, 3, WIDTH)
+    _, key, value = step_of(3)
+    out = sdpa(query, key, value, enable_gqa=True)
+    assert torch.equal(out, sdpa(query, key.decoded, value.decoded, enable_gqa=True))
+
+
+def test_values_of_another_cache_are_its_own():
     query = torch.randn(2, HEADS * REPEATS, 1, WIDTH)
-    key[:, :, 5] = 3.0
-    value.add_(1.0)
+    (_, key, _), (other, _, value) = step_of(1), step_of(1)
+    other.packed_layers[0].dense[1] += 1
+    out = sdpa(query, key, value, enable_gqa=True)
+    assert torch.equal(out, sdpa(query, key.decoded, value.decoded, enable_gqa=True))
+
+
+def test_heads_are_repeated_once():
+    _, key, _ = step_of(1)
+    five = key[:, :, None].expand(-1, -1, REPEATS, -1, -1)
+    with pytest.raises(RuntimeError, match="expanded size"):
+        five.expand(-1, -1, 2 * REPEATS, -1, -1)
+
+
+@pytest.mark.parametrize("written", ("key", "value"))
+def test_what_was_written_to_states_is_read(written):
+    states = dict(zip(("key", "value"), step_of(1)[1:], strict=True))
+    query = torch.randn(2, HEADS * REPEATS, 1, WIDTH)
+    states[written][:, :, 5] = 3.0
+    states[written].add_(1.0)
     with Operations() as operations:
-        out = sdpa(query, key, value, enable_gqa=True)
+        out = sdpa(query, **states, enable_gqa=True)
     assert operations.called == []
-    assert torch.equal(key[:, 1, 5], torch.full((2, WIDTH), 3.0))
-    torch.testing.assert_close(out.double(), exact(query, key.decoded, value.decoded, None), rtol=1e-5, atol=1e-6)
+    assert torch.equal(states[written][:, 1, 5], torch.full((2, WIDTH), 4.0))
+    decoded = (x.decoded for x in states.values())
+    torch.testing.assert_close(out.double(), exact(query, *decoded, None), rtol=1e-5, atol=1e-6)
 
 
 def test_states_of_an_earlier_step_are_refused():
