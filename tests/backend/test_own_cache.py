@@ -415,7 +415,7 @@ def test_a_plan_of_an_optimized_model_serves_its_static_cache(config, ratio, spr
     tokens = torch.randint(64, (1, 1_200))
     apack_compile.optimize(model, ratio=ratio, compile="none")
     apack_compile.calibrate(model, {"input_ids": tokens})
-    plan = apack_compile.plan_for(model, 256)
+    plan = apack_compile.plan_for(model, 1_024)
     assert plan.turn.interleaved == (config is CohereConfig) and (plan.coarse is not None) == (ratio == 6)
     plan.save(tmp_path / "plan")
     apack_compile.restore(model)

@@ -7,8 +7,10 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 
 import apack_compile
 from apack_compile import AttentionPackConfig
+from apack_compile.export.find import find_caches
 from apack_compile.export.observe import observe
-from apack_compile.export.program import copied, graph_module_of, owned, packable
+from apack_compile.export.program import copied, graph_module_of
+from apack_compile.passes.buffer_pairs import pairs_of
 
 TOKENS, PROMPT = 256, 100
 IDS = torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(3))
@@ -104,10 +106,9 @@ def test_a_ratio_holds_and_keys_are_turned_back():
 @pytest.mark.parametrize("kind", (LlamaConfig, CohereConfig))
 def test_the_pairs_that_turn_are_found_among_the_programs_buffers(kind):
     program = exported(llama(spread=0.05, kind=kind))
-    gm = graph_module_of(program, None)
+    watched = copied(graph_module_of(program, None))
     calls = [((), {"input_ids": IDS[:, :-1], "cache_position": torch.arange(TOKENS - 1)})]
-    watched = copied(gm)
-    turn = observe(watched, owned(watched, packable(gm)[0]), calls).turn
+    turn = observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls).turn
     assert turn is not None and turn.interleaved == (kind is CohereConfig)
 
 

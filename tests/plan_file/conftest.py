@@ -29,7 +29,7 @@ def plan(calibrated) -> Plan:
 def coarse_plan() -> Plan:
     model = apack_compile.optimize(llama(), ratio=6, compile="none")
     apack_compile.calibrate(model, [prompt(1), prompt(2), prompt(3)])
-    plan = apack_compile.plan_for(model, 240, 0.375)
+    plan = apack_compile.plan_for(model, 1_000, 0.375)
     assert plan.coarse is not None
     return plan
 
