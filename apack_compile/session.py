@@ -331,7 +331,7 @@ def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[s
         cache.chunks_before = cache.eager_chunks
         if (session := session_of(model)) is not None:
             session.running.cache = weakref.ref(cache)
-        start_watching(cache)
+        start_watching(cache, part)
 
 
 def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

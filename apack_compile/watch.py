@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from apack_compile.cache import CompactedCache
@@ -74,10 +74,10 @@ class AttentionWatch(TorchFunctionMode):
         return mask & alive if mask.dtype == torch.bool else mask.masked_fill(~alive, float("-inf"))
 
 
-def start_watching(cache: CompactedCache) -> None:
-    """See the attentions of the forward pass that begins."""
+def start_watching(cache: CompactedCache, model: nn.Module) -> None:
+    """See the attentions of the model's forward pass that begins; stored states are for those of "sdpa", others are written otherwise."""
     stop_watching(cache)
-    cache.index.is_watched = True
+    cache.index.is_watched = model.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
     if cache.may_have_tiers:
         cache.watch = AttentionWatch(cache)
         cache.watch.__enter__()

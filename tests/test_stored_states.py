@@ -1,6 +1,7 @@
 """Keys and values of an eager step: attended to as they are stored, decoded for everything else."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -218,3 +219,20 @@ def test_generate_without_a_compiler_decodes_nothing(options, reads, how):
     with Operations() as operations:
         expected = decoding.generate(prompt(PROMPT, rows), max_new_tokens=9, do_sample=False, **how)
     assert "attend" not in operations.called and torch.equal(said, expected)
+
+
+@torch.no_grad()
+def test_other_attentions_get_tensors():
+    model = small_model(ratio=4)
+    ids, logits = prompt(PROMPT), {}
+    for attention in ("sdpa", "eager", "flex_attention"):
+        model.set_attn_implementation("sdpa")
+        cache = apack_compile.new_cache(model)
+        model(ids, past_key_values=cache)
+        model.set_attn_implementation(attention)
+        operations = Operations()
+        # no dispatch mode sees into flex attention
+        with nullcontext() if attention == "flex_attention" else operations:
+            logits[attention] = model(ids[:, :1], past_key_values=cache).logits
+        assert operations.called.count("attend") == (2 if attention == "sdpa" else 0)
+    assert all(torch.allclose(found, logits["eager"], atol=5e-3) for found in logits.values())
