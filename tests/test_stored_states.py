@@ -1,7 +1,6 @@
 """Keys and values of an eager step: attended to as they are stored, decoded for everything else."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.cache import CompactedCache
 from apack_compile.stored_states import StoredStates
+from apack_compile.watch import start_watching, stop_watching
 
 HEADS, REPEATS, WIDTH, PROMPT = 2, 3, 10, 83
 
@@ -221,18 +221,12 @@ def test_generate_without_a_compiler_decodes_nothing(options, reads, how):
     assert "attend" not in operations.called and torch.equal(said, expected)
 
 
-@torch.no_grad()
-def test_other_attentions_get_tensors():
-    model = small_model(ratio=4)
-    ids, logits = prompt(PROMPT), {}
-    for attention in ("sdpa", "eager", "flex_attention"):
-        model.set_attn_implementation("sdpa")
-        cache = apack_compile.new_cache(model)
-        model(ids, past_key_values=cache)
-        model.set_attn_implementation(attention)
-        operations = Operations()
-        # no dispatch mode sees into flex attention
-        with nullcontext() if attention == "flex_attention" else operations:
-            logits[attention] = model(ids[:, :1], past_key_values=cache).logits
-        assert operations.called.count("attend") == (2 if attention == "sdpa" else 0)
-    assert all(torch.allclose(found, logits["eager"], atol=5e-3) for found in logits.values())
+@pytest.mark.parametrize(("attention", "served"), (("sdpa", True), ("eager", False), ("flex_attention", False)))
+def test_only_sdpa_gets_stored_states(attention, served):
+    model = small_model(attention, preset="lossless")
+    with torch.no_grad():
+        cache, _, _ = step_of(1)
+        start_watching(cache, model)
+        key, _ = cache.update(*(torch.randn(2, HEADS, 1, WIDTH) for _ in range(2)), 1)
+    stop_watching(cache)
+    assert isinstance(key, StoredStates) == served
