@@ -21,7 +21,7 @@ MARKERS = "osD^vP<>X*"
 RATIO_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24)
 KL_FLOOR = 1e-6
 # Families whose points are variants, not a dial.
-POINTS = ("fp8", "turboquant")
+POINTS = ("fp8", "turboquant", "AttentionPack")
 PANEL = (9.0, 4.3)
 
 
@@ -80,16 +80,16 @@ def _looks(families: Sequence[str]) -> dict[str, dict[str, object]]:
 
 
 def _panel(axes: Axes, rows: Sequence[Row], looks: dict[str, dict[str, object]], name: str, title: str) -> None:
-    lines = {
-        row["setting"]: row[name] for row in rows if row["system"] == "dense" and (name != "kl" or row[name] > KL_FLOOR)
-    }
+    dense = [(row["setting"], row[name]) for row in rows if row["system"] == "dense"]
+    # shares of answers lie too near to one another for a second label
+    lines = [(setting, level) for setting, level in dense if level > KL_FLOOR] if name == "kl" else dense[:1]
     for family in dict.fromkeys(row["system"] for row in rows):
         points = sorted((row["held_ratio"], row[name]) for row in rows if row["system"] == family)
         if family == "dense":
             continue
         shown = [max(value, KL_FLOOR) if name == "kl" else value for _, value in points]
         axes.plot([ratio for ratio, _ in points], shown, label=family, **looks[family])
-    for setting, level in lines.items():
+    for setting, level in lines:
         axes.axhline(level, color=MUTED, linewidth=1, linestyle=":", zorder=1)
         place = {"ha": "left", "va": "bottom", "transform": axes.get_yaxis_transform()}
         axes.text(0.01, level, f"dense, {setting}", color=MUTED, size=9, **place)
