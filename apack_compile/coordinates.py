@@ -56,13 +56,20 @@ class TokenCoordinates:
         return TokenCoordinates(change(self.known), change(self.shift))
 
 
+def rotary_frequencies(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers `[P]` of rotary frequencies by name, as transformers calls them."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {name: buffer for name, buffer in buffers if name.endswith("inv_freq") and buffer.dim() == 1}
+
+
 def rotary_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that own rotary frequencies."""
-    return [
-        module
-        for module in model.modules()
-        if any(name.endswith("inv_freq") and b.dim() == 1 for name, b in module.named_buffers(recurse=False))
-    ]
+    return list(dict.fromkeys(owner_of(model, name) for name in rotary_frequencies(model)))
+
+
+def owner_of(model: nn.Module, buffer: str) -> nn.Module:
+    """The module that has a buffer, by the buffer's name."""
+    return model.get_submodule(buffer.rpartition(".")[0])
 
 
 def positions_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -72,12 +72,14 @@ class CompactedLayer(CacheLayerMixin):
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Store a few new tokens `[B, H_kv, n, D]`, keys deinterleaved."""
-        torch.ops.apack.append.default(key, value, *self.append_state(), **self.turn_state(text_only=True))
+        turns = self.turns()
+        turned_back = {"text_turns": turns[-1], "block": self.index.plan.turn.block} if turns else {}
+        torch.ops.apack.append.default(key, value, *self.append_state(), **turned_back)
 
     def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """K and V `[B, H_kv, tokens, D]` of every token held, the new ones exact; `key` deinterleaved, K as the model has them."""
         return torch.ops.apack.unpack.default(
-            key, value, *self.state(), tokens, *self.tier_state(), **self.turn_state()
+            key, value, *self.state(), tokens, *self.tier_state(), **self.unpack_turn_state()
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -86,9 +88,7 @@ class CompactedLayer(CacheLayerMixin):
         arguments = query, key, value, mask, None, *self.state(), scale
         if self.tiers is not None:
             return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
-        turns = self.turns()
-        turned_back = {"turns": turns, "block": self.index.plan.turn.block} if turns else {}
-        return torch.ops.apack.attend.default(*arguments, **turned_back)
+        return torch.ops.apack.attend.default(*arguments, **self.turn_state())
 
     def state(self) -> tuple:
         """The state arguments of `unpack` and `attend`."""
@@ -106,16 +106,16 @@ class CompactedLayer(CacheLayerMixin):
         """The last arguments of `unpack` and `attend_tiers`; empty without tiers."""
         return () if self.tiers is None else self.tiers.state(sum(self.bands[4:8]))
 
-    def turn_state(self, turns: list[Tensor] | None = None, text_only: bool = False) -> dict[str, Any]:
-        """The arguments of `unpack` or (text_only) `append` that say how packed keys were turned back; empty where they were not."""
+    def turn_state(self, turns: list[Tensor] | None = None) -> dict[str, Any]:
+        """The arguments of `attend` that say how packed keys were turned back; empty where they were not."""
         turns = turns or self.turns()
-        if not turns:
-            return {}
+        return {"turns": turns, "block": self.index.plan.turn.block} if turns else {}
+
+    def unpack_turn_state(self, turns: list[Tensor] | None = None) -> dict[str, Any]:
+        """The same of `unpack`, which also gives keys back in the model's order of components."""
         turn = self.index.plan.turn
-        if text_only:
-            return {"text_turns": turns[-1], "block": turn.block}
-        pairs = {"interleaved_pairs": turn.interleaved_pairs} if turn.interleaved else {}
-        return {"turns": turns, "block": turn.block, **pairs}
+        pairs = {} if turn is None or not turn.interleaved else {"interleaved_pairs": turn.interleaved_pairs}
+        return {**self.turn_state(turns), **pairs}
 
     def append_state(self) -> tuple:
         """The state arguments of `append`."""
@@ -161,7 +161,7 @@ class CompactedLayer(CacheLayerMixin):
         tokens = self.index.length or max(self.get_mask_sizes(key.shape[2])[0], int(held[HELD]))
         positions = self.positions() if self.index.plan.layers_place_tokens else self.index.laid_out
         state = (self.dense, self.codes, self.bases, self.bands, positions)
-        turns = self.turn_state(self.own_turns or self.index.laid_out_turns)
+        turns = self.unpack_turn_state(self.own_turns or self.index.laid_out_turns)
         return torch.ops.apack.unpack.default(key, value, *state, held, tokens, **turns)
 
     def check(self, key: Tensor, value: Tensor) -> None:

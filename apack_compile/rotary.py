@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.coordinates import TokenCoordinates, replaced_positions, seen_positions
+from apack_compile.coordinates import TokenCoordinates, owner_of, replaced_positions, rotary_frequencies, seen_positions
 from apack_compile.kernels.turns import deinterleaved, turned
 from apack_compile.sensitivity import pictures_beside
 from apack_compile.uncompiled import uncompiled
@@ -106,7 +106,7 @@ def find_turn(
     """
     if block == 0:
         return None, "stored as they are: key_block=0"
-    known = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq") and buffer.dim() == 1}
+    known = rotary_frequencies(model)
     if not known:
         return None, "stored as they are: the model has no rotary frequencies"
     layers = list(layers)
@@ -144,11 +144,6 @@ def find_turn(
             f"(relative difference {error:.2g})"
         )
     return replace(turn, coordinates=coordinates), f"{said}, each pair by one of {count} coordinates"
-
-
-def owner_of(model: nn.Module, buffer: str) -> nn.Module:
-    """The module that has a buffer, by the buffer's name."""
-    return model.get_submodule(buffer.rpartition(".")[0])
 
 
 Probes = list[tuple[Tensor, list[Tensor]]]

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from apack_compile.calibration import Running, RunningMoments, Statistics, by_layer
 from apack_compile.codec import FLOAT16_MAX
+from apack_compile.coordinates import rotary_frequencies
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.passes.buffer_pairs import BufferPair
@@ -103,9 +104,9 @@ def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Ca
 
 
 def key_turns(gm: fx.GraphModule, caches: Sequence[BufferPair]) -> list[KeyTurn]:
-    """Ways to turn keys back: by each buffer of rotary frequencies, named as transformers names them, in either pairs."""
+    """Ways to turn keys back: by each buffer of rotary frequencies, in either pairs."""
     width = min(cache.key.size[3] for cache in caches)
-    known = [b.float() for name, b in gm.named_buffers() if name.endswith("inv_freq") and b.dim() == 1]
+    known = (frequencies.float() for frequencies in rotary_frequencies(gm).values())
     fitting = [frequencies for frequencies in known if 2 * len(frequencies) <= width]
     return [
         KeyTurn(frequencies, BLOCK, interleaved=interleaved) for frequencies in fitting for interleaved in (False, True)
