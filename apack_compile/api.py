@@ -100,9 +100,8 @@ def optimize(
     quantize = quantize if quantize is not None else config.quantize
     session = _new_session(model, config, plan)
     previous = session_of(model)
-    if previous is not None and previous.calibrates_like(session):
-        for name in ("statistics", "rules", "ranked", "turn", "turn_reason", "calibrated_on", "outdated"):
-            setattr(session, name, getattr(previous, name))
+    if previous is not None:
+        session.take_calibration(previous, model)
     if quantize is not None:
         torchao_config = quantization.resolve(quantize)
         if previous is not None and previous.quantized:
@@ -215,7 +214,7 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
         _check_plan_fits(plan, signature, packed)
         plan = plan.to(model.device)
     elif config.ratio is not None:
-        check_ratio(config.ratio, config.head_groups, model)
+        check_ratio(config.ratio, config.head_groups or 1, model)
     inner, reason = resolve_compile(config.compile, model)
     return Session(config, kinds, signature, inner, reason, plan)
 

@@ -1,7 +1,7 @@
 """Statistics of a model's keys and values, from passes over calibration inputs."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,14 +88,14 @@ def collect(
     model: torch.nn.Module,
     layers: Iterable[int],
     inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-    groups: int = 1,
+    groups: int | Callable[[Observation], int] = 1,
     turn: KeyTurn | None = None,
     coarse: Collection[str] = ("text",),
 ) -> tuple[Statistics, Mapping[str, CoarseRule]]:
     """Statistics of the given layers over model inputs (dictionaries with at least `input_ids`), keys turned back; coarse rules.
 
     By modality and, of the `coarse` modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the
-    modality's rule.
+    modality's rule. groups: head groups, or what says them of the first observation.
     Raises ValueError when no input has a usable token (padding and the first tokens are left out).
     """
     batches, layers = [inputs] if isinstance(inputs, Mapping) else list(inputs), list(layers)
@@ -111,8 +111,11 @@ def collect(
 
     running: Running = {}
     importance: dict[tuple[str, int], RunningImportance] = {}
+    head_groups: int | None = None
     for batch, seen in observations():
-        add_observation(running, seen, model.config, batch, groups, turn)
+        if head_groups is None:
+            head_groups = groups if isinstance(groups, int) else groups(seen)
+        add_observation(running, seen, model.config, batch, head_groups, turn)
         add_importance(importance, seen, model.config, batch, turn, coarse)
     if not running:
         raise ValueError(
@@ -124,7 +127,7 @@ def collect(
                 running[layer, "text", stream] = running[layer, "vision", stream]
     rules = rules_of(importance, layers)
     for batch, seen in observations() if rules else ():
-        add_observation(running, seen, model.config, batch, groups, turn, rules)
+        add_observation(running, seen, model.config, batch, head_groups, turn, rules)
     return by_layer(running), rules
 
 

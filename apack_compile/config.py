@@ -23,9 +23,10 @@ class AttentionPackConfig:
     back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. On CUDA
     attention is fast for powers of two from 16 up, and is the reference for others.
     head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
-    many heads. coarse: from a ratio of 5 and 1,024 tokens on, the modalities whose tokens get more or fewer bits by how much they
-    are expected to matter, "text", "vision", both or none. min_tokens: a generate call whose prompt and new tokens are fewer, in a
-    row of the batch, keeps transformers' own cache; None: the device's default with a ratio (time_model.py), 0 with a preset.
+    many heads; None: the fewest that are predicted to decode about as fast as a dense cache (plan_choice.py). coarse: from a ratio
+    of 5 and 1,024 tokens on, the modalities whose tokens get more or fewer bits by how much they are expected to matter, "text",
+    "vision", both or none. min_tokens: a generate call whose prompt and new tokens are fewer, in a row of the batch, keeps
+    transformers' own cache; None: the device's default with a ratio (time_model.py), 0 with a preset.
     For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer; `tail_slots` newest
     tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is compiled.
     strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming the argument.
@@ -38,7 +39,7 @@ class AttentionPackConfig:
     )
     tail_slots: int = 64
     key_block: int = BLOCK
-    head_groups: int = 1
+    head_groups: int | None = None
     coarse: tuple[str, ...] = ("text",)
     attentionpack: AttentionPackOptions = field(default_factory=AttentionPackOptions)
     a_vl: AVLOptions = field(default_factory=AVLOptions)
@@ -66,8 +67,8 @@ class AttentionPackConfig:
             )
         if not isinstance(self.tail_slots, int) or self.tail_slots < MIN_TAIL_SLOTS:
             raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
-        if not isinstance(self.head_groups, int) or isinstance(self.head_groups, bool) or self.head_groups < 1:
-            raise ValueError(f"head_groups={self.head_groups!r} must be an integer >= 1")
+        if self.head_groups is not None and (not _is_count(self.head_groups) or self.head_groups < 1):
+            raise ValueError(f"head_groups={self.head_groups!r} must be an integer >= 1, or None")
         if not _is_count(self.key_block):
             raise ValueError(f"key_block={self.key_block!r} must be an integer >= 0")
         if not isinstance(self.coarse, (list, tuple)) or not set(self.coarse) <= {"text", "vision"}:

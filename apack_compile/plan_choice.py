@@ -1,13 +1,87 @@
-"""Which plan of a byte budget is fast enough, and how long a prompt must be for packing to pay, by the time model."""
+"""What the time model decides: head groups, which plan of a byte budget is fast enough, how long a prompt must be for packing to pay."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 
-from apack_compile.plan import Plan
+import torch
+from torch import Tensor
+
+from apack_compile.plan import (
+    LayerPlan,
+    Plan,
+    StreamPlan,
+    bands_of,
+    largest_ratio,
+    runs_of,
+    tail_slots_for,
+    uniform_plan,
+    water_fill,
+)
+from apack_compile.rotary import KeyTurn
 from apack_compile.time_model import Device, Limits, Load, packed_limits, predicted_speedup
 
 # Lengths between which `shortest_length` looks.
 SHORTEST, LONGEST = 64, 2**20
+# Component k of W has variance (1 + 24 k / W) ** -2.2: the mean over layers of SmolLM2-135M's keys and values (text, calibration
+# pictures of the demo) within a third at every k.
+DECAY_PER_WIDTH, DECAY_POWER = 24, 2.2
+# Head groups are split until a plan is predicted to reach this speed over a dense cache.
+LEAST_SPEED = 0.9
+
+
+def typical_variance(width: int) -> Tensor:
+    """Variance `[width]` of a stream's components, of a head group this wide."""
+    return (1 + DECAY_PER_WIDTH * torch.arange(width) / width) ** -DECAY_POWER
+
+
+@cache
+def typical_plan(heads: int, head_dim: int, tokens: int, ratio: float, groups: int, key_block: int) -> Plan:
+    """One layer's plan as a calibration of typical variances would give it, without bases; keys count as values."""
+    width = heads // groups * head_dim
+    weights, lengths = runs_of(typical_variance(width)[None])
+    scale_bits = 16
+    bits = water_fill(weights, torch.tensor(lengths, dtype=torch.float64), 16 * width / ratio - scale_bits)
+    stream = StreamPlan("model", bands_of(bits.tolist(), lengths), token_scale=True)
+    plan = uniform_plan([0], LayerPlan(stream, stream, stream, stream), tail_slots_for(tokens, ratio))
+    return replace(plan, groups=groups, turn=KeyTurn(torch.zeros(head_dim // 2), key_block) if key_block else None)
+
+
+# Query heads, KV heads and head_dim of packed layers.
+Shapes = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How many head groups bases are fitted for, why, and in layers of which shapes."""
+
+    count: int
+    reason: str
+    shapes: Shapes
+
+
+def fewest_groups(shapes: Shapes, element_bytes: int, ratio: float, key_block: int, device: Device) -> Groups:
+    """The fewest head groups predicted to decode about as fast as a dense cache in every layer; the fastest where none do.
+
+    At the device's load. element_bytes: of the model's dtype. Groups that cannot reach the ratio are left out.
+    """
+    loads = [
+        Load(*shape, device.planned_tokens, device.planned_batch, element_bytes=device.dense_bytes or element_bytes)
+        for shape in shapes
+    ]
+    speeds: dict[int, float] = {}
+    for count in range(1, min(load.heads for load in loads) + 1):
+        reachable = min(largest_ratio(load.width // count) for load in loads)
+        if any(load.heads % count for load in loads) or (speeds and reachable < ratio):
+            continue
+        plans = [typical_plan(load.heads, load.head_dim, load.tokens, ratio, count, key_block) for load in loads]
+        speeds[count] = min(predicted_speedup(plan, load, device) for plan, load in zip(plans, loads, strict=True))
+        if speeds[count] >= LEAST_SPEED:
+            break
+    chosen = max(speeds) if speeds[max(speeds)] >= LEAST_SPEED else max(speeds, key=lambda count: speeds[count])
+    said = ", ".join(f"{speed:.2f} with {count}" for count, speed in speeds.items())
+    where = f"ratio {ratio:g}, {device.planned_tokens:,} tokens, batch {device.planned_batch}, {device.name}"
+    return Groups(chosen, f"predicted speed over a dense cache ({where}): {said}", shapes)
 
 
 @dataclass(frozen=True)

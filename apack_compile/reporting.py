@@ -37,6 +37,7 @@ class Report:
     operations: dict[str, str]
     calibrated_on: str | None
     keys: str
+    head_groups: str
     quantized_layers: int
     layers: tuple[LayerLine, ...]
     graphs: tuple[dict[str, Any], ...]
@@ -54,6 +55,8 @@ class Report:
             lines.append(f"bases calibrated on: {self.calibrated_on}")
         if self.keys:
             lines.append(f"packed keys: {self.keys}")
+        if self.head_groups:
+            lines.append(f"head groups: {self.head_groups}")
         if self.quantized_layers:
             lines.append(f"torchao-quantized linear layers: {self.quantized_layers}")
         lines.append(f"{'layer':>5}  {'kind':<20} {'status':<10} reason")
@@ -87,6 +90,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         operations=implementations(model.device.type, model.dtype),
         calibrated_on=session.plan.provenance.calibrated_on if session.plan else session.calibrated_on,
         keys=keys_of(session),
+        head_groups=head_groups_of(session),
         quantized_layers=session.quantized,
         layers=tuple(layer_line(kind, rewritten, refused, session.inner, unnamed) for kind in session.kinds),
         graphs=graphs,
@@ -112,6 +116,13 @@ def keys_of(session: Any) -> str:
         return "stored as they are, says the plan"
     said = f"turned back to the start of their {turn.block} slots"
     return said if turn.coordinates is None else f"{said}, each pair by one of {turn.coordinate_count} coordinates"
+
+
+def head_groups_of(session: Any) -> str:
+    """How many groups of heads share bases, and why; empty where no bases were calibrated."""
+    if session.plan is not None:
+        return f"{session.plan.groups}, says the plan"
+    return "" if session.ratio is None or session.groups is None else f"{session.groups.count}; {session.groups.reason}"
 
 
 def sites_by_layer(graphs: list[Any]) -> tuple[set[int], dict[int, str]]:

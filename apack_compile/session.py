@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
-from apack_compile.calibration import Statistics, collect
-from apack_compile.config import AttentionPackConfig
+from apack_compile.calibration import Observation, Statistics, collect
+from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.coordinates import positions_given, rotary_modules
 from apack_compile.decode_step import DecodeSteps
 from apack_compile.importance import CoarseRule, tells_apart
@@ -32,9 +32,10 @@ from apack_compile.plan import (
     largest_ratio,
     lossless_plan,
 )
+from apack_compile.plan_choice import Groups, Shapes, fewest_groups
 from apack_compile.plan_file import versions
 from apack_compile.rotary import KeyTurn, find_turn
-from apack_compile.time_model import default_min_tokens
+from apack_compile.time_model import OF_TYPE, default_min_tokens
 from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
@@ -60,6 +61,7 @@ class Session:
     ranked: tuple[str, ...] = ()
     turn: KeyTurn | None = None
     turn_reason: str = ""
+    groups: Groups | None = None
     calibrated_on: str | None = None
     plans: dict[tuple[int, float], Plan] = field(default_factory=dict)
     decode: DecodeSteps | None = None
@@ -178,12 +180,26 @@ class Session:
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         with self.lock, torch.inference_mode(False), torch.no_grad():
             turn, reason = find_turn(model, self.packed, batches[0], self.config.key_block) if batches else (None, "")
-            self.statistics, self.rules = collect(
-                model, self.packed, batches, self.config.head_groups, turn, self.config.coarse
-            )
-            self.turn, self.turn_reason, self.ranked = turn, reason, self.config.coarse
+            chosen: list[Groups] = []
+
+            def groups(seen: Observation) -> int:
+                chosen.append(self.groups_for(model, attention_shapes(model, seen)))
+                return chosen[0].count
+
+            self.statistics, self.rules = collect(model, self.packed, batches, groups, turn, self.config.coarse)
+            self.turn, self.turn_reason, self.ranked, self.groups = turn, reason, self.config.coarse, chosen[0]
             self.calibrated_on, self.outdated = source, None
             self.plans = {}
+
+    def groups_for(self, model: nn.Module, shapes: Shapes) -> Groups:
+        """Head groups for layers of these shapes, on the model's device."""
+        if self.config.head_groups is not None:
+            return Groups(self.config.head_groups, "as configured", shapes)
+        device = OF_TYPE.get(model.device.type)
+        if device is None:
+            return Groups(1, f"the time model has no figures for {model.device.type}", shapes)
+        ratio = self.ratio or DEFAULT_RATIO
+        return fewest_groups(shapes, model.dtype.itemsize, ratio, self.config.key_block, device)
 
     def calibrate_on_first(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Calibrate on a first request, where nothing else did; raises ValueError for one that is too short."""
@@ -212,10 +228,24 @@ class Session:
             self.remember(cache)
         return self.last_held
 
-    def calibrates_like(self, other: "Session") -> bool:
-        """Whether statistics of this session serve the other's plans."""
-        alike = all(getattr(self.config, name) == getattr(other.config, name) for name in ("key_block", "head_groups"))
-        return alike and set(other.config.coarse) <= set(self.ranked)
+    def take_calibration(self, other: "Session", model: nn.Module) -> None:
+        """Take over what another session of the model calibrated, where it serves this one's plans; else say why not."""
+        if other.statistics is None or other.groups is None:
+            return
+        groups = other.groups if self.ratio is None else self.groups_for(model, other.groups.shapes)
+        serves = {
+            f"key_block={other.config.key_block}": self.config.key_block == other.config.key_block,
+            f"head_groups={other.groups.count}": groups.count == other.groups.count,
+            f"coarse={other.ranked}": set(self.config.coarse) <= set(other.ranked),
+        }
+        if not all(serves.values()):
+            was = ", ".join(name for name, fits in serves.items() if not fits)
+            self.outdated = (
+                f"what was calibrated before does not serve ({was}): calibrate again, or the next request will serve"
+            )
+            return
+        for name in ("statistics", "rules", "ranked", "turn", "turn_reason", "groups", "calibrated_on", "outdated"):
+            setattr(self, name, getattr(other, name))
 
     def needs_calibration(self) -> bool:
         """Whether a plan needs statistics that are not there."""
@@ -284,6 +314,17 @@ def signature_of(model: nn.Module) -> tuple:
     heads = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", None)
     head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
     return (config.num_hidden_layers, heads, head_dim, str(model.dtype))
+
+
+def attention_shapes(model: nn.Module, seen: Observation) -> Shapes:
+    """Query heads (as many as KV heads where the config does not say), KV heads and head_dim of the layers that were observed."""
+    config = model.config.get_text_config(decoder=True)
+    shapes = set()
+    for i, (key, _) in seen.states.items():
+        layer = config.per_layer_config[i] if config.is_heterogeneous else config
+        heads, head_dim = key.shape[1], key.shape[3]
+        shapes.add((max(getattr(layer, "num_attention_heads", None) or 0, heads), heads, head_dim))
+    return tuple(sorted(shapes))
 
 
 def check_ratio(ratio: float, groups: int, model: nn.Module) -> None:

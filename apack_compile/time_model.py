@@ -1,8 +1,9 @@
 """Predicted time of one layer's decode attention, from what a device can read, multiply and unpack in a second.
 
 A step over a packed cache reads bytes; multiplies every token's components with the rows of its head group, `2 * rows * components`
-operations a stream, rows padded to the matrix unit's tile; and turns codes into numbers, up to two integer operations each. The three
-overlap, so the tightest one is the limit. Relative keys add queries turned and projected anew for every block of slots.
+operations a stream, rows padded to the matrix unit's tile; and turns codes into numbers, up to two integer operations each. On a GPU
+the three overlap, so the tightest one is the limit; a CPU core does one after the other. Relative keys add queries turned and projected
+anew for every block of slots.
 """
 
 import time
@@ -31,7 +32,9 @@ class Device:
     on integers. row_tiles: rows that the matrix unit takes at once, () for any number. narrow_rows: rows that give a product its full
     rate; n rows give `2 n / (n + narrow_rows)` of it, because both operands are fetched. 0 where rows do not matter. packed_launches,
     dense_launches: kernels of a step, one after the other, each of `launch_seconds`. dense_bytes_per_second: at which dense attention reads
-    its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default.
+    its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of
+    the step that head groups are chosen for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype.
+    overlaps: reading, multiplying and unpacking happen at the same time.
     """
 
     name: str
@@ -45,6 +48,14 @@ class Device:
     dense_launches: int = 1
     dense_bytes_per_second: float | None = None
     min_tokens: int = 0
+    planned_tokens: int = 8_192
+    planned_batch: int = 1
+    dense_bytes: int | None = None
+    overlaps: bool = True
+
+    def seconds(self, limits: "Limits") -> float:
+        """The least time of a step with these limits."""
+        return limits.seconds if self.overlaps else limits.in_turn
 
     def padded(self, rows: int) -> int:
         """Rows that the matrix unit works on for so many."""
@@ -69,12 +80,33 @@ class Device:
 # assumes that both operands come from shared memory (64 rows of codes, n rows of queries); launches are assumed, as in a CUDA graph.
 # min_tokens: the shortest of the lengths from which ratio 8 is predicted to pay, LLaVA and Gemma at batch 16 (docs/performance.md).
 H200 = Device(
-    "H200", 4.3e12, 790e12, 15e12, (16, 32, 64), 64, 3e-6, packed_launches=4, dense_launches=2, min_tokens=1_024
+    "H200",
+    4.3e12,
+    790e12,
+    15e12,
+    (16, 32, 64),
+    64,
+    3e-6,
+    packed_launches=4,
+    dense_launches=2,
+    min_tokens=1_024,
+    planned_tokens=32_768,
+    planned_batch=16,
 )
 # Measured by `measured_cpu`: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
 # min_tokens: where a step loses 5 %, about 300 tokens, as a power of two (benchmarks/crossover.py, docs/performance.md).
+# dense_bytes: attention over a bfloat16 cache is slower there than over one in float32, not faster.
 CPU = Device(
-    "CPU", 75e9, 205e9, 52e9, launch_seconds=CPU_CALL, dense_launches=0, dense_bytes_per_second=26e9, min_tokens=256
+    "CPU",
+    75e9,
+    205e9,
+    52e9,
+    launch_seconds=CPU_CALL,
+    dense_launches=0,
+    dense_bytes_per_second=26e9,
+    min_tokens=256,
+    dense_bytes=4,
+    overlaps=False,
 )
 OF_TYPE = {"cpu": CPU, "cuda": H200}
 DEVICES = {device.name: device for device in (H200, CPU)}
@@ -113,7 +145,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds of one step: of its bytes, its matrix work and its unpacking, which overlap, and of turning queries, which comes before."""
+    """Seconds of one step: of its bytes, its matrix work, its unpacking, and of turning queries, which comes before."""
 
     bytes: float
     matrix: float
@@ -122,8 +154,13 @@ class Limits:
 
     @property
     def seconds(self) -> float:
-        """The least time of a step: turning, then the tightest of the three."""
+        """The time of a step where the three overlap: turning, then the tightest of them."""
         return self.turning + max(self.bytes, self.matrix, self.unpack)
+
+    @property
+    def in_turn(self) -> float:
+        """The time of a step where nothing overlaps."""
+        return self.turning + self.bytes + self.matrix + self.unpack
 
     @property
     def tightest(self) -> str:
@@ -223,13 +260,13 @@ def _turn(work: _Work, plan: Plan, load: Load, components: int, tokens: float, m
 
 def dense_seconds(load: Load, device: Device) -> float:
     """Predicted time of attention over a dense cache."""
-    return dense_limits(load, device).seconds + device.dense_launches * device.launch_seconds
+    return device.seconds(dense_limits(load, device)) + device.dense_launches * device.launch_seconds
 
 
 def packed_seconds(plan: Plan, layer: int, load: Load, device: Device, materialised: bool = True) -> float:
     """Predicted time of attention over one layer of a packed cache."""
     limits = packed_limits(plan, layer, load, device, materialised)
-    return limits.seconds + device.packed_launches * device.launch_seconds
+    return device.seconds(limits) + device.packed_launches * device.launch_seconds
 
 
 def predicted_speedup(plan: Plan, load: Load, device: Device, materialised: bool = True) -> float:

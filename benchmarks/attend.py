@@ -3,11 +3,11 @@
 `python benchmarks/attend.py`: what the plan would store for `--ratio`, or the paper's plan (AttentionPack, arXiv 2603.23914: rank 64 in
 16 bits over all heads jointly, K and V), in one run with dense attention over a cache of the same dtype.
 
-The bands of a ratio are `budget_plan`'s over a synthetic spectrum: component k of W has variance `(1 + 24 k / W) ** -2.2`, which is
-the mean over layers of SmolLM2-135M's keys and values (text, calibration pictures of the demo) within a third at every k. The bases and
+The bands of a ratio are `budget_plan`'s over typical variances (`typical_variance` of apack_compile/plan_choice.py). The bases and
 codes are random: time does not depend on them. From ratio 5 and 1,024 tokens on, three quarters of the tokens are coarse, as in a real
 plan: a segment more.
-Head groups, `--groups`, trade bytes for arithmetic (docs/performance.md).
+Head groups are as many as `optimize` chooses on the device, unless `--groups` says otherwise; they trade quality for arithmetic
+(docs/performance.md).
 
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
 bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
@@ -40,11 +40,11 @@ from apack_compile.plan import (
     budget_plan,
     spare_slots,
 )
+from apack_compile.plan_choice import fewest_groups, typical_variance
 from apack_compile.rotary import BLOCK, KeyTurn, turns_at
-from apack_compile.time_model import Load
+from apack_compile.time_model import OF_TYPE, Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
-DECAY_PER_WIDTH, DECAY_POWER = 24, 2.2
 # Harm of a fine token over that of a coarse one, keys and values: geometric means over the layers of SmolLM2-135M, text.
 FINE_HARM = (25.0, 33.0)
 PAPER_RANK, PAPER_TAIL = 64, 32
@@ -53,20 +53,27 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Shape:
-    """Query heads, KV heads and head_dim of a model; head groups that `ratio` plans use on a CPU."""
+    """Query heads, KV heads and head_dim of a model."""
 
     query_heads: int
     heads: int
     head_dim: int
-    groups: int
 
 
 SHAPES = {
-    "Qwen2.5-VL-7B": Shape(28, 4, 128, 2),
-    "LLaVA-1.5-7B": Shape(32, 32, 128, 16),
-    "SmolLM2-135M": Shape(9, 3, 64, 1),
-    "Gemma3-4B": Shape(8, 4, 256, 4),
+    "Qwen2.5-VL-7B": Shape(28, 4, 128),
+    "LLaVA-1.5-7B": Shape(32, 32, 128),
+    "SmolLM2-135M": Shape(9, 3, 64),
+    "Gemma3-4B": Shape(8, 4, 256),
 }
+
+
+def default_groups(shape: Shape, ratio: float | None, dtype: torch.dtype, key_block: int, device: str) -> int:
+    """Head groups that `optimize` uses for a ratio; one for the paper's plan."""
+    if ratio is None:
+        return 1
+    known = (shape.query_heads, shape.heads, shape.head_dim)
+    return fewest_groups((known,), dtype.itemsize, ratio, key_block, OF_TYPE[device]).count
 
 
 def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, coarse: bool = False) -> Plan:
@@ -75,7 +82,7 @@ def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, 
         ranks = {f"{modality}_{stream}": PAPER_RANK for modality in ("vision", "text") for stream in ("key", "value")}
         return attentionpack_plan([0], ranks, PAPER_TAIL)
     width = shape.heads * shape.head_dim // groups
-    variance = (1 + DECAY_PER_WIDTH * torch.arange(width) / width) ** -DECAY_POWER
+    variance = typical_variance(width)
     deviation = variance.sqrt().expand(1, groups, width)
     steps = {bits: deviation * step for bits, step in GAUSSIAN_STEP.items()}
     rows = torch.randn(1, groups, width, width) / width**0.5
@@ -213,7 +220,7 @@ def measured(
 ) -> Row:  # fmt: skip
     """One row: a shape, a length, a batch, a plan."""
     shape = SHAPES[name]
-    groups = 1 if ratio is None else groups or shape.groups
+    groups = groups if groups and ratio else default_groups(shape, ratio, dtype, key_block, device)
     plan = with_relative_keys(
         synthetic_plan(shape, groups, ratio, tokens, coarse=True), shape, key_block if ratio else 0
     )
@@ -298,7 +305,9 @@ def main(
         float | None, typer.Option(help="Dense 16-bit bytes over packed bytes. Default: 8, and the preset.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="attentionpack, instead of a ratio.")] = None,
-    groups: Annotated[int | None, typer.Option(help="Head groups of a ratio's plan. Default: by shape.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(help="Head groups of a ratio's plan. Default: as optimize chooses.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="A model's name; may be repeated.")] = None,

@@ -245,7 +245,9 @@ def main(
     ratio: Annotated[float | None, typer.Option(help="Dense bytes over packed bytes. Default: 8.")] = None,
     preset: Annotated[str | None, typer.Option(help="attentionpack, without tiers, instead of a ratio.")] = None,
     key_block: Annotated[int, typer.Option(help="Slots that share an anchor; 0: keys as they come.")] = BLOCK,
-    groups: Annotated[int | None, typer.Option(help="Head groups of random weights' plans. Default: by shape.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(help="Head groups of random weights' plans. Default: as optimize chooses.")
+    ] = None,
     layers: Annotated[int, typer.Option(help="Layers of a model with random weights.")] = 4,
     dtype: Annotated[
         str | None, typer.Option(help="Of random weights. Default: bfloat16 on a GPU, else float32.")

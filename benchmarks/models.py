@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from attend import SHAPES, synthetic_plan
+from attend import SHAPES, default_groups, synthetic_plan
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,7 +57,7 @@ class Subject:
 @dataclass(frozen=True)
 class Packing:
     """What is asked of a packed cache: a ratio, or (None) the paper's plan without tiers; slots that share an anchor; head groups of random
-    weights (None: by shape)."""
+    weights (None: as optimize chooses)."""
 
     ratio: float | None
     key_block: int
@@ -116,7 +116,8 @@ def random_subject(
 def random_plan(model: nn.Module, name: str, packing: Packing, tokens: int) -> Plan:
     """The plan of attend.py for a shape in every layer; whatever it loses is expected, so that no basis is fitted anew."""
     shape = SHAPES[name]
-    plan = synthetic_plan(shape, packing.groups or shape.groups, packing.ratio, tokens)
+    chosen = default_groups(shape, packing.ratio, model.dtype, packing.key_block, model.device.type)
+    plan = synthetic_plan(shape, packing.groups or chosen, packing.ratio, tokens)
     streams = LayerPlan(*(replace(stream, expected_error=LOSES_ALL) for stream in plan.layers[0].streams))
     layers = range(model.config.num_hidden_layers)
     turn = None

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import typer
-from attend import SHAPES, packed_state, random_turns, synthetic_plan, with_relative_keys
+from attend import SHAPES, default_groups, packed_state, random_turns, synthetic_plan, with_relative_keys
 from harness import Row, interleaved, print_table, write_json
 
 from apack_compile.kernels.ops import implementations
@@ -30,15 +30,16 @@ def products(groups: int, width: int, tokens: int, components: list[int]) -> Cal
 def measured(name: str, tokens: int, dtype: torch.dtype, key_block: int, seconds: float) -> Row:
     """One row: a shape, a length."""
     shape = SHAPES[name]
-    plan = with_relative_keys(synthetic_plan(shape, shape.groups, RATIO, tokens), shape, key_block)
-    packed = packed_state(plan, shape, shape.groups, tokens, 1, dtype, "cpu")
+    groups = default_groups(shape, RATIO, dtype, key_block, "cpu")
+    plan = with_relative_keys(synthetic_plan(shape, groups, RATIO, tokens), shape, key_block)
+    packed = packed_state(plan, shape, groups, tokens, 1, dtype, "cpu")
     new = torch.randn(2, 1, shape.heads, 1, shape.head_dim).to(dtype)
     turns = {} if plan.turn is None else random_turns(packed, plan.turn, 1, "cpu")
-    width = shape.heads * shape.head_dim // shape.groups
+    width = shape.heads * shape.head_dim // groups
     calls = {
         "operation": lambda: UNPACK(*new, *packed.state, tokens + 1, **turns),
         "reference": lambda: reference(*new, *packed.state, tokens + 1, **turns),
-        "products": products(shape.groups, width, tokens, [bands.components for bands in packed.bands[-2:]]),
+        "products": products(groups, width, tokens, [bands.components for bands in packed.bands[-2:]]),
     }
     timing = interleaved(calls, seconds)
     return {
@@ -46,7 +47,7 @@ def measured(name: str, tokens: int, dtype: torch.dtype, key_block: int, seconds
         "tokens": tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "key_block": key_block,
-        "groups": shape.groups,
+        "groups": groups,
         "unpack_ms": 1e3 * timing["operation"].median,
         "reference_ms": 1e3 * timing["reference"].median,
         "speedup_vs_reference": timing["reference"].median / timing["operation"].median,
