@@ -20,6 +20,7 @@ from apack_compile.kernels.layout import HELD, to_groups
 from apack_compile.layer import CompactedLayer
 from apack_compile.passes.pack_buffers import StateLayout
 from apack_compile.plan import FIRST_TOKENS, Plan, Provenance, budget_key, budget_plan
+from apack_compile.plan_choice import head_groups_for
 from apack_compile.plan_file import versions
 from apack_compile.release import regain, release
 
@@ -183,7 +184,9 @@ class OwnCaches:
         )
         which = (streams, budget_key(key.shape[2], 0.0))
         if which not in self.plans:
-            plan = budget_plan(statistics_of(filled), self.ratio, *which[1])
+            shapes = {(heads, heads, head_dim) for _, heads, _, head_dim in (keys.shape for keys, _ in held)}
+            groups = head_groups_for(tuple(sorted(shapes)), key.dtype, self.ratio, 0, key.device.type).count
+            plan = budget_plan(statistics_of(filled, groups), self.ratio, *which[1])
             about_model = (len(held), key.shape[1], key.shape[3], str(key.dtype))
             provenance = Provenance(f"the first {filled[0][0].shape[2]} tokens in static buffers", versions())
             self.plans[which] = replace(plan, signature=about_model, provenance=provenance)
@@ -263,13 +266,13 @@ def follow(cache: BufferCache, start: int) -> None:
         cache.crop(start - held)
 
 
-def statistics_of(filled: Sequence[tuple[Tensor, ...]]) -> Statistics:
+def statistics_of(filled: Sequence[tuple[Tensor, ...]], groups: int) -> Statistics:
     """Statistics of what is in some buffers, `[B, H_kv, T, D]` each, without the first tokens; all streams count alike."""
     running: Running = {}
     for layer, pair in enumerate(filled):
         for stream, states in enumerate(pair):
             moments = running[layer, "text", stream] = RunningMoments()
-            moments.add(to_groups(states[:, :, FIRST_TOKENS:], 1).transpose(0, 1).flatten(1, 2))
+            moments.add(to_groups(states[:, :, FIRST_TOKENS:], groups).transpose(0, 1).flatten(1, 2))
     return by_layer(running)
 
 

@@ -19,7 +19,7 @@ from apack_compile.plan import (
     water_fill,
 )
 from apack_compile.rotary import KeyTurn
-from apack_compile.time_model import Device, Limits, Load, packed_limits, predicted_speedup
+from apack_compile.time_model import OF_TYPE, Device, Limits, Load, packed_limits, predicted_speedup
 
 # Lengths between which `shortest_length` looks.
 SHORTEST, LONGEST = 64, 2**20
@@ -82,6 +82,14 @@ def fewest_groups(shapes: Shapes, element_bytes: int, ratio: float, key_block: i
     said = ", ".join(f"{speed:.2f} with {count}" for count, speed in speeds.items())
     where = f"ratio {ratio:g}, {device.planned_tokens:,} tokens, batch {device.planned_batch}, {device.name}"
     return Groups(chosen, f"predicted speed over a dense cache ({where}): {said}", shapes)
+
+
+def head_groups_for(shapes: Shapes, dtype: torch.dtype, ratio: float, key_block: int, device_type: str) -> Groups:
+    """Head groups for layers of these shapes on a type of device; one where the time model does not know it."""
+    device = OF_TYPE.get(device_type)
+    if device is None:
+        return Groups(1, f"the time model has no figures for {device_type}", shapes)
+    return fewest_groups(shapes, dtype.itemsize, ratio, key_block, device)
 
 
 @dataclass(frozen=True)

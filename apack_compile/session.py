@@ -32,10 +32,10 @@ from apack_compile.plan import (
     largest_ratio,
     lossless_plan,
 )
-from apack_compile.plan_choice import Groups, Shapes, fewest_groups
+from apack_compile.plan_choice import Groups, Shapes, head_groups_for
 from apack_compile.plan_file import versions
 from apack_compile.rotary import KeyTurn, find_turn
-from apack_compile.time_model import OF_TYPE, default_min_tokens
+from apack_compile.time_model import default_min_tokens
 from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
@@ -195,11 +195,8 @@ class Session:
         """Head groups for layers of these shapes, on the model's device."""
         if self.config.head_groups is not None:
             return Groups(self.config.head_groups, "as configured", shapes)
-        device = OF_TYPE.get(model.device.type)
-        if device is None:
-            return Groups(1, f"the time model has no figures for {model.device.type}", shapes)
         ratio = self.ratio or DEFAULT_RATIO
-        return fewest_groups(shapes, model.dtype.itemsize, ratio, self.config.key_block, device)
+        return head_groups_for(shapes, model.dtype, ratio, self.config.key_block, model.device.type)
 
     def calibrate_on_first(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Calibrate on a first request, where nothing else did; raises ValueError for one that is too short."""

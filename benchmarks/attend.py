@@ -40,9 +40,9 @@ from apack_compile.plan import (
     budget_plan,
     spare_slots,
 )
-from apack_compile.plan_choice import fewest_groups, typical_variance
+from apack_compile.plan_choice import head_groups_for, typical_variance
 from apack_compile.rotary import BLOCK, KeyTurn, turns_at
-from apack_compile.time_model import OF_TYPE, Load
+from apack_compile.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # Harm of a fine token over that of a coarse one, keys and values: geometric means over the layers of SmolLM2-135M, text.
@@ -73,7 +73,7 @@ def default_groups(shape: Shape, ratio: float | None, dtype: torch.dtype, key_bl
     if ratio is None:
         return 1
     known = (shape.query_heads, shape.heads, shape.head_dim)
-    return fewest_groups((known,), dtype.itemsize, ratio, key_block, OF_TYPE[device]).count
+    return head_groups_for((known,), dtype, ratio, key_block, device).count
 
 
 def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, coarse: bool = False) -> Plan:

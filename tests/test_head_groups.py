@@ -128,3 +128,68 @@ def test_a_calibration_that_fails_keeps_what_was_there():
     with pytest.raises(ValueError, match="no usable token"):
         apack_compile.calibrate(model, {"input_ids": torch.zeros(1, 3, dtype=torch.long)})
     assert apack_compile.report(model).head_groups == said and apack_compile.plan_for(model, 300).groups > 1
+
+
+class StaticDecoder(torch.nn.Module):
+    """Logits `[1, n, 64]` of ids `[1, n]` written at positions `at`, over static buffers of 16 KV heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(64, 64)
+        self.qkv, self.out = torch.nn.Linear(64, 3 * 1024), torch.nn.Linear(1024, 64)
+        self.register_buffer("keys", torch.zeros(1, 16, 400, 64))
+        self.register_buffer("values", torch.zeros(1, 16, 400, 64))
+        self.register_buffer("causal", torch.ones(400, 400, dtype=torch.bool).tril())
+        self.requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        q, k, v = (part.unflatten(-1, (16, 64)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        self.keys[:, :, at] = k
+        self.values[:, :, at] = v
+        mask = self.causal[None, None, at]
+        y = torch.nn.functional.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2)) @ self.embedding.weight.T
+
+
+def logits_of(step, lengths=(300, 1, 1, 1)) -> torch.Tensor:
+    """Logits of a prompt and of three steps after it."""
+    ids, start, found = prompt(2)["input_ids"].repeat(1, 2)[:, : sum(lengths)], 0, []
+    for count in lengths:
+        part = ids[:, start : start + count].clone(memory_format=torch.contiguous_format)
+        found.append(step(part, torch.arange(start, start + count)))
+        start += count
+    return torch.cat(found, 1)
+
+
+def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected)[:, 300:].norm() / expected[:, 300:].norm())
+
+
+GROUPS_OF_BUFFERS = fewest_groups(((16, 16, 64),), 4, 6.0, 0, CPU).count
+
+
+@torch.no_grad()
+def test_a_program_of_many_heads_gets_groups():
+    model = StaticDecoder()
+    sizes = torch.export.Dim("n", max=399)
+    inputs = torch.zeros(1, 5, dtype=torch.int64), torch.arange(5)
+    program = torch.export.export(model, inputs, dynamic_shapes=({1: sizes}, {0: sizes}))
+    calls = prompt()["input_ids"], torch.arange(300)
+    packed = apack_compile.optimize(program, ratio=6, calibration_inputs=calls)
+    codes = [t for name, t in packed.named_buffers() if t.dtype == torch.uint8 and t.shape[-2] > 1]
+    assert {t.shape[1] for t in codes} == {GROUPS_OF_BUFFERS} and GROUPS_OF_BUFFERS > 1
+    found, expected = logits_of(packed.module()), logits_of(program.module())
+    assert 1e-6 < error_of(found, expected) < 0.4
+
+
+@torch.no_grad()
+def test_packed_buffers_of_many_heads_get_groups():
+    torch._dynamo.reset()
+    log, model = apack_compile.GraphLog(), StaticDecoder()
+    options = {"own_cache": True, "inner": "eager", "strict": True, "log": log, "ratio": 6}
+    found = logits_of(torch.compile(model, backend="attentionpack", fullgraph=True, options=options))
+    (plan,) = log.plans
+    assert plan.groups == GROUPS_OF_BUFFERS
+    assert 1e-6 < error_of(found, logits_of(StaticDecoder())) < 0.4

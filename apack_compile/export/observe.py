@@ -13,8 +13,10 @@ from apack_compile.coordinates import rotary_frequencies
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.passes.buffer_pairs import BufferPair
+from apack_compile.passes.nodes import value_of
 from apack_compile.passes.packed_state import new_tokens, positions
 from apack_compile.plan import FIRST_TOKENS, STREAMS
+from apack_compile.plan_choice import head_groups_for
 from apack_compile.rotary import BLOCK, KeyTurn, deinterleaved_keys, turns_at
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,9 +33,9 @@ class Observed:
 class Observer(nn.Module):
     """Takes moments of what one cache is given: of keys as they come, and turned back in each of the ways there are."""
 
-    def __init__(self, number: int, name: str, running: dict[KeyTurn | None, Running]) -> None:
+    def __init__(self, number: int, name: str, groups: int, running: dict[KeyTurn | None, Running]) -> None:
         super().__init__()
-        self.number, self.name, self.running = number, name, running
+        self.number, self.name, self.groups, self.running = number, name, groups, running
 
     def forward(self, key: Tensor, value: Tensor, index: Tensor) -> None:
         """Add the tokens `[B, H_kv, n, D]` at positions `index` `[n]`, but for the first of a sequence."""
@@ -53,7 +55,7 @@ class Observer(nn.Module):
                 halves = deinterleaved_keys(key.to(torch.promote_types(key.dtype, torch.float32)), turn)
                 still = turned(halves, turns, back=True)
             for stream, states in enumerate((still, value)):
-                tokens = to_groups(states, 1).transpose(0, 1).flatten(1, 2)
+                tokens = to_groups(states, self.groups).transpose(0, 1).flatten(1, 2)
                 running.setdefault((self.number, "text", stream), RunningMoments()).add(tokens)
 
 
@@ -75,15 +77,16 @@ def calls_of(inputs: Any) -> list[Call]:
     return calls
 
 
-def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Call]) -> Observed:
-    """Statistics of the caches; `gm` is changed and its state used. Raises ValueError where a cache saw no usable token.
+def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Call], ratio: float) -> Observed:
+    """Statistics of the caches, for plans of a ratio; `gm` is changed and its state used.
 
-    Keys are turned back by the frequencies of one of the program's buffers where that leaves them fewer bits to code. Wrong ones
-    would cost quality, never correctness.
+    Raises ValueError where a cache saw no usable token. Keys are turned back by the frequencies of one of the program's buffers where
+    that leaves them fewer bits to code. Wrong ones would cost quality, never correctness.
     """
     running: dict[KeyTurn | None, Running] = {None: {}, **{turn: {} for turn in key_turns(gm, caches)}}
+    groups = head_groups(caches, ratio, BLOCK if len(running) > 1 else 0)
     for cache in caches:
-        gm.add_module(f"observer_{cache.number}", Observer(cache.number, cache.name, running))
+        gm.add_module(f"observer_{cache.number}", Observer(cache.number, cache.name, groups, running))
         with gm.graph.inserting_after(cache.node):
             see = gm.graph.call_module(f"observer_{cache.number}")
         with gm.graph.inserting_before(see):
@@ -101,6 +104,13 @@ def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Ca
     found = {turn: by_layer(sums) for turn, sums in running.items()}
     best = min(found, key=lambda turn: key_bits(found[turn]))
     return Observed(found[best], best)
+
+
+def head_groups(caches: Sequence[BufferPair], ratio: float, key_block: int) -> int:
+    """How many groups of heads share bases, by the time model; a cache does not say how many query heads read it: as many as KV heads."""
+    key = value_of(caches[0].key.state)
+    shapes = {(heads, heads, head_dim) for _, heads, _, head_dim in (cache.key.size for cache in caches)}
+    return head_groups_for(tuple(sorted(shapes)), key.dtype, ratio, key_block, key.device.type).count
 
 
 def key_turns(gm: fx.GraphModule, caches: Sequence[BufferPair]) -> list[KeyTurn]:

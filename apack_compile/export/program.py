@@ -60,9 +60,8 @@ def optimize_program(
         plans = given_plans(plan, caches, len(found))
     else:
         watched = copied(gm)
-        plans = budget_plans(
-            observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls), caches, config.ratio
-        )
+        seen = observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls, config.ratio)
+        plans = budget_plans(seen, caches, config.ratio)
     rewrite(gm, caches, plans)
     return gm if isinstance(program, fx.GraphModule) else exported(gm, program, calls)
 

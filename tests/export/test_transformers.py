@@ -108,7 +108,7 @@ def test_the_pairs_that_turn_are_found_among_the_programs_buffers(kind):
     program = exported(llama(spread=0.05, kind=kind))
     watched = copied(graph_module_of(program, None))
     calls = [((), {"input_ids": IDS[:, :-1], "cache_position": torch.arange(TOKENS - 1)})]
-    turn = observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls).turn
+    turn = observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls, 4.0).turn
     assert turn is not None and turn.interleaved == (kind is CohereConfig)
 
 
