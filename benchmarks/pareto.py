@@ -16,8 +16,20 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from systems import OURS
 
 INK, MUTED, GRID, HIGHLIGHT = "#1f2430", "#7a8190", "#e3e6ec", "#2f6fde"
-COLORS = ("#d1662b", "#1d8a4b", "#8b5bbf", "#b3892a", "#c03a6b", "#4f7f86", "#8a6d5a", "#5f6b85", "#7fa03c", "#a14a3a")
-MARKERS = "osD^vP<>X*"
+COLORS = (
+    "#d1662b",
+    "#1d8a4b",
+    "#8b5bbf",
+    "#b3892a",
+    "#c03a6b",
+    "#4f7f86",
+    "#8a6d5a",
+    "#5f6b85",
+    "#7fa03c",
+    "#a14a3a",
+    "#2b2f77",
+)
+MARKERS = "osD^vP<>X*h"
 RATIO_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24)
 KL_FLOOR = 1e-6
 # Families whose points are variants, not a dial.
