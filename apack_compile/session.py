@@ -227,7 +227,7 @@ class Session:
 
     def take_calibration(self, other: "Session", model: nn.Module) -> None:
         """Take over what another session of the model calibrated, where it serves this one's plans; else say why not."""
-        if other.statistics is None or other.groups is None:
+        if other.statistics is None:
             return
         groups = other.groups if self.ratio is None else self.groups_for(model, other.groups.shapes)
         serves = {
@@ -237,9 +237,8 @@ class Session:
         }
         if not all(serves.values()):
             was = ", ".join(name for name, fits in serves.items() if not fits)
-            self.outdated = (
-                f"what was calibrated before does not serve ({was}): calibrate again, or the next request will serve"
-            )
+            if self.ratio is not None:
+                self.outdated = f"what was calibrated before does not serve ({was}): calibrate again, or the next request will serve"
             return
         for name in ("statistics", "rules", "ranked", "turn", "turn_reason", "groups", "calibrated_on", "outdated"):
             setattr(self, name, getattr(other, name))

@@ -121,6 +121,18 @@ def test_a_calibration_for_other_groups_is_not_used_silently():
     assert apack_compile.plan_for(model, 300).groups == 1
 
 
+def test_what_needs_no_calibration_does_not_ask_for_one():
+    model = apack_compile.optimize(many_heads(), AttentionPackConfig(ratio=4, key_block=16, compile="none"))
+    apack_compile.calibrate(model, prompt())
+    plan = apack_compile.plan_for(model, 300)
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    assert apack_compile.report(model).notes == ()
+    apack_compile.optimize(model, AttentionPackConfig(ratio=4, key_block=16, compile="none"))
+    apack_compile.calibrate(model, prompt())
+    apack_compile.optimize(model, plan=plan, compile="none")
+    assert apack_compile.report(model).notes == ()
+
+
 def test_a_calibration_that_fails_keeps_what_was_there():
     model = apack_compile.optimize(many_heads(), ratio=4, compile="none")
     apack_compile.calibrate(model, prompt())
