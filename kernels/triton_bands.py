@@ -11,6 +11,8 @@ import triton.language as tl
 FLOAT16_MAX = tl.constexpr(65504.0)
 # The matrix unit takes sums over 16 components. Hopper's wants 64 rows, which are the components where values are summed over tokens.
 SMALLEST_TILE, SMALLEST_VALUE_TILE = 16, 64
+# Latent columns that one program takes in projections.
+COLUMN_BLOCK = tl.constexpr(64)
 
 
 def key_layout(counts: tuple[int, int, int, int]) -> tuple[int, ...]:
@@ -67,6 +69,12 @@ def channel_tiles(channels):
 def first_column(layout, band):
     """First latent column of a band; of band 4, the number of columns."""
     return sum(per_byte(b) * tile(layout, b) * tiles(layout, b) for b in range(band))
+
+
+@triton.constexpr_function
+def column_blocks(layout):
+    """Blocks of latent columns; at least one, since a stream of no components still has a mean."""
+    return max(1, -(-first_column(layout, 4) // COLUMN_BLOCK.value))
 
 
 @triton.constexpr_function
@@ -180,3 +188,13 @@ def component_of(column, LAYOUT: tl.constexpr):
             inside = (local >= 0) & (local < side * per_byte(band)) & (own < LAYOUT[band])
             component = tl.where(inside, first_component(LAYOUT, band) + own, component)
     return component
+
+
+@triton.jit
+def offset_of(column, LAYOUT: tl.constexpr, DOT: tl.constexpr):
+    """`level_offset` of each latent column's band."""
+    offset = tl.zeros(column.shape, tl.float32)
+    for band in tl.static_range(4):
+        inside = (column >= first_column(LAYOUT, band)) & (column < first_column(LAYOUT, band + 1))
+        offset = tl.where(inside, level_offset(band, DOT), offset)
+    return offset

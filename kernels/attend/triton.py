@@ -42,12 +42,19 @@ from apack_compile.kernels.attend.triton_launch import (
 )
 from apack_compile.kernels.attend.triton_softmax import LOG2E
 from apack_compile.kernels.layout import TEXT, VISION, PackedStream, check_segments, packed_streams
-from apack_compile.kernels.triton_bands import first_column, first_component, key_layout, value_layout
+from apack_compile.kernels.triton_bands import (
+    COLUMN_BLOCK,
+    column_blocks,
+    first_column,
+    first_component,
+    key_layout,
+    value_layout,
+)
 from apack_compile.kernels.triton_turns import pairs_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Latent columns, head channels and slots that one program of the small kernels takes.
-COLUMNS, CHANNELS, SLOTS = 64, 64, 64
+# Head channels and slots that one program of the small kernels takes.
+CHANNELS, SLOTS = 64, 64
 # The packed segments that the kernels know, in order; without coarse ones, that is absent.
 COARSE = 0
 SEGMENTS = (COARSE, VISION, TEXT)
@@ -212,15 +219,18 @@ class _Call:
         for segment, (key, value) in self.streams.items():
             if key.as_is:
                 continue
-            columns = first_column(key_layout(key.bands.counts), 4), first_column(value_layout(value.bands.counts), 4)
+            layout, columns = key_layout(key.bands.counts), first_column(value_layout(value.bands.counts), 4)
             dot = torch.float16 if self.half else torch.float32
-            anchored = *rows, self._anchors(segment)
+            anchored = self.batch, self._anchors(segment), self.all_rows
+            query = Latent(
+                scratch(*anchored, first_column(layout, 4), dtype=dot),
+                scratch(*anchored),
+                scratch(*anchored),
+                scratch(*anchored[:2], column_blocks(layout), self.all_rows) if self.half else None,
+            )
+            output = Latent(scratch(*rows, columns), scratch(*rows))
             self.packed[segment] = _Packed(
-                key,
-                value,
-                scratch(self.batch, self.splits[segment], self.all_rows, columns[1]),
-                Latent(scratch(*anchored, columns[0], dtype=dot), scratch(*anchored), scratch(*anchored)),
-                Latent(scratch(*rows, columns[1]), scratch(*rows)),
+                key, value, scratch(self.batch, self.splits[segment], self.all_rows, columns), query, output
             )
 
     @property
@@ -272,7 +282,7 @@ class _Call:
     def _rows(self, segment: int | None = None) -> Rows:
         """Query rows, with a packed segment's latents."""
         latents = self._of(segment, "query")
-        return Rows(self.query, *self.query.stride(), *(latents or (None, None, None)))
+        return Rows(self.query, *self.query.stride(), *(latents or ()))
 
     def project(self, scale: float) -> None:
         """Query latents of the packed segments."""
@@ -280,9 +290,7 @@ class _Call:
             return
         streams = {segment: packed.key for segment, packed in self.packed.items()}
         fold, tile, *grid = self._rows_grid(list(streams.values()), max(map(self._anchors, streams)))
-        blocks = [triton.cdiv(first_column(self._layout(segment, "key"), 4), COLUMNS) for segment in SEGMENTS]
-        # a stream of no components still has a mean
-        blocks = [max(count, int(segment in self.packed)) for count, segment in zip(blocks, SEGMENTS, strict=True)]
+        blocks = [column_blocks(self._layout(segment, "key")) if segment in self.packed else 0 for segment in SEGMENTS]
         project_kernel[(*grid, sum(blocks))](
             self._rows(),
             *(basis_of(streams.get(segment)) for segment in SEGMENTS),
@@ -302,7 +310,6 @@ class _Call:
             HEAD_DIM=self.head_dim,
             PRECISION=self.precision,
             ROW_TILE=tile,
-            COLUMNS=COLUMNS,
             CHANNELS=_channels(self.head_dim),
         )
 
@@ -444,7 +451,7 @@ class _Call:
             VALUE_DIM=self.value_dim,
             PRECISION=self.precision,
             ROW_TILE=tile,
-            COLUMNS=COLUMNS,
+            COLUMNS=COLUMN_BLOCK.value,
             CHANNELS=_channels(self.value_dim),
         )
         return out

@@ -37,9 +37,10 @@ class Segment(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Query rows `[B, H_q, rows, D]`, and as latents: `[B, all rows, anchors, columns]` with scale and shift `[B, all rows, anchors]`.
+    """Query rows `[B, H_q, rows, D]`, and as latents: `[B, anchors, all rows, columns]` with scale and shift `[B, anchors, all rows]`.
 
-    Where keys are not relative there is one anchor, by which nothing is turned.
+    Where keys are not relative there is one anchor, by which nothing is turned. offset: what the levels' offset adds to scores, of each
+    block of columns, `[B, anchors, blocks, all rows]`; None in float32, where levels have no offset.
     """
 
     pointer: Tensor
@@ -50,6 +51,7 @@ class Rows(NamedTuple):
     latent: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    offset: Tensor | None = None
 
 
 class Masks(NamedTuple):
@@ -126,6 +128,7 @@ class Latent(NamedTuple):
     latent: Tensor
     scale: Tensor | None
     shift: Tensor | None = None
+    offset: Tensor | None = None
 
 
 class Splits(NamedTuple):

@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from apack_compile.kernels.triton_bands import FLOAT16_MAX, component_of, first_column, first_component
+from apack_compile.kernels.triton_bands import (
+    COLUMN_BLOCK,
+    FLOAT16_MAX,
+    column_blocks,
+    component_of,
+    first_column,
+    first_component,
+    offset_of,
+)
 from apack_compile.kernels.triton_turns import partner_of, turned_back
 
 # Where the float16 latents of a query row are put in their range: none can overflow, and small ones keep their digits.
@@ -38,10 +46,11 @@ def project_segment(
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """A block of latent columns of a tile of rows: `q . decoder` times the step; the shift is `q . mean`. scale: in base 2.
+
+    The levels' offset is taken times the latents as they are stored: the scores have it off them exactly.
 
     Where PAIRS turn, each row stands there once per anchor, turned back by it.
     """
@@ -52,12 +61,13 @@ def project_segment(
         b, turned_row, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows * anchors, FOLD, ROW_TILE)
         row = head * sizes.kv_rows + turned_row // anchors
         anchor = turned_row % anchors
-        at_row = (b * sizes.all_rows + row) * anchors + anchor
+        copy = b * anchors + anchor
     else:
         b, in_head, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows, FOLD, ROW_TILE)
         row = head * sizes.kv_rows + in_head
-        at_row = b * sizes.all_rows + row
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
+        copy = b
+    at_row = copy * sizes.all_rows + row
+    column = block * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     component = component_of(column, LAYOUT)
     known = component >= 0
     rank: tl.constexpr = first_component(LAYOUT, 4)
@@ -66,7 +76,7 @@ def project_segment(
     of_head = (head % per_group) * HEAD_DIM
     of_row = (row // sizes.head_rows) * query.head + (row % sizes.head_rows) * query.row
     start_of = query.pointer + b * query.batch + of_row
-    latent = tl.zeros((ROW_TILE, COLUMNS), tl.float32)
+    latent = tl.zeros((ROW_TILE, COLUMN_BLOCK), tl.float32)
     top = tl.zeros((ROW_TILE,), tl.float32)
     shift = tl.zeros((ROW_TILE,), tl.float32)
     for start in tl.static_range(0, HEAD_DIM, CHANNELS):
@@ -97,7 +107,11 @@ def project_segment(
     latent = tl.minimum(tl.maximum(latent, -FLOAT16_MAX), FLOAT16_MAX)
     all_columns: tl.constexpr = first_column(LAYOUT, 4)
     at = out.latent + (at_row * all_columns)[:, None] + column[None, :]
-    tl.store(at, latent.to(out.latent.dtype.element_ty), mask=row_ok[:, None] & (column < all_columns)[None, :])
+    stored = latent.to(out.latent.dtype.element_ty)
+    tl.store(at, stored, mask=row_ok[:, None] & (column < all_columns)[None, :])
+    if out.offset is not None:
+        offset = tl.sum(stored.to(tl.float32) * offset_of(column, LAYOUT, stored.dtype)[None, :], 1)
+        tl.store(out.offset + (copy * column_blocks(LAYOUT) + block) * sizes.all_rows + row, offset, mask=row_ok)
     if block == 0:
         tl.store(out.scale + at_row, scale / ratio, mask=row_ok)
         tl.store(out.shift + at_row, shift * scale, mask=row_ok)
@@ -134,7 +148,6 @@ def project_kernel(
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     ROW_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Query latents of the packed segments. Grid: tiles of rows, times the anchors of the segment that has most; KV heads (of each
@@ -149,21 +162,21 @@ def project_kernel(
             if first_row < rows * coarse_anchors:
                 project_segment(
                     query, coarse_basis, coarse, coarse_turns, coarse_anchors, block, sizes, batch, scale,
-                    COARSE, PAIRS[0], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                    COARSE, PAIRS[0], FOLD, HEAD_DIM, PRECISION, ROW_TILE, CHANNELS,
                 )
     elif block < coarse_blocks + vision_blocks:
         if HAS_VISION:
             if first_row < rows * vision_anchors:
                 project_segment(
                     query, vision_basis, vision, vision_turns, vision_anchors, block - coarse_blocks, sizes, batch, scale,
-                    VISION, PAIRS[1], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                    VISION, PAIRS[1], FOLD, HEAD_DIM, PRECISION, ROW_TILE, CHANNELS,
                 )
     else:
         if HAS_TEXT:
             if first_row < rows * text_anchors:
                 project_segment(
                     query, text_basis, text, text_turns, text_anchors, block - coarse_blocks - vision_blocks, sizes, batch, scale,
-                    TEXT, PAIRS[2], FOLD, HEAD_DIM, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                    TEXT, PAIRS[2], FOLD, HEAD_DIM, PRECISION, ROW_TILE, CHANNELS,
                 )
     # fmt: on
 

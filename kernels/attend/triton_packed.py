@@ -8,6 +8,7 @@ import triton.language as tl
 
 from apack_compile.kernels.attend.triton_softmax import log_sum_exp, masked, softmax_step
 from apack_compile.kernels.triton_bands import (
+    column_blocks,
     first_byte,
     first_column,
     first_component,
@@ -37,30 +38,37 @@ def tile_tier(layout, band, number, partial):
 
 
 @triton.jit
-def load_latent(
-    latent, at_row, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, PLACE: tl.constexpr
-):
-    """Latents `[tile, rows]` of one tile of components."""
+def load_latent(latent, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, PLACE: tl.constexpr):
+    """Latents `[tile, rows]` of one tile of components; latent: pointer to those of the first row."""
     column = tile_column(LAYOUT, BAND, NUMBER, PLACE) + tl.arange(0, tile(LAYOUT, BAND))
-    at = latent + (at_row * first_column(LAYOUT, 4))[None, :] + column[:, None]
-    return tl.load(at, mask=row_ok[None, :], other=0.0)
+    of_row = tl.arange(0, row_ok.shape[0]) * first_column(LAYOUT, 4)
+    return tl.load(latent + (of_row[None, :] + column[:, None]), mask=row_ok[None, :], other=0.0)
 
 
 @triton.jit
-def load_query(
-    latent, at_row, row_ok, LAYOUT: tl.constexpr, RESIDENT: tl.constexpr, DOT: tl.constexpr, ROW_TILE: tl.constexpr
-):
-    """All latents, if RESIDENT, and what the levels' offset adds to their scores."""
+def load_query(latent, row_ok, LAYOUT: tl.constexpr):
+    """All latents, tile by tile."""
     query = ()
-    offset = tl.zeros((ROW_TILE,), tl.float32)
     for band in tl.static_range(4):
         for number in tl.static_range(tiles(LAYOUT, band)):
             for place in tl.static_range(per_byte(band)):
-                loaded = load_latent(latent, at_row, row_ok, LAYOUT, band, number, place)
-                offset += level_offset(band, DOT) * tl.sum(loaded.to(tl.float32), 0)
-                if RESIDENT:
-                    query = query + (loaded,)
-    return query, offset
+                query = query + (load_latent(latent, row_ok, LAYOUT, band, number, place),)
+    return query
+
+
+@triton.jit
+def load_affine(rows, copy, first_row, row_ok, all_rows, LAYOUT: tl.constexpr):
+    """What makes scores of products with levels, per row: offset to take off, factor, shift. copy: of all rows, by sequence and anchor."""
+    row = first_row + tl.arange(0, row_ok.shape[0])
+    scale = tl.load(rows.scale + copy * all_rows + row, mask=row_ok, other=0.0)
+    shift = tl.load(rows.shift + copy * all_rows + row, mask=row_ok, other=0.0)
+    offset = tl.zeros(row.shape, tl.float32)
+    if rows.offset is not None:
+        block = tl.arange(0, triton.next_power_of_2(column_blocks(LAYOUT)))
+        real = (block < column_blocks(LAYOUT))[:, None] & row_ok[None, :]
+        at = rows.offset + copy * column_blocks(LAYOUT) * all_rows + (block[:, None] * all_rows + row[None, :])
+        offset = tl.sum(tl.load(at, mask=real, other=0.0), 0)
+    return offset, scale, shift
 
 
 @triton.jit
@@ -103,14 +111,14 @@ def attend_packed(
     unit = work // (share.row_tiles * share.splits)
     in_unit = row_tile * ROW_TILE + tl.arange(0, ROW_TILE)
     row_ok = in_unit < sizes.group_rows
-    row = unit * sizes.group_rows + in_unit
-    at_row = b * sizes.all_rows + row
+    first_row = unit * sizes.group_rows + row_tile * ROW_TILE
+    row = first_row + tl.arange(0, ROW_TILE)
 
     if FIRST_PASS and ANCHOR_SLOTS == 0:
-        at_query = at_row
-        query, offset = load_query(rows.latent, at_query, row_ok, KEY, RESIDENT, DOT, ROW_TILE)
-        row_scale = tl.load(rows.scale + at_query, mask=row_ok, other=0.0)
-        shift = tl.load(rows.shift + at_query, mask=row_ok, other=0.0)
+        latent = rows.latent + (b * sizes.all_rows + first_row) * first_column(KEY, 4)
+        if RESIDENT:
+            query = load_query(latent, row_ok, KEY)
+        offset, row_scale, shift = load_affine(rows, b, first_row, row_ok, sizes.all_rows, KEY)
     accumulated = ()
     for band in tl.static_range(4):
         for number in tl.static_range(tiles(VALUE, band)):
@@ -137,8 +145,8 @@ def attend_packed(
         occupied = (position >= 0) & (position < stored_end)
         if FIRST_PASS:
             if ANCHOR_SLOTS > 0:
-                at_query = at_row * share.anchors + start // ANCHOR_SLOTS
-                query, offset = load_query(rows.latent, at_query, row_ok, KEY, RESIDENT, DOT, ROW_TILE)
+                copy = b * share.anchors + start // ANCHOR_SLOTS
+                latent = rows.latent + (copy * sizes.all_rows + first_row) * first_column(KEY, 4)
             score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
             key = segment.key + (token * first_byte(KEY, 4))[:, None]
             done = ()
@@ -148,15 +156,14 @@ def attend_packed(
                     for place in tl.static_range(per_byte(band)):
                         at_level = levels(units, band, place, DOT)
                         if RESIDENT:
-                            latent = query[len(done)]
+                            operand = query[len(done)]
                         else:
-                            latent = load_latent(rows.latent, at_query, row_ok, KEY, band, number, place)
-                        score = tl.dot(at_level, latent, score, input_precision="ieee")
+                            operand = load_latent(latent, row_ok, KEY, band, number, place)
+                        score = tl.dot(at_level, operand, score, input_precision="ieee")
                         done = done + (0,)
             if ANCHOR_SLOTS > 0:
                 # loaded not before they are needed: registers are short here
-                row_scale = tl.load(rows.scale + at_query, mask=row_ok, other=0.0)
-                shift = tl.load(rows.shift + at_query, mask=row_ok, other=0.0)
+                offset, row_scale, shift = load_affine(rows, copy, first_row, row_ok, sizes.all_rows, KEY)
             score = (score - offset[None, :]) * row_scale[None, :]
             if segment.key_scale is not None:
                 score *= tl.load(segment.key_scale + token, mask=inside, other=0.0).to(tl.float32)[:, None]
