@@ -84,14 +84,22 @@ def choose_launch(
     token_bytes = [(2 if kept else 1) * 2 * itemsize * channels]
     packed_bytes = [key.token_bytes + value.token_bytes for key, value in zip(keys, values, strict=True)]
     token_bytes += [*packed_bytes, sum(packed_bytes) / 2]
+
+    def used(block: int, stages: int) -> float:
+        return held + stages * (loaded + block * max(token_bytes))
+
     for block, stages in ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1)):
         block = min(block, anchor_slots or block)
-        if held + stages * (loaded + block * max(token_bytes)) <= shared:
+        if used(block, stages) <= shared:
             break
     widest = max(
         (sum(pass_columns(bands, span) for span in passes(bands, group_tile)[:1]) for bands in values), default=0
     )
     warps = 8 if widest * group_tile > MAX_ACCUMULATORS // 4 else 4
+    if warps == 8 and block <= 64 and widest * group_tile <= MAX_ACCUMULATORS // 2:
+        # eight warps compute the scores of 64 tokens twice; four do not, but want a second program beside them
+        fitting = [fewer for fewer in range(stages, 1, -1) if used(block, fewer) <= shared / 2]
+        warps, stages = (4, fitting[0]) if fitting else (warps, stages)
     return Launch(block, group_tile, row_tile(kv_rows), warps, stages, resident)
 
 

@@ -183,11 +183,12 @@ def attend_packed(
             weight *= tl.load(segment.value_scale + token, mask=inside, other=0.0).to(tl.float32)[:, None]
             # an empty slot's scale may be NaN
             weight = tl.where(occupied[:, None], weight, 0.0)
-        of_full = (slot < full)[:, None]
         rounded = weight.to(DOT)
-        rounded_full = tl.where(of_full, rounded, 0.0)
         weight_sum = weight_sum * fade + tl.sum(rounded.to(tl.float32), 0)
-        full_sum = full_sum * fade + tl.sum(rounded_full.to(tl.float32), 0)
+        if PARTIAL < first_component(VALUE, 4):
+            of_full = (slot < full)[:, None]
+            rounded_full = tl.where(of_full, rounded, 0.0)
+            full_sum = full_sum * fade + tl.sum(rounded_full.to(tl.float32), 0)
         value = segment.value + (token * first_byte(VALUE, 4))[:, None]
         updated = ()
         for band in tl.static_range(4):
@@ -225,7 +226,9 @@ def attend_packed(
                 for place in tl.static_range(per_byte(band)):
                     unit_number = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
                     component = first_component(VALUE, band) + unit_number * per_byte(band) + place
-                    summed = tl.where((component < PARTIAL)[:, None], weight_sum[None, :], full_sum[None, :])
+                    summed = weight_sum[None, :]
+                    if tile_tier(VALUE, band, number, PARTIAL) > 0:
+                        summed = tl.where((component < PARTIAL)[:, None], summed, full_sum[None, :])
                     out = (accumulated[len(written)] - level_offset(band, DOT) * summed) * inverse[None, :]
                     column = tile_column(VALUE, band, number, place) + tl.arange(0, tile(VALUE, band))
                     tl.store(part + at_part[None, :] + column[:, None], out, mask=row_ok[None, :])

@@ -257,6 +257,16 @@ def test_three_packed_segments_take_no_more_shared_memory_than_two_may(count, an
     assert max(taken.values()) <= 2 * shared
 
 
+def test_blocks_of_64_tokens_take_four_warps_where_two_programs_fit():
+    shared = triton_launch.shared_bytes(torch.device("cpu"))
+
+    def launch(bands, rows, head_dim):
+        return triton_launch.choose_launch([bands], [bands], rows, rows, head_dim, 2, False, shared, 64)
+
+    few, wide, many = Bands((0, 0, 48, 64)), Bands((0, 16, 96, 208)), Bands((16, 64, 128, 128))
+    assert (launch(few, 9, 64).warps, launch(wide, 8, 256).warps, launch(many, 28, 128).warps) == (4, 8, 8)
+
+
 def test_many_heads_share_one_wide_basis(device):
     wide = ((16, 32, 64, 128), (0, 0, 256, 0), (0, 0, 0, 640), (64, 0, 0, 0))
     shape = Shape(batch=1, heads=8, head_dim=128, laid_out=150, chunks=(1,), bands=wide, dtype=torch.bfloat16)

@@ -21,6 +21,7 @@ EXPECTED = {
     "kept as it is": ATTEND,
     "wide heads": ATTEND | LATENT,
     "relative keys": ATTEND | LATENT,
+    "relative keys, few rows": ATTEND | LATENT,
     "three segments": ATTEND | LATENT,
     "three segments, relative keys": ATTEND | LATENT,
     "append": {"project_kernel", "write_kernel", "quantize_kernel"},
