@@ -1,5 +1,6 @@
 """What the time model decides: head groups, which plan of a byte budget is fast enough, how long a prompt must be for packing to pay."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -63,16 +64,17 @@ class Groups:
 def fewest_groups(shapes: Shapes, element_bytes: int, ratio: float, key_block: int, device: Device) -> Groups:
     """The fewest head groups predicted to decode about as fast as a dense cache in every layer; the fastest where none do.
 
-    At the device's load. element_bytes: of the model's dtype. Groups that cannot reach the ratio are left out.
+    At the device's load. element_bytes: of the model's dtype. Groups that cannot reach the ratio are left out, and those too wide.
     """
     loads = [
         Load(*shape, device.planned_tokens, device.planned_batch, element_bytes=device.dense_bytes or element_bytes)
         for shape in shapes
     ]
+    counts = [n for n in range(1, min(load.heads for load in loads) + 1) if not any(load.heads % n for load in loads)]
+    narrow = [n for n in counts if max(load.width for load in loads) // n <= (device.widest_basis or math.inf)]
     speeds: dict[int, float] = {}
-    for count in range(1, min(load.heads for load in loads) + 1):
-        reachable = min(largest_ratio(load.width // count) for load in loads)
-        if any(load.heads % count for load in loads) or (speeds and reachable < ratio):
+    for count in narrow or counts[-1:]:
+        if speeds and min(largest_ratio(load.width // count) for load in loads) < ratio:
             continue
         plans = [typical_plan(load.heads, load.head_dim, load.tokens, ratio, count, key_block) for load in loads]
         speeds[count] = min(predicted_speedup(plan, load, device) for plan, load in zip(plans, loads, strict=True))
@@ -81,7 +83,8 @@ def fewest_groups(shapes: Shapes, element_bytes: int, ratio: float, key_block: i
     chosen = max(speeds) if speeds[max(speeds)] >= LEAST_SPEED else max(speeds, key=lambda count: speeds[count])
     said = ", ".join(f"{speed:.2f} with {count}" for count, speed in speeds.items())
     where = f"ratio {ratio:g}, {device.planned_tokens:,} tokens, batch {device.planned_batch}, {device.name}"
-    return Groups(chosen, f"predicted speed over a dense cache ({where}): {said}", shapes)
+    left_out = "" if narrow == counts else f"; no basis is wider than {device.widest_basis:,} there"
+    return Groups(chosen, f"predicted speed over a dense cache ({where}): {said}{left_out}", shapes)
 
 
 def head_groups_for(shapes: Shapes, dtype: torch.dtype, ratio: float, key_block: int, device_type: str) -> Groups:

@@ -34,7 +34,7 @@ class Device:
     dense_launches: kernels of a step, one after the other, each of `launch_seconds`. dense_bytes_per_second: at which dense attention reads
     its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of
     the step that head groups are chosen for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype.
-    overlaps: reading, multiplying and unpacking happen at the same time.
+    overlaps: reading, multiplying and unpacking happen at the same time. widest_basis: over which the kernels keep these rates.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Device:
     planned_batch: int = 1
     dense_bytes: int | None = None
     overlaps: bool = True
+    widest_basis: int | None = None
 
     def seconds(self, limits: "Limits") -> float:
         """The least time of a step with these limits."""
@@ -78,6 +79,7 @@ class Device:
 
 # Copy and full matrix rate: measured on an H200. Unpacking: 132 processors x 64 integer operations x 1.8 GHz. A narrow product's share
 # assumes that both operands come from shared memory (64 rows of codes, n rows of queries); launches are assumed, as in a CUDA graph.
+# widest_basis: with 4,096 a block has room for 32 tokens, and the kernel issues 3.2 times the instructions (benchmarks/instructions.py).
 # min_tokens: the shortest of the lengths from which ratio 8 is predicted to pay, LLaVA and Gemma at batch 16 (docs/performance.md).
 H200 = Device(
     "H200",
@@ -92,6 +94,7 @@ H200 = Device(
     min_tokens=1_024,
     planned_tokens=32_768,
     planned_batch=16,
+    widest_basis=2_048,
 )
 # Measured by `measured_cpu`: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
 # min_tokens: where a step loses 5 %, about 300 tokens, as a power of two (benchmarks/crossover.py, docs/performance.md).

@@ -27,11 +27,16 @@ def speed(shape: tuple[int, int, int], groups: int, ratio: float, device: Device
     return predicted_speedup(typical_plan(*shape[1:], load.tokens, ratio, groups, 64), load, device)
 
 
+def fits(shape: tuple[int, int, int], groups: int, device: Device) -> bool:
+    return device.widest_basis is None or shape[1] * shape[2] // groups <= device.widest_basis
+
+
 @given(st.sampled_from(list(SHAPES.values())), st.sampled_from([3.0, 4.0, 8.0, 16.0]), st.sampled_from([CPU, H200]))
 def test_no_fewer_groups_are_fast_enough(shape, ratio, device):
     chosen = fewest_groups((shape,), 2, ratio, 64, device).count
     assert shape[1] % chosen == 0
-    fewer = [n for n in range(1, chosen) if shape[1] % n == 0]
+    fewer = [n for n in range(1, chosen) if shape[1] % n == 0 and fits(shape, n, device)]
+    assert fits(shape, chosen, device)
     assert all(speed(shape, n, ratio, device) < LEAST_SPEED for n in fewer)
     assert speed(shape, chosen, ratio, device) >= LEAST_SPEED
 
@@ -44,6 +49,15 @@ def test_few_heads_share_one_basis_and_many_do_not_on_a_cpu():
     assert found["SmolLM2-135M"] == [1, 1, 1]
     assert found["LLaVA-1.5-7B"][0] > found["LLaVA-1.5-7B"][1] > 1
     assert found["Qwen2.5-VL-7B"][0] > found["Qwen2.5-VL-7B"][2] == 1
+
+
+def test_a_basis_is_no_wider_than_a_device_takes():
+    assert SHAPES["LLaVA-1.5-7B"][1:] == (32, 128) and H200.widest_basis == 2_048
+    found = fewest_groups((SHAPES["LLaVA-1.5-7B"],), 2, 8.0, 64, H200)
+    assert found.count == 2 and "no basis is wider than 2,048" in found.reason
+    narrow = replace(H200, widest_basis=100)
+    assert fewest_groups((SHAPES["LLaVA-1.5-7B"],), 2, 8.0, 64, narrow).count == 32
+    assert "wider" not in fewest_groups((SHAPES["Qwen2.5-VL-7B"],), 2, 8.0, 64, H200).reason
 
 
 def test_groups_divide_the_heads_of_every_layer():

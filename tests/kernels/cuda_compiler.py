@@ -1,68 +1,18 @@
-"""Compiles what the CUDA implementations launch for a Hopper GPU, without one; prints a JSON line per kernel.
-
-Triton is given a driver that says there is such a GPU, looks at what it would load, and launches nothing.
-"""
+"""Compiles what the CUDA implementations launch for a Hopper GPU, without one; prints a JSON line per kernel."""
 
 import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from hopper import described, watch
 
 from apack_compile.codec import Bands
 from apack_compile.kernels.append.triton import append
 from apack_compile.kernels.attend.triton import attend
 from apack_compile.kernels.encode.triton import quantize
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-class Loader:
-    """Reads registers, stack and matrix instructions off a binary."""
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
-
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel)
-            file.flush()
-            usage, code = (
-                subprocess.run(
-                    [TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
-                ).stdout
-                for flag in ("-res-usage", "-sass")
-            )
-        sizes = dict(part.split(":") for part in usage.splitlines()[-1].split() if ":" in part)
-        found = {"name": name, "registers": int(sizes["REG"]), "stack": int(sizes["STACK"]), "shared": shared}
-        print(json.dumps(found | {"wgmma": code.count("HGMMA")}), flush=True)
-        return 0, 0, found["registers"], 0, 1024
-
-
-class Driver:
-    """A Hopper GPU that runs nothing."""
-
-    utils = Loader()
-
-    def launcher_cls(self, source: object, metadata: object):
-        return lambda *arguments, **options: None
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def state(bands, heads, groups, head_dim, dtype, batch=2, sequences=1, scaled=True, slots=(512, 256)):
@@ -138,5 +88,5 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    driver.set_active(Driver())
+    watch(lambda kernel: print(json.dumps(described(kernel)), flush=True))
     CASES[sys.argv[1]]()
