@@ -34,7 +34,8 @@ class Device:
     dense_launches: kernels of a step, one after the other, each of `launch_seconds`. dense_bytes_per_second: at which dense attention reads
     its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of
     the step that head groups are chosen for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype.
-    overlaps: reading, multiplying and unpacking happen at the same time. widest_basis: over which the kernels keep these rates.
+    overlaps: reading, multiplying and unpacking happen at the same time. widest_basis: channels of the widest basis that kernels multiply
+    at these rates; None for any.
     """
 
     name: str
