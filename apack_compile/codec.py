@@ -191,7 +191,7 @@ def error_bound(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool =
     """Largest norm `[B, G, N]` of `decode(encode(x)) - x` that the format allows, float64.
 
     Half a step per integer component inside its range, the clipped excess outside it, half a unit in the last place of the
-    float16 band, and the energy of the dropped components. Assumes orthonormal decoder rows.
+    float16 band, and the energy of the dropped components. Assumes orthonormal decoder rows. Rounded up: a token of zeros reaches it.
     """
     exact = StreamBasis(*(tensor.double() for tensor in basis))
     centered = x.double() - exact.mean[:, :, None]
@@ -204,4 +204,5 @@ def error_bound(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool =
     reach = torch.where(bits == 16, FLOAT16_MAX, (2.0**bits - 1) / 2) * unit
     rounding = torch.where(bits == 16, coefficients.abs() * 2.0**-11 + unit * 2.0**-25, unit / 2)
     excess = (coefficients.abs() - reach).clamp_min(0)
-    return ((rounding + excess).square().sum(-1) + dropped).sqrt()
+    upwards = 1 + torch.finfo(torch.float64).eps * x.shape[-1]
+    return upwards * ((rounding + excess).square().sum(-1) + dropped).sqrt()
