@@ -62,11 +62,11 @@ class Driver:
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         """Look at a binary."""
-        usage, code = dumped(kernel, "-res-usage"), dumped(kernel, "-sass")
+        usage, code = dumped("cuobjdump", "-res-usage", kernel), dumped("nvdisasm", "-c", kernel)
         sizes = dict(part.split(":") for part in usage.splitlines()[-1].split() if ":" in part)
         registers, stack = int(sizes["REG"]), int(sizes["STACK"])
         wgmma = code.count("HGMMA")
-        self.seen(Compiled(name, registers, stack, shared, wgmma, self.warps, self.constants, loops(kernel)))
+        self.seen(Compiled(name, registers, stack, shared, wgmma, self.warps, self.constants, loops(code)))
         return 0, 0, registers, 0, 1024
 
     def get_current_device(self) -> int:
@@ -87,20 +87,20 @@ def watch(seen: Callable[[Compiled], None]) -> None:
     driver.set_active(Driver(seen))
 
 
-def dumped(kernel: bytes, *options: str, tool: str = "cuobjdump") -> str:
+def dumped(tool: str, option: str, kernel: bytes) -> str:
     """What one of Triton's CUDA tools says about a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel)
         file.flush()
-        return subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def loops(kernel: bytes) -> list[int]:
+def loops(disassembly: str) -> list[int]:
     """Instructions of each loop that has matrix products, in order."""
     code: list[str] = []
     labels: dict[str, int] = {}
     found = []
-    for line in dumped(kernel, "-c", tool="nvdisasm").splitlines():
+    for line in disassembly.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(code)
         elif instruction := INSTRUCTION.match(line):
