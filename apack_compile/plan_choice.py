@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from apack_compile.plan import (
     uniform_plan,
     water_fill,
 )
-from apack_compile.rotary import KeyTurn
-from apack_compile.time_model import OF_TYPE, Device, Limits, Load, packed_limits, predicted_speedup
+from apack_compile.rotary import KeyTurn, spans_of
+from apack_compile.time_model import OF_TYPE, Device, Limits, Load, basis_bytes, packed_limits, predicted_speedup
 
 # Lengths between which `shortest_length` looks.
 SHORTEST, LONGEST = 64, 2**20
@@ -45,7 +45,13 @@ def typical_plan(heads: int, head_dim: int, tokens: int, ratio: float, groups: i
     bits = water_fill(weights, torch.tensor(lengths, dtype=torch.float64), 16 * width / ratio - scale_bits)
     stream = StreamPlan("model", bands_of(bits.tolist(), lengths), token_scale=True)
     plan = uniform_plan([0], LayerPlan(stream, stream, stream, stream), tail_slots_for(tokens, ratio))
-    return replace(plan, groups=groups, turn=KeyTurn(torch.zeros(head_dim // 2), key_block) if key_block else None)
+    return replace(plan, groups=groups, turn=typical_turn(head_dim, key_block) if key_block else None)
+
+
+def typical_turn(head_dim: int, key_block: int) -> KeyTurn:
+    """Keys that turn by the frequencies of the first models with rotary embeddings (RoFormer, section 3.2.2); later ones turn slower."""
+    frequencies = 10_000 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    return KeyTurn(frequencies, key_block, spans=spans_of(frequencies, key_block))
 
 
 # Query heads, KV heads and head_dim of packed layers.
@@ -64,27 +70,43 @@ class Groups:
 def fewest_groups(shapes: Shapes, element_bytes: int, ratio: float, key_block: int, device: Device) -> Groups:
     """The fewest head groups predicted to decode about as fast as a dense cache in every layer; the fastest where none do.
 
-    At the device's load. element_bytes: of the model's dtype. Groups that cannot reach the ratio are left out, and those too wide.
+    At the device's load. element_bytes: of the model's dtype. Groups that cannot reach the ratio are left out, and those too wide: for
+    the device's kernels, or because a layer's bases would outweigh the dense cache of a short request.
     """
     loads = [
         Load(*shape, device.planned_tokens, device.planned_batch, element_bytes=device.dense_bytes or element_bytes)
         for shape in shapes
     ]
     counts = [n for n in range(1, min(load.heads for load in loads) + 1) if not any(load.heads % n for load in loads)]
-    narrow = [n for n in counts if max(load.width for load in loads) // n <= (device.widest_basis or math.inf)]
+    reaching = [n for n in counts if min(largest_ratio(load.width // n) for load in loads) >= ratio] or counts[:1]
+    narrow = [n for n in reaching if max(load.width for load in loads) // n <= (device.widest_basis or math.inf)]
+    candidates = narrow or reaching[-1:]
+    plans = {
+        n: [typical_plan(one.heads, one.head_dim, one.tokens, ratio, n, key_block) for one in loads] for n in candidates
+    }
+    light = [n for n in candidates if all(map(partial(bases_are_light, device), plans[n], loads))]
     speeds: dict[int, float] = {}
-    for count in narrow or counts[-1:]:
-        if speeds and min(largest_ratio(load.width // count) for load in loads) < ratio:
-            continue
-        plans = [typical_plan(load.heads, load.head_dim, load.tokens, ratio, count, key_block) for load in loads]
-        speeds[count] = min(predicted_speedup(plan, load, device) for plan, load in zip(plans, loads, strict=True))
+    for count in light or candidates[-1:]:
+        speeds[count] = min(
+            predicted_speedup(plan, load, device) for plan, load in zip(plans[count], loads, strict=True)
+        )
         if speeds[count] >= LEAST_SPEED:
             break
     chosen = max(speeds) if speeds[max(speeds)] >= LEAST_SPEED else max(speeds, key=lambda count: speeds[count])
     said = ", ".join(f"{speed:.2f} with {count}" for count, speed in speeds.items())
     where = f"ratio {ratio:g}, {device.planned_tokens:,} tokens, batch {device.planned_batch}, {device.name}"
-    left_out = "" if narrow == counts else f"; no basis is wider than {device.widest_basis:,} there"
+    left_out = "" if narrow == reaching else f"; no basis is wider than {device.widest_basis:,} there"
+    left_out += (
+        "" if light == candidates else f"; with fewer, bases outweigh a dense cache of {device.short_tokens} tokens"
+    )
     return Groups(chosen, f"predicted speed over a dense cache ({where}): {said}{left_out}", shapes)
+
+
+def bases_are_light(device: Device, plan: Plan, load: Load) -> bool:
+    """Whether a layer's bases have no more bytes than the dense cache of a short request, where the device asks for it."""
+    keys_and_values = 2 * device.short_tokens * load.width * load.element_bytes
+    bases = sum(basis_bytes(stream, load, plan.groups) for stream in plan.layers[0].streams[-2:])
+    return bases <= keys_and_values or not device.short_tokens
 
 
 def head_groups_for(shapes: Shapes, dtype: torch.dtype, ratio: float, key_block: int, device_type: str) -> Groups:

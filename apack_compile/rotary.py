@@ -27,6 +27,12 @@ TURN_TOLERANCE = 0.05
 MAX_COORDINATES = 8
 # Where a model does not say how long its sequences can be.
 FARTHEST = 4_096
+# A pair that turns by less than this over twice as many slots shares its anchor with them: radians.
+SLOW_TURN = 1.0
+# A pair that turns by more than this within a block is as good as turned by any angle, so it is not turned back: radians.
+FAST_TURN = 8.0
+# Blocks that share an anchor at most: more tokens than any cache has.
+MOST_BLOCKS = 2**24
 
 
 @dataclass(frozen=True)
@@ -34,29 +40,45 @@ class KeyTurn:
     """How keys turn with their position.
 
     frequencies: radians a position, float32 `[P]`; component i of a head turns with component i + P or, interleaved, component 2 i
-    with 2 i + 1. block: slots that share an anchor. coordinates: int64 `[P]`, by which of a token's coordinates each pair turns; None
-    where there is only one.
+    with 2 i + 1. block: slots that share all anchors. coordinates: int64 `[P]`, by which of a token's coordinates each pair turns; None
+    where there is only one. spans: int64 `[P]`, slots that share a pair's anchor, `block` times a power of two, or 0 for a pair that is
+    not turned back; None where each is `block`.
     """
 
     frequencies: Tensor
     block: int
     coordinates: Tensor | None = None
     interleaved: bool = False
+    spans: Tensor | None = None
 
     @property
     def coordinate_count(self) -> int:
         """How many coordinates a token has."""
         return 1 if self.coordinates is None else int(self.coordinates.max()) + 1
 
+    def by_pair(self, coordinates: Tensor) -> Tensor:
+        """The coordinate `[..., P]` that each pair turns by, or the only one `[..., 1]`, of coordinates `[..., C]`."""
+        return coordinates if self.coordinates is None else coordinates[..., self.coordinates]
+
     def at(self, coordinates: Tensor) -> Tensor:
         """Cosine and sine `[..., 2, P]` of the angles at coordinates `[..., C]`, float32."""
-        each = coordinates if self.coordinates is None else coordinates[..., self.coordinates]
-        return cosine_and_sine(each.double() * self.frequencies.double())
+        return cosine_and_sine(self.by_pair(coordinates).double() * self.frequencies.double())
+
+    def of_blocks(self, starts: Tensor) -> Tensor:
+        """Turns `[B, blocks, 2, P]` of all blocks of a segment; starts: coordinates `[B, blocks, C]` of their first tokens."""
+        if self.spans is None:
+            return self.at(starts)
+        shared = (self.spans // self.block).clamp_min(1)
+        anchors = torch.arange(starts.shape[1], device=starts.device)[:, None] // shared * shared
+        each = (
+            self.by_pair(starts).expand(*starts.shape[:2], len(shared)).gather(1, anchors.expand(len(starts), -1, -1))
+        )
+        return cosine_and_sine(each.double() * self.frequencies.double() * (self.spans > 0))
 
     def to(self, device: torch.device) -> "KeyTurn":
         """This turn with its tensors on a device."""
-        coordinates = None if self.coordinates is None else self.coordinates.to(device)
-        return replace(self, frequencies=self.frequencies.to(device), coordinates=coordinates)
+        coordinates, spans = (None if t is None else t.to(device) for t in (self.coordinates, self.spans))
+        return replace(self, frequencies=self.frequencies.to(device), coordinates=coordinates, spans=spans)
 
     @property
     def interleaved_pairs(self) -> int:
@@ -72,6 +94,13 @@ def deinterleaved_keys(states: Tensor, turn: KeyTurn | None) -> Tensor:
     return deinterleaved(states, turn.interleaved_pairs) if turn is not None and turn.interleaved else states
 
 
+def spans_of(frequencies: Tensor, block: int) -> Tensor:
+    """Slots `[P]`, int64, that may share the anchor of each pair without its keys being coded worse, or 0 (docs/relative_keys.md)."""
+    angles = frequencies.abs().double() * block
+    shared = (SLOW_TURN / angles).log2().floor().exp2().clamp(1, MOST_BLOCKS)
+    return torch.where(angles > FAST_TURN, 0, block * shared).long()
+
+
 def turns_at(anchors: Tensor, frequencies: Tensor) -> Tensor:
     """Cosine and sine `[..., 2, P]` of the angles at positions `[...]`, float32."""
     return cosine_and_sine(anchors.double()[..., None] * frequencies.double())
@@ -85,10 +114,11 @@ def cosine_and_sine(angles: Tensor) -> Tensor:
 def turns_of_blocks(positions: Tensor, coordinates: TokenCoordinates, turn: KeyTurn) -> Tensor:
     """Turns `[B, blocks, 2, P]` of the blocks of slots that hold `positions` `[B, N]`.
 
-    One block more than needed: a dimension of 1 would be compiled as a constant.
+    Where a block's first slot is empty, as in a row that is shorter than others, it starts where the block before it does. One block
+    more than needed: a dimension of 1 would be compiled as a constant.
     """
     anchors = torch.nn.functional.pad(positions[:, :: turn.block], (0, 2 - min(positions.shape[1], 1)), value=-1)
-    return turn.at(coordinates.at(anchors.clamp_min(0)))
+    return turn.of_blocks(coordinates.at(anchors.cummax(1).values.clamp_min(0)))
 
 
 def rotary_start(padding: Tensor) -> Tensor:
@@ -127,6 +157,7 @@ def find_turn(
         if turning_error(keys, torch.zeros(1)) < TURN_TOLERANCE:
             return None, "stored as they are: they do not turn with their position"
         return None, f"stored as they are: they do not turn by {name} alone (relative difference {min(errors):.2g})"
+    turn = replace(turn, spans=spans_of(turn.frequencies, block))
     pairs = " in interleaved pairs" if turn.interleaved else ""
     said = f"turned back to the start of their {block} slots, by {name}{pairs}"
     rotary = owner_of(model, name)

@@ -14,6 +14,7 @@ import torch
 
 from apack_compile.codec import WIDTHS
 from apack_compile.plan import Plan, StreamPlan
+from apack_compile.rotary import KeyTurn
 
 # Integer operations per code, by its bits: a float16 needs none, a whole byte is placed, a part of one is also masked.
 UNPACK_OPERATIONS = {16: 0, 8: 1, 4: 2, 2: 2}
@@ -35,7 +36,8 @@ class Device:
     its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of
     the step that head groups are chosen for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype.
     overlaps: reading, multiplying and unpacking happen at the same time. widest_basis: channels of the widest basis that kernels multiply
-    at these rates; None for any.
+    at these rates; None for any. short_tokens: of a request whose dense cache is to outweigh a layer's bases; 0 for none. turned_at_once:
+    blocks of relative keys whose turned queries are projected together, so that what they have in common is projected once.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Device:
     dense_bytes: int | None = None
     overlaps: bool = True
     widest_basis: int | None = None
+    short_tokens: int = 0
+    turned_at_once: int = 1
 
     def seconds(self, limits: "Limits") -> float:
         """The least time of a step with these limits."""
@@ -111,6 +115,8 @@ CPU = Device(
     min_tokens=256,
     dense_bytes=4,
     overlaps=False,
+    short_tokens=512,
+    turned_at_once=8,
 )
 OF_TYPE = {"cpu": CPU, "cuda": H200}
 DEVICES = {device.name: device for device in (H200, CPU)}
@@ -172,6 +178,20 @@ class Limits:
         return max(("bytes", "matrix", "unpack", "turning"), key=partial(getattr, self))
 
 
+def basis_bytes(stream: StreamPlan, load: Load, groups: int) -> int:
+    """Bytes of one basis of a stream for all head groups: of all requests, or of one sequence."""
+    size, components = MODEL_BASIS_BYTES if stream.scope == "model" else OWN_BASIS_BYTES, stream.bands.components
+    return groups * (load.width // groups * (components + 1) + components) * size
+
+
+def turned_share(turn: KeyTurn, at_once: int) -> float:
+    """Share of the products of turned queries that are left where so many blocks are projected together."""
+    if turn.spans is None:
+        return 1.0
+    still = float(((turn.spans == 0) | (turn.spans >= at_once * turn.block)).double().mean())
+    return 1 - still + still / at_once
+
+
 @dataclass
 class _Work:
     """Running sums of a step: bytes, seconds of the matrix unit, integer operations."""
@@ -199,10 +219,9 @@ class _Work:
 
     def basis(self, load: Load, groups: int, stream: StreamPlan) -> None:
         """A stream's basis, read once or once a sequence, and the product of all query rows with it."""
-        components, width = stream.bands.components, load.width // groups
+        components = stream.bands.components
         own = stream.scope == "sequence"
-        size = OWN_BASIS_BYTES if stream.scope != "model" else MODEL_BASIS_BYTES
-        self.bytes += (load.batch if own else 1) * groups * (width * (components + 1) + components) * size
+        self.bytes += (load.batch if own else 1) * basis_bytes(stream, load, groups)
         rows = load.rows(load.heads) * (1 if own else load.batch)
         products = load.head_dim * components * load.heads * (load.batch if own else 1)
         self.matrix += self.device.matrix_seconds(rows, products)
@@ -252,6 +271,7 @@ def _turn(work: _Work, plan: Plan, load: Load, components: int, tokens: float, m
     device, blocks = work.device, tokens / plan.turn.block
     work.bytes += 8 * blocks * len(plan.turn.frequencies)
     rows, products = load.rows(load.heads), blocks * load.heads * load.head_dim * components
+    products *= turned_share(plan.turn, device.turned_at_once)
     if not materialised:
         work.matrix += device.matrix_seconds(rows, products)
         return 0.0

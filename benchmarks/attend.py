@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import apack_compile  # noqa: F401  (registers the operations)
 from apack_compile.basis import Spectrum
 from apack_compile.codec import GAUSSIAN_STEP, Bands
+from apack_compile.coordinates import TokenCoordinates
 from apack_compile.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
 from apack_compile.kernels.ops import implementations
 from apack_compile.plan import (
@@ -41,7 +42,7 @@ from apack_compile.plan import (
     spare_slots,
 )
 from apack_compile.plan_choice import head_groups_for, typical_variance
-from apack_compile.rotary import BLOCK, KeyTurn, turns_at
+from apack_compile.rotary import BLOCK, KeyTurn, spans_of, turns_of_blocks
 from apack_compile.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -53,18 +54,26 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Shape:
-    """Query heads, KV heads and head_dim of a model."""
+    """Query heads, KV heads and head_dim of a model, the base of its rotary frequencies, and by how much positions are divided."""
 
     query_heads: int
     heads: int
     head_dim: int
+    rope_theta: float
+    rope_factor: float = 1.0
+
+    @property
+    def frequencies(self) -> Tensor:
+        """Rotary frequencies, float32 `[head_dim / 2]`."""
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        return (self.rope_theta**-pairs / self.rope_factor).float()
 
 
 SHAPES = {
-    "Qwen2.5-VL-7B": Shape(28, 4, 128),
-    "LLaVA-1.5-7B": Shape(32, 32, 128),
-    "SmolLM2-135M": Shape(9, 3, 64),
-    "Gemma3-4B": Shape(8, 4, 256),
+    "Qwen2.5-VL-7B": Shape(28, 4, 128, 1e6),
+    "LLaVA-1.5-7B": Shape(32, 32, 128, 1e4),
+    "SmolLM2-135M": Shape(9, 3, 64, 1e5),
+    "Gemma3-4B": Shape(8, 4, 256, 1e6, rope_factor=8),
 }
 
 
@@ -228,7 +237,7 @@ def measured(
     query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)
     key, value = torch.randn(2, batch, shape.heads, tokens + 1, shape.head_dim, device=device, dtype=dtype)
     new = [x[:, :, -1:].clone() for x in (key, value)]
-    turns = {} if plan.turn is None else random_turns(packed, plan.turn, batch, device)
+    turns = {} if plan.turn is None else turns_of(packed, plan.turn.to(torch.device(device)))
     calls = working(dense_calls(shape, query, key, value))
     trial = interleaved(calls, seconds / 4, device)
     best = min(trial, key=lambda spelling: trial[spelling].median)
@@ -276,17 +285,15 @@ def named_bands(bands: Bands) -> str:
 
 def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:
     """The plan with keys turned back to the start of their block of so many slots; 0 leaves it as it is."""
-    return replace(plan, turn=KeyTurn(torch.zeros(shape.head_dim // 2), key_block)) if key_block else plan
+    if not key_block:
+        return plan
+    return replace(plan, turn=KeyTurn(shape.frequencies, key_block, spans=spans_of(shape.frequencies, key_block)))
 
 
-def random_turns(packed: Packed, turn: KeyTurn, batch: int, device: str) -> dict[str, Any]:
+def turns_of(packed: Packed, turn: KeyTurn) -> dict[str, Any]:
     """Turns of the packed segments' blocks, as `attend` takes them."""
     turns = [
-        turns_at(
-            torch.randint(0, 1_000, (batch, -(-x.shape[1] // turn.block) + 1), device=device),
-            turn.frequencies.to(device),
-        )
-        for x in packed.state[4][1:]
+        turns_of_blocks(x, TokenCoordinates.starting_at(x.new_zeros(len(x), 1)), turn) for x in packed.state[4][1:]
     ]
     return {"turns": turns, "block": turn.block}
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import triton
 import typer
-from attend import SHAPES, Shape, default_groups, named_bands, packed_state, random_turns
+from attend import SHAPES, Shape, default_groups, named_bands, packed_state, turns_of
 from harness import Row, print_table, write_json
 from hopper import Compiled, watch
 from limits import load_of, plan_of
@@ -33,7 +33,7 @@ def compiled(shape: Shape, ratio: float | None, groups: int, key_block: int) -> 
     packed = packed_state(plan, shape, groups, COMPILED_TOKENS, 1, torch.bfloat16, "cpu")
     query = torch.zeros(1, shape.query_heads, 1, shape.head_dim, dtype=torch.bfloat16)
     new = torch.zeros(1, shape.heads, 1, shape.head_dim, dtype=torch.bfloat16)
-    turns = random_turns(packed, plan.turn, 1, "cpu") if plan.turn is not None else {}
+    turns = turns_of(packed, plan.turn) if plan.turn is not None else {}
     found: list[Compiled] = []
     watch(found.append)
     attend(query, new, new, None, None, *packed.state, None, **turns)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import typer
-from attend import SHAPES, default_groups, packed_state, random_turns, synthetic_plan, with_relative_keys
+from attend import SHAPES, default_groups, packed_state, synthetic_plan, turns_of, with_relative_keys
 from harness import Row, interleaved, print_table, write_json
 
 from apack_compile.kernels.ops import implementations
@@ -34,7 +34,7 @@ def measured(name: str, tokens: int, dtype: torch.dtype, key_block: int, seconds
     plan = with_relative_keys(synthetic_plan(shape, groups, RATIO, tokens), shape, key_block)
     packed = packed_state(plan, shape, groups, tokens, 1, dtype, "cpu")
     new = torch.randn(2, 1, shape.heads, 1, shape.head_dim).to(dtype)
-    turns = {} if plan.turn is None else random_turns(packed, plan.turn, 1, "cpu")
+    turns = {} if plan.turn is None else turns_of(packed, plan.turn)
     width = shape.heads * shape.head_dim // groups
     calls = {
         "operation": lambda: UNPACK(*new, *packed.state, tokens + 1, **turns),

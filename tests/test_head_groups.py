@@ -27,16 +27,24 @@ def speed(shape: tuple[int, int, int], groups: int, ratio: float, device: Device
     return predicted_speedup(typical_plan(*shape[1:], load.tokens, ratio, groups, 64), load, device)
 
 
-def fits(shape: tuple[int, int, int], groups: int, device: Device) -> bool:
-    return device.widest_basis is None or shape[1] * shape[2] // groups <= device.widest_basis
+def bases_bytes(shape: tuple[int, int, int], groups: int, ratio: float) -> int:
+    width, tokens = shape[1] * shape[2] // groups, CPU.planned_tokens
+    key, value = typical_plan(*shape[1:], tokens, ratio, groups, 64).layers[0].streams[-2:]
+    return sum(4 * groups * (width * (n + 1) + n) for n in (key.bands.components, value.bands.components))
+
+
+def fits(shape: tuple[int, int, int], groups: int, ratio: float, device: Device) -> bool:
+    if device.widest_basis is not None:
+        return shape[1] * shape[2] // groups <= device.widest_basis
+    return bases_bytes(shape, groups, ratio) <= 2 * 4 * 512 * shape[1] * shape[2]
 
 
 @given(st.sampled_from(list(SHAPES.values())), st.sampled_from([3.0, 4.0, 8.0, 16.0]), st.sampled_from([CPU, H200]))
 def test_no_fewer_groups_are_fast_enough(shape, ratio, device):
     chosen = fewest_groups((shape,), 2, ratio, 64, device).count
     assert shape[1] % chosen == 0
-    fewer = [n for n in range(1, chosen) if shape[1] % n == 0 and fits(shape, n, device)]
-    assert fits(shape, chosen, device)
+    fewer = [n for n in range(1, chosen) if shape[1] % n == 0 and fits(shape, n, ratio, device)]
+    assert fits(shape, chosen, ratio, device)
     assert all(speed(shape, n, ratio, device) < LEAST_SPEED for n in fewer)
     assert speed(shape, chosen, ratio, device) >= LEAST_SPEED
 
@@ -58,6 +66,16 @@ def test_a_basis_is_no_wider_than_a_device_takes():
     narrow = replace(H200, widest_basis=100)
     assert fewest_groups((SHAPES["LLaVA-1.5-7B"],), 2, 8.0, 64, narrow).count == 32
     assert "wider" not in fewest_groups((SHAPES["Qwen2.5-VL-7B"],), 2, 8.0, 64, H200).reason
+
+
+def test_the_bases_of_a_layer_do_not_outweigh_the_dense_cache_of_a_short_request():
+    shape, dense = SHAPES["LLaVA-1.5-7B"], 2 * 512 * 4_096 * 4
+    found = fewest_groups((shape,), 4, 8.0, 64, CPU)
+    assert bases_bytes(shape, 4, 8.0) > dense >= bases_bytes(shape, 8, 8.0)
+    assert found.count == 8 and found.reason.endswith("with fewer, bases outweigh a dense cache of 512 tokens")
+    assert fewest_groups((shape,), 4, 8.0, 64, replace(CPU, short_tokens=0)).count < 8
+    assert fewest_groups((shape,), 4, 8.0, 64, replace(CPU, short_tokens=1)).count == 32
+    assert "outweigh" not in fewest_groups((SHAPES["SmolLM2-135M"],), 4, 8.0, 64, CPU).reason
 
 
 def test_groups_divide_the_heads_of_every_layer():

@@ -183,7 +183,7 @@ inline int run_attend(const Attend &a, const State &state) {
     Arena count = {};
     lay_out(w, count);
     int most_rows = w.R, most_width = (int)a.value_dim;
-    int64_t most_bytes = 0, turned = 0, latents = 0, offsets = 0, transposed = 0;
+    int64_t most_bytes = 0, turned = 0, latents = 0, offsets = 0;
     for (int kind = 1; kind < KINDS; ++kind) {
         if (!w.parts[kind]) continue;
         int M = heads_per_group(w, kind) * w.R;
@@ -192,21 +192,21 @@ inline int run_attend(const Attend &a, const State &state) {
         int64_t key = w.key[kind - 1].bytes, value = w.value[kind - 1].bytes, more = key > value ? key : value;
         most_bytes = more > most_bytes ? more : most_bytes;
         int64_t ahead = w.ahead[kind - 1], columns = ahead * M * w.key[kind - 1].count;
-        turned = ahead * w.R * a.head_dim > turned ? ahead * w.R * a.head_dim : turned;
+        turned = ahead * M * a.head_dim > turned ? ahead * M * a.head_dim : turned;
         latents = columns > latents ? columns : latents;
         offsets = ahead * M > offsets ? ahead * M : offsets;
-        int64_t decoder = w.transposes[kind - 1] ? a.head_dim * w.key[kind - 1].count : 0;
-        transposed = decoder > transposed ? decoder : transposed;
     }
     int64_t score = (int64_t)most_rows * BLOCK, merged = (int64_t)w.R * (most_width + a.value_dim);
-    int64_t relative = round_up(turned, LANES) + round_up(latents, LANES) + round_up(offsets, LANES) + transposed;
+    int64_t started = turned ? (int64_t)w.R * 4 * LANES : 0;
+    int64_t relative = round_up(turned, LANES) + round_up(latents, LANES) + round_up(offsets, LANES) + started;
     int64_t local = TILE + LANES + score + relative + merged + most_bytes / 4 + 32;
     size_t each = (size_t)(local * sizeof(float) + 63) / 64 * 64;
     char *memory = scratch(count.size + each * a.threads + Team::bytes(a.threads));
     if (!memory) return 1;
     Arena arena = {memory, 0};
     lay_out(w, arena);
-    int64_t pairs = a.batch * a.heads, slot_tasks = 0;
+    int64_t pairs = a.batch * a.heads, slot_tasks = 0, transposed = 0;
+    for (int kind = 1; kind < KINDS; ++kind) transposed += transposed_heads(w, kind);
     for (int segment = 0; segment < SEGMENTS; ++segment) slot_tasks += a.batch * pieces_of(w.used[segment]);
     Team team = {(int)a.threads, (Counter *)(memory + count.size + each * a.threads), {}};
     memset((void *)team.next, 0, Team::bytes(a.threads));
@@ -219,10 +219,15 @@ inline int run_attend(const Attend &a, const State &state) {
         local.turned = local.score + score;
         local.latent = local.turned + round_up(turned, LANES);
         local.offset = local.latent + round_up(latents, LANES);
-        local.transposed = local.offset + round_up(offsets, LANES);
-        float *latent = local.transposed + transposed, *out = latent + (int64_t)w.R * most_width;
+        local.start = local.offset + round_up(offsets, LANES);
+        float *latent = local.start + started, *out = latent + (int64_t)w.R * most_width;
         local.row = (uint8_t *)(out + w.R * a.value_dim);
         auto prepare = [&](int64_t i) {
+            for (int kind = 1; kind < KINDS; ++kind) {
+                int64_t heads = transposed_heads(w, kind);
+                if (i < heads) return transpose_decoder(w, kind, i / a.heads, i % a.heads);
+                i -= heads;
+            }
             if (i < pairs) {
                 load_queries(w, i / a.heads, i % a.heads);
                 for (int kind = 1; kind < KINDS; ++kind)
@@ -240,7 +245,7 @@ inline int run_attend(const Attend &a, const State &state) {
                 i -= a.batch * pieces;
             }
         };
-        team.share(0, thread, pairs + slot_tasks, prepare);
+        team.share(0, thread, transposed + pairs + slot_tasks, prepare);
         team.share(1, thread, w.item_count, [&](int64_t i) { run_item(w, w.items[w.order[i]], local); });
         team.share(2, thread, pairs, [&](int64_t i) { finish_head(w, i / a.heads, i % a.heads, out, latent, local.tile); });
         for (int segment = VISION; segment <= TEXT; ++segment) {

@@ -17,7 +17,7 @@ constexpr int TURNED = 8;            // blocks of relative keys that queries are
 constexpr int TURNED_LATENTS = 1 << 17;  // and floats of their latents: 512 KiB
 
 // A sum over the lanes for each row and component costs more than transposing the decoder, from so many rows on for each of a head's D.
-constexpr int TRANSPOSED_ROWS = 4;
+constexpr int TRANSPOSED_ROWS = 6;
 
 // Part of one head group's tokens in one segment (or in all dense ones, where `segment` is FIRST).
 struct Item {
@@ -33,9 +33,10 @@ struct Work {
     Columns key[MAX_PACKED], value[MAX_PACKED], partial[MAX_PACKED];
     int width[KINDS];                         // columns of an item's sums
     int ahead[MAX_PACKED];                    // blocks of relative keys that queries are turned to at once; 0 for none
-    bool transposes[MAX_PACKED];              // whether their decoder is transposed for that
+    bool transposes[MAX_PACKED];              // whether their decoders are transposed for that
     float *query;                             // [B][H][R][D], scaled
     float *latent[MAX_PACKED], *offset[MAX_PACKED];  // [B][H][R][columns], [B][H][R]
+    float *transposed[MAX_PACKED];            // [1 or B][H][D][columns], decoders
     float *top, *inverse;                     // [B][H][R]
     float *newest[MAX_PACKED];                // [B][H][per_head_newest][used], scores of the newest token
     float *holds[SEGMENTS], *added[SEGMENTS];  // [B][used]: 1 where a slot is read, else 0; what is added to its score
@@ -78,6 +79,11 @@ inline int used_slots(const Work &w, int segment) {
     return (int)used;
 }
 
+// Heads whose part of a packed segment's decoder is transposed.
+inline int64_t transposed_heads(const Work &w, int kind) {
+    return w.transposes[kind - 1] ? w.segments[kind].key.basis_batch * w.a->heads : 0;
+}
+
 // Lays out all scratch memory; with a null arena only its size is counted.
 inline void lay_out(Work &w, Arena &arena) {
     const Attend &a = *w.a;
@@ -88,6 +94,7 @@ inline void lay_out(Work &w, Arena &arena) {
         bool reads = w.used[FIRST_PACKED + i] && is_packed(key) && !w.ahead[i];
         w.latent[i] = arena.floats(reads ? rows * w.key[i].count : 0);
         w.offset[i] = arena.floats(reads ? rows : 0);
+        w.transposed[i] = arena.floats(transposed_heads(w, FIRST_PACKED + i) * a.head_dim * w.key[i].count);
         w.newest[i] = arena.floats(known_importance(w, FIRST_PACKED + i) ? a.batch * a.heads * w.per_head_newest * w.used[FIRST_PACKED + i] : 0);
     }
     for (int i = 0; i < SEGMENTS; ++i) {
@@ -140,6 +147,9 @@ inline Work work_of(const Attend &a, const State &state) {
         }
         int wanted = (int)(a.threads == 1 ? 1 : (4 * a.threads + a.batch * groups - 1) / (a.batch * groups));
         int most_parts = (w.used[FIRST_PACKED + i] + MIN_PART - 1) / MIN_PART;
+        // every part of relative keys reads the decoder anew
+        bool turned = is_packed(s.key) && a.turns[i].data, even = a.batch * groups % a.threads == 0;
+        if (turned && even && w.used[FIRST_PACKED + i] <= TURNED * a.turns[i].block) most_parts = 1;
         w.parts[1 + i] = wanted < most_parts ? wanted : most_parts;
         if (w.used[FIRST_PACKED + i] && is_packed(s.key) && a.turns[i].data) {
             int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count, slots = w.parts[1 + i] * a.turns[i].block;
@@ -158,9 +168,9 @@ inline Work work_of(const Attend &a, const State &state) {
 
 struct Local {
     float *tile, *score;      // [TILE], [M][BLOCK]
-    float *turned;            // [TURNED][R][D]
+    float *turned;            // [heads of a group][TURNED][R][D]
     float *latent, *offset;   // [TURNED][M][columns], [TURNED][M]
-    float *transposed;        // [D][columns], one head's part of a decoder
+    float *start;             // [R][4][LANES], sums over what does not turn
     uint8_t *row;             // one token's codes and a vector
 };
 

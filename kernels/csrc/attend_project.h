@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int NEAR_ROWS = 16;
-
 // Rows of one head's queries, scaled, as floats.
 inline void load_queries(const Work &w, int64_t b, int64_t head) {
     const Attend &a = *w.a;
@@ -18,30 +16,60 @@ inline void load_queries(const Work &w, int64_t b, int64_t head) {
     }
 }
 
-// Scores are `latent . levels + offset` for queries projected into the key's components: `turns` times the rows of one head.
-__attribute__((noinline)) void project_rows(const Work &w, int kind, int64_t b, int64_t head, const float *query, int turns, float *latent,
-                                            int64_t latent_step, float *offset, int64_t offset_step, float *tile) {
+// Components of a head that are the same in all turned queries, and those that are not.
+struct Turning {
+    Ranges still, moving;
+};
+
+// Which pairs turn otherwise in one of the blocks [first, first + count) than in the one before it: slow and fast ones do not.
+inline Turning turning_of(const Turns &turns, int64_t b, int64_t first, int count, int D) {
+    int P = (int)turns.pairs, low = P, high = 0;
+    for (int k = 1; k < count; ++k) {
+        const float *before = turn_of(turns, b, (first + k - 1) * turns.block), *turn = turn_of(turns, b, (first + k) * turns.block);
+        for (int i = 0; i < low; ++i)
+            if (turn[i] != before[i] || turn[P + i] != before[P + i]) low = i;
+        for (int i = P - 1; i >= high; --i)
+            if (turn[i] != before[i] || turn[P + i] != before[P + i]) high = i + 1;
+    }
+    Turning found = {};
+    if (low >= high) {
+        add_range(found.still, 0, D);
+        return found;
+    }
+    add_range(found.moving, low, high);
+    add_range(found.moving, P + low, P + high);
+    add_range(found.still, 0, low);
+    add_range(found.still, high, P + low);
+    add_range(found.still, P + high, D);
+    return found;
+}
+
+// Latents of a band times its steps; zeros in the columns that hold none.
+inline void scale_band(float *latent, const float *step, const Band &band) {
+    for (int c = 0; c < band.columns; ++c) latent[c] = c < band.count ? latent[c] * step[c] : 0.0f;
+}
+
+// offset[m] = the score of the mean for rows `[n][D]`.
+inline void mean_scores(const float *rows, int n, int D, const float *mean, float *offset) {
+    for (int m = 0; m < n; ++m) {
+        Vec sums = zero();
+        int d = 0;
+        for (; d + LANES <= D; d += LANES) sums = fma(load(rows + m * D + d), load(mean + d), sums);
+        if (d < D) sums = fma(load_some(rows + m * D + d, D - d), load_some(mean + d, D - d), sums);
+        offset[m] = sum(sums);
+    }
+}
+
+// Scores are `latent . levels + offset` for queries projected into the key's components: the rows of one head.
+__attribute__((noinline)) void project_queries(const Work &w, int kind, int64_t b, int64_t head, float *tile) {
     const Attend &a = *w.a;
     const Source &s = w.segments[kind].key;
     const Columns &columns = w.key[kind - 1];
     int D = (int)a.head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
-    int64_t group = head / per_group, W = per_group * D;
+    int64_t group = head / per_group, W = per_group * D, row = (b * a.heads + head) * w.R;
     int64_t at = basis_at(s, b, group), inside = head % per_group * D;
-    // whether the latents of all turns follow one another at one distance
-    const int64_t between = w.R == 1 ? latent_step : columns.count;
-    const bool evenly = turns == 1 || latent_step == w.R * between;
-    auto product = [&](const float *rows, int64_t stride, int n, float *out) {
-        // a few rows of the decoder serve all turns while they are in the nearest cache
-        for (int c = 0; c < n; c += NEAR_ROWS) {
-            int now = n - c < NEAR_ROWS ? n - c : NEAR_ROWS;
-            if (evenly) {
-                dots(query, D, turns * w.R, rows + c * stride, stride, now, D, out + c, between, false);
-                continue;
-            }
-            for (int k = 0; k < turns; ++k)
-                dots(query + (int64_t)k * w.R * D, D, w.R, rows + c * stride, stride, now, D, out + k * latent_step + c, columns.count, false);
-        }
-    };
+    const float *query = w.query + row * D;
+    float *latent = w.latent[kind - 1] + row * columns.count, *offset = w.offset[kind - 1] + row;
     const int most = TILE / round_up(D, LANES) & ~3;
     for (const Band &band : columns.band) {
         const float *step = s.step + at * r + band.component;
@@ -50,42 +78,53 @@ __attribute__((noinline)) void project_rows(const Work &w, int kind, int64_t b, 
             int64_t from = (at * r + band.component + c) * W + inside;
             float *out = latent + band.column + c;
             if (s.basis_dtype == FLOAT32) {
-                product((const float *)s.decoder + from, W, n, out);
+                dots(query, D, w.R, (const float *)s.decoder + from, W, n, D, out, columns.count, false);
             } else {
                 for (int i = 0; i < n; ++i) convert_row(tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
-                product(tile, D, n, out);
+                dots(query, D, w.R, tile, D, n, D, out, columns.count, false);
             }
         }
-        for (int m = 0; m < turns * w.R; ++m)
-            for (int c = 0; c < band.columns; ++c) {
-                float *x = latent + m / w.R * latent_step + (int64_t)(m % w.R) * columns.count + band.column + c;
-                *x = c < band.count ? *x * step[c] : 0.0f;
+        for (int m = 0; m < w.R; ++m) scale_band(latent + (int64_t)m * columns.count + band.column, step, band);
+    }
+    mean_scores(query, w.R, D, basis_row(s, s.mean, at * W + inside, D, tile), offset);
+}
+
+// Latents of one head group's turned queries, `[turns][M][columns]`: each row of the decoder is read once, for all heads.
+__attribute__((noinline)) void project_turned_rows(const Work &w, const Item &item, int segment, int turns, const Turning &over, const Local &local) {
+    const Source &s = w.segments[segment].key;
+    const Columns &columns = w.key[segment - 1];
+    int D = (int)w.a->head_dim, per_group = heads_per_group(w, segment), M = per_group * w.R, r = components_of(s);
+    int64_t W = (int64_t)per_group * D, at = basis_at(s, item.b, item.group), step = (int64_t)M * columns.count;
+    for (const Band &band : columns.band) {
+        for (int c = 0; c < band.count; c += 4) {
+            int n = band.count - c < 4 ? band.count - c : 4;
+            for (int h = 0; h < per_group; ++h) {
+                int64_t from = (at * r + band.component + c) * W + h * D, stride = W;
+                const float *rows = local.tile;
+                if (s.basis_dtype == FLOAT32) {
+                    rows = (const float *)s.decoder + from;
+                    for (int i = AHEAD; i < AHEAD + 4 && c + i < band.count; ++i) prefetch(rows + i * W, D);
+                } else {
+                    stride = D;
+                    for (int i = 0; i < n; ++i) convert_row(local.tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
+                }
+                turned_dots(local.turned + (int64_t)h * turns * w.R * D, D, turns, w.R, rows, stride, n, over.still, over.moving, local.start,
+                            local.latent + (int64_t)h * w.R * columns.count + band.column + c, step, columns.count);
             }
-    }
-    const float *mean = basis_row(s, s.mean, at * W + inside, D, tile);
-    for (int m = 0; m < turns * w.R; ++m) {
-        Vec sums = zero();
-        int d = 0;
-        for (; d + LANES <= D; d += LANES) sums = fma(load(query + m * D + d), load(mean + d), sums);
-        if (d < D) sums = fma(load_some(query + m * D + d, D - d), load_some(mean + d, D - d), sums);
-        offset[m / w.R * offset_step + m % w.R] = sum(sums);
+        }
+        for (int m = 0; m < turns * M; ++m)
+            scale_band(local.latent + (int64_t)m * columns.count + band.column, s.step + at * r + band.component, band);
     }
 }
 
-inline void project_queries(const Work &w, int kind, int64_t b, int64_t head, float *tile) {
-    int64_t row = (b * w.a->heads + head) * w.R;
-    float *latent = w.latent[kind - 1] + row * w.key[kind - 1].count;
-    project_rows(w, kind, b, head, w.query + row * w.a->head_dim, 1, latent, 0, w.offset[kind - 1] + row, 0, tile);
-}
-
-// The same where the decoder is transposed first, its rows times the steps: sums then stay in their lanes.
-__attribute__((noinline)) void project_transposed(const Work &w, int kind, int64_t b, int64_t head, const float *query, int turns, float *latent,
-                                                  int64_t latent_step, float *offset, int64_t offset_step, float *transposed) {
+// A head's part of a decoder, transposed, rows times the steps; all parts of the tokens read it.
+__attribute__((noinline)) void transpose_decoder(const Work &w, int kind, int64_t basis, int64_t head) {
     const Source &s = w.segments[kind].key;
     const Columns &columns = w.key[kind - 1];
     int D = (int)w.a->head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
-    int64_t at = basis_at(s, b, head / per_group), W = (int64_t)per_group * D, inside = head % per_group * D;
-    const float *decoder = (const float *)s.decoder, *mean = (const float *)s.mean + at * W + inside;
+    int64_t at = basis * s.groups + head / per_group, W = (int64_t)per_group * D, inside = head % per_group * D;
+    const float *decoder = (const float *)s.decoder;
+    float *out = w.transposed[kind - 1] + (basis * w.a->heads + head) * D * columns.count;
     for (const Band &band : columns.band)
         for (int c = 0; c < band.columns; c += LANES)
             for (int d = 0; d < D; d += LANES) {
@@ -97,40 +136,53 @@ __attribute__((noinline)) void project_transposed(const Work &w, int kind, int64
                     rows[i] = stored ? decoder + component * W + inside + d : nullptr;
                     step[i] = stored ? s.step[component] : 0;
                 }
-                transpose_square(rows, step, transposed + (int64_t)d * columns.count + band.column + c, columns.count);
+                transpose_square(rows, step, out + (int64_t)d * columns.count + band.column + c, columns.count);
             }
-    for (int k = 0; k < turns; ++k) {
-        const float *rows = query + (int64_t)k * w.R * D;
-        float *out = latent + k * latent_step;
-        memset(out, 0, (size_t)w.R * columns.count * sizeof *out);
-        weigh(rows, D, w.R, transposed, columns.count, columns.count, D, out, columns.count);
-        for (int m = 0; m < w.R; ++m) {
-            Vec sums = zero();
-            for (int d = 0; d < D; d += LANES) sums = fma(load(rows + m * D + d), load(mean + d), sums);
-            offset[k * offset_step + m] = sum(sums);
-        }
+}
+
+// The same by transposed decoders: sums then stay in their lanes.
+__attribute__((noinline)) void project_transposed(const Work &w, const Item &item, int segment, int turns, const Turning &over, const Local &local) {
+    const int columns = w.key[segment - 1].count, D = (int)w.a->head_dim, per_group = heads_per_group(w, segment);
+    const int64_t turn_step = (int64_t)per_group * w.R * columns, basis = w.segments[segment].key.basis_batch == 1 ? 0 : item.b;
+    const size_t size = (size_t)w.R * columns * sizeof(float);
+    for (int h = 0; h < per_group; ++h) {
+        const float *query = local.turned + (int64_t)h * turns * w.R * D;
+        const float *decoder = w.transposed[segment - 1] + (basis * w.a->heads + item.group * per_group + h) * D * columns;
+        float *latent = local.latent + (int64_t)h * w.R * columns;
+        auto add = [&](const float *rows, const Ranges &ranges, float *out) {
+            for (int i = 0; i < ranges.count; ++i) {
+                int begin = ranges.part[i].begin, end = ranges.part[i].end;
+                weigh(rows + begin, D, w.R, decoder + (int64_t)begin * columns, columns, columns, end - begin, out, columns);
+            }
+        };
+        memset(latent, 0, size);
+        add(query, over.still, latent);
+        for (int k = 1; k < turns; ++k) memcpy(latent + k * turn_step, latent, size);
+        for (int k = 0; k < turns; ++k) add(query + (int64_t)k * w.R * D, over.moving, latent + k * turn_step);
     }
 }
 
 // Latents of one head group's queries, turned back to the anchors of blocks [first, first + count) of relative keys.
 __attribute__((noinline)) void project_turned(const Work &w, const Item &item, int segment, int64_t first, int count, const Local &local) {
     const Attend &a = *w.a;
+    const Source &s = w.segments[segment].key;
     const Turns &turns = a.turns[segment - 1];
-    int per_group = heads_per_group(w, segment), M = per_group * w.R, columns = w.key[segment - 1].count;
-    int64_t size = w.R * a.head_dim;
+    int D = (int)a.head_dim, per_group = heads_per_group(w, segment), M = per_group * w.R;
+    int64_t size = w.R * a.head_dim, at = basis_at(s, item.b, item.group);
     for (int h = 0; h < per_group; ++h) {
-        int64_t head = item.group * per_group + h;
+        const float *query = w.query + (item.b * a.heads + item.group * per_group + h) * size;
+        const float *mean = basis_row(s, s.mean, (at * per_group + h) * D, D, local.tile);
         for (int k = 0; k < count; ++k) {
-            float *rows = local.turned + k * size;
-            memcpy(rows, w.query + (item.b * a.heads + head) * size, size * sizeof(float));
+            float *rows = local.turned + ((int64_t)h * count + k) * size;
+            memcpy(rows, query, size * sizeof(float));
             const float *turn = turn_of(turns, item.b, (first + k) * turns.block);
-            for (int i = 0; i < w.R; ++i) turn_back(rows + i * a.head_dim, turn, turns.pairs);
+            for (int i = 0; i < w.R; ++i) turn_back(rows + i * D, turn, turns.pairs);
+            mean_scores(rows, w.R, D, mean, local.offset + k * M + h * w.R);
         }
-        bool transposes = w.transposes[segment - 1];
-        auto project = transposes ? project_transposed : project_rows;
-        project(w, segment, item.b, head, local.turned, count, local.latent + (int64_t)h * w.R * columns, (int64_t)M * columns,
-                local.offset + h * w.R, M, transposes ? local.transposed : local.tile);
     }
+    const Turning over = turning_of(turns, item.b, first, count, D);
+    auto project = w.transposes[segment - 1] ? project_transposed : project_turned_rows;
+    project(w, item, segment, count, over, local);
 }
 
 }  // namespace

@@ -62,34 +62,64 @@ constexpr bool TRANSPOSES = false;
 inline void transpose_square(const float *const *, const float *, float *, int64_t) {}
 #endif
 
-// out[m][n] (+)= sum over k of a[m][k] b[n][k] for MB rows of a and four of b.
+constexpr int AHEAD = 8;  // rows of a decoder that are fetched before they are needed
+
+// Asks for n floats to be in the nearest cache. Heads lie far apart in a wide basis, so the processor does not foresee the next row.
+inline void prefetch(const float *row, int n) {
+    for (int i = 0; i < n; i += 16) __builtin_prefetch(row + i);
+}
+
+// Ranges of the numbers that a product sums over.
+struct Ranges {
+    int count;
+    struct {
+        int begin, end;
+    } part[3];
+};
+
+// One more range: none where it is empty, the last one made longer where it follows that.
+inline void add_range(Ranges &ranges, int begin, int end) {
+    if (begin >= end) return;
+    if (ranges.count && ranges.part[ranges.count - 1].end == begin) ranges.part[ranges.count - 1].end = end;
+    else ranges.part[ranges.count++] = {begin, end};
+}
+
+// sums[m][n] += products of a[m] and b[n] over ranges of both, for MB rows of a and four of b.
 template <int MB>
-inline void dot_tile(const float *a, int64_t lda, const float *const b[4], int k, float *out, int64_t ldo, bool adds) {
+inline void add_products(const float *a, int64_t lda, const float *const b[4], const Ranges &over, Vec sums[MB][4]) {
+    for (int part = 0; part < over.count; ++part) {
+        int i = over.part[part].begin, k = over.part[part].end;
+        for (; i + LANES <= k; i += LANES) {
+            Vec x[4] = {load(b[0] + i), load(b[1] + i), load(b[2] + i), load(b[3] + i)};
+#pragma GCC unroll 4
+            for (int m = 0; m < MB; ++m) {
+                Vec y = load(a + m * lda + i);
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n) sums[m][n] = fma(y, x[n], sums[m][n]);
+            }
+        }
+        if (i < k) {
+            Vec x[4] = {load_some(b[0] + i, k - i), load_some(b[1] + i, k - i), load_some(b[2] + i, k - i),
+                        load_some(b[3] + i, k - i)};
+#pragma GCC unroll 4
+            for (int m = 0; m < MB; ++m) {
+                Vec y = load_some(a + m * lda + i, k - i);
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n) sums[m][n] = fma(y, x[n], sums[m][n]);
+            }
+        }
+    }
+}
+
+// out[m][n] (+)= a[m] . b[n] over ranges of both, for MB rows of a and four of b.
+template <int MB>
+inline void dot_tile(const float *a, int64_t lda, const float *const b[4], const Ranges &over, float *out, int64_t ldo, bool adds) {
     Vec acc[MB][4];
 #pragma GCC unroll 4
     for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) acc[m][n] = zero();
-    int i = 0;
-    for (; i + LANES <= k; i += LANES) {
-        Vec x[4] = {load(b[0] + i), load(b[1] + i), load(b[2] + i), load(b[3] + i)};
-#pragma GCC unroll 4
-        for (int m = 0; m < MB; ++m) {
-            Vec y = load(a + m * lda + i);
-#pragma GCC unroll 4
-            for (int n = 0; n < 4; ++n) acc[m][n] = fma(y, x[n], acc[m][n]);
-        }
-    }
-    if (i < k) {
-        Vec x[4] = {load_some(b[0] + i, k - i), load_some(b[1] + i, k - i), load_some(b[2] + i, k - i),
-                    load_some(b[3] + i, k - i)};
-#pragma GCC unroll 4
-        for (int m = 0; m < MB; ++m) {
-            Vec y = load_some(a + m * lda + i, k - i);
-#pragma GCC unroll 4
-            for (int n = 0; n < 4; ++n) acc[m][n] = fma(y, x[n], acc[m][n]);
-        }
-    }
+    add_products<MB>(a, lda, b, over, acc);
 #pragma GCC unroll 4
     for (int m = 0; m < MB; ++m) {
         float sums[4];
@@ -98,21 +128,73 @@ inline void dot_tile(const float *a, int64_t lda, const float *const b[4], int k
     }
 }
 
+// out[m][n] = what `start` holds of it, lane by lane, and a[m] . b[n] over ranges of both.
+template <int MB>
+inline void dot_tile_from(const float *start, int64_t lds, const float *a, int64_t lda, const float *const b[4], const Ranges &over, float *out,
+                          int64_t ldo) {
+    Vec acc[MB][4];
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) acc[m][n] = load(start + m * lds + n * LANES);
+    add_products<MB>(a, lda, b, over, acc);
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; ++m) store_sums(out + m * ldo, acc[m]);
+}
+
+// Rows j to j + 3 of b; the last of its n rows in the place of those that are not there.
+inline void four_rows(const float *b, int64_t ldb, int n, int j, const float *at[4]) {
+    for (int i = 0; i < 4; ++i) at[i] = b + (j + i < n ? j + i : n - 1) * ldb;
+}
+
 // out[m][n] (+)= a[m] . b[n]; writes whole fours of n, reads no row past the last.
 __attribute__((noinline)) void dots(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo,
                  bool adds) {
+    const Ranges over = {1, {{0, k}}};
     for (int j = 0; j < n; j += 4) {
         const float *at[4];
-        for (int i = 0; i < 4; ++i) at[i] = b + (j + i < n ? j + i : n - 1) * ldb;
+        four_rows(b, ldb, n, j, at);
         for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
             int now = (rows - m + left - 1) / left;  // rows are shared out evenly: 3 + 3 + 3 rather than 4 + 4 + 1
             switch (now) {
-                case 4: dot_tile<4>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
-                case 3: dot_tile<3>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
-                case 2: dot_tile<2>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
-                case 1: dot_tile<1>(a + m * lda, lda, at, k, out + m * ldo + j, ldo, adds); break;
+                case 4: dot_tile<4>(a + m * lda, lda, at, over, out + m * ldo + j, ldo, adds); break;
+                case 3: dot_tile<3>(a + m * lda, lda, at, over, out + m * ldo + j, ldo, adds); break;
+                case 2: dot_tile<2>(a + m * lda, lda, at, over, out + m * ldo + j, ldo, adds); break;
+                case 1: dot_tile<1>(a + m * lda, lda, at, over, out + m * ldo + j, ldo, adds); break;
             }
             m += now;
+        }
+    }
+}
+
+// out[t][m][n] = a[t][m] . b[n], where over `still` all a[t] are as a[0]; a [turns][rows][lda], start [rows][4][LANES].
+// Writes whole fours of n, reads no row past the last.
+__attribute__((noinline)) void turned_dots(const float *a, int64_t lda, int turns, int rows, const float *b, int64_t ldb, int n,
+                                           const Ranges &still, const Ranges &moving, float *start, float *out, int64_t turn_step, int64_t row_step) {
+    // a single row of each turn: the turns share a tile
+    const int tiles = rows == 1 ? 1 : turns, tall = rows == 1 ? turns : rows;
+    const int64_t ldo = rows == 1 ? turn_step : row_step, lds = rows == 1 ? 0 : 4 * LANES;
+    for (int j = 0; j < n; j += 4) {
+        const float *at[4];
+        four_rows(b, ldb, n, j, at);
+        for (int m = 0; m < rows; ++m) {
+            Vec acc[1][4] = {{zero(), zero(), zero(), zero()}};
+            add_products<1>(a + m * lda, lda, at, still, acc);
+            for (int i = 0; i < 4; ++i) store(start + (m * 4 + i) * LANES, acc[0][i]);
+        }
+        for (int t = 0; t < tiles; ++t) {
+            const float *from = a + (int64_t)t * rows * lda;
+            float *to = out + t * turn_step + j;
+            for (int m = 0, left = (tall + ROWS - 1) / ROWS; m < tall; --left) {
+                int now = (tall - m + left - 1) / left;
+                switch (now) {
+                    case 4: dot_tile_from<4>(start + m * lds, lds, from + m * lda, lda, at, moving, to + m * ldo, ldo); break;
+                    case 3: dot_tile_from<3>(start + m * lds, lds, from + m * lda, lda, at, moving, to + m * ldo, ldo); break;
+                    case 2: dot_tile_from<2>(start + m * lds, lds, from + m * lda, lda, at, moving, to + m * ldo, ldo); break;
+                    case 1: dot_tile_from<1>(start + m * lds, lds, from + m * lda, lda, at, moving, to + m * ldo, ldo); break;
+                }
+                m += now;
+            }
         }
     }
 }

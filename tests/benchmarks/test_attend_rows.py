@@ -28,7 +28,7 @@ def test_the_operation_takes_the_states_that_are_timed(ratio, groups, key_block,
     assert (plan.coarse is not None) == (ratio == 8.0 and tokens >= 1_024)
     plan = attend.with_relative_keys(plan, SHAPE, key_block)
     packed = attend.packed_state(plan, SHAPE, groups, tokens, 2, torch.float32, "cpu")
-    turns = {} if plan.turn is None else attend.random_turns(packed, plan.turn, 2, "cpu")
+    turns = {} if plan.turn is None else attend.turns_of(packed, plan.turn)
     query = torch.randn(2, SHAPE.query_heads, 1, SHAPE.head_dim)
     new = torch.randn(2, 2, SHAPE.heads, 1, SHAPE.head_dim)
     out = reference(query, *new, None, None, *packed.state, None, **turns)

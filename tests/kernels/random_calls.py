@@ -41,6 +41,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     seed: int = 0
     block: int = 0
+    # blocks that share a turn, by pair and over again
+    sharing: tuple[int, ...] = (1,)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -148,13 +150,20 @@ def build(case: Case) -> Call:
     turns: dict = {}
     if case.block and None not in case.streams[::2]:
         pairs = max(case.head_dim // 3, 1)
-        angles = [normal(batch, slots // case.block + 1, pairs) for slots in case.slots]
+        sharing = torch.tensor(case.sharing)[torch.arange(pairs) % len(case.sharing)]
+        angles = [shared_angles(normal(batch, slots // case.block + 1, pairs), sharing) for slots in case.slots]
         turns = {"turns": [torch.stack([a.cos(), a.sin()], 2) for a in angles], "block": case.block}
     if not case.tiers:
         return Call(arguments, [], turns)
     read = torch.randint(0, case.vision + 1, (batch, 2), generator=g).sort(1).values.to(torch.int32)
     importance = [torch.rand(batch, p.shape[1], generator=g) for p in positions[1:]]
     return Call(arguments, [*importance, read, case.partial, [0.25, 0.75, 1.0, 1.0]], turns)
+
+
+def shared_angles(angles: torch.Tensor, sharing: torch.Tensor) -> torch.Tensor:
+    """Angles `[B, blocks, P]` where each pair has that of the first of `sharing` `[P]` blocks."""
+    blocks = torch.arange(angles.shape[1])[:, None]
+    return angles.gather(1, (blocks // sharing * sharing).expand_as(angles))
 
 
 def without_garbage(call: Call) -> Call:
@@ -218,4 +227,5 @@ def cases(draw, lengths: st.SearchStrategy[int] = LENGTHS) -> Case:
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
         seed=draw(st.integers(0, 10**6)),
         block=draw(st.sampled_from((0, 0, 1, 16, 32, 50, 64, 256))),
+        sharing=draw(st.sampled_from(((1,), (99, 1), (99, 99, 1, 2, 4, 99), (99,)))),
     )

@@ -98,6 +98,29 @@ def test_wide_streams_run_in_several_tiles(width, instructions, monkeypatch):
     assert_close_to_float64(case, build(case))
 
 
+SHARING = {
+    "no pairs": (1,),
+    "all pairs": (99,),
+    "fast and slow pairs": (99,) * 3 + (1,) * 5 + (2, 4, 8) + (99,) * 40,
+    "slow pairs": (1, 1, 2, 4, 8, 16) + (99,) * 40,
+    "fast pairs": (99,) * 10 + (1,) * 40,
+}
+
+
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+@pytest.mark.parametrize("scope", ("model", "sequence"))
+@pytest.mark.parametrize(("share", "head_dim"), ((1, 72), (2, 128), (7, 64)), ids=str)
+@pytest.mark.parametrize("sharing", SHARING.values(), ids=SHARING)
+def test_blocks_that_share_the_turns_of_some_pairs(sharing, share, head_dim, scope, instructions, monkeypatch):
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+    bands = ((0, 0, 16, 35), (0, 0, 16, 0), (0, 0, 18, 64), (0, 0, 16, 0))
+    case = Case(
+        batch=2, heads=4, groups=2, share=share, head_dim=head_dim, value_dim=16, vision=300, text=700, bands=bands,
+        scope=scope, block=32, sharing=sharing,
+    )  # fmt: skip
+    assert_close_to_float64(case, build(case))
+
+
 @pytest.mark.parametrize("threads", (1, 2, 3))
 def test_the_number_of_threads_changes_no_more_than_rounding(threads):
     before = torch.get_num_threads()

@@ -147,16 +147,20 @@ def test_a_cache_turns_keys_by_the_coordinates_of_the_model_and_gives_them_back(
     assert_held(cache, dense, inputs["attention_mask"])
     index, expected = cache.index, rope_index(model, inputs)
     assert [turns.shape[1] for turns in index.turns] == [-(-p.shape[1] // BLOCK) + 1 for p in index.positions[1:]]
-    frequencies = model.model.language_model.rotary_emb.inv_freq
+    frequencies, spans = model.model.language_model.rotary_emb.inv_freq, index.plan.turn.spans.tolist()
     held = inputs["input_ids"].shape[1]
     for positions, turns in zip(index.positions[1:], index.turns, strict=True):
         for row in range(len(rows)):
+            # an empty block starts where the one before it does
+            starts = positions[row, ::BLOCK].cummax(0).values.clamp_min(0).tolist()
             for block, anchor in enumerate(positions[row, ::BLOCK].tolist()):
-                if anchor >= 0:
-                    # text to come counts up from the prompt's last token
-                    last = expected[:, row, min(anchor, held - 1)] + max(anchor - held + 1, 0)
-                    angles = last[torch.tensor(COORDINATES[name])] * frequencies
-                    torch.testing.assert_close(turns[row, block], torch.stack([angles.cos(), angles.sin()]))
+                for pair, (span, coordinate) in enumerate(zip(spans, COORDINATES[name], strict=True)):
+                    if anchor >= 0:
+                        first = starts[block * BLOCK // span * span // BLOCK] if span else 0
+                        # text to come counts up from the prompt's last token
+                        last = expected[coordinate, row, min(first, held - 1)] + max(first - held + 1, 0)
+                        angle = last * frequencies[pair] if span else torch.zeros(())
+                        torch.testing.assert_close(turns[row, block, :, pair], torch.stack([angle.cos(), angle.sin()]))
     assert cache.notes == []
 
 
