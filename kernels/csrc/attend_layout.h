@@ -16,7 +16,7 @@ constexpr int MIN_PART = 256;        // tokens that are worth a part of their ow
 constexpr int TURNED = 8;            // blocks of relative keys that queries are turned to at once, at most
 constexpr int TURNED_LATENTS = 1 << 17;  // and floats of their latents: 512 KiB
 
-// A sum over the lanes for each row and component costs more than transposing the decoder, from so many rows on for each of a head's D.
+// A sum over the lanes for each row and component costs more than transposing the decoder, where so many times the rows are a head's D.
 constexpr int TRANSPOSED_ROWS = 6;
 
 // Part of one head group's tokens in one segment (or in all dense ones, where `segment` is FIRST).
@@ -149,7 +149,7 @@ inline Work work_of(const Attend &a, const State &state) {
         int most_parts = (w.used[FIRST_PACKED + i] + MIN_PART - 1) / MIN_PART;
         // every part of relative keys reads the decoder anew
         bool turned = is_packed(s.key) && a.turns[i].data, even = a.batch * groups % a.threads == 0;
-        if (turned && even && w.used[FIRST_PACKED + i] <= TURNED * a.turns[i].block) most_parts = 1;
+        if (most_parts > 1 && turned && even && w.used[FIRST_PACKED + i] <= TURNED * a.turns[i].block) most_parts = 1;
         w.parts[1 + i] = wanted < most_parts ? wanted : most_parts;
         if (w.used[FIRST_PACKED + i] && is_packed(s.key) && a.turns[i].data) {
             int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count, slots = w.parts[1 + i] * a.turns[i].block;
