@@ -41,8 +41,8 @@ class KeyTurn:
 
     frequencies: radians a position, float32 `[P]`; component i of a head turns with component i + P or, interleaved, component 2 i
     with 2 i + 1. block: slots that share all anchors. coordinates: int64 `[P]`, by which of a token's coordinates each pair turns; None
-    where there is only one. spans: int64 `[P]`, slots that share a pair's anchor, `block` times a power of two, or 0 for a pair that is
-    not turned back; None where each is `block`.
+    where there is only one. spans: int64 `[P]`, over how far a coordinate blocks share a pair's anchor, `block` times a power of two: at
+    `block` none do; 0 for a pair that is not turned back. None where all have `block`.
     """
 
     frequencies: Tensor
@@ -68,12 +68,11 @@ class KeyTurn:
         """Turns `[B, blocks, 2, P]` of all blocks of a segment; starts: coordinates `[B, blocks, C]` of their first tokens."""
         if self.spans is None:
             return self.at(starts)
-        shared = (self.spans // self.block).clamp_min(1)
-        anchors = torch.arange(starts.shape[1], device=starts.device)[:, None] // shared * shared
-        each = (
-            self.by_pair(starts).expand(*starts.shape[:2], len(shared)).gather(1, anchors.expand(len(starts), -1, -1))
-        )
-        return cosine_and_sine(each.double() * self.frequencies.double() * (self.spans > 0))
+        each = self.by_pair(starts).double()
+        # counted from the segment's first token, so that neighbouring blocks of text share an anchor as often as they can
+        passed = ((each - each[:, :1]) / self.spans.clamp_min(1)).floor() * self.spans
+        anchors = torch.where(self.spans > self.block, each[:, :1] + passed, each)
+        return cosine_and_sine(anchors * self.frequencies.double() * (self.spans > 0))
 
     def to(self, device: torch.device) -> "KeyTurn":
         """This turn with its tensors on a device."""
@@ -94,11 +93,14 @@ def deinterleaved_keys(states: Tensor, turn: KeyTurn | None) -> Tensor:
     return deinterleaved(states, turn.interleaved_pairs) if turn is not None and turn.interleaved else states
 
 
-def spans_of(frequencies: Tensor, block: int) -> Tensor:
-    """Slots `[P]`, int64, that may share the anchor of each pair without its keys being coded worse, or 0 (docs/relative_keys.md)."""
+def spans_of(frequencies: Tensor, block: int, coordinates: int = 1) -> Tensor:
+    """How far `[P]`, int64, blocks may share the anchor of each pair without its keys being coded worse, or 0 (docs/relative_keys.md).
+
+    coordinates: how many a token has; of several, one may stand still in a block, and so does what turns by it, however fast.
+    """
     angles = frequencies.abs().double() * block
     shared = (SLOW_TURN / angles).log2().floor().exp2().clamp(1, MOST_BLOCKS)
-    return torch.where(angles > FAST_TURN, 0, block * shared).long()
+    return torch.where((angles > FAST_TURN) & (coordinates == 1), 0, block * shared).long()
 
 
 def turns_at(anchors: Tensor, frequencies: Tensor) -> Tensor:
@@ -157,11 +159,11 @@ def find_turn(
         if turning_error(keys, torch.zeros(1)) < TURN_TOLERANCE:
             return None, "stored as they are: they do not turn with their position"
         return None, f"stored as they are: they do not turn by {name} alone (relative difference {min(errors):.2g})"
-    turn = replace(turn, spans=spans_of(turn.frequencies, block))
     pairs = " in interleaved pairs" if turn.interleaved else ""
     said = f"turned back to the start of their {block} slots, by {name}{pairs}"
     rotary = owner_of(model, name)
     count = given[rotary].shape[0] if rotary in given and given[rotary].dim() == 3 else 1
+    turn = replace(turn, spans=spans_of(turn.frequencies, block, count))
     if count == 1:
         return turn, said
     if count > MAX_COORDINATES:

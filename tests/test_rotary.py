@@ -97,6 +97,25 @@ def test_a_span_is_as_long_as_its_pair_turns_slowly(frequency, block):
     assert frequency * 2 * span > 1 or span == block * 2**24
 
 
+def test_of_several_coordinates_one_may_stand_still_so_no_pair_is_left_as_it_comes():
+    assert spans_of(torch.tensor([1.0, 0.001]), 64, coordinates=3).tolist() == [64, 512]
+
+
+def test_text_behind_pictures_is_turned_back_to_where_it_stands():
+    # 60 tokens of text, a picture of 10,000, and text again: its slots follow one another
+    positions = torch.cat([torch.arange(60), torch.arange(10_060, 10_200)])[None].int()
+    turn = KeyTurn(frequencies := torch.logspace(0, -4, 30), 64, spans=spans_of(frequencies, 64))
+    turns = turns_of_slots(
+        turns_of_blocks(positions, TokenCoordinates.starting_at(torch.zeros(1, 1)), turn), 64, torch.arange(200)
+    )
+    angles = torch.atan2(turns[0, :, 1], turns[0, :, 0]).double()
+    left = positions[0, :, None].double() * frequencies.double() - angles
+    left = torch.atan2(left.sin(), left.cos()).abs()
+    slow = (turn.spans > 64) & (frequencies * 10_000 < 3)
+    assert slow.any() and float(left[64:, slow].max()) < 1.1
+    assert float(left[64:, turn.spans == 64].max()) <= 63 * float(frequencies[turn.spans == 64].max()) + 1e-4
+
+
 def test_half_of_a_models_pairs_have_other_spans_than_their_block():
     frequencies = 10_000 ** (-torch.arange(8) / 8)
     assert spans_of(frequencies, 64).tolist() == [0, 0, 64, 64, 64, 256, 512, 2_048]
@@ -121,7 +140,10 @@ def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs
     for slot in range(slots):
         for pair in range(pairs):
             span = block if spans is None else int(spans[pair])
-            anchor = positions[:, slot // span * span] if span else torch.zeros(batch)
+            anchor = positions[:, slot // block * block]
+            if span > block:
+                anchor = positions[:, 0] + (anchor - positions[:, 0]) // span * span
+            anchor = anchor if span else torch.zeros(batch)
             expected = turns_at(anchor, turn.frequencies[pair : pair + 1])[..., 0]
             torch.testing.assert_close(turns[:, slot, :, pair], expected)
 

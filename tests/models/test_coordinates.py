@@ -151,16 +151,15 @@ def test_a_cache_turns_keys_by_the_coordinates_of_the_model_and_gives_them_back(
     held = inputs["input_ids"].shape[1]
     for positions, turns in zip(index.positions[1:], index.turns, strict=True):
         for row in range(len(rows)):
-            # an empty block starts where the one before it does
-            starts = positions[row, ::BLOCK].cummax(0).values.clamp_min(0).tolist()
-            for block, anchor in enumerate(positions[row, ::BLOCK].tolist()):
-                for pair, (span, coordinate) in enumerate(zip(spans, COORDINATES[name], strict=True)):
-                    if anchor >= 0:
-                        first = starts[block * BLOCK // span * span // BLOCK] if span else 0
-                        # text to come counts up from the prompt's last token
-                        last = expected[coordinate, row, min(first, held - 1)] + max(first - held + 1, 0)
-                        angle = last * frequencies[pair] if span else torch.zeros(())
-                        torch.testing.assert_close(turns[row, block, :, pair], torch.stack([angle.cos(), angle.sin()]))
+            starts = {i: int(at) for i, at in enumerate(positions[row, ::BLOCK]) if at >= 0}
+            # text to come counts up from the prompt's last token
+            places = {i: expected[:, row, min(at, held - 1)] + max(at - held + 1, 0) for i, at in starts.items()}
+            for block, place in places.items():
+                for pair, (span, axis) in enumerate(zip(spans, COORDINATES[name], strict=True)):
+                    first, anchor = int(places[0][axis]), int(place[axis])
+                    anchor = anchor if span == BLOCK else first + (anchor - first) // span * span
+                    angle = anchor * frequencies[pair]
+                    torch.testing.assert_close(turns[row, block, :, pair], torch.stack([angle.cos(), angle.sin()]))
     assert cache.notes == []
 
 
