@@ -24,7 +24,7 @@ from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import FIRST_TOKENS, MODALITIES, StreamStatistics
-from apack_compile.rotary import KeyTurn, deinterleaved_keys, rotary_start, turns_of_blocks
+from apack_compile.rotary import KeyTurn, deinterleaved_keys, rotary_start
 from apack_compile.sensitivity import Observation, observe
 from apack_compile.token_index import compact
 
@@ -258,12 +258,9 @@ def tokens_at(seen: Observation, batch: Mapping[str, Any], keys: Tensor, turn: K
 
 def turns_of_tokens(flags: Tensor, coordinates: Tensor, turn: KeyTurn) -> Tensor:
     """Turns `[B, T, 2, P]` of the tokens that are flagged `[B, T]`, stored in order; anything for the others."""
-    block = (flags.cumsum(1) - 1).clamp_min(0) // turn.block
-    known = TokenCoordinates(coordinates, torch.zeros_like(coordinates[:, :1]))
-    turns = turns_of_blocks(compact(flags), known, turn)
-    return (
-        turns.flatten(2).gather(1, block[..., None].expand(-1, -1, turns[0, 0].numel())).unflatten(2, turns.shape[2:])
-    )
+    slot = (flags.cumsum(1) - 1).clamp_min(0)
+    anchors = compact(flags).gather(1, slot // turn.block * turn.block).clamp_min(0)
+    return turn.at(coordinates.gather(1, anchors[..., None].expand(-1, -1, coordinates.shape[-1])))
 
 
 def finish_all(running: Running) -> dict[StreamKey, StreamStatistics]:

@@ -9,7 +9,7 @@ from apack_compile.codec import Bands, StreamBasis
 from apack_compile.config import MIN_TAIL_SLOTS
 from apack_compile.importance import CoarseRule, feature_count
 from apack_compile.plan import FITTED_SCOPES, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
-from apack_compile.rotary import MAX_COORDINATES, MOST_BLOCKS, KeyTurn
+from apack_compile.rotary import MAX_COORDINATES, KeyTurn
 
 SCOPES = ("as_is", "half", *FITTED_SCOPES, "model")
 
@@ -107,8 +107,6 @@ def turn_claims(turn: KeyTurn, head_dim: int) -> Iterator[Claim]:
     yield Claim(bool(frequencies.isfinite().all()), "turn frequencies", "NaN or Inf somewhere", "finite")
     if turn.coordinates is not None:
         yield from coordinate_claims(turn.coordinates, len(frequencies))
-    if turn.spans is not None:
-        yield from span_claims(turn.spans, len(frequencies), turn.block)
 
 
 def coordinate_claims(coordinates: torch.Tensor, pairs: int) -> Iterator[Claim]:
@@ -121,18 +119,6 @@ def coordinate_claims(coordinates: torch.Tensor, pairs: int) -> Iterator[Claim]:
     low, high = int(coordinates.min()), int(coordinates.max())
     about, allowed = "smallest and largest turn coordinate", f"from 0 to {MAX_COORDINATES - 1}"
     yield Claim(low >= 0 and high < MAX_COORDINATES, about, (low, high), allowed)
-
-
-def span_claims(spans: torch.Tensor, pairs: int, block: int) -> Iterator[Claim]:
-    """What must hold of how many slots share the anchor of each of so many pairs."""
-    yield Claim(isinstance(spans, torch.Tensor), "turn spans", type(spans).__name__, "a tensor or None")
-    yield Claim(spans.dtype == torch.int64, "turn spans dtype", spans.dtype, "torch.int64")
-    yield Claim(spans.shape == (pairs,), "turn spans shape", shape_of(spans), f"({pairs},)")
-    allowed = {0} | {block << i for i in range(MOST_BLOCKS.bit_length())}
-    wrong = [span for span in spans.tolist() if span not in allowed]
-    yield Claim(
-        not wrong, "turn spans", wrong[:1], f"0, or the turn block ({block}) times a power of two up to {MOST_BLOCKS}"
-    )
 
 
 def stream_claims(stream: StreamPlan, where: str) -> Iterator[Claim]:

@@ -19,7 +19,7 @@ from apack_compile.plan import (
     uniform_plan,
     water_fill,
 )
-from apack_compile.rotary import KeyTurn, spans_of
+from apack_compile.rotary import KeyTurn
 from apack_compile.time_model import OF_TYPE, Device, Limits, Load, basis_bytes, packed_limits, predicted_speedup
 
 # Lengths between which `shortest_length` looks.
@@ -45,13 +45,7 @@ def typical_plan(heads: int, head_dim: int, tokens: int, ratio: float, groups: i
     bits = water_fill(weights, torch.tensor(lengths, dtype=torch.float64), 16 * width / ratio - scale_bits)
     stream = StreamPlan("model", bands_of(bits.tolist(), lengths), token_scale=True)
     plan = uniform_plan([0], LayerPlan(stream, stream, stream, stream), tail_slots_for(tokens, ratio))
-    return replace(plan, groups=groups, turn=typical_turn(head_dim, key_block) if key_block else None)
-
-
-def typical_turn(head_dim: int, key_block: int) -> KeyTurn:
-    """Keys that turn by the frequencies of the first models with rotary embeddings (RoFormer, section 3.2.2); later ones turn slower."""
-    frequencies = 10_000 ** -(torch.arange(0, head_dim, 2) / head_dim)
-    return KeyTurn(frequencies, key_block, spans=spans_of(frequencies, key_block))
+    return replace(plan, groups=groups, turn=KeyTurn(torch.zeros(head_dim // 2), key_block) if key_block else None)
 
 
 # Query heads, KV heads and head_dim of packed layers.

@@ -23,11 +23,10 @@ from apack_compile.plan_check import check_plan, uses_bases
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
-FORMAT_VERSION = "5"
+FORMAT_VERSION = "4"
 VERSION_KEY = "apack_plan"
 FREQUENCIES = "turn.frequencies"
 COORDINATES = "turn.coordinates"
-SPANS = "turn.spans"
 COARSE = "coarse."
 SCALARS = ("tail_slots", "first_tokens", "groups", "separates_vision")
 
@@ -106,8 +105,6 @@ def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
         yield FREQUENCIES, plan.turn.frequencies
         if plan.turn.coordinates is not None:
             yield COORDINATES, plan.turn.coordinates
-        if plan.turn.spans is not None:
-            yield SPANS, plan.turn.spans
     for layer, weights in plan.coarse.weights.items() if plan.coarse is not None else ():
         yield f"{COARSE}{layer}", weights
     for layer, bases in plan.bases.items():
@@ -157,8 +154,7 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
     scalars = {name: values[name] for name in SCALARS}
     turn = None
     if values["turn"] is not None:
-        shared = {"coordinates": tensors.get(COORDINATES), "spans": tensors.get(SPANS)}
-        turn = KeyTurn(tensors[FREQUENCIES], **values["turn"], **shared)
+        turn = KeyTurn(tensors[FREQUENCIES], **values["turn"], coordinates=tensors.get(COORDINATES))
     weights = {int(name.removeprefix(COARSE)): t for name, t in tensors.items() if name.startswith(COARSE)}
     coarse = None if values["coarse"] is None else CoarseRule(**values["coarse"], weights=weights)
     plan = Plan(

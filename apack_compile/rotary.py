@@ -27,12 +27,6 @@ TURN_TOLERANCE = 0.05
 MAX_COORDINATES = 8
 # Where a model does not say how long its sequences can be.
 FARTHEST = 4_096
-# A pair that turns by less than this over twice as many slots shares its anchor with them: radians.
-SLOW_TURN = 1.0
-# A pair that turns by more than this within a block is as good as turned by any angle, so it is not turned back: radians.
-FAST_TURN = 8.0
-# Blocks that share an anchor at most: more tokens than any cache has.
-MOST_BLOCKS = 2**24
 
 
 @dataclass(frozen=True)
@@ -40,44 +34,29 @@ class KeyTurn:
     """How keys turn with their position.
 
     frequencies: radians a position, float32 `[P]`; component i of a head turns with component i + P or, interleaved, component 2 i
-    with 2 i + 1. block: slots that share all anchors. coordinates: int64 `[P]`, by which of a token's coordinates each pair turns; None
-    where there is only one. spans: int64 `[P]`, over how far a coordinate blocks share a pair's anchor, `block` times a power of two: at
-    `block` none do; 0 for a pair that is not turned back. None where all have `block`.
+    with 2 i + 1. block: slots that share an anchor. coordinates: int64 `[P]`, by which of a token's coordinates each pair turns; None
+    where there is only one.
     """
 
     frequencies: Tensor
     block: int
     coordinates: Tensor | None = None
     interleaved: bool = False
-    spans: Tensor | None = None
 
     @property
     def coordinate_count(self) -> int:
         """How many coordinates a token has."""
         return 1 if self.coordinates is None else int(self.coordinates.max()) + 1
 
-    def by_pair(self, coordinates: Tensor) -> Tensor:
-        """The coordinate `[..., P]` that each pair turns by, or the only one `[..., 1]`, of coordinates `[..., C]`."""
-        return coordinates if self.coordinates is None else coordinates[..., self.coordinates]
-
     def at(self, coordinates: Tensor) -> Tensor:
         """Cosine and sine `[..., 2, P]` of the angles at coordinates `[..., C]`, float32."""
-        return cosine_and_sine(self.by_pair(coordinates).double() * self.frequencies.double())
-
-    def of_blocks(self, starts: Tensor) -> Tensor:
-        """Turns `[B, blocks, 2, P]` of all blocks of a segment; starts: coordinates `[B, blocks, C]` of their first tokens."""
-        if self.spans is None:
-            return self.at(starts)
-        each = self.by_pair(starts).double()
-        # counted from the segment's first token, so that neighbouring blocks of text share an anchor as often as they can
-        passed = ((each - each[:, :1]) / self.spans.clamp_min(1)).floor() * self.spans
-        anchors = torch.where(self.spans > self.block, each[:, :1] + passed, each)
-        return cosine_and_sine(anchors * self.frequencies.double() * (self.spans > 0))
+        each = coordinates if self.coordinates is None else coordinates[..., self.coordinates]
+        return cosine_and_sine(each.double() * self.frequencies.double())
 
     def to(self, device: torch.device) -> "KeyTurn":
         """This turn with its tensors on a device."""
-        coordinates, spans = (None if t is None else t.to(device) for t in (self.coordinates, self.spans))
-        return replace(self, frequencies=self.frequencies.to(device), coordinates=coordinates, spans=spans)
+        coordinates = None if self.coordinates is None else self.coordinates.to(device)
+        return replace(self, frequencies=self.frequencies.to(device), coordinates=coordinates)
 
     @property
     def interleaved_pairs(self) -> int:
@@ -93,16 +72,6 @@ def deinterleaved_keys(states: Tensor, turn: KeyTurn | None) -> Tensor:
     return deinterleaved(states, turn.interleaved_pairs) if turn is not None and turn.interleaved else states
 
 
-def spans_of(frequencies: Tensor, block: int, coordinates: int = 1) -> Tensor:
-    """How far `[P]`, int64, blocks may share the anchor of each pair without its keys being coded worse, or 0 (docs/relative_keys.md).
-
-    coordinates: how many a token has; of several, one may stand still in a block, and so does what turns by it, however fast.
-    """
-    angles = frequencies.abs().double() * block
-    shared = (SLOW_TURN / angles).log2().floor().exp2().clamp(1, MOST_BLOCKS)
-    return torch.where((angles > FAST_TURN) & (coordinates == 1), 0, block * shared).long()
-
-
 def turns_at(anchors: Tensor, frequencies: Tensor) -> Tensor:
     """Cosine and sine `[..., 2, P]` of the angles at positions `[...]`, float32."""
     return cosine_and_sine(anchors.double()[..., None] * frequencies.double())
@@ -116,11 +85,10 @@ def cosine_and_sine(angles: Tensor) -> Tensor:
 def turns_of_blocks(positions: Tensor, coordinates: TokenCoordinates, turn: KeyTurn) -> Tensor:
     """Turns `[B, blocks, 2, P]` of the blocks of slots that hold `positions` `[B, N]`.
 
-    Where a block's first slot is empty, as in a row that is shorter than others, it starts where the block before it does. One block
-    more than needed: a dimension of 1 would be compiled as a constant.
+    One block more than needed: a dimension of 1 would be compiled as a constant.
     """
     anchors = torch.nn.functional.pad(positions[:, :: turn.block], (0, 2 - min(positions.shape[1], 1)), value=-1)
-    return turn.of_blocks(coordinates.at(anchors.cummax(1).values.clamp_min(0)))
+    return turn.at(coordinates.at(anchors.clamp_min(0)))
 
 
 def rotary_start(padding: Tensor) -> Tensor:
@@ -163,7 +131,6 @@ def find_turn(
     said = f"turned back to the start of their {block} slots, by {name}{pairs}"
     rotary = owner_of(model, name)
     count = given[rotary].shape[0] if rotary in given and given[rotary].dim() == 3 else 1
-    turn = replace(turn, spans=spans_of(turn.frequencies, block, count))
     if count == 1:
         return turn, said
     if count > MAX_COORDINATES:

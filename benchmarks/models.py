@@ -13,7 +13,7 @@ import apack_compile
 from apack_compile.config import AttentionPackConfig
 from apack_compile.plan import LayerPlan, Plan
 from apack_compile.preset_options import AttentionPackOptions
-from apack_compile.rotary import KeyTurn, spans_of
+from apack_compile.rotary import KeyTurn
 from apack_compile.session import signature_of
 
 # Width of the hidden states, of the feed-forward part, and layers of the shapes' models.
@@ -122,8 +122,7 @@ def random_plan(model: nn.Module, name: str, packing: Packing, tokens: int) -> P
     layers = range(model.config.num_hidden_layers)
     turn = None
     if packing.key_block:
-        frequencies = model.model.rotary_emb.inv_freq.float().cpu().clone()
-        turn = KeyTurn(frequencies, packing.key_block, spans=spans_of(frequencies, packing.key_block))
+        turn = KeyTurn(model.model.rotary_emb.inv_freq.float().cpu().clone(), packing.key_block)
     return replace(
         plan,
         layers=dict.fromkeys(layers, streams),

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +24,7 @@ from apack_compile.calibration import collect, turns_of_tokens
 from apack_compile.coordinates import TokenCoordinates
 from apack_compile.demo.evaluate import _decoded
 from apack_compile.kernels.turns import turned, turns_of_slots
-from apack_compile.rotary import BLOCK, KeyTurn, find_turn, rotary_start, spans_of, turns_at, turns_of_blocks
+from apack_compile.rotary import BLOCK, KeyTurn, find_turn, rotary_start, turns_at, turns_of_blocks
 
 SIZES = {
     "vocab_size": 64,
@@ -84,50 +84,11 @@ def test_keys_that_turn_otherwise_are_left_with_a_reason(config, why):
     assert turn is None and re.search(why, reason)
 
 
-@given(st.floats(0, 4, width=32), st.integers(1, 5000))
-@example(0.0, 64)
-@example(0.125, 64)
-def test_a_span_is_as_long_as_its_pair_turns_slowly(frequency, block):
-    span = int(spans_of(torch.tensor([frequency]), block))
-    if frequency * block > 8:
-        assert span == 0
-        return
-    assert span % block == 0 and (span // block).bit_count() == 1
-    assert span == block or frequency * span <= 1
-    assert frequency * 2 * span > 1 or span == block * 2**24
-
-
-def test_of_several_coordinates_one_may_stand_still_so_no_pair_is_left_as_it_comes():
-    assert spans_of(torch.tensor([1.0, 0.001]), 64, coordinates=3).tolist() == [64, 512]
-
-
-def test_text_behind_pictures_is_turned_back_to_where_it_stands():
-    # 60 tokens of text, a picture of 10,000, and text again: its slots follow one another
-    positions = torch.cat([torch.arange(60), torch.arange(10_060, 10_200)])[None].int()
-    turn = KeyTurn(frequencies := torch.logspace(0, -4, 30), 64, spans=spans_of(frequencies, 64))
-    turns = turns_of_slots(
-        turns_of_blocks(positions, TokenCoordinates.starting_at(torch.zeros(1, 1)), turn), 64, torch.arange(200)
-    )
-    angles = torch.atan2(turns[0, :, 1], turns[0, :, 0]).double()
-    left = positions[0, :, None].double() * frequencies.double() - angles
-    left = torch.atan2(left.sin(), left.cos()).abs()
-    slow = (turn.spans > 64) & (frequencies * 10_000 < 3)
-    assert slow.any() and float(left[64:, slow].max()) < 1.1
-    assert float(left[64:, turn.spans == 64].max()) <= 63 * float(frequencies[turn.spans == 64].max()) + 1e-4
-
-
-def test_half_of_a_models_pairs_have_other_spans_than_their_block():
-    frequencies = 10_000 ** (-torch.arange(8) / 8)
-    assert spans_of(frequencies, 64).tolist() == [0, 0, 64, 64, 64, 256, 512, 2_048]
-
-
-@given(st.integers(1, 3), st.integers(0, 9), st.integers(1, 5), st.integers(1, 4), st.data())
-def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs, data):
+@given(st.integers(1, 3), st.integers(0, 9), st.integers(1, 5), st.integers(1, 4))
+def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs):
     generator = torch.Generator().manual_seed(slots)
-    positions = torch.randint(0, 5000, (batch, slots), generator=generator, dtype=torch.int32).sort().values
-    spans = data.draw(st.none() | st.lists(st.sampled_from((0, 1, 2, 4)), min_size=pairs, max_size=pairs))
-    spans = None if spans is None else block * torch.tensor(spans)
-    turn = KeyTurn(torch.rand(pairs, generator=generator), block, spans=spans)
+    positions = torch.randint(0, 5000, (batch, slots), generator=generator, dtype=torch.int32)
+    turn = KeyTurn(torch.rand(pairs, generator=generator), block)
     start = torch.zeros(batch, 1, dtype=torch.int64)
     coordinates = TokenCoordinates.starting_at(start)
     turns = turns_of_slots(turns_of_blocks(positions, coordinates, turn), block, torch.arange(slots))
@@ -137,23 +98,14 @@ def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs
     torch.testing.assert_close(
         (turned(query, turns, back=True) * back).sum(-1), (query * keys).sum(-1), atol=1e-5, rtol=0
     )
-    for slot in range(slots):
-        for pair in range(pairs):
-            span = block if spans is None else int(spans[pair])
-            anchor = positions[:, slot // block * block]
-            if span > block:
-                anchor = positions[:, 0] + (anchor - positions[:, 0]) // span * span
-            anchor = anchor if span else torch.zeros(batch)
-            expected = turns_at(anchor, turn.frequencies[pair : pair + 1])[..., 0]
-            torch.testing.assert_close(turns[:, slot, :, pair], expected)
+    if slots:
+        expected = turns_at(positions[:, :1] - start, turn.frequencies)
+        torch.testing.assert_close(turns[:, : min(block, slots)], expected.expand(-1, min(block, slots), -1, -1))
 
 
-@pytest.mark.parametrize("share", (0.4, 0.0))
-@pytest.mark.parametrize("spans", (None, [0, 16, 32]), ids=str)
-def test_calibration_and_cache_turn_a_token_by_the_same_anchor(spans, share):
-    flags = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < share
-    spans, start = spans and torch.tensor(spans), torch.tensor([[0], [3], [7]])
-    turn = KeyTurn(torch.tensor([1.0, 0.1, 0.01]), 16, spans=spans)
+def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
+    flags = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < 0.4
+    turn, start = KeyTurn(torch.tensor([1.0, 0.01]), 16), torch.tensor([[0], [3], [7]])
     coordinates = TokenCoordinates.starting_at(start)
     by_token = turns_of_tokens(flags, coordinates.at(torch.arange(200).expand(3, -1)), turn)
     for row in range(3):

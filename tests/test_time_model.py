@@ -101,16 +101,6 @@ def test_turned_queries_are_products_before_the_pass_and_latents_written_and_rea
     assert fused.turning == 0
 
 
-def test_pairs_that_share_an_anchor_are_projected_once_for_blocks_that_are_turned_together():
-    bands, load = (Bands((0, 0, 16, 0)), Bands((0, 0, 16, 0))), Load(12, 4, 8, tokens=128, batch=2)
-    plan, device = plan_with(*bands, block=32), replace(UNIT, turned_at_once=4, bytes_per_second=1e9)
-    alone = packed_limits(plan, 0, load, device).turning
-    # one pair of four does not turn, one turns too slowly, one every other block, one in every block
-    shared = replace(plan, turn=replace(plan.turn, spans=torch.tensor([0, 128, 64, 32])))
-    assert packed_limits(shared, 0, load, device).turning == pytest.approx(alone * (2 / 4 + 2 / 4 / 4))
-    assert packed_limits(shared, 0, load, replace(device, turned_at_once=1)).turning == alone
-
-
 def test_dense_tokens_of_a_plan_are_read_dense():
     plan = replace(plan_with(Bands((0, 0, 16, 0)), Bands((0, 0, 16, 0))), first_tokens=4, tail_slots=16)
     load = Load(4, 4, 8, tokens=20, batch=2)

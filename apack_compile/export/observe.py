@@ -11,13 +11,13 @@ from apack_compile.calibration import Running, RunningMoments, Statistics, by_la
 from apack_compile.codec import FLOAT16_MAX
 from apack_compile.coordinates import rotary_frequencies
 from apack_compile.kernels.layout import to_groups
-from apack_compile.kernels.turns import turned, turns_of_slots
+from apack_compile.kernels.turns import turned
 from apack_compile.passes.buffer_pairs import BufferPair
 from apack_compile.passes.nodes import value_of
 from apack_compile.passes.packed_state import new_tokens, positions
 from apack_compile.plan import FIRST_TOKENS, STREAMS
 from apack_compile.plan_choice import head_groups_for
-from apack_compile.rotary import BLOCK, KeyTurn, deinterleaved_keys, spans_of
+from apack_compile.rotary import BLOCK, KeyTurn, deinterleaved_keys, turns_at
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -51,8 +51,7 @@ class Observer(nn.Module):
         for turn, running in self.running.items() if len(index) else ():
             still = key
             if turn is not None:
-                starts = torch.arange(0, int(index.max()) + 1, turn.block, device=index.device)
-                turns = turns_of_slots(turn.of_blocks(starts[None, :, None]), turn.block, index)
+                turns = turns_at(index // turn.block * turn.block, turn.frequencies)
                 halves = deinterleaved_keys(key.to(torch.promote_types(key.dtype, torch.float32)), turn)
                 still = turned(halves, turns, back=True)
             for stream, states in enumerate((still, value)):
@@ -120,9 +119,7 @@ def key_turns(gm: fx.GraphModule, caches: Sequence[BufferPair]) -> list[KeyTurn]
     known = (frequencies.float() for frequencies in rotary_frequencies(gm).values())
     fitting = [frequencies for frequencies in known if 2 * len(frequencies) <= width]
     return [
-        KeyTurn(frequencies, BLOCK, interleaved=interleaved, spans=spans_of(frequencies, BLOCK))
-        for frequencies in fitting
-        for interleaved in (False, True)
+        KeyTurn(frequencies, BLOCK, interleaved=interleaved) for frequencies in fitting for interleaved in (False, True)
     ]
 
 

@@ -63,10 +63,7 @@ class Held(nn.Module):
 def slots_key(size: tuple[int, int, int], plan: CachePlan, device: torch.device) -> tuple:
     """What caches must agree on to share positions and turns: batch, slots, first tokens, device, turn."""
     batch, _, tokens = size
-    turn = None
-    if plan.turn is not None:
-        spans = None if plan.turn.spans is None else tuple(plan.turn.spans.tolist())
-        turn = (plan.turn.block, spans, *plan.turn.frequencies.tolist())
+    turn = None if plan.turn is None else (plan.turn.block, *plan.turn.frequencies.tolist())
     return batch, tokens - plan.tail_slots, plan.first_tokens, str(device), turn
 
 

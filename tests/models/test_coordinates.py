@@ -147,19 +147,16 @@ def test_a_cache_turns_keys_by_the_coordinates_of_the_model_and_gives_them_back(
     assert_held(cache, dense, inputs["attention_mask"])
     index, expected = cache.index, rope_index(model, inputs)
     assert [turns.shape[1] for turns in index.turns] == [-(-p.shape[1] // BLOCK) + 1 for p in index.positions[1:]]
-    frequencies, spans = model.model.language_model.rotary_emb.inv_freq, index.plan.turn.spans.tolist()
+    frequencies = model.model.language_model.rotary_emb.inv_freq
     held = inputs["input_ids"].shape[1]
     for positions, turns in zip(index.positions[1:], index.turns, strict=True):
         for row in range(len(rows)):
-            starts = {i: int(at) for i, at in enumerate(positions[row, ::BLOCK]) if at >= 0}
-            # text to come counts up from the prompt's last token
-            places = {i: expected[:, row, min(at, held - 1)] + max(at - held + 1, 0) for i, at in starts.items()}
-            for block, place in places.items():
-                for pair, (span, axis) in enumerate(zip(spans, COORDINATES[name], strict=True)):
-                    first, anchor = int(places[0][axis]), int(place[axis])
-                    anchor = anchor if span == BLOCK else first + (anchor - first) // span * span
-                    angle = anchor * frequencies[pair]
-                    torch.testing.assert_close(turns[row, block, :, pair], torch.stack([angle.cos(), angle.sin()]))
+            for block, anchor in enumerate(positions[row, ::BLOCK].tolist()):
+                if anchor >= 0:
+                    # text to come counts up from the prompt's last token
+                    last = expected[:, row, min(anchor, held - 1)] + max(anchor - held + 1, 0)
+                    angles = last[torch.tensor(COORDINATES[name])] * frequencies
+                    torch.testing.assert_close(turns[row, block], torch.stack([angles.cos(), angles.sin()]))
     assert cache.notes == []
 
 

@@ -17,7 +17,7 @@ from apack_compile.codec import Bands, StreamBasis
 from apack_compile.importance import CoarseRule
 from apack_compile.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan, lossless_plan
 from apack_compile.plan_file import versions
-from apack_compile.rotary import KeyTurn, spans_of
+from apack_compile.rotary import KeyTurn
 
 COUNTS = st.tuples(*[st.integers(0, 2)] * 4).filter(any)
 
@@ -51,9 +51,7 @@ def plans(draw) -> Plan:
     weights = {layer: torch.rand(2 * groups * width + 2 * 2, generator=generator) for layer in layers}
     turn = None
     if scope == "model" and draw(st.booleans()):
-        frequencies = torch.rand(draw(st.integers(1, 4)), generator=generator)
-        spans = spans_of(frequencies, 16) if draw(st.booleans()) else None
-        turn = KeyTurn(frequencies, 16, interleaved=draw(st.booleans()), spans=spans)
+        turn = KeyTurn(torch.rand(draw(st.integers(1, 4)), generator=generator), 16, interleaved=draw(st.booleans()))
     return Plan(
         layers,
         draw(st.integers(32 if scope in FITTED_SCOPES else 0, 64)),
