@@ -41,8 +41,7 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
             int64_t block = token / key_block, last = (end - 1) / key_block;
             if (block >= end_known) {
                 known = block;
-                // blocks that share a slow pair's anchor begin at a multiple of their number
-                end_known = (block / ahead + 1) * ahead < last + 1 ? (block / ahead + 1) * ahead : last + 1;
+                end_known = block + ahead < last + 1 ? block + ahead : last + 1;
                 project_turned(w, item, segment, known, (int)(end_known - known), local);
             }
             latent = local.latent + (block - known) * M * columns;

@@ -21,7 +21,7 @@ struct Turning {
     Ranges still, moving;
 };
 
-// Which pairs turn otherwise in one of the blocks [first, first + count) than in the one before it: slow and fast ones do not.
+// Which pairs turn otherwise in one of the blocks [first, first + count) than in the one before it: a coordinate that stands still turns none.
 inline Turning turning_of(const Turns &turns, int64_t b, int64_t first, int count, int D) {
     int P = (int)turns.pairs, low = P, high = 0;
     for (int k = 1; k < count; ++k) {
