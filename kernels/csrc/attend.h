@@ -135,7 +135,7 @@ __attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t hea
     }
     for (int m = 0; m < R; ++m) {
         int64_t to = ((b * a.query_heads + head * w.share + m / a.rows) * a.rows + m % a.rows) * D;
-        for (int d = 0; d < D; ++d) store_element(a.out, a.query_dtype, to + d, out[m * D + d]);
+        store_row((char *)a.out + to * element_bytes(a.query_dtype), a.query_dtype, out + m * D, D);
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attend_slots.h"
+#include "key_tile.h"
 #include "products.h"
 
 namespace {
@@ -16,6 +17,15 @@ __attribute__((noinline)) void score_block(const Work &w, const Item &item, int 
     if (is_packed(s.key)) {
         const Columns &columns = w.key[kind - 1];
         Packed packed = packed_of(s.key, a.batch, item.b, item.group, s.slots, columns.bytes);
+        if (KEYS_BY_COMPONENT) {
+            memset(local.score, 0, (size_t)M * BLOCK * sizeof(float));
+            for (int c = 0; c < columns.count; c += KEY_TILE_COLUMNS) {
+                int width = columns.count - c < KEY_TILE_COLUMNS ? columns.count - c : KEY_TILE_COLUMNS;
+                unpack_key_tile(packed, columns, c, width, token, tokens, local.tile, local.row);
+                weigh(latent + c, columns.count, M, local.tile, BLOCK, round_up(tokens, LANES), width, local.score, BLOCK);
+            }
+            return;
+        }
         int wide = columns.count < KEY_COLUMNS ? columns.count : KEY_COLUMNS;
         int step = wide ? (TILE / wide & ~3) : BLOCK;
         if (step > BLOCK) step = BLOCK;
@@ -48,12 +58,20 @@ __attribute__((noinline)) void score_block(const Work &w, const Item &item, int 
     }
 }
 
+// Keeps a row's scores for the importance of its tokens, where it is one of the newest token.
+inline void keep_newest(const Work &w, const Item &item, int segment, int m, const float *score, int token, int tokens) {
+    const Attend &a = *w.a;
+    int kind = kind_of(segment), i = m % w.R;
+    if (i % a.new_tokens != a.new_tokens - 1) return;
+    int64_t head = (int64_t)item.b * a.heads + item.group * heads_per_group(w, kind) + m / w.R;
+    float *newest = w.newest[kind - 1] + (head * w.per_head_newest + i / a.new_tokens) * w.used[segment];
+    memcpy(newest + token, score, tokens * sizeof *score);
+}
+
 // Scores of one row become weights relative to its maximum so far; what the sums held before is scaled to it.
 __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens,
                          const float *offsets, int width) {
     const Attend &a = *w.a;
-    int kind = kind_of(segment), per_group = heads_per_group(w, kind), i = m % w.R, row = i % (int)a.rows;
-    int64_t head = (int64_t)item.b * a.heads + item.group * per_group + m / w.R;
     bool causal = segment == NEW && !a.mask && a.rows == a.new_tokens;
     bool own_mask = a.mask && !mask_is_shared(a);
     Vec offset = broadcast(offsets ? offsets[m] : 0.0f);
@@ -62,12 +80,13 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
     for (int t = 0; t < BLOCK; t += LANES) {
         Vec x = fma(load(score + t), load(slots.key_scale + t), add(offset, load(slots.added + t)));
         if (own_mask || causal) {
+            const int head = item.group * heads_per_group(w, kind_of(segment)) + m / w.R, i = m % w.R, row = i % (int)a.rows;
             store(score + t, x);
             for (int j = t; j < t + LANES && j < tokens; ++j) {
                 bool out = causal && j > row;
                 float more = 0;
                 if (own_mask && slots.holds[j] > 0)
-                    more = mask_at(a, item.b, (item.group * per_group + m / w.R) * w.share + i / a.rows, row, slots.position[j], out);
+                    more = mask_at(a, item.b, head * w.share + i / a.rows, row, slots.position[j], out);
                 score[j] = out ? -INFINITY : score[j] + more;
             }
             x = load(score + t);
@@ -77,10 +96,7 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
         top = maximum(top, x);
         nan |= any_nan(x);
     }
-    if (known_importance(w, segment) && i % a.new_tokens == a.new_tokens - 1) {
-        float *newest = w.newest[kind - 1] + (head * w.per_head_newest + i / a.new_tokens) * w.used[segment];
-        memcpy(newest + token, score, tokens * sizeof *score);
-    }
+    if (known_importance(w, segment)) keep_newest(w, item, segment, m, score, token, tokens);
     float best = largest(top);
     if (nan) item.total[m] = NAN;
     if (nan || best == INFINITY) best = best > item.top[m] ? best : item.top[m] > -INFINITY ? item.top[m] : 0;

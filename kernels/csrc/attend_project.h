@@ -12,7 +12,9 @@ inline void load_queries(const Work &w, int64_t b, int64_t head) {
     float *out = w.query + (b * a.heads + head) * w.R * a.head_dim;
     for (int i = 0; i < w.R; ++i) {
         int64_t at = b * a.query_strides[0] + (head * w.share + i / a.rows) * a.query_strides[1] + i % a.rows * a.query_strides[2];
-        for (int64_t d = 0; d < a.head_dim; ++d) out[i * a.head_dim + d] = load_element(a.query, a.query_dtype, at + d) * (float)a.scale;
+        float *row = out + i * a.head_dim;
+        convert_row(row, (const char *)a.query + at * element_bytes(a.query_dtype), a.query_dtype, (int)a.head_dim);
+        for (int64_t d = 0; d < a.head_dim; ++d) row[d] *= (float)a.scale;
     }
 }
 

@@ -64,8 +64,9 @@ __attribute__((noinline)) bool read_slots(const Work &w, const Item &item, int s
     memcpy(slots.added, w.added[segment] + at, tokens * sizeof(float));
     memset(slots.added + tokens, 0, (BLOCK - tokens) * sizeof(float));
     slots.position = w.position[segment] + at;
-    float held = 0;
-    for (int t = 0; t < BLOCK; ++t) held += slots.holds[t];
+    Vec ones = zero();
+    for (int t = 0; t < BLOCK; t += LANES) ones = add(ones, load(slots.holds + t));
+    float held = sum(ones);
     slots.all = held == BLOCK;
     if (held == 0) return false;
     const Source *sources[2] = {&s.key, &s.value};

@@ -39,22 +39,25 @@ inline int components_of(const Source &s) { return (int)(s.bands[0] + s.bands[1]
 
 inline bool is_packed(const Source &s) { return s.dtype == UINT8; }
 
-// Columns [column, column + columns) of a band's levels, less their middle, as floats; may read LANES bytes past its last code.
+// LANES levels of a band, less their middle, as floats; may read LANES bytes past its last code.
 template <int BITS>
-inline void unpack_band(float *out, const uint8_t *codes, int column, int columns, int count) {
-    codes += column * BITS / 8;
-    int whole = BITS < 16 || column + columns <= count ? columns : columns - LANES, c = 0;
-#pragma GCC unroll 2
-    for (; c < whole; c += LANES) {
-        const uint8_t *p = codes + c * BITS / 8;
-        store(out + c, BITS == 16 ? from_half(p) : BITS == 8 ? from_byte(p) : BITS == 4 ? from_nibbles(p) : from_crumbs(p));
-    }
-    for (; c < columns; ++c) {
+inline Vec levels_at(const uint8_t *p) {
+    return BITS == 16 ? from_half(p) : BITS == 8 ? from_byte(p) : BITS == 4 ? from_nibbles(p) : from_crumbs(p);
+}
+
+// `columns` columns of a band, whole vectors, of which the leading `stored` hold a code; the others are zero.
+template <int BITS>
+inline void unpack_band(float *out, const uint8_t *codes, int columns, int stored) {
+    int whole = BITS < 16 || columns <= stored ? columns : columns - LANES, c = 0;
+#pragma GCC unroll 4
+    for (; c < whole; c += LANES, codes += LANES * BITS / 8) store(out + c, levels_at<BITS>(codes));
+    if (columns <= stored) return;
+    for (; c < columns; ++c, codes += 2) {
         uint16_t h = 0;
-        if (column + c < count) memcpy(&h, codes + 2 * c, 2);
+        if (c < stored) memcpy(&h, codes, 2);
         out[c] = half_to_float(h);
     }
-    for (c = count - column; c < columns; ++c) out[c] = 0;
+    for (c = stored; c < columns; ++c) out[c] = 0;
 }
 
 // A packed stream of one head group: its first code, the last address where a row may be read with a vector to spare.
@@ -73,14 +76,16 @@ template <int BITS>
 inline void unpack_rows(const Packed &s, const Band &band, int from, int columns, int token, int tokens, const float *holds, float *tile,
                         int64_t stride, uint8_t *row_copy) {
     const uint8_t *row = s.base + token * s.stride;
+    const int64_t byte = band.byte + from * BITS / 8;
+    const int stored = band.count - from;
     for (int t = 0; t < tokens; ++t, tile += stride, row += s.stride) {
         if (holds && holds[t] <= 0) {
             memset(tile, 0, columns * sizeof *tile);
         } else if (row > s.last) {
             memcpy(row_copy, row, s.bytes);
-            unpack_band<BITS>(tile, row_copy + band.byte, from, columns, band.count);
+            unpack_band<BITS>(tile, row_copy + byte, columns, stored);
         } else {
-            unpack_band<BITS>(tile, row + band.byte, from, columns, band.count);
+            unpack_band<BITS>(tile, row + byte, columns, stored);
         }
     }
 }

@@ -90,7 +90,7 @@ inline void add_products(const float *a, int64_t lda, const float *const b[4], c
     for (int part = 0; part < over.count; ++part) {
         int i = over.part[part].begin, k = over.part[part].end;
         for (; i + LANES <= k; i += LANES) {
-            Vec x[4] = {load(b[0] + i), load(b[1] + i), load(b[2] + i), load(b[3] + i)};
+            Vec x[4] = {load_once(b[0] + i), load_once(b[1] + i), load_once(b[2] + i), load_once(b[3] + i)};
 #pragma GCC unroll 4
             for (int m = 0; m < MB; ++m) {
                 Vec y = load(a + m * lda + i);
@@ -215,7 +215,7 @@ inline void weigh_tile(const float *a, int64_t lda, const float *b, int64_t ldb,
 #pragma GCC unroll 4
         for (int n = 0; n < NB; ++n) {
             const float *p = b + i * ldb + n * LANES;
-            x[n] = n < NB - 1 || last == LANES ? load(p) : load_some(p, last);
+            x[n] = n < NB - 1 || last == LANES ? load_once(p) : load_some(p, last);
         }
 #pragma GCC unroll 4
         for (int m = 0; m < MB; ++m) {

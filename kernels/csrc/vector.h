@@ -66,6 +66,11 @@ inline Vec load(const float *p) { return _mm512_loadu_ps(p); }
 inline Vec load_some(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 inline void store(float *p, Vec x) { _mm512_storeu_ps(p, x); }
 inline void store_some(float *p, Vec x, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x); }
+inline Vec load_once(const float *p) {
+    Vec x = load(p);
+    __asm__("" : "+v"(x));
+    return x;
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
@@ -92,18 +97,24 @@ inline int read32(const uint8_t *p) {
     return x;
 }
 // A permutation of a table reads only the low four bits of each index, so what lies above a code needs no mask.
-inline Vec from_nibbles(const uint8_t *p) {
+inline Vec level_of_nibble(__m512i index) {
     const Vec levels = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f,
                                       4.5f, 5.5f, 6.5f, 7.5f);
-    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    __m512i x = _mm512_mask_set1_epi32(_mm512_set1_epi32(read32(p)), (__mmask16)0xff00, read32(p + 4));
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(x, shift), levels);
+    return _mm512_permutexvar_ps(index, levels);
 }
-inline Vec from_crumbs(const uint8_t *p) {
+inline Vec level_of_crumb(__m512i index) {
     const Vec levels = _mm512_setr_ps(-1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f,
                                       -1.5f, -0.5f, 0.5f, 1.5f);
+    return _mm512_permutexvar_ps(index, levels);
+}
+inline Vec from_nibbles(const uint8_t *p) {
+    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    __m512i x = _mm512_mask_set1_epi32(_mm512_set1_epi32(read32(p)), (__mmask16)0xff00, read32(p + 4));
+    return level_of_nibble(_mm512_srlv_epi32(x, shift));
+}
+inline Vec from_crumbs(const uint8_t *p) {
     const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(read32(p)), shift), levels);
+    return level_of_crumb(_mm512_srlv_epi32(_mm512_set1_epi32(read32(p)), shift));
 }
 inline void to_half(uint8_t *p, Vec x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline void to_bfloat(uint8_t *p, Vec x) {
@@ -130,6 +141,11 @@ inline __m256i leading(int n) {
 inline Vec load_some(const float *p, int n) { return _mm256_maskload_ps(p, leading(n)); }
 inline void store(float *p, Vec x) { _mm256_storeu_ps(p, x); }
 inline void store_some(float *p, Vec x, int n) { _mm256_maskstore_ps(p, leading(n), x); }
+inline Vec load_once(const float *p) {
+    Vec x = load(p);
+    __asm__("" : "+x"(x));
+    return x;
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline void to_half(uint8_t *p, Vec x) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
@@ -205,6 +221,7 @@ inline Vec load_some(const float *p, int n) {
     memcpy(v.lane, p, n * sizeof *p);
     return v;
 }
+inline Vec load_once(const float *p) { return load(p); }
 inline void store(float *p, Vec x) { memcpy(p, x.lane, sizeof x); }
 inline void store_some(float *p, Vec x, int n) { memcpy(p, x.lane, n * sizeof *p); }
 inline Vec fma(Vec a, Vec b, Vec c) {
