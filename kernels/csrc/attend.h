@@ -197,8 +197,7 @@ inline int run_attend(const Attend &a, const State &state) {
         offsets = ahead * M > offsets ? ahead * M : offsets;
     }
     int64_t score = (int64_t)most_rows * BLOCK, merged = (int64_t)w.R * (most_width + a.value_dim);
-    int64_t started = turned ? (int64_t)w.R * 4 * LANES : 0;
-    int64_t relative = round_up(turned, LANES) + round_up(latents, LANES) + round_up(offsets, LANES) + started;
+    int64_t relative = round_up(turned, LANES) + round_up(latents, LANES) + round_up(offsets, LANES);
     int64_t local = TILE + LANES + score + relative + merged + most_bytes / 4 + 32;
     size_t each = (size_t)(local * sizeof(float) + 63) / 64 * 64;
     char *memory = scratch(count.size + each * a.threads + Team::bytes(a.threads));
@@ -219,8 +218,7 @@ inline int run_attend(const Attend &a, const State &state) {
         local.turned = local.score + score;
         local.latent = local.turned + round_up(turned, LANES);
         local.offset = local.latent + round_up(latents, LANES);
-        local.start = local.offset + round_up(offsets, LANES);
-        float *latent = local.start + started, *out = latent + (int64_t)w.R * most_width;
+        float *latent = local.offset + round_up(offsets, LANES), *out = latent + (int64_t)w.R * most_width;
         local.row = (uint8_t *)(out + w.R * a.value_dim);
         auto prepare = [&](int64_t i) {
             for (int kind = 1; kind < KINDS; ++kind) {

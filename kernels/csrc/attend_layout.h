@@ -170,7 +170,6 @@ struct Local {
     float *tile, *score;      // [TILE], [M][BLOCK]
     float *turned;            // [heads of a group][TURNED][R][D]
     float *latent, *offset;   // [TURNED][M][columns], [TURNED][M]
-    float *start;             // [R][4][LANES], sums over what does not turn
     uint8_t *row;             // one token's codes and a vector
 };
 

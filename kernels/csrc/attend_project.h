@@ -96,12 +96,12 @@ __attribute__((noinline)) void project_turned_rows(const Work &w, const Item &it
     const Source &s = w.segments[segment].key;
     const Columns &columns = w.key[segment - 1];
     int D = (int)w.a->head_dim, per_group = heads_per_group(w, segment), M = per_group * w.R, r = components_of(s);
-    int64_t W = (int64_t)per_group * D, at = basis_at(s, item.b, item.group), step = (int64_t)M * columns.count;
+    int64_t W = (int64_t)per_group * D, basis = basis_at(s, item.b, item.group), step = (int64_t)M * columns.count;
     for (const Band &band : columns.band) {
         for (int c = 0; c < band.count; c += 4) {
             int n = band.count - c < 4 ? band.count - c : 4;
             for (int h = 0; h < per_group; ++h) {
-                int64_t from = (at * r + band.component + c) * W + h * D, stride = W;
+                int64_t from = (basis * r + band.component + c) * W + h * D, stride = W;
                 const float *rows = local.tile;
                 if (s.basis_dtype == FLOAT32) {
                     rows = (const float *)s.decoder + from;
@@ -110,12 +110,18 @@ __attribute__((noinline)) void project_turned_rows(const Work &w, const Item &it
                     stride = D;
                     for (int i = 0; i < n; ++i) convert_row(local.tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
                 }
-                turned_dots(local.turned + (int64_t)h * turns * w.R * D, D, turns, w.R, rows, stride, n, over.still, over.moving, local.start,
-                            local.latent + (int64_t)h * w.R * columns.count + band.column + c, step, columns.count);
+                const float *queries = local.turned + (int64_t)h * turns * w.R * D, *at[4];
+                four_rows(rows, stride, n, 0, at);
+                float *latent = local.latent + (int64_t)h * w.R * columns.count + band.column + c;
+                auto place = [&](int m) { return latent + m / w.R * step + (int64_t)(m % w.R) * columns.count; };
+                const bool still = over.still.count;
+                if (still) dot_rows(queries, D, w.R, at, over.still, false, place);
+                for (int m = w.R; still && m < turns * w.R; ++m) memcpy(place(m), place(m % w.R), 4 * sizeof(float));
+                dot_rows(queries, D, turns * w.R, at, over.moving, still, place);
             }
         }
         for (int m = 0; m < turns * M; ++m)
-            scale_band(local.latent + (int64_t)m * columns.count + band.column, s.step + at * r + band.component, band);
+            scale_band(local.latent + (int64_t)m * columns.count + band.column, s.step + basis * r + band.component, band);
     }
 }
 

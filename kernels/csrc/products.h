@@ -113,7 +113,7 @@ inline void add_products(const float *a, int64_t lda, const float *const b[4], c
 
 // out[m][n] (+)= a[m] . b[n] over ranges of both, for MB rows of a and four of b.
 template <int MB>
-inline void dot_tile(const float *a, int64_t lda, const float *const b[4], const Ranges &over, float *out, int64_t ldo, bool adds) {
+inline void dot_tile(const float *a, int64_t lda, const float *const b[4], const Ranges &over, float *const out[ROWS], bool adds) {
     Vec acc[MB][4];
 #pragma GCC unroll 4
     for (int m = 0; m < MB; ++m)
@@ -124,22 +124,25 @@ inline void dot_tile(const float *a, int64_t lda, const float *const b[4], const
     for (int m = 0; m < MB; ++m) {
         float sums[4];
         store_sums(sums, acc[m]);
-        for (int n = 0; n < 4; ++n) out[m * ldo + n] = adds ? out[m * ldo + n] + sums[n] : sums[n];
+        for (int n = 0; n < 4; ++n) out[m][n] = adds ? out[m][n] + sums[n] : sums[n];
     }
 }
 
-// out[m][n] = what `start` holds of it, lane by lane, and a[m] . b[n] over ranges of both.
-template <int MB>
-inline void dot_tile_from(const float *start, int64_t lds, const float *a, int64_t lda, const float *const b[4], const Ranges &over, float *out,
-                          int64_t ldo) {
-    Vec acc[MB][4];
-#pragma GCC unroll 4
-    for (int m = 0; m < MB; ++m)
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; ++n) acc[m][n] = load(start + m * lds + n * LANES);
-    add_products<MB>(a, lda, b, over, acc);
-#pragma GCC unroll 4
-    for (int m = 0; m < MB; ++m) store_sums(out + m * ldo, acc[m]);
+// The same for all rows of a; place(m) is where row m goes.
+template <typename Place>
+inline void dot_rows(const float *a, int64_t lda, int rows, const float *const b[4], const Ranges &over, bool adds, const Place &place) {
+    for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
+        int now = (rows - m + left - 1) / left;  // rows are shared out evenly: 3 + 3 + 3 rather than 4 + 4 + 1
+        float *out[ROWS];
+        for (int i = 0; i < now; ++i) out[i] = place(m + i);
+        switch (now) {
+            case 4: dot_tile<4>(a + m * lda, lda, b, over, out, adds); break;
+            case 3: dot_tile<3>(a + m * lda, lda, b, over, out, adds); break;
+            case 2: dot_tile<2>(a + m * lda, lda, b, over, out, adds); break;
+            case 1: dot_tile<1>(a + m * lda, lda, b, over, out, adds); break;
+        }
+        m += now;
+    }
 }
 
 // Rows j to j + 3 of b; the last of its n rows in the place of those that are not there.
@@ -154,48 +157,7 @@ __attribute__((noinline)) void dots(const float *a, int64_t lda, int rows, const
     for (int j = 0; j < n; j += 4) {
         const float *at[4];
         four_rows(b, ldb, n, j, at);
-        for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
-            int now = (rows - m + left - 1) / left;  // rows are shared out evenly: 3 + 3 + 3 rather than 4 + 4 + 1
-            switch (now) {
-                case 4: dot_tile<4>(a + m * lda, lda, at, over, out + m * ldo + j, ldo, adds); break;
-                case 3: dot_tile<3>(a + m * lda, lda, at, over, out + m * ldo + j, ldo, adds); break;
-                case 2: dot_tile<2>(a + m * lda, lda, at, over, out + m * ldo + j, ldo, adds); break;
-                case 1: dot_tile<1>(a + m * lda, lda, at, over, out + m * ldo + j, ldo, adds); break;
-            }
-            m += now;
-        }
-    }
-}
-
-// out[t][m][n] = a[t][m] . b[n], where over `still` all a[t] are as a[0]; a [turns][rows][lda], start [rows][4][LANES].
-// Writes whole fours of n, reads no row past the last.
-__attribute__((noinline)) void turned_dots(const float *a, int64_t lda, int turns, int rows, const float *b, int64_t ldb, int n,
-                                           const Ranges &still, const Ranges &moving, float *start, float *out, int64_t turn_step, int64_t row_step) {
-    // a single row of each turn: the turns share a tile
-    const int tiles = rows == 1 ? 1 : turns, tall = rows == 1 ? turns : rows;
-    const int64_t ldo = rows == 1 ? turn_step : row_step, lds = rows == 1 ? 0 : 4 * LANES;
-    for (int j = 0; j < n; j += 4) {
-        const float *at[4];
-        four_rows(b, ldb, n, j, at);
-        for (int m = 0; m < rows; ++m) {
-            Vec acc[1][4] = {{zero(), zero(), zero(), zero()}};
-            add_products<1>(a + m * lda, lda, at, still, acc);
-            for (int i = 0; i < 4; ++i) store(start + (m * 4 + i) * LANES, acc[0][i]);
-        }
-        for (int t = 0; t < tiles; ++t) {
-            const float *from = a + (int64_t)t * rows * lda;
-            float *to = out + t * turn_step + j;
-            for (int m = 0, left = (tall + ROWS - 1) / ROWS; m < tall; --left) {
-                int now = (tall - m + left - 1) / left;
-                switch (now) {
-                    case 4: dot_tile_from<4>(start + m * lds, lds, from + m * lda, lda, at, moving, to + m * ldo, ldo); break;
-                    case 3: dot_tile_from<3>(start + m * lds, lds, from + m * lda, lda, at, moving, to + m * ldo, ldo); break;
-                    case 2: dot_tile_from<2>(start + m * lds, lds, from + m * lda, lda, at, moving, to + m * ldo, ldo); break;
-                    case 1: dot_tile_from<1>(start + m * lds, lds, from + m * lda, lda, at, moving, to + m * ldo, ldo); break;
-                }
-                m += now;
-            }
-        }
+        dot_rows(a, lda, rows, at, over, adds, [&](int m) { return out + m * ldo + j; });
     }
 }
 
