@@ -10,7 +10,7 @@ from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
 from apack_compile.drift import Fit, lost_share, refit
 from apack_compile.importance import NEWEST, least_important, scores_of
-from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, to_groups
+from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, filled_segments, of_segments, to_groups
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.layer_tiers import LayerTiers
 from apack_compile.plan import FITTED_SCOPES, STREAMS
@@ -91,8 +91,14 @@ class CompactedLayer(CacheLayerMixin):
         return torch.ops.apack.attend.default(*arguments, **self.turn_state())
 
     def state(self) -> tuple:
-        """The state arguments of `unpack` and `attend`."""
-        return self.dense, self.codes, self.bases, self.bands, self.positions(), self.cursor
+        """The state arguments of `unpack` and `attend`: of the segments that a step reads."""
+        read = self.read_segments()
+        packed = (of_segments(x, read, each) for x, each in ((self.codes, 4), (self.bases, 6), (self.bands, 8)))
+        return self.dense, *packed, of_segments(self.positions(), read, 1, leading=1), self.cursor
+
+    def read_segments(self) -> list[int]:
+        """Packed segments that a step reads: every tensor of the others would cost a call its time."""
+        return filled_segments(self.codes) if self.tiers is None else list(range(len(self.codes) // 4))
 
     def positions(self) -> list[Tensor]:
         """Positions of the slots: int32 `[B, slots]` of first, vision, text."""
@@ -108,7 +114,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def turn_state(self, turns: list[Tensor] | None = None) -> dict[str, Any]:
         """The arguments of `attend` that say how packed keys were turned back; empty where they were not."""
-        turns = turns or self.turns()
+        turns = turns or of_segments(self.turns(), self.read_segments(), 1)
         return {"turns": turns, "block": self.index.plan.turn.block} if turns else {}
 
     def unpack_turn_state(self, turns: list[Tensor] | None = None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from apack_compile.basis import Spectrum
 from apack_compile.codec import GAUSSIAN_STEP, Bands
 from apack_compile.coordinates import TokenCoordinates
 from apack_compile.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
+from apack_compile.kernels.layout import filled_segments, of_segments
 from apack_compile.kernels.ops import implementations
 from apack_compile.plan import (
     FIRST_TOKENS,
@@ -147,8 +148,11 @@ def packed_state(
         bases.append((torch.randn(*size, stream.bands.components, width, device=device) / width**0.5).to(kind))
         bases.append(torch.rand(*size, stream.bands.components, device=device) + 0.5)
         bands += stream.bands.counts
+    read = filled_segments(codes)
+    codes, bases, bands = (of_segments(x, read, each) for x, each in ((codes, 4), (bases, 6), (bands, 8)))
     position = torch.arange(FIRST_TOKENS + sum(slots), dtype=torch.int32, device=device).expand(batch, -1)
     positions = [x.contiguous() for x in position.split([FIRST_TOKENS, *slots], dim=1)]
+    positions = of_segments(positions, read, 1, leading=1)
     # the newest token is the query's own
     cursor = torch.tensor([tokens + 1, FIRST_TOKENS + stored, FIRST_TOKENS], device=device)
     return Packed((dense, codes, bases, bands, positions, cursor), tuple(stream.bands for stream in streams))

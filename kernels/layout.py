@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,9 @@ from apack_compile.codec import Bands, StreamBasis
 
 # cursor[HELD]: tokens held; cursor[PACKED]: first position of the tail; position p packs into text slot p - cursor[ORIGIN].
 HELD, PACKED, ORIGIN = 0, 1, 2
-# Segments of a cache with two packed ones, by their place among the positions; of three, these come after the coarse one.
+# Segments of a cache with tiers, by their place among the positions. Text is the last one of every cache.
 VISION, TEXT = 1, 2
-PACKED_SEGMENTS = (2, 3)
+PACKED_SEGMENTS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,28 @@ def check_segments(
     turns: Sequence[Tensor] = (),
     tiers: Tensor | None = None,
 ) -> None:
-    """Raise ValueError where the flat lists are not those of two or three packed segments; tiers: of vision and text only."""
+    """Raise ValueError where the flat lists are not those of one to three packed segments; tiers: of vision and text only."""
     segments = len(positions) - 1
     if segments not in PACKED_SEGMENTS or (tiers is not None and segments != TEXT):
-        allowed = "3, of first, vision and text" if tiers is not None else "3 or 4, of first and the packed segments"
+        allowed = "3, of first, vision and text" if tiers is not None else "2 to 4, of first and the packed segments"
         raise ValueError(f"positions: {len(positions)} tensors must be {allowed}")
     for name, given, each in (("codes", codes, 4), ("bases", bases, 6), ("bands", bands, 8)):
         if len(given) != each * segments:
             raise ValueError(f"{name}: {len(given)} entries must be {each} for each of {segments} packed segments")
     if len(turns) not in (0, segments):
         raise ValueError(f"turns: {len(turns)} entries must be one for each of {segments} packed segments, or none")
+
+
+def filled_segments(codes: Sequence[Tensor]) -> list[int]:
+    """Packed segments that have slots, and text, which gets more of them."""
+    count = len(codes) // 4
+    return [i for i in range(count) if i == count - 1 or codes[4 * i].shape[2] > 0]
+
+
+def of_segments(entries: Sequence[Any], segments: Sequence[int], each: int, leading: int = 0) -> list:
+    """The leading entries of a flat list, and the `each` entries of every one of these packed segments."""
+    starts = [leading + each * segment for segment in segments]
+    return [*entries[:leading], *(entry for start in starts for entry in entries[start : start + each])]
 
 
 def packed_streams(codes: Sequence[Tensor], bases: Sequence[Tensor], bands: Sequence[int]) -> list[PackedStream]:

@@ -52,7 +52,7 @@ def attend(
     `partial`), and how many are read at all. importance: float32 `[B, slots]`, updated with the mean over heads
     of the newest query's attention a: `keep * importance + add * a` at the slots that were read; ema: vision's keep and add, text's.
     turns: of each packed segment float32 `[B, blocks, 2, P]`, by which the stored keys of each `block` of slots were turned back; none
-    for keys stored as they came. Raises ValueError for lists that are not those of two or three packed segments.
+    for keys stored as they came. Raises ValueError for lists that are not those of one to three packed segments.
     """
     check_segments(codes, bases, bands, positions, turns or (), tiers)
     batch, heads, new_tokens, head_dim = key.shape

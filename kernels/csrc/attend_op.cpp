@@ -64,8 +64,8 @@ inline bool read_stream(const Value *stack, size_t stream, Source &s) {
 // As check_segments of kernels/layout.py; what is wrong, or nothing.
 std::string error_of(const Value *stack) {
     size_t positions = size_of(stack[POSITIONS]), packed = positions - 1;
-    if (positions < 3 || packed > MAX_PACKED)
-        return "positions: " + std::to_string(positions) + " tensors must be 3 or 4, of first and the packed segments";
+    if (positions < 2 || packed > MAX_PACKED)
+        return "positions: " + std::to_string(positions) + " tensors must be 2 to 4, of first and the packed segments";
     if (size_t n = size_of(stack[DENSE]); n != 4) return "dense: " + std::to_string(n) + " tensors must be 4";
     const std::string of = " for each of " + std::to_string(packed) + " packed segments";
     const char *names[3] = {"codes", "bases", "bands"};

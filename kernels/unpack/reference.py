@@ -41,7 +41,7 @@ def unpack(
     Every stored token with all its bands: the tiers say what `attend`, which takes this call's place, reads. turns: of each packed
     segment float32 `[B, blocks, 2, P]`, by which the stored keys of each `block` of slots were turned back; none for keys stored as
     they came. interleaved_pairs: keys, the new ones too, are held with components i and i + interleaved_pairs of a head where the model
-    has 2 i and 2 i + 1, and are given back as the model has them. Raises ValueError for lists that are not those of two or three packed
+    has 2 i and 2 i + 1, and are given back as the model has them. Raises ValueError for lists that are not those of one to three packed
     segments, and for more pairs than a key has.
     """
     check_segments(codes, bases, bands, positions, turns or ())

@@ -138,6 +138,30 @@ def test_vision_and_text_lie_in_segments_of_their_own(plan):
     assert pair.cache.packed_layers[0].codes[0].shape[2] == 40
 
 
+@pytest.mark.parametrize(
+    ("plan", "read"),
+    (("no tail", [1]), ("relative", [1]), ("coarse text", [0, 2]), ("coarse vision", [2]), ("sequence", [1])),
+)
+def test_a_step_reads_no_segment_without_slots(plan, read):
+    pair = Pair(plan, batch=2)
+    for pictures in (False, True):
+        vision = torch.zeros(2, 160, dtype=torch.bool)
+        vision[:, 10:50] = pictures
+        pair.feed(160, vision)
+        layer = pair.cache.packed_layers[1]
+        segments = list(range(len(pair.cache.index.plan.segments))) if pictures else read
+        _, codes, bases, bands, positions, _ = layer.state()
+        assert layer.read_segments() == segments
+        assert [x.shape[2] > 0 for x in codes[::4]] == [True] * len(segments)
+        turns = layer.turn_state().get("turns", segments)
+        assert [len(codes), len(bases), len(bands), len(positions) - 1, len(turns)] == [
+            each * len(segments) for each in (4, 6, 8, 1, 1)
+        ]
+        for i, segment in enumerate(segments):
+            assert codes[4 * i] is layer.codes[4 * segment] and bases[6 * i] is layer.bases[6 * segment]
+            assert positions[1 + i] is layer.positions()[1 + segment]
+
+
 @pytest.mark.parametrize("plan", ("coarse text", "coarse vision", "coarse several"))
 def test_the_tokens_of_least_predicted_importance_are_coarse_by_layer(plan):
     pair = Pair(plan, batch=2)

@@ -79,6 +79,9 @@ CASES = {
     "wide heads": lambda: attend_with(ALL_WIDTHS, 8, 4, 1, 256, torch.bfloat16),
     "relative keys": lambda: attend_with(ALL_WIDTHS, 28, 4, 1, 128, torch.bfloat16, block=64),
     "relative keys, few rows": lambda: attend_with(Bands((0, 0, 48, 64)), 9, 3, 1, 64, torch.bfloat16, block=64),
+    "one segment, relative keys": lambda: attend_with(
+        ALL_WIDTHS, 28, 4, 1, 128, torch.bfloat16, slots=(1024,), block=64
+    ),
     "three segments": lambda: attend_with(ALL_WIDTHS, 16, 16, 1, 64, torch.bfloat16, slots=(1024, 512, 256), mask=MASK),
     "three segments, relative keys": lambda: attend_with(
         ALL_WIDTHS, 28, 4, 1, 128, torch.bfloat16, slots=(1024, 512, 256), block=64

@@ -22,7 +22,7 @@ class Case:
     share: int = 2
     head_dim: int = 16
     value_dim: int = 16
-    vision: int = 0
+    vision: int | None = 0
     text: int = 100
     coarse: int | None = None
     tail: int = 8
@@ -47,12 +47,13 @@ class Case:
     @property
     def slots(self) -> tuple[int, ...]:
         """Slots of the packed segments, in the operations' order."""
-        return (self.vision, self.text) if self.coarse is None else (self.coarse, self.vision, self.text)
+        return tuple(slots for slots in (self.coarse, self.vision, self.text) if slots is not None)
 
     @property
     def streams(self) -> tuple[tuple[int, int, int, int] | None, ...]:
         """Bands of the packed streams, in the operations' order."""
-        return self.bands[:4] if self.coarse is None else (*self.bands[4:], *self.bands[:4])
+        coarse, vision = () if self.coarse is None else self.bands[4:], () if self.vision is None else self.bands[:2]
+        return (*coarse, *vision, *self.bands[2:4])
 
 
 @dataclass
@@ -198,11 +199,11 @@ LENGTHS = st.sampled_from((0, 1, 15, 16, 17, 63, 64, 65, 127, 129, 300, 700))
 
 @st.composite
 def cases(draw, lengths: st.SearchStrategy[int] = LENGTHS) -> Case:
-    """Cases with so many slots in each packed segment, coarse there in half of them."""
+    """Cases with so many slots in each packed segment, coarse and vision there in half of them."""
     heads, groups = draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 2), (5, 1))))
     count = st.integers(0, 40)
     bands = st.one_of(st.none(), st.tuples(count, count, count, count))
-    coarse = draw(st.one_of(st.none(), lengths))
+    coarse, vision = draw(st.one_of(st.none(), lengths)), draw(st.one_of(st.none(), lengths))
     return Case(
         batch=draw(st.sampled_from((1, 1, 3))),
         heads=heads,
@@ -210,7 +211,7 @@ def cases(draw, lengths: st.SearchStrategy[int] = LENGTHS) -> Case:
         share=draw(st.sampled_from((1, 2, 3, 7))),
         head_dim=draw(st.sampled_from((3, 8, 16, 33, 64, 72, 80, 128))),
         value_dim=draw(st.sampled_from((5, 16, 64, 72, 80))),
-        vision=draw(lengths),
+        vision=vision,
         text=draw(lengths),
         coarse=coarse,
         tail=draw(st.sampled_from((0, 1, 8, 32))),
@@ -221,7 +222,7 @@ def cases(draw, lengths: st.SearchStrategy[int] = LENGTHS) -> Case:
         token_scale=draw(st.booleans()),
         mask=draw(st.sampled_from(("none", "bool", "float"))),
         bias=draw(st.booleans()),
-        tiers=coarse is None and draw(st.booleans()),
+        tiers=coarse is None and vision is not None and draw(st.booleans()),
         partial=draw(st.integers(0, 60)),
         empty=draw(st.sampled_from((0.0, 0.2, 1.0))),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),

@@ -233,8 +233,8 @@ def allowed_by(state: State, tokens: int, rows: int) -> Tensor:
     return real & (torch.arange(tokens) <= state.held - n + torch.arange(n)[:, None])
 
 
-# Two and three packed segments, each of them empty in some.
-SHARES = st.sampled_from(((0.4,), (0.0,), (1.0,), (0.3, 0.4), (0.0, 0.4), (0.4, 0.0), (0.5, 1.0), (1.0, 0.0)))
+# One to three packed segments, each of them empty in some.
+SHARES = st.sampled_from(((), (0.4,), (0.0,), (1.0,), (0.3, 0.4), (0.0, 0.4), (0.4, 0.0), (0.5, 1.0), (1.0, 0.0)))
 
 
 @st.composite

@@ -244,7 +244,7 @@ def test_attend_declares_what_it_does(shape):
         (0, 7, "codes: 7 entries must be 4 for each of 2 packed segments"),
         (1, 6, "bases: 6 entries must be 6 for each of 2 packed segments"),
         (2, 24, "bands: 24 entries must be 8 for each of 2 packed segments"),
-        (3, 2, "positions: 2 tensors must be 3 or 4, of first and the packed segments"),
+        (3, 1, "positions: 1 tensors must be 2 to 4, of first and the packed segments"),
     ),
 )
 @pytest.mark.parametrize("operation", ("attend", "unpack"))

@@ -182,7 +182,7 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
 
 
 @settings(max_examples=15, deadline=None)
-@given(shapes(), st.data())
+@given(shapes().filter(lambda shape: shape.shares), st.data())
 def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape, data):
     shape = replace(shape, dtype=torch.float32, shares=shape.shares[-1:], bands=shape.bands[-4:])
     state = filled(shape)

@@ -22,6 +22,7 @@ EXPECTED = {
     "wide heads": ATTEND | LATENT,
     "relative keys": ATTEND | LATENT,
     "relative keys, few rows": ATTEND | LATENT,
+    "one segment, relative keys": ATTEND | LATENT,
     "three segments": ATTEND | LATENT,
     "three segments, relative keys": ATTEND | LATENT,
     "append": {"project_kernel", "write_kernel", "quantize_kernel"},
