@@ -24,6 +24,7 @@ __attribute__((noinline)) void score_block(const Work &w, const Item &item, int 
                 unpack_key_tile(packed, columns, c, width, token, tokens, local.tile, local.row);
                 weigh(latent + c, columns.count, M, local.tile, BLOCK, round_up(tokens, LANES), width, local.score, BLOCK);
             }
+            if (is_packed(s.value)) prefetch_rows(packed_of(s.value, a.batch, item.b, item.group, s.slots, w.value[kind - 1].bytes), token, tokens);
             return;
         }
         int wide = columns.count < KEY_COLUMNS ? columns.count : KEY_COLUMNS;

@@ -72,6 +72,12 @@ inline Packed packed_of(const Source &s, int64_t batch, int64_t b, int64_t group
     return Packed{data + b * s.batch_stride + group * s.group_stride, end - bytes - LANES, s.token_stride, bytes};
 }
 
+// Asks for rows of codes to be in the nearest cache.
+inline void prefetch_rows(const Packed &s, int token, int tokens) {
+    const uint8_t *p = s.base + token * s.stride, *end = p + tokens * s.stride;
+    for (; p < end; p += 64) __builtin_prefetch(p);
+}
+
 template <int BITS>
 inline void unpack_rows(const Packed &s, const Band &band, int from, int columns, int token, int tokens, const float *holds, float *tile,
                         int64_t stride, uint8_t *row_copy) {

@@ -85,6 +85,7 @@ __attribute__((noinline)) void unpack_key_tile(const Packed &s, const Columns &c
         int n = tokens - t < TOKENS_AT_ONCE ? tokens - t : TOKENS_AT_ONCE;
         const uint8_t *rows[TOKENS_AT_ONCE];
         for (int i = 0; i < TOKENS_AT_ONCE; ++i) rows[i] = s.base + (token + t + (i < n ? i : n - 1)) * s.stride;
+        if (first == 0) prefetch_rows(s, token + t + TOKENS_AT_ONCE, TOKENS_AT_ONCE);
         if (rows[n - 1] <= s.last) {
             unpack_group(rows, columns, first, count, tile + t);
             continue;
