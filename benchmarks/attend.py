@@ -12,6 +12,7 @@ Head groups are as many as `optimize` chooses on the device, unless `--groups` s
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
 bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
 tightest limit (apack_compile/time_model.py) over the time; `predicted_speedup`: what the model expected.
+`thread_speedup`: how much faster all threads multiply matrices than one, right after a row; two virtual cores may be one core's.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from harness import Row, copy_bandwidth, interleaved, print_table, write_json
+from harness import Row, copy_bandwidth, interleaved, print_table, thread_speedup, write_json
 from limit_share import limit_columns
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -277,6 +278,8 @@ def measured(
     }
     load = Load(shape.query_heads, shape.heads, shape.head_dim, tokens, batch, element_bytes=dtype.itemsize)
     row |= limit_columns(plan, load, device, bandwidth, timing["packed"].median)
+    if device == "cpu":
+        row["thread_speedup"] = thread_speedup()
     if "fp8" in timing:
         row["speedup_vs_fp8"] = timing["fp8"].median / timing["packed"].median
     return row
@@ -348,7 +351,7 @@ def main(
     ]
     shown = ("shape", "plan", "tokens", "batch", "dtype", "ratio", "groups", "key_block", "dense_ms", "packed_ms")
     shown += ("speedup_vs_dense", "speedup_of_first_deciles", "speedup_vs_fp8", "share_of_byte_limit")
-    shown += ("limit", "share_of_limit", "predicted_speedup")
+    shown += ("limit", "share_of_limit", "predicted_speedup", "thread_speedup")
     print_table(f"decode attention, {device}", [{k: row[k] for k in shown if k in row} for row in rows])
     if json is not None:
         write_json(json, rows, {"copy_bytes_per_second": bandwidth, "operations": operations})

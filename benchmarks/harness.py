@@ -69,6 +69,21 @@ def copy_bandwidth(device: str = "cpu") -> float:
     return 2 * source.numel() * source.element_size() / timing.median
 
 
+def thread_speedup() -> float:
+    """How much faster all threads multiply matrices than one: their number where each has a core, about 1 where they share one."""
+    threads, matrix = torch.get_num_threads(), torch.randn(512, 512)
+
+    def multiplied_by(count: int) -> torch.Tensor:
+        torch.set_num_threads(count)
+        return matrix @ matrix
+
+    try:
+        timing = interleaved({"one": lambda: multiplied_by(1), "all": lambda: multiplied_by(threads)}, 0.1)
+    finally:
+        torch.set_num_threads(threads)
+    return timing["one"].median / timing["all"].median
+
+
 def machine() -> str:
     """The device that runs the benchmark, in words."""
     if torch.cuda.is_available():
