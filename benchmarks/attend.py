@@ -12,7 +12,8 @@ Head groups are as many as `optimize` chooses on the device, unless `--groups` s
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
 bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
 tightest limit (apack_compile/time_model.py) over the time; `predicted_speedup`: what the model expected.
-`thread_speedup`: how much faster all threads multiply matrices than one, right after a row; two virtual cores may be one core's.
+`thread_speedup`: how much faster all threads do arithmetic than one, right before and after a row, whichever is less: two virtual
+cores may be those of one core.
 """
 
 from collections.abc import Callable
@@ -253,6 +254,7 @@ def measured(
     if device == "cuda":
         dense = {n: (lambda s, q, k, v, n=n: dense_calls(s, q, k, v)[n]()) for n in calls}
         ours["fp8"] = fp8_call(shape, query, key, value, dense[best])
+    before = thread_speedup() if device == "cpu" else 0.0
     timing = interleaved(ours, seconds, device)
     row: Row = {
         "shape": name,
@@ -279,7 +281,7 @@ def measured(
     load = Load(shape.query_heads, shape.heads, shape.head_dim, tokens, batch, element_bytes=dtype.itemsize)
     row |= limit_columns(plan, load, device, bandwidth, timing["packed"].median)
     if device == "cpu":
-        row["thread_speedup"] = thread_speedup()
+        row["thread_speedup"] = min(before, thread_speedup())
     if "fp8" in timing:
         row["speedup_vs_fp8"] = timing["fp8"].median / timing["packed"].median
     return row
