@@ -92,12 +92,8 @@ class OwnCaches:
     @property
     def layout(self) -> StateLayout:
         """The tensors that a graph takes for one pair."""
-        if self.plan is None:
-            return StateLayout()
-        turn = self.plan.turn
-        if turn is None:
-            return StateLayout(len(self.plan.segments))
-        return StateLayout(len(self.plan.segments), True, turn.block, turn.interleaved_pairs)
+        turn = None if self.plan is None else self.plan.turn
+        return StateLayout() if turn is None else StateLayout(True, turn.block, turn.interleaved_pairs)
 
     def before(
         self, pairs: Sequence[Pair], layouts: Sequence[Layouts], positions: Sequence[Tensor]
@@ -168,7 +164,7 @@ class OwnCaches:
         found = []
         for pair, layer in zip(pairs, cache.packed_layers, strict=True):
             released = sum(release(buffer) for buffer in pair)
-            packed = Packed(cache, layer, state_of(layer), tuple(layer.bands), versions_of(pair), released)
+            packed = Packed(cache, layer, state_of(layer), tuple(layer.state()[3]), versions_of(pair), released)
             self.held[pair[0]] = self.held[pair[1]] = packed
             found.append(packed)
         self.last = self._live_report()
@@ -240,7 +236,8 @@ def states_of(pair: Pair, layouts: Layouts) -> Pair:
 
 def state_of(layer: CompactedLayer) -> tuple[Tensor, ...]:
     """A layer's tensors, in the order of `StateLayout`."""
-    return (*layer.dense, *layer.codes, *layer.bases, *layer.positions(), layer.cursor, *layer.turns())
+    dense, codes, bases, _, positions, cursor = layer.state()
+    return (*dense, *codes, *bases, *positions, cursor, *layer.turn_state().get("turns", ()))
 
 
 def span_of(positions: Sequence[Tensor]) -> tuple[int, int]:

@@ -39,21 +39,15 @@ USES = (
 
 @dataclass(frozen=True)
 class StateLayout:
-    """How many tensors a packed layer has of each kind, in the order in which the graph takes them.
+    """The tensors of a packed layer: whether keys are turned back, `block` slots at a time; interleaved_pairs: as `unpack` has them."""
 
-    segments: packed ones; turns: whether keys are turned back, `block` slots at a time; interleaved_pairs: as `unpack` has them.
-    """
-
-    segments: int = 2
     turns: bool = False
     block: int = 0
     interleaved_pairs: int = 0
 
-    @property
-    def counts(self) -> tuple[int, int, int, int, int, int]:
-        """Tensors of dense, codes, bases, positions, cursor and turns."""
-        n = self.segments
-        return 4, 4 * n, 6 * n, 1 + n, 1, n if self.turns else 0
+    def counts(self, segments: int) -> tuple[int, int, int, int, int, int]:
+        """Tensors of dense, codes, bases, positions, cursor and turns, in the order in which a graph takes them; segments: packed ones."""
+        return 4, 4 * segments, 6 * segments, 1 + segments, 1, segments if self.turns else 0
 
 
 @dataclass(frozen=True)
@@ -83,8 +77,9 @@ class PackBuffers(Pass):
         """New graph inputs for the state of one layer, behind the last input."""
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
         groups: list[list[fx.Node]] = []
+        bands = list(self.bands[number]) if self.bands else [0] * 8
         kinds = ("dense", "codes", "bases", "positions", "cursor", "turns")
-        for label, count in zip(kinds, self.layout.counts, strict=True):
+        for label, count in zip(kinds, self.layout.counts(len(bands) // 8), strict=True):
             groups.append([])
             for i in range(count):
                 with graph.inserting_after(last):
@@ -93,7 +88,6 @@ class PackBuffers(Pass):
                 last.meta["val"] = like.new_empty(0)
                 groups[-1].append(last)
         dense, codes, bases, positions, (cursor,), turns = groups
-        bands = list(self.bands[number]) if self.bands else [0] * (8 * self.layout.segments)
         turning = (self.layout.block, self.layout.interleaved_pairs)
         return StateNodes(dense, codes, bases, bands, positions, cursor, turns, *turning)
 

@@ -138,7 +138,7 @@ def _why_not_attended(graph: fx.Graph, pairs: Iterable[BufferPair]) -> dict[int,
             # its own memory, which is all that is asked of it
             held = trial.placeholder(f"packed_{pair.number}")
         held.meta["val"] = value_of(pair.key.state).new_empty(0)
-        state = StateNodes([held] * 4, [held] * 8, [held] * 12, [0] * 16, [held] * 3, held, [])
+        state = StateNodes([held] * 4, [held] * 4, [held] * 6, [0] * 8, [held] * 2, held, [])
         unpacks[put_unpack(trial, _in_copy(pair, copies), state, at_positions=False)] = pair.number
     return why_not_fused(find_sites(trial), unpacks)
 

@@ -119,7 +119,7 @@ def _line(name: str, held: dict[str, Tensor]) -> PackedLine:
 
 def _keys(by_owner: dict[str, dict[str, Tensor]]) -> str:
     """Whether packed keys are turned back."""
-    turned = any(TURNS[1] in held for held in by_owner.values())
+    turned = any(TURNS[0] in held for held in by_owner.values())
     return "turned back to the start of their block of slots" if turned else "stored as the graph makes them"
 
 

@@ -13,7 +13,6 @@ from apack_compile.export.state import (
     CODES,
     CURSOR,
     FIRST,
-    NO_CODES,
     POSITIONS,
     ROOT,
     TAIL,
@@ -111,9 +110,9 @@ class Buffers:
 
 def _state(buffers: Buffers, plan: CachePlan, own: str, shared: str) -> StateNodes:
     """Nodes of a cache's packed state, at the graph's insertion point."""
-    first, tail, codes, bases, none = (buffers.read(own, names) for names in (FIRST, TAIL, CODES, BASES, NO_CODES))
+    first, tail, codes, bases = (buffers.read(own, names) for names in (FIRST, TAIL, CODES, BASES))
     (cursor,), positions = buffers.read(own, [CURSOR]), buffers.read(shared, POSITIONS)
-    state = [*first, *tail], [*none, *codes], [*bases, *bases], plan.bands * 2, positions, cursor
+    state = [*first, *tail], codes, bases, plan.bands, positions, cursor
     if plan.turn is None:
         return StateNodes(*state, [])
     return StateNodes(*state, buffers.read(shared, TURNS), plan.turn.block, plan.turn.interleaved_pairs)

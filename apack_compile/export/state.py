@@ -16,11 +16,10 @@ ROOT = "packed_cache"
 FIRST = ("first_key", "first_value")
 TAIL = ("tail_key", "tail_value")
 CODES = ("key_codes", "key_scale", "value_codes", "value_scale")
-NO_CODES = tuple(f"no_{name}" for name in CODES)
 BASES = ("key_mean", "key_decoder", "key_step", "value_mean", "value_decoder", "value_step")
 CURSOR = "cursor"
-POSITIONS = ("first_positions", "no_positions", "text_positions")
-TURNS = ("no_turns", "text_turns")
+POSITIONS = ("first_positions", "text_positions")
+TURNS = ("text_turns",)
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,16 @@ def empty_cache(key: Tensor, value: Tensor, plan: CachePlan) -> Held:
         for stream, states in zip(name, (key, value), strict=True):
             tensors[stream] = states.new_zeros((batch, heads, count, states.shape[3]), dtype=dense)
     codes: list[Tensor] = []
-    none: list[Tensor] = []
+    slots = tokens - plan.tail_slots
     for stream_plan, basis, states in zip(plan.streams, plan.bases, (key, value), strict=True):
         where = [t.to(states.device) for t in basis]
         x = to_groups(states.new_zeros((batch, heads, 0, states.shape[3])), plan.groups)
         coded, _ = encode(x, StreamBasis(*where), stream_plan.bands)
         dtype = dense if stream_plan.scope == "half" else coded.dtype
-        for slots, into in ((tokens - plan.tail_slots, codes), (1, none)):
-            scale = (batch, plan.groups, slots) if stream_plan.token_scale else (0,)
-            into.append(torch.zeros(batch, plan.groups, slots, coded.shape[3], dtype=dtype, device=states.device))
-            into.append(torch.zeros(scale, dtype=torch.float16, device=states.device))
-    tensors |= dict(zip(CODES, codes, strict=True)) | dict(zip(NO_CODES, none, strict=True))
+        scale = (batch, plan.groups, slots) if stream_plan.token_scale else (0,)
+        codes.append(torch.zeros(batch, plan.groups, slots, coded.shape[3], dtype=dtype, device=states.device))
+        codes.append(torch.zeros(scale, dtype=torch.float16, device=states.device))
+    tensors |= dict(zip(CODES, codes, strict=True))
     bases = [t.to(key.device, copy=True) for basis in plan.bases for t in basis]
     tensors |= dict(zip(BASES, bases, strict=True))
     tensors[CURSOR] = torch.zeros(3, dtype=torch.int64, device=key.device)
@@ -96,16 +94,14 @@ def empty_cache(key: Tensor, value: Tensor, plan: CachePlan) -> Held:
 
 
 def slot_positions(key: Tensor, plan: CachePlan) -> Held:
-    """Positions of the slots of first, of one that is never filled, and of text; turns of the last two where keys are turned back."""
+    """Positions of the slots of first and of text; turns of text where keys are turned back."""
     batch, _, tokens, _ = key.shape
     first = torch.arange(plan.first_tokens, dtype=torch.int32, device=key.device)
     text = torch.arange(tokens - plan.tail_slots, dtype=torch.int32, device=key.device)
-    positions = [first, torch.full_like(text[:1], -1), torch.where(text < plan.first_tokens, -1, text)]
+    positions = [first, torch.where(text < plan.first_tokens, -1, text)]
     rows = [where.expand(batch, -1).contiguous() for where in positions]
     tensors = dict(zip(POSITIONS, rows, strict=True))
     if plan.turn is not None:
         start = TokenCoordinates.starting_at(torch.zeros(batch, 1, device=key.device))
-        at_slots = text.expand(batch, -1)
-        turns = [turns_of_blocks(where, start, plan.turn) for where in (at_slots[:, :1], at_slots)]
-        tensors |= dict(zip(TURNS, turns, strict=True))
+        tensors |= dict(zip(TURNS, [turns_of_blocks(text.expand(batch, -1), start, plan.turn)], strict=True))
     return Held(tensors)
