@@ -69,7 +69,7 @@ inline void keep_newest(const Work &w, const Item &item, int segment, int m, con
     memcpy(newest + token, score, tokens * sizeof *score);
 }
 
-// Scores of one row become weights relative to its maximum so far; what the sums held before is scaled to it.
+// Scores of one row become weights relative to its maximum so far, times the values' scales; what the sums held before is scaled to it.
 __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens,
                          const float *offsets, int width) {
     const Attend &a = *w.a;
@@ -101,25 +101,25 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
     float best = largest(top);
     if (nan) item.total[m] = NAN;
     if (nan || best == INFINITY) best = best > item.top[m] ? best : item.top[m] > -INFINITY ? item.top[m] : 0;
-    if (best > item.top[m]) {
-        float *sums = item.sums + (int64_t)m * width;
-        if (item.top[m] > -INFINITY) {
-            float shrink = expf(item.top[m] - best);
-            item.total[m] *= shrink;
-            for (int c = 0; c < width; ++c) sums[c] *= shrink;
-        }
-        item.top[m] = best;
-    }
-    if (item.top[m] == -INFINITY) {
+    const float before = item.top[m];
+    if (!(best > before)) best = before;
+    if (best == -INFINITY) {
         memset(score, 0, BLOCK * sizeof *score);
         return;
     }
-    Vec minus = broadcast(-item.top[m]), total = zero();
+    Vec minus = broadcast(-best), total = zero();
     for (int t = 0; t < BLOCK; t += LANES) {
         Vec weight = exp_of(add(load(score + t), minus));
         total = add(total, weight);
-        store(score + t, weight);
+        store(score + t, select_positive(load(slots.holds + t), scaled(weight, load(slots.value_scale + t)), zero()));
     }
+    // after the weights, which then need not wait for a branch that nobody can foresee
+    if (best > before && before > -INFINITY) {
+        float shrink = expf(before - best), *sums = item.sums + (int64_t)m * width;
+        item.total[m] *= shrink;
+        for (int c = 0; c < width; ++c) sums[c] *= shrink;
+    }
+    item.top[m] = best;
     item.total[m] += sum(total);
 }
 
@@ -128,12 +128,6 @@ __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int s
     const Segment &s = w.segments[segment];
     int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.value_dim;
     if (is_packed(s.value)) {
-        if (s.value.scale)
-            for (int m = 0; m < M; ++m)
-                for (int t = 0; t < BLOCK; t += LANES) {
-                    float *weight = local.score + m * BLOCK + t;
-                    store(weight, select_positive(load(slots.holds + t), scaled(load(weight), load(slots.value_scale + t)), zero()));
-                }
         bool partial = segment == VISION && a.tiers && token >= a.tiers[2 * item.b];
         const Columns &columns = partial ? w.partial[kind - 1] : w.value[kind - 1];
         const float *holds = slots.all ? nullptr : slots.holds;
