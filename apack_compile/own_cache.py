@@ -164,7 +164,7 @@ class OwnCaches:
         found = []
         for pair, layer in zip(pairs, cache.packed_layers, strict=True):
             released = sum(release(buffer) for buffer in pair)
-            packed = Packed(cache, layer, state_of(layer), tuple(layer.state()[3]), versions_of(pair), released)
+            packed = Packed(cache, layer, *state_of(layer), versions_of(pair), released)
             self.held[pair[0]] = self.held[pair[1]] = packed
             found.append(packed)
         self.last = self._live_report()
@@ -234,10 +234,11 @@ def states_of(pair: Pair, layouts: Layouts) -> Pair:
     return pair[0].permute(layouts[0]), pair[1].permute(layouts[1])
 
 
-def state_of(layer: CompactedLayer) -> tuple[Tensor, ...]:
-    """A layer's tensors, in the order of `StateLayout`."""
-    dense, codes, bases, _, positions, cursor = layer.state()
-    return (*dense, *codes, *bases, *positions, cursor, *layer.turn_state().get("turns", ()))
+def state_of(layer: CompactedLayer) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """A layer's tensors, in the order of `StateLayout`, and its bands."""
+    dense, codes, bases, bands, positions, cursor = layer.state()
+    turns = layer.turn_state().get("turns", ())
+    return (*dense, *codes, *bases, *positions, cursor, *turns), tuple(bands)
 
 
 def span_of(positions: Sequence[Tensor]) -> tuple[int, int]:

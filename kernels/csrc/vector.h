@@ -66,6 +66,7 @@ inline Vec load(const float *p) { return _mm512_loadu_ps(p); }
 inline Vec load_some(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 inline void store(float *p, Vec x) { _mm512_storeu_ps(p, x); }
 inline void store_some(float *p, Vec x, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x); }
+// A compiler would fold the load into every multiply-add that uses it, and load as often.
 inline Vec load_once(const float *p) {
     Vec x = load(p);
     __asm__("" : "+v"(x));
