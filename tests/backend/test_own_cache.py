@@ -199,7 +199,9 @@ def test_a_step_further_back_drops_what_came_after_it(lossless):
     with pytest.raises(ValueError, match="positions 190 to 194: the buffers end at 192"):
         run(step, tokens_of(5), 190, 5)
     for packed in log.caches[0].held.values():
-        assert all(map(operator.is_, packed.state, state_of(packed.layer)[0])), "what a graph is given is what is written"
+        assert all(map(operator.is_, packed.state, state_of(packed.layer)[0])), (
+            "what a graph is given is what is written"
+        )
 
 
 @pytest.mark.parametrize("other", [[5, 7], [6, 7], [5], [5, 6, 7]])

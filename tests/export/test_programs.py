@@ -114,6 +114,14 @@ def test_decode_reads_what_was_packed(packed_at_4, long_program):
     assert (logits - dense[:, 300:301]).norm() > 0.1 * dense[:, 300:301].norm()
 
 
+def test_attention_is_given_no_segment_that_is_never_filled(packed_at_4):
+    attends = [node for node in packed_at_4.graph.nodes if node.target is torch.ops.apack.attend.default]
+    assert len(attends) == len(apack_compile.report(packed_at_4).packed)
+    for node in attends:
+        _, codes, bases, bands, positions = node.args[5:10]
+        assert [len(codes), len(bases), len(bands), len(positions)] == [4, 6, 8, 2]
+
+
 def test_index_0_begins_a_new_sequence(packed_at_4):
     first, second = token_ids(340, seed=2), token_ids(340, seed=3)
     fresh = run(packed_at_4, second, LONG)
