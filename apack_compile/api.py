@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 
 from apack_compile import quantize as quantization
 from apack_compile.cache import CompactedCache
+from apack_compile.calibration_inputs import checked_inputs
 from apack_compile.config import AttentionPackConfig
 from apack_compile.decode_step import DecodeSteps
 from apack_compile.export.program import optimize_program
@@ -115,7 +116,9 @@ def optimize(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `optimize` (quantized weights stay quantized); returns the same model."""
+    """Undo `optimize` (quantized weights stay quantized); returns the same model. Raises ValueError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module; pass the model that optimize was given")
     session = session_of(model)
     if session is not None:
         for hook in (*session.hooks, *session.rotary_hooks):
@@ -129,14 +132,16 @@ def restore(model: nn.Module) -> nn.Module:
 def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> nn.Module:
     """Fit the bases that all requests share on model inputs (one dictionary or several); returns the model.
 
-    Raises ValueError when the model is not optimized, was optimized with a plan, or no input has a usable token.
+    A dictionary has torch tensors on the model's device: input_ids `[B, T]`, or inputs_embeds `[B, T, hidden]`, and what goes with them.
+    Raises ValueError when the model is not optimized, was optimized with a plan, or for inputs that it cannot read or that hold
+    no usable token.
     """
     session = _require_session(model)
     if session.plan is not None:
         raise ValueError(
             "model: optimized with a plan, which has its bases; call optimize(model, ratio=...) before calibrate"
         )
-    session.calibrate(model, inputs, "calibrate")
+    session.calibrate(model, checked_inputs(model, inputs), "calibrate")
     watch_rotary(model)
     return model
 
@@ -156,8 +161,13 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
 
 
 def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> CompactedCache:
-    """An empty packed cache of an optimized model, to pass as `past_key_values=`; it grows past `max_new_tokens` when it must."""
+    """An empty packed cache of an optimized model, to pass as `past_key_values=`; it grows past `max_new_tokens` when it must.
+
+    Raises ValueError for a bad argument, or a model that is not optimized.
+    """
     session = _require_session(model)
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer >= 0")
     return session.new_cache(model, max_new_tokens)
 
 
@@ -247,7 +257,7 @@ def _install(model: nn.Module, session: Session) -> None:
 
 
 def _require_session(model: nn.Module) -> Session:
-    session = session_of(model)
+    session = session_of(model) if isinstance(model, nn.Module) else None
     if session is None:
         raise ValueError(
             f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first, or, for a torch.compile "

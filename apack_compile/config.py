@@ -60,7 +60,11 @@ class AttentionPackConfig:
         if self.compile not in COMPILE_MODES:
             raise ValueError(f"compile={self.compile!r} is not one of {', '.join(COMPILE_MODES)}")
         expected = {"vision_key", "vision_value", "text_key", "text_value"}
-        if set(self.ranks) != expected or not all(_are_ranks(ranks) for ranks in self.ranks.values()):
+        if (
+            not isinstance(self.ranks, dict)
+            or set(self.ranks) != expected
+            or not all(_are_ranks(ranks) for ranks in self.ranks.values())
+        ):
             raise ValueError(
                 f"ranks={self.ranks!r} must give a positive integer, or a list with one per packed layer, for each of "
                 f"{', '.join(sorted(expected))}"
@@ -71,7 +75,7 @@ class AttentionPackConfig:
             raise ValueError(f"head_groups={self.head_groups!r} must be an integer >= 1, or None")
         if not _is_count(self.key_block):
             raise ValueError(f"key_block={self.key_block!r} must be an integer >= 0")
-        if not isinstance(self.coarse, (list, tuple)) or not set(self.coarse) <= {"text", "vision"}:
+        if not isinstance(self.coarse, (list, tuple)) or not all(name in ("text", "vision") for name in self.coarse):
             raise ValueError(f'coarse={self.coarse!r} must hold "text", "vision", both or none')
         object.__setattr__(self, "coarse", tuple(self.coarse))
         for name, options in (("attentionpack", AttentionPackOptions), ("a_vl", AVLOptions)):

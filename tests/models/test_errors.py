@@ -111,8 +111,6 @@ def test_calibration_without_a_usable_token_is_refused(llava):
     apack_compile.optimize(model, ratio=3, compile="none")
     with pytest.raises(ValueError, match="no usable token"):
         apack_compile.calibrate(model, [{"input_ids": torch.tensor([[5, 6, 7]])}])
-    with pytest.raises(ValueError, match="no usable token"):
-        apack_compile.calibrate(model, [])
     apack_compile.restore(model)
 
 
@@ -167,6 +165,42 @@ def test_without_torchao_the_error_says_what_to_install(monkeypatch):
 def test_a_bad_block_of_keys_is_named(block):
     with pytest.raises(ValueError, match=f"key_block={block!r} must be an integer >= 0"):
         AttentionPackConfig(key_block=block)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": 5}, "ranks=5 must give a positive integer"),
+        ({"coarse": [["text"]]}, r"coarse=\[\['text'\]\] must hold"),
+        ({"coarse": "text"}, "coarse='text' must hold"),
+    ],
+)
+def test_a_bad_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionPackConfig(**options)
+
+
+@pytest.mark.parametrize("tokens", (-1, 8.0, True, "8"))
+def test_bad_new_tokens_of_a_cache_are_named(llava, tokens):
+    model, _ = llava
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    with pytest.raises(ValueError, match=f"max_new_tokens={tokens!r} must be an integer >= 0"):
+        apack_compile.new_cache(model, tokens)
+    apack_compile.restore(model)
+
+
+@pytest.mark.parametrize("model", ("path/to/model", None, 7))
+def test_what_is_no_model_is_named(model):
+    for call in (
+        apack_compile.optimize,
+        apack_compile.restore,
+        apack_compile.report,
+        apack_compile.new_cache,
+        lambda model: apack_compile.plan_for(model, 9),
+        lambda model: apack_compile.calibrate(model, {"input_ids": torch.ones(1, 9).long()}),
+    ):
+        with pytest.raises(ValueError, match=f"^model: .*{type(model).__name__}"):
+            call(model)
 
 
 @pytest.mark.parametrize("groups", (0, True, 2.0))
