@@ -14,6 +14,7 @@ from transformers import (
     Glm4Config,
     GPT2Config,
     LlamaConfig,
+    Qwen3_5TextConfig,
     StableLmConfig,
 )
 from transformers.cache_utils import DynamicCache
@@ -65,6 +66,27 @@ def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, interleaved, dty
     assert turn is not None and turn.frequencies.shape == (pairs,), reason
     assert turn.frequencies.dtype == torch.float32
     assert turn.interleaved == interleaved == ("interleaved pairs" in reason) and "inv_freq" in reason
+
+
+def test_the_turn_is_found_behind_linear_layers_that_make_a_repeated_token_differ():
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    config = Qwen3_5TextConfig(
+        **{**SIZES, "num_hidden_layers": 4},
+        **linear,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    )
+    model = model_of(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    turn, reason = find_turn(model, [1, 3], {"input_ids": prompt()}, BLOCK)
+    assert turn is not None and turn.frequencies.shape == (2,), reason
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,9 @@ from threading import Thread
 
 import pytest
 import torch
+from matrix.building import build as build_any
+from matrix.building import case_of, class_names
+from matrix.prompts import pixels_for, prompt_for
 from multi_section import COORDINATES, MODELS, build, prompt
 from transformers.cache_utils import DynamicCache
 from vlms import build as small_vlm
@@ -23,7 +26,7 @@ from apack_compile.own_cache import OwnCaches
 from apack_compile.plan import LayerPlan, StreamPlan
 from apack_compile.rotary import find_turn
 from apack_compile.sensitivity import observe
-from apack_compile.session import session_of
+from apack_compile.session import layer_kinds, session_of
 
 ROWS = {"one-row": [[40, 50, 60]], "rows-of-other-pictures-padded": [[20, 70], [30, 40, 25, 90]]}
 BLOCK = 16
@@ -109,6 +112,24 @@ def test_a_vision_tower_with_the_same_frequencies_does_not_matter():
     assert torch.equal(tower, buffers["model.language_model.rotary_emb.inv_freq"])
     turn, reason = find_turn(model, [0, 1], vlm_prompt("qwen2_5_vl", [[30, 9]], placeholders), BLOCK)
     assert turn.coordinates.tolist() == [0, 1, 2, 2] and "language_model" in reason
+
+
+@pytest.mark.parametrize(
+    ("model_type", "coordinates", "said"),
+    [
+        ("qwen3_5", [0, 1], "each pair by one of 3 coordinates"),
+        ("hunyuan_vl", [0, 0, 0, 0, 1, 1, 1, 1], "the other has another (no difference in text)"),
+    ],
+)
+def test_the_coordinates_of_other_models_are_found(model_type, coordinates, said):
+    if model_type not in class_names():
+        pytest.skip(f"this transformers has no {model_type}")
+    model = build_any(model_type)
+    batch = prompt_for(model, pixels_for(model), case_of(model_type).placeholders, 40)
+    full = [kind.layer for kind in layer_kinds(model) if kind.reason is None]
+    turn, reason = find_turn(model, full, batch, BLOCK)
+    assert turn is not None and turn.coordinates.tolist() == coordinates, (reason, turn)
+    assert reason.endswith(said)
 
 
 def test_pairs_that_turn_by_no_single_coordinate_are_refused():
