@@ -1,7 +1,6 @@
 """The packed cache: a transformers `Cache` whose full-attention layers store compressed tokens."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from apack_compile.plan import Plan, spare_slots
 from apack_compile.rotary import rotary_start, turns_of_blocks
 from apack_compile.shared_index import SharedIndex
 from apack_compile.token_index import Chunk, assign, extended, positions_of, without_bad_bargains
+from apack_compile.watch import Watch, WatchedKeys
 
 Planner = Callable[[int, float], Plan]
 CAPACITY_GRAIN = 256
@@ -66,10 +66,9 @@ class CompactedCache(Cache):
         self.signature = signature
         self.strict = strict
         self.notes: list[str] = []
-        # The layer that a chunk was laid out in last, and the tokens of the chunk: the next attention is its.
-        self.last_update: tuple[CompactedLayer, int] | None = None
-        self.watch: AbstractContextManager | None = None
         self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
+        # Of the chunk being stored.
+        self._padding: Tensor | None = None
         self.is_told = False
         # What the pass that runs gave its rotary embedding: `[C, B, n]` or `[B, n]`.
         self._shown: Tensor | None = None
@@ -100,16 +99,6 @@ class CompactedCache(Cache):
         if text not in self.notes:
             self.notes.append(text)
 
-    @property
-    def incoming_padding(self) -> Tensor | None:
-        """Which tokens of the coming chunk are padding, bool `[B, n]`; None for none."""
-        return self._incoming[1]
-
-    @property
-    def may_have_tiers(self) -> bool:
-        """Whether the plan, or one still to be chosen, has tiers."""
-        return self.index.plan is None or self.index.plan.tiers is not None
-
     def expect(self, vision: Tensor | None, padding: Tensor | None) -> None:
         """Tell which tokens of the coming chunk are vision and which padding, bool `[B, n]`; None for none of them."""
         self._incoming, self.is_told, self._shown = (vision, padding), True, None
@@ -124,7 +113,6 @@ class CompactedCache(Cache):
         """Store the states of one layer; raises ValueError (cache unchanged) for states that cannot be packed."""
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompactedLayer):
-            self.last_update = None
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling() and layer.is_initialized:
             return layer.update(key_states, value_states)
@@ -145,12 +133,12 @@ class CompactedCache(Cache):
         except Exception:
             self._roll_back()
             raise
-        if layer.tiers is not None and self.index.chunk is not None:
-            self.last_update = (layer, key.shape[2])
+        if layer.tiers is not None and self.index.chunk is not None and self.index.is_watched:
+            out = WatchedKeys.of(out[0], Watch(self, layer, key.shape[2], self._padding)), out[1]
         if layer is packed[-1]:
             self._note_fits(packed)
             self._undo, self.index.laid_out, self.index.laid_out_turns = None, [], []
-            self.index.chunk = self.index.assignment = None
+            self.index.chunk = self.index.assignment = self._padding = None
         return out
 
     def _note_fits(self, packed: list[CompactedLayer]) -> None:
@@ -187,7 +175,7 @@ class CompactedCache(Cache):
         batch, _, tokens, _ = key.shape
         self.eager_chunks += 1
         (vision, padding), shown = self._incoming, self._shown
-        self._incoming, self._shown, self.is_told = (None, None), None, False
+        self._incoming, self._padding, self._shown, self.is_told = (None, None), padding, None, False
         first = self.packed_layers[0]
         held = int(first.get_seq_length())
         appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))

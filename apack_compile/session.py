@@ -36,7 +36,6 @@ from apack_compile.plan_choice import Groups, Shapes, head_groups_for
 from apack_compile.plan_file import versions
 from apack_compile.rotary import KeyTurn, find_turn
 from apack_compile.time_model import default_min_tokens
-from apack_compile.watch import start_watching, stop_watching
 
 ATTRIBUTE = "_apack_session"
 DEFAULT_NEW_TOKENS = 64
@@ -368,7 +367,12 @@ def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[s
         cache.chunks_before = cache.eager_chunks
         if (session := session_of(model)) is not None:
             session.running.cache = weakref.ref(cache)
-        start_watching(cache, part)
+        cache.index.is_watched = attention_of(part) == "sdpa"
+
+
+def attention_of(model: nn.Module) -> str:
+    """The implementation of a model's attention: states are stored and watched for "sdpa", others are spelled otherwise."""
+    return model.config.get_text_config(decoder=True)._attn_implementation
 
 
 def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -376,7 +380,7 @@ def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
     cache = kwargs.get("past_key_values")
     if torch.compiler.is_dynamo_compiling() or not isinstance(cache, CompactedCache):
         return
-    stop_watching(cache)
+    cache.index.is_watched = False
     session = session_of(model)
     if session is not None:
         session.running.cache = None

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.cache import CompactedCache
+from apack_compile.session import attention_of
 from apack_compile.stored_states import StoredStates
-from apack_compile.watch import start_watching, stop_watching
 
 HEADS, REPEATS, WIDTH, PROMPT = 2, 3, 10, 83
 
@@ -226,7 +226,6 @@ def test_only_sdpa_gets_stored_states(attention, served):
     model = small_model(attention, preset="lossless")
     with torch.no_grad():
         cache, _, _ = step_of(1)
-        start_watching(cache, model)
+        cache.index.is_watched = attention_of(model) == "sdpa"
         key, _ = cache.update(*(torch.randn(2, HEADS, 1, WIDTH) for _ in range(2)), 1)
-    stop_watching(cache)
     assert isinstance(key, StoredStates) == served

@@ -1,0 +1,39 @@
+"""What a forward pass that is interrupted (Ctrl+C, an exit, an error) leaves behind: nothing."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from small import calibrated, greedy, llava, picture
+from torch.overrides import _get_current_function_mode_stack as function_modes
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import apack_compile
+
+SETTINGS = [{"preset": "lossless"}, {"ratio": 4}, {"preset": "attentionpack"}, {"preset": "a-vl"}]
+
+
+def interrupted(kind):
+    def attention(*args, **kwargs):
+        raise kind
+
+    return attention
+
+
+@pytest.mark.parametrize("kind", (KeyboardInterrupt, SystemExit, GeneratorExit, RuntimeError))
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_an_interrupted_prompt_leaves_no_mode_and_no_cache(setting, kind, monkeypatch):
+    model, other, inputs = calibrated(llava(), **setting), llava(), picture([60, 20])
+    dense = greedy(other, inputs, 4)
+    cache = apack_compile.new_cache(model)
+    alive = weakref.ref(cache)
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", interrupted(kind))
+        with pytest.raises(kind):
+            greedy(model, inputs, 4, past_key_values=cache)
+    assert not function_modes()
+    assert torch.equal(greedy(other, inputs, 4), dense)
+    del cache
+    gc.collect()
+    assert alive() is None
