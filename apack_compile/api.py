@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 
 from apack_compile import quantize as quantization
 from apack_compile.cache import CompactedCache
+from apack_compile.cache_argument import cache_name
 from apack_compile.calibration_inputs import checked_inputs
 from apack_compile.config import AttentionPackConfig
 from apack_compile.decode_step import DecodeSteps
@@ -32,6 +33,7 @@ from apack_compile.session import (
     generating_parts,
     layer_kinds,
     note_new_weights,
+    rename_cache,
     resolve_compile,
     session_of,
     signature_of,
@@ -161,9 +163,9 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
 
 
 def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> CompactedCache:
-    """An empty packed cache of an optimized model, to pass as `past_key_values=`; it grows past `max_new_tokens` when it must.
+    """An empty packed cache of an optimized model; it grows past `max_new_tokens` when it must.
 
-    Raises ValueError for a bad argument, or a model that is not optimized.
+    To pass as `cache=` (`past_key_values=` before transformers 5.24). Raises ValueError for a bad argument, or a model not optimized.
     """
     session = _require_session(model)
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
@@ -244,6 +246,7 @@ def _install(model: nn.Module, session: Session) -> None:
         session.decode = DecodeSteps(session.inner, session.config.strict)
     parts = generating_parts(model)
     session.hooks = (
+        *(part.register_forward_pre_hook(partial(rename_cache, cache_name(part)), with_kwargs=True) for part in parts),
         *(part.register_forward_pre_hook(partial(watch_forward, model), with_kwargs=True) for part in parts),
         model.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
         model.register_load_state_dict_post_hook(note_new_weights),

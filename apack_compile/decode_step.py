@@ -15,6 +15,7 @@ from transformers import CompileConfig
 
 from apack_compile.backend import StrictError, make_backend
 from apack_compile.cache import CompactedCache
+from apack_compile.cache_argument import cache_of, named_arguments
 from apack_compile.passes import GraphRecord
 from apack_compile.plan import Plan
 from apack_compile.uncompiled import is_uncompiled
@@ -58,8 +59,8 @@ class DecodeSteps:
 
     def run(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A forward pass: compiled when it is one token of each sequence over a filled cache, else eager."""
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, CompactedCache) or not cache.is_filled or tokens_of(args, kwargs) != 1:
+        cache = cache_of(args, kwargs)
+        if not isinstance(cache, CompactedCache) or not cache.is_filled or tokens_of(model, args, kwargs) != 1:
             return model(*args, **kwargs)
         step = self._step_for(cache.index.plan)
         seen, elsewhere = cache.eager_chunks, is_uncompiled()
@@ -89,8 +90,9 @@ class DecodeSteps:
         cache.note(text)
 
 
-def tokens_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
+def tokens_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | None:
     """How many tokens of each sequence a forward pass is given; None when it does not say."""
-    ids = args[0] if args else kwargs.get("input_ids")
-    states = ids if ids is not None else kwargs.get("inputs_embeds")
+    given = named_arguments(model, args, kwargs)
+    ids = given.get("input_ids")
+    states = ids if ids is not None else given.get("inputs_embeds")
     return None if states is None else states.shape[1]

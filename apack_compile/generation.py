@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationMixin
 
 from apack_compile.cache import CompactedCache
+from apack_compile.cache_argument import NAMES, OWN_NAME, cache_of
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.session import DEFAULT_NEW_TOKENS, Session, session_of
 
@@ -19,7 +20,7 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     plain = type(model).generate
     session = session_of(model)
     options = Options(args, kwargs, model.generation_config)
-    cache = kwargs.get("past_key_values")
+    cache = cache_of((), kwargs)
     implementation = options.get("cache_implementation")
     check_mode(options, implementation)
     if cache is None and (options.get("use_cache") is False or implementation is not None):
@@ -32,10 +33,13 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session.unused = session.too_short(None if prompt is None else prompt.shape[1], expected, model.device.type)
         if session.unused:
             return plain(model, *args, **kwargs)
-        cache = kwargs["past_key_values"] = session.new_cache(model, expected)
-    session.unused = None if isinstance(cache, CompactedCache) else f"past_key_values is a {type(cache).__name__}"
+        cache = session.new_cache(model, expected)
+    session.unused = (
+        None if isinstance(cache, CompactedCache) else f"the cache that was passed is a {type(cache).__name__}"
+    )
     if session.unused:
         return plain(model, *args, **kwargs)
+    kwargs = {**{name: x for name, x in kwargs.items() if name not in NAMES}, OWN_NAME: cache}
     if options.get("prefill_chunk_size") is not None and not cache.is_filled:
         plan_chunks(model, session, cache, kwargs, prompt)
     if options.get("guidance_scale") not in (None, 1, 1.0):

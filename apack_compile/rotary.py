@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers.cache_utils import DynamicCache
 
+from apack_compile.cache_argument import with_cache
 from apack_compile.coordinates import TokenCoordinates, owner_of, replaced_positions, rotary_frequencies, seen_positions
 from apack_compile.kernels.turns import deinterleaved, turned
 from apack_compile.sensitivity import pictures_beside
@@ -215,7 +216,7 @@ def keys_of_one_token(model: nn.Module, layers: Iterable[int], batch: Mapping[st
     with torch.inference_mode(False), torch.no_grad(), uncompiled(), repeated_hidden_states(model, layers):
         repeated = last.clone().expand(-1, PROBE_TOKENS, *last.shape[2:])
         beside = {key: x[:rows].clone() for key, x in pictures_beside(batch, PROBE_TOKENS).items()}
-        model(**{name: repeated, **beside, "past_key_values": cache, "use_cache": True})
+        model(**with_cache(model, {name: repeated, **beside, "use_cache": True}, cache))
     return [cache.keys_by_layer[i][0] for i in layers]
 
 

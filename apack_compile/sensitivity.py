@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from apack_compile.cache_argument import with_cache
 from apack_compile.coordinates import seen_positions
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.uncompiled import uncompiled
@@ -48,7 +49,7 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         read, following = split(batch, queries)
         with torch.no_grad(), seen_positions(model) as seen:
-            model(**{**read, "past_key_values": cache, "use_cache": True})
+            model(**with_cache(model, read, cache) | {"use_cache": True})
         positions = seen[-1][1] if seen else None
         if queries == 0:
             return Observation({i: (cache.layers[i].keys, cache.layers[i].values) for i in layers}, {}, 0, positions)
@@ -59,7 +60,7 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
         if positions is not None and positions.dim() == 3 and "position_ids" not in following:
             following |= positions_after(positions, batch, queries)
         with torch.enable_grad(), seen_positions(model) as seen:
-            logits = model(**{**following, "past_key_values": cache, "use_cache": True}).logits
+            logits = model(**with_cache(model, following, cache) | {"use_cache": True}).logits
         more = seen[-1][1] if seen else None
         alike = positions is not None and more is not None and positions.shape[:-1] == more.shape[:-1]
         positions = torch.cat([positions, more], -1) if alike else None

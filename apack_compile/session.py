@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
+from apack_compile.cache_argument import cache_of, named_arguments
 from apack_compile.calibration import Observation, Statistics, collect
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.coordinates import positions_given, rotary_modules
@@ -355,9 +356,19 @@ def generating_parts(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GenerationMixin)]
 
 
+def rename_cache(
+    name: str, part: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook of a generating part: a packed cache given by another name than the part's own goes on under that one."""
+    cache = cache_of((), kwargs)
+    if not isinstance(cache, CompactedCache) or kwargs.get(name) is cache:
+        return None
+    return args, {**{key: x for key, x in kwargs.items() if x is not cache}, name: cache}
+
+
 def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a generating part: tell a packed cache what is coming; nothing for any other cache."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(args, kwargs)
     if not isinstance(cache, CompactedCache) or (torch.compiler.is_dynamo_compiling() and cache.is_filled):
         return
     if part is not model and cache.is_told:
@@ -377,13 +388,17 @@ def attention_of(model: nn.Module) -> str:
 
 def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook, called after errors too: stop watching, and say which layers were not seen."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(args, kwargs)
     if torch.compiler.is_dynamo_compiling() or not isinstance(cache, CompactedCache):
         return
     cache.index.is_watched = False
     session = session_of(model)
     if session is not None:
         session.running.cache = None
+    if output is not None and not cache.is_filled:
+        raise ValueError(
+            f"cache: {type(model).__name__}.forward left the packed cache empty: it does not use the cache it is given"
+        )
     if cache.is_filled and cache.index.plan.tiers is not None and cache.eager_chunks == cache.chunks_before:
         cache.note(
             "a forward compiled by hand: unless its backend is attentionpack, it reads every token held, not tiers"
@@ -432,9 +447,9 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
     """Check that a cache belongs to the model, calibrate on its first prompt if nothing else did, and pass on modalities."""
     if cache.signature != signature_of(model):
         raise ValueError(
-            f"past_key_values: a cache for {describe(cache.signature)} was passed to a model with {describe(signature_of(model))}"
+            f"cache: one for {describe(cache.signature)} was passed to a model with {describe(signature_of(model))}"
         )
-    inputs = {**kwargs, **({"input_ids": args[0]} if args else {})}
+    inputs = named_arguments(part, args, kwargs)
     states = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if states is None or states.shape[1] == 0:
         raise ValueError("input_ids: the prompt has zero tokens; pass at least one")

@@ -28,6 +28,7 @@ from transformers import DynamicCache, StaticCache
 import apack_compile
 from apack_compile.backend import make_backend
 from apack_compile.cache import CompactedCache
+from apack_compile.cache_argument import with_cache
 from apack_compile.rotary import BLOCK
 
 STEPS, ROUNDS, WARM_UP_STEPS = 8, 6, 4
@@ -75,7 +76,9 @@ class Clock:
 def prefilled(subject: Subject, cache: Any, device: str) -> tuple[Any, Clock, Tensor]:
     """A cache that the model has read the prompt into, what that took, and the next token `[B, 1]`."""
     with Clock(device) as clock:
-        logits = subject.model(**subject.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = subject.model(
+            **with_cache(subject.model, subject.inputs, cache), use_cache=True, logits_to_keep=1
+        ).logits
     return cache, clock, logits[:, -1:].argmax(-1)
 
 
@@ -119,7 +122,7 @@ def stepper(subject: Subject, cache: Any, token: Tensor, compiled: Callable[...,
             # as generate does before each step: room in the cache, a full tail packed anew
             cache.reserve(1)
         torch.compiler.cudagraph_mark_step_begin()
-        logits = compiled(input_ids=held["token"], past_key_values=cache, use_cache=True).logits
+        logits = compiled(**with_cache(subject.model, {"input_ids": held["token"]}, cache), use_cache=True).logits
         held["token"] = logits[:, -1:].argmax(-1)
 
     return step

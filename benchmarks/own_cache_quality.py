@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 import apack_compile
+from apack_compile.cache_argument import with_cache
 from apack_compile.demo.assets import load_model, load_tokenizer
 
 PLACE = 5_000
@@ -25,11 +26,11 @@ PLACE = 5_000
 def scored(model: Any, step: Callable[..., Any], ids: Tensor, prompt: int) -> Tensor:
     """Log-probabilities `[scored, vocabulary]` after each token that follows the prompt."""
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ids.shape[1])
-    model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    model(**with_cache(model, {"input_ids": ids[:, :prompt]}, cache), logits_to_keep=1)
     found = []
     for token in ids[:, prompt:].split(1, dim=1):
         token = token.clone(memory_format=torch.contiguous_format)
-        found.append(step(input_ids=token, past_key_values=cache).logits[:, -1].float().log_softmax(-1))
+        found.append(step(**with_cache(model, {"input_ids": token}, cache)).logits[:, -1].float().log_softmax(-1))
     return torch.cat(found)
 
 

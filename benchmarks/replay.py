@@ -50,6 +50,7 @@ def replay(model: nn.Module, cache: Any, position: int, script: Script) -> Reply
         # positions are given, because a cache with evicted tokens no longer knows them
         positions = torch.arange(position, position + len(ids))[None]
         position += len(ids)
+        # the name that transformers in either environment takes
         logits = model(input_ids=ids[None], position_ids=positions, past_key_values=cache).logits[0]
         return logits.float().log_softmax(-1)
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile import AttentionPackConfig, AttentionPackOptions, AVLOptions
+from apack_compile.cache_argument import with_cache
 
 OURS = "apack-compile"
 RANKS = (96, 48, 24)
@@ -67,7 +68,7 @@ def read(system: System, model: nn.Module, ids: Tensor, states: States, **inputs
     """A cache that the model itself filled with the tokens `[T]`, and its bytes."""
     cache = system.make(model)
     inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    model(input_ids=ids[None], past_key_values=cache, logits_to_keep=1, **inputs)
+    model(**with_cache(model, {"input_ids": ids[None], **inputs}, cache), logits_to_keep=1)
     return cache, system.held(cache, dense_bytes(states))
 
 
@@ -133,5 +134,5 @@ def prefill(model: nn.Module, ids: Tensor, chunk: int, **inputs: Any) -> States:
     """Exact keys and values of the tokens `[T]`, read in chunks."""
     cache = dense_cache(model)
     for part in ids[None].split(chunk, dim=1):
-        model(input_ids=part, past_key_values=cache, logits_to_keep=1, **inputs)
+        model(**with_cache(model, {"input_ids": part, **inputs}, cache), logits_to_keep=1)
     return [(layer.keys, layer.values) for layer in cache.layers]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from apack_compile.cache_argument import with_cache
 from apack_compile.demo.assets import Question
 from apack_compile.demo.prompts import Prompt, build_dialogue, build_prompt, load_pixels, read_answer
 from apack_compile.layer import CompactedLayer
@@ -96,21 +97,19 @@ def dense_cache(model: Any) -> Any:
 def read_pictures(model: Any, prompt: Prompt, pixels: torch.Tensor, cache: Any) -> None:
     """Prefills the pictures' part of a prompt into `cache`."""
     ids = prompt.prefix.to(model.device)
-    model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=pixels.to(model.device, model.dtype),
-        past_key_values=cache,
-        logits_to_keep=1,
-    )
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }
+    model(**with_cache(model, inputs, cache), logits_to_keep=1)
 
 
 def generate(model: Any, prompt: Prompt, cache: Any, **kwargs: Any) -> torch.Tensor:
     """Greedy continuation of a prompt whose pictures `cache` holds: the new ids."""
     ids = prompt.input_ids.to(model.device)
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, **kwargs
-    )
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    out = model.generate(**with_cache(model, inputs, cache), do_sample=False, **kwargs)
     return out[0, ids.shape[1] :]
 
 
@@ -253,7 +252,6 @@ def _question_logprobs(model: Any, prompt: Prompt, states: Sequence[tuple[torch.
         length = prompt.prefix_len
         cache.update(key[..., :length, :].to(model.dtype), value[..., :length, :].to(model.dtype), index)
     ids = prompt.input_ids.to(model.device)
-    logits = model(
-        input_ids=ids[:, prompt.prefix_len :], attention_mask=torch.ones_like(ids), past_key_values=cache
-    ).logits
+    inputs = {"input_ids": ids[:, prompt.prefix_len :], "attention_mask": torch.ones_like(ids)}
+    logits = model(**with_cache(model, inputs, cache)).logits
     return torch.log_softmax(logits[0].float(), dim=-1)

@@ -90,7 +90,7 @@ def test_a_cache_of_another_model_is_refused_and_stays_empty(llava):
     apack_compile.optimize(other, preset="lossless", compile="none")
     apack_compile.optimize(model, preset="lossless", compile="none")
     cache = apack_compile.new_cache(other)
-    with pytest.raises(ValueError, match=r"past_key_values: a cache for 3 layers, 2 KV heads x 8, torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"cache: one for 3 layers, 2 KV heads x 8, torch\.bfloat16"):
         model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
     assert not cache.is_filled
     apack_compile.restore(model)
