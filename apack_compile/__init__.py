@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from apack_compile.supported_versions import SUPPORTED, check_versions, missing
+
 if TYPE_CHECKING:
     from apack_compile.api import calibrate, new_cache, optimize, plan_for, report, restore
     from apack_compile.cache import CompactedCache
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from apack_compile.reporting import Report
 
 __version__ = "0.1.0"
+
+check_versions()
 
 _HOME = {
     "AVLOptions": "preset_options",
@@ -51,5 +55,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"apack_compile.{_HOME[name]}"), name)
+        try:
+            module = import_module(f"apack_compile.{_HOME[name]}")
+        except ModuleNotFoundError as error:
+            if error.name in SUPPORTED:
+                raise ImportError(missing(error.name), name=error.name) from error
+            raise
+        return getattr(module, name)
     raise AttributeError(f"module 'apack_compile' has no attribute {name!r}")
