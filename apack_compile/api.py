@@ -20,6 +20,7 @@ from apack_compile.export.report import ProgramReport, program_report
 from apack_compile.generation import compiled_call, generate, refuse_continuous_batching
 from apack_compile.graph_log import GraphLog
 from apack_compile.graph_report import GraphReport, build_graph_report
+from apack_compile.inner_compiler import resolve_compile
 from apack_compile.plan import Plan
 from apack_compile.plan_check import check_plan
 from apack_compile.reporting import Report, build_report
@@ -34,7 +35,6 @@ from apack_compile.session import (
     layer_kinds,
     note_new_weights,
     rename_cache,
-    resolve_compile,
     session_of,
     signature_of,
     watch_forward,
@@ -227,7 +227,7 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
         plan = plan.to(model.device)
     elif config.ratio is not None:
         check_ratio(config.ratio, config.head_groups or 1, model)
-    inner, reason = resolve_compile(config.compile, model)
+    inner, reason = resolve_compile(config.compile, model.device.type)
     return Session(config, kinds, signature, inner, reason, plan)
 
 

@@ -3,6 +3,7 @@
 Torch finds it by name through the entry point group `torch_dynamo_backends`; registering it here too would be an error.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from torch import fx
 
 from apack_compile.checks import is_ratio
 from apack_compile.graph_log import GraphLog
+from apack_compile.inner_compiler import AUTO, NO_COMPILER, resolve_compile
 from apack_compile.passes import (
     BufferPair,
     FindCacheUpdates,
@@ -34,7 +36,7 @@ from apack_compile.passes.pack_buffers import read_besides
 if TYPE_CHECKING:
     from apack_compile.own_cache import OwnCaches
 
-INNER = ("inductor", "aot_eager", "eager")
+INNER = (AUTO, "inductor", "aot_eager", "eager")
 OPTIONS = ("inner", "strict", "dump_dir", "log", "own_cache", "ratio", "plan")
 PASSES = (FuseAttend(), ShareHeads(), FindCacheUpdates(), RemoveDeadCode())
 DEFAULT_RATIO = 4.0
@@ -53,13 +55,14 @@ class StrictError(RuntimeError):
 class BackendOptions:
     """Checked options of the backend.
 
-    inner: the compiler that the rewritten graph goes to. strict: raise where a packed cache is still unpacked or, with own_cache,
+    inner: the compiler that the rewritten graph goes to; "auto" is Inductor where it can compile for the graph's device, else "eager",
+    with a warning. strict: raise where a packed cache is still unpacked or, with own_cache,
     where a stock cache stays dense. dump_dir: folder for graphs before and after each pass. log: is told about every graph.
     own_cache: pack the static key and value buffers that the compiled module owns, at `ratio` (default 4), or by the saved plan at the
     path `plan`. Raises ValueError naming the option.
     """
 
-    inner: str = "inductor"
+    inner: str = AUTO
     strict: bool = False
     dump_dir: str | None = None
     log: GraphLog | None = None
@@ -107,7 +110,12 @@ def attentionpack(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph; `options` are those of BackendOptions, `mode` is Inductor's."""
     chosen = BackendOptions.of(options)
-    patches = _inductor_patches(chosen.inner, mode)
+    inner, reason = resolve_compile(chosen.inner, _device_type(example_inputs))
+    if chosen.inner == AUTO and inner != "inductor":
+        ignored = "" if mode is None else f" and mode={mode!r} is ignored"
+        what = f"{NO_COMPILER}; graphs run eagerly{ignored}. Install g++ or clang++, or set CXX to the compiler"
+        warnings.warn(f'torch.compile(backend="attentionpack"): {what}', stacklevel=1)
+    patches = _inductor_patches("inductor" if chosen.inner == AUTO else inner, mode)
     record = run_passes(gm, PASSES, chosen.dump_dir)
     pairs: list[BufferPair] = []
     if chosen.own_cache:
@@ -120,14 +128,22 @@ def attentionpack(
     for tell in (on_graph, None if chosen.log is None else chosen.log.graphs.append):
         if tell is not None:
             tell(record)
+    if chosen.log is not None:
+        chosen.log.compilers.append(f"{inner} ({reason})")
     _check(gm, record, chosen)
     if not pairs and not (chosen.own_cache and read_besides(gm.graph, ())):
-        return _compile(gm, example_inputs, chosen.inner, patches)
+        return _compile(gm, example_inputs, inner, patches)
     from apack_compile.own_cache_graph import OwnCacheGraph
 
     # Through Dynamo once more: packed state exists only when the graph runs, and its shapes need guards of their own.
-    compile_form = partial(torch.compile, backend=chosen.inner, mode=mode, fullgraph=True)
+    compile_form = partial(torch.compile, backend=inner, mode=mode if inner == "inductor" else None, fullgraph=True)
     return OwnCacheGraph(gm, pairs, caches, compile_form, chosen.dump_dir)
+
+
+def _device_type(example_inputs: Sequence[Any]) -> str:
+    """The type of device that a graph is for: an accelerator where one of its tensors is on one."""
+    types = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)} - {"cpu", "meta"}
+    return min(types, default="cpu")
 
 
 def _check(gm: fx.GraphModule, record: GraphRecord, chosen: BackendOptions) -> None:

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 class GraphLog:
     """Pass one as backend option `log`, and read it with `apack_compile.report(log)`.
 
-    graphs: the record of every graph compiled with it; caches: the packed state of their static buffers, with own_cache.
+    graphs: the record of every graph compiled with it; compilers: what each graph went to, and why; caches: the packed state of their
+    static buffers, with own_cache.
     """
 
     def __init__(self) -> None:
         self.graphs: list[GraphRecord] = []
+        self.compilers: list[str] = []
         self.caches: list[OwnCaches] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphLog":

@@ -26,9 +26,10 @@ class GraphLine:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """Attentions and caches of every graph, bytes of what own_cache has packed by now, and notes."""
+    """Attentions and caches of every graph, the compilers they went to, bytes of what own_cache has packed by now, and notes."""
 
     graphs: int
+    compilers: tuple[str, ...]
     lines: tuple[GraphLine, ...]
     bytes: dict[str, Any] | None
     notes: tuple[str, ...]
@@ -38,7 +39,8 @@ class GraphReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f'apack-compile: torch.compile(backend="attentionpack"), {self.graphs} graphs']
+        compiled = "; ".join(self.compilers) or "nothing was compiled yet"
+        lines = [f'apack-compile: torch.compile(backend="attentionpack"), {self.graphs} graphs: {compiled}']
         lines.append(f"{'graph':>5}  {'layer':<32} {'what':<28} {'status':<12} reason")
         lines += [f"{n.graph:>5}  {n.layer:<32} {n.what:<28} {n.status:<12} {n.reason}" for n in self.lines]
         if self.bytes:
@@ -64,7 +66,8 @@ def build_graph_report(log: GraphLog) -> GraphReport:
         notes.append(f"dense caches{known} stay as they are, their bytes are unchanged; {HOW_TO_PACK}")
     if log.caches and not held:
         notes.append("own_cache: nothing is packed yet; the first decode call over enough tokens does it")
-    return GraphReport(len(log.graphs), lines, total(held), tuple(dict.fromkeys(notes)))
+    compilers = tuple(dict.fromkeys(log.compilers))
+    return GraphReport(len(log.graphs), compilers, lines, total(held), tuple(dict.fromkeys(notes)))
 
 
 def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:

@@ -1,6 +1,5 @@
 """What `optimize` keeps on a model."""
 
-import shutil
 import threading
 import weakref
 from collections.abc import Mapping
@@ -333,20 +332,6 @@ def check_ratio(ratio: float, groups: int, model: nn.Module) -> None:
         raise ValueError(
             f"ratio={ratio!r} is out of reach: the largest for KV width {heads // groups * head_dim} is {reachable:.1f}"
         )
-
-
-def resolve_compile(mode: str, model: nn.Module) -> tuple[str | None, str]:
-    """Inner compiler (None: decode is not compiled) and why."""
-    if mode == "none":
-        return None, "compile='none'"
-    if mode != "auto":
-        return mode, f"compile={mode!r}"
-    if model.device.type != "cpu":
-        return "inductor", f"auto: there is an accelerator ({model.device.type})"
-    compiler = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
-    if compiler:
-        return "inductor", f"auto: there is a C++ compiler ({compiler})"
-    return "eager", "auto: neither an accelerator nor a C++ compiler; the rewritten graph runs eagerly"
 
 
 def generating_parts(model: nn.Module) -> list[nn.Module]:

@@ -132,7 +132,7 @@ def test_without_strict_a_refused_attention_runs_as_written():
     ("options", "message"),
     [
         ({"iner": "eager"}, r"unknown option iner='eager': expected one of inner, strict, dump_dir"),
-        ({"inner": "tvm"}, r"option inner='tvm': expected one of inductor, aot_eager, eager"),
+        ({"inner": "tvm"}, r"option inner='tvm': expected one of auto, inductor, aot_eager, eager"),
         ({"strict": "yes"}, r"option strict='yes': expected one of True, False"),
         ({"dump_dir": 3}, r"option dump_dir=3: expected a path"),
     ],
