@@ -28,11 +28,20 @@ def tensors_in(value: object) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
 
 
+def unpacked_tensors(cache: "CompactedCache") -> Iterator[Tensor]:
+    """What a cache holds as transformers has it: of layers that are not packed, and linear states of those that are."""
+    for layer in cache.layers:
+        held = vars(layer)
+        if layer in cache.packed_layers:
+            held = {name: held.get(name) for name in ("conv_states", "recurrent_states")}
+        yield from tensors_in(held)
+
+
 def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
     """What the cache holds, in bytes.
 
-    tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for layers that are not packed, of what they
-    hold). sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, turns.
+    tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for what is not packed, of what is held).
+    sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, turns.
     model_bytes: model-scoped bases, the turn's tensors and a coarse rule's weights. captured: smallest share of a stream's
     variance that a shared basis kept (1 without any). ratio: dense_bytes / sequence_bytes.
     """
@@ -42,7 +51,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
         model += tensors_in(list(vars(plan.turn).values()))
     if plan is not None and plan.coarse is not None:
         model += plan.coarse.weights.values()
-    own = [t for layer in cache.layers if layer not in cache.packed_layers for t in tensors_in(vars(layer))]
+    own = list(unpacked_tensors(cache))
     sequence = [
         *cache.index.positions,
         *cache.index.turns,

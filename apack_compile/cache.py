@@ -11,7 +11,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from apack_compile.accounting import cache_report
 from apack_compile.backend import StrictError
 from apack_compile.coordinates import TokenCoordinates, coordinates_of
+from apack_compile.hybrid_layer import packed_layer
 from apack_compile.inference_mode import outside_inference_mode
+from apack_compile.kept_layers import cannot_crop, has_linear_states, kept_layer, map_rows
 from apack_compile.layer import MAX_APPEND, CompactedLayer
 from apack_compile.plan import Plan, spare_slots
 from apack_compile.rotary import rotary_start, turns_of_blocks
@@ -56,7 +58,9 @@ class CompactedCache(Cache):
     ) -> None:
         self.index = SharedIndex()
         layers = [
-            CompactedLayer(kind.layer, self.index) if kind.reason is None else own_layers.layers[kind.layer]
+            packed_layer(kind.layer, self.index, own_layers.layers[kind.layer] if own_layers.layers else None)
+            if kind.reason is None
+            else kept_layer(own_layers.layers[kind.layer], kind.layer_type)
             for kind in kinds
         ]
         super().__init__(layers=layers)
@@ -73,6 +77,8 @@ class CompactedCache(Cache):
         # What the pass that runs gave its rotary embedding: `[C, B, n]` or `[B, n]`.
         self._shown: Tensor | None = None
         self._undo: Callable[[], None] | None = None
+        # Layers that could not forget a chunk that failed.
+        self._half_taken: list[int] = []
         self.history: tuple[Tensor, Tensor] | None = None
         # Where generate's prompt ends: tokens from there on are generated or drafted, never pictures.
         self.prompt_end: int | None = None
@@ -123,10 +129,9 @@ class CompactedCache(Cache):
     def _update_eagerly(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Checked update of a layer, all or nothing over the layers of a chunk."""
         packed = self.packed_layers
-        if layer is packed[0]:
-            self._check(layer, key, value)
         try:
             if layer is packed[0]:
+                self._check(layer, key, value)
                 self._begin(key)
             self._check(layer, key, value)
             out = layer.update(key, value)
@@ -156,6 +161,11 @@ class CompactedCache(Cache):
 
     def _check(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> None:
         """Raise ValueError unless the states fit what the cache holds and can be packed."""
+        if self._half_taken:
+            raise ValueError(
+                f"the last chunk failed, and layers {', '.join(map(str, self._half_taken))} keep what they took of it: reset the cache, "
+                "or use a new one"
+            )
         if layer.is_initialized:
             for name, got, want in (
                 ("batch size", key.shape[0], layer.batch_size),
@@ -359,7 +369,7 @@ class CompactedCache(Cache):
 
     def _remember(self, appends: bool) -> None:
         """Keep what it takes to undo the coming chunk; `append` writes in place, a layout makes new tensors."""
-        holders = [h for layer in self.packed_layers for h in (layer, layer.tiers) if h is not None]
+        holders = [h for layer in self.layers for h in (layer, getattr(layer, "tiers", None)) if h is not None]
         saved = [(holder, snapshot(holder)) for holder in holders]
         index, history, planner = snapshot(self.index), self.history, self.planner
         written = [t for layer in self.packed_layers for t in (*layer.dense[2:], layer.cursor)] if appends else []
@@ -376,19 +386,21 @@ class CompactedCache(Cache):
         self._undo = undo
 
     def _roll_back(self) -> None:
-        """Forget the chunk being stored; layers that are not packed can only be reset when they held nothing before."""
+        """Forget the chunk being stored; linear states can only be reset, where the cache was empty before."""
         if self._undo is not None:
             self._undo()
             self._undo = None
-        if not self.packed_layers[0].is_initialized:
+        if self.packed_layers[0].is_initialized:
+            self._half_taken = [i for i, layer in enumerate(self.layers) if has_linear_states(layer)]
+        else:
             for layer in self.layers:
-                if not isinstance(layer, CompactedLayer):
+                if not isinstance(layer, CompactedLayer) or has_linear_states(layer):
                     layer.reset()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` will return for `query_length` new tokens of this layer."""
         eager, layer = not torch.compiler.is_dynamo_compiling(), self.layers[layer_idx]
-        if eager and query_length <= MAX_APPEND:
+        if eager and query_length <= MAX_APPEND and self._undo is None:
             self.reserve(query_length)
         if eager and isinstance(layer, CompactedLayer) and not self.is_compileable:
             # where a cache is not compileable, transformers makes no mask for one token that attends to all keys: none may be empty
@@ -409,6 +421,7 @@ class CompactedCache(Cache):
         plan, self.index.__dict__ = self.index.plan, SharedIndex().__dict__
         self.index.plan = plan
         self.history, self._undo, self._incoming, self._shown = None, None, (None, None), None
+        self._half_taken = []
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens; raises ValueError past those that a prefill keeps croppable."""
@@ -424,6 +437,12 @@ class CompactedCache(Cache):
                     f"crop: cannot remove {-tokens_to_remove} of {held} tokens; only the newest {held - self.index.floor} "
                     "can go, the others are packed for good"
                 )
+        stuck = [i for i, layer in enumerate(self.layers) if cannot_crop(layer)]
+        if stuck and tokens_to_remove:
+            raise ValueError(
+                f"crop: cannot remove {-tokens_to_remove} tokens; the linear states of layers {', '.join(map(str, stuck))} cannot "
+                "go back"
+            )
         for layer in self.layers:
             if not isinstance(layer, CompactedLayer) or layer.is_initialized:
                 layer.crop(tokens_to_remove)
@@ -431,21 +450,20 @@ class CompactedCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch in the order `beam_idx` `[B]`, in place, so that compiled graphs keep their addresses."""
         self._map_rows(lambda tensor: tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device))))
-        self._own_layers("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-        self._own_layers("batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows at `indices`."""
         self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
-        self._own_layers("batch_select_indices", indices)
 
     @outside_inference_mode
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch to every tensor that has a row per sequence."""
+        for layer in self.layers:
+            map_rows(layer, change)
         packed = [layer for layer in self.packed_layers if layer.is_initialized]
         if not packed:
             return
@@ -462,12 +480,6 @@ class CompactedCache(Cache):
             layer.batch_size = layer.dense[0].shape[0]
             layer.mark_static()
         self._mark_positions()
-
-    def _own_layers(self, method: str, argument: object) -> None:
-        """Call a method of the layers that are not packed."""
-        for layer in self.layers:
-            if not isinstance(layer, CompactedLayer):
-                getattr(layer, method)(argument)
 
     def report(self) -> dict[str, int | float]:
         """Bytes held: tokens, dense_bytes, sequence_bytes, model_bytes, ratio (accounting.cache_report)."""

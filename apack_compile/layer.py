@@ -400,8 +400,8 @@ class CompactedLayer(CacheLayerMixin):
         return room if self.index.plan.per_request else room + self.codes[-4].shape[2] - (packed - origin)
 
     def get_seq_length(self) -> Tensor | int:
-        """Tokens held: 0, or a 0-d tensor (a Python int would recompile at every step)."""
-        return self.cursor[HELD] if self.is_initialized else 0
+        """Tokens held: 0, or a 0-d tensor (a Python int would recompile at every step) that updates do not change."""
+        return self.cursor[HELD].clone() if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` returns for `query_length` new tokens."""

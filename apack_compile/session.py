@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
@@ -21,6 +21,7 @@ from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.coordinates import positions_given, rotary_modules
 from apack_compile.decode_step import DecodeSteps
 from apack_compile.importance import CoarseRule, tells_apart
+from apack_compile.kept_layers import CROSS_ATTENTION, kept_layer
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.plan import (
     Plan,
@@ -40,8 +41,9 @@ from apack_compile.time_model import default_min_tokens
 ATTRIBUTE = "_apack_session"
 DEFAULT_NEW_TOKENS = 64
 FULL_ATTENTION = "full_attention"
-CROSS_ATTENTION = "cross_attention"
 LATENT_ATTENTION = "latent_attention"
+# transformers' layers whose keys and values are packed.
+PACKED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
 
 @dataclass
@@ -274,7 +276,8 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
     kinds = []
     for i, (kind, layer) in enumerate(zip(types, layers, strict=True)):
         reason = reason_of(kind, layer)
-        kinds.append(LayerKind(i, kind_name(kind, layer), reason, reason is None or bool(layer.is_compileable)))
+        compileable = reason is None or bool(kept_layer(layer, kind).is_compileable)
+        kinds.append(LayerKind(i, kind_name(kind, layer), reason, compileable))
     return kinds
 
 
@@ -297,7 +300,7 @@ def reason_of(layer_type: str, layer: Any) -> str | None:
         return f"{layer_type}: what is cached is latent already; {kept}"
     if type(layer).__name__ == "DummyLayer":
         return f"{layer_type}: holds no keys and values of its own"
-    return None if type(layer).__name__ == "DynamicLayer" else f"{kind_name(layer_type, layer)}: {kept}"
+    return None if type(layer) in PACKED else f"{kind_name(layer_type, layer)}: {kept}"
 
 
 def signature_of(model: nn.Module) -> tuple:
@@ -438,6 +441,10 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
     states = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if states is None or states.shape[1] == 0:
         raise ValueError("input_ids: the prompt has zero tokens; pass at least one")
+    if cache.is_filled and states.shape[0] != cache.batch_size:
+        raise ValueError(
+            f"input_ids: batch size is {states.shape[0]}, but this cache holds {cache.batch_size}; use a new cache"
+        )
     session = session_of(model)
     if session is not None and cache.planner is not None:
         session.calibrate_on_first(part, inputs)

@@ -127,7 +127,7 @@ CASES: dict[str, Case] = {
     "hunyuan_vl": Case({"text_config.head_dim": 16, "vision_config.max_image_size": 64, **mrope(2, 2, 2, 2)}),
     "idefics": Case(placeholders=0),
     "inkling2": Case(pixels=prompts.merged_patches, expected=NOT_APPLICABLE),
-    "inkling_mm_model": Case({"vision_config.n_layers": 6}, expected=NOT_APPLICABLE),
+    "inkling_mm_model": Case({"vision_config.n_layers": 6}, prompts.patches_in_time, expected=NOT_APPLICABLE),
     "instructblipvideo": Case({"video_token_index": 420}, pixels=prompts.frames_with_instruction, placeholders=8),
     "kimi_k25": Case({"text_config.head_dim": 8}, prompts.square_patches_of_grid, expected=NOT_APPLICABLE),
     "blip": Case(placeholders=0, expected=NOT_APPLICABLE),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import apack_compile
-from apack_compile.accounting import DENSE_ELEMENT_BYTES, storage_bytes, tensors_in
+from apack_compile.accounting import DENSE_ELEMENT_BYTES, storage_bytes, unpacked_tensors
 from apack_compile.modality import vision_of
 from apack_compile.reporting import ONE_BY_ONE
 
@@ -147,7 +147,7 @@ def check_ratio(model: nn.Module, inputs: dict[str, Tensor], settings: Any) -> t
 def held_by_packed_layers(cache: Any) -> float:
     """Bytes of a dense 16-bit cache over the bytes held, of the packed layers alone."""
     report = cache.report()
-    own = [t for layer in cache.layers if layer not in cache.packed_layers for t in tensors_in(vars(layer))]
+    own = list(unpacked_tensors(cache))
     dense = report["dense_bytes"] - DENSE_ELEMENT_BYTES * sum(t.numel() for t in own)
     return dense / (report["sequence_bytes"] - storage_bytes(own))
 

@@ -92,6 +92,11 @@ def merged_patches(config: Any) -> dict[str, Tensor]:
     }
 
 
+def patches_in_time(config: Any) -> dict[str, Tensor]:
+    """Patches of two frames, channels last."""
+    return {"pixel_values": noise(GRID, 2, PATCH, PATCH, 3)}
+
+
 def merging_patches_of_grid(config: Any) -> dict[str, Tensor]:
     """A flat patch per row, and how many are merged each way."""
     return {**patches_of_grid(config), "image_merge_sizes": torch.tensor([2])}

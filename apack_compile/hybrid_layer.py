@@ -1,0 +1,38 @@
+"""A packed layer with linear states beside its keys and values, as in Inkling and Falcon-H1."""
+
+from typing import Any
+
+from apack_compile.kept_layers import LinearLayer
+from apack_compile.layer import CompactedLayer
+from apack_compile.shared_index import SharedIndex
+
+
+class HybridLayer(LinearLayer, CompactedLayer):
+    """Keys and values are packed, the states of convolutions and recurrences are kept as transformers has them."""
+
+    def __init__(self, layer_idx: int, index: SharedIndex, number_of_states: int) -> None:
+        CompactedLayer.__init__(self, layer_idx, index)
+        LinearLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *states: Any, **linear: Any) -> None:
+        """Empty segments for keys and values, or a linear state given by name."""
+        if states:
+            CompactedLayer.lazy_initialization(self, *states)
+        else:
+            LinearLayer.lazy_initialization(self, **linear)
+
+    def reset(self) -> None:
+        """Forget every token."""
+        LinearLayer.reset(self)
+        CompactedLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; the cache has checked that it can be done."""
+        LinearLayer.crop(self, tokens_to_remove)
+        CompactedLayer.crop(self, tokens_to_remove)
+
+
+def packed_layer(layer_idx: int, index: SharedIndex, own: Any) -> CompactedLayer:
+    """The packed layer in the place of transformers' `own`."""
+    states = getattr(own, "number_of_states", 0)
+    return HybridLayer(layer_idx, index, states) if states else CompactedLayer(layer_idx, index)
