@@ -66,6 +66,18 @@ OMNI = {
 }
 
 CASES: dict[str, Case] = {
+    "apertus1p5": Case(
+        {
+            "audio_config.codebook_dim": 64,
+            "audio_config.codebook_size": 32,
+            "vision_config.base_channels": 32,
+            "vision_config.latent_channels": 32,
+            "vision_config.codebook_size": 32,
+            "image_token_offset": 430,
+            "audio_token_offset": 462,
+        },
+        text_only="its pictures become text tokens before the model",
+    ),
     "aria": Case({"projector_patch_to_query_dict": {16: 4}}),
     "chameleon": Case(
         {
@@ -125,8 +137,10 @@ CASES: dict[str, Case] = {
     ),
     "granite_docling": Case(pixels=prompts.masked_tiles_of_row),
     "hunyuan_vl": Case({"text_config.head_dim": 16, "vision_config.max_image_size": 64, **mrope(2, 2, 2, 2)}),
+    "hy_v4_vl": Case(mrope(2, 1, 1), expected=NOT_APPLICABLE),
     "idefics": Case(placeholders=0),
     "inkling2": Case(pixels=prompts.merged_patches, expected=NOT_APPLICABLE),
+    "inkling2_loop": Case(pixels=prompts.merged_patches, expected=NOT_APPLICABLE),
     "inkling_mm_model": Case({"vision_config.n_layers": 6}, prompts.patches_in_time, expected=NOT_APPLICABLE),
     "instructblipvideo": Case({"video_token_index": 420}, pixels=prompts.frames_with_instruction, placeholders=8),
     "kimi_k25": Case({"text_config.head_dim": 8}, prompts.square_patches_of_grid, expected=NOT_APPLICABLE),
