@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from apack_compile.accounting import cache_report
+from apack_compile.autocast import without_autocast
 from apack_compile.backend import StrictError
 from apack_compile.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.hybrid_layer import packed_layer
@@ -44,7 +46,7 @@ class CompactedCache(Cache):
     kinds: one entry per layer of the model. own_layers: transformers' layers for those that are not packed. planner: gives the
     plan for a prompt of so many tokens, this share of them vision; asked once, at the first prefill. expected_tokens: new tokens
     to make room for from the start (the cache grows past it when it must). signature: what model it belongs to. strict: raise
-    StrictError where tokens' rotary coordinates are needed and not shown.
+    StrictError where tokens' rotary coordinates are needed and not shown. dtype: the model's, for states that come from torch.autocast.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class CompactedCache(Cache):
         expected_tokens: int = 64,
         signature: tuple = (),
         strict: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.index = SharedIndex()
         layers = [
@@ -69,6 +72,7 @@ class CompactedCache(Cache):
         self.expected_tokens = expected_tokens
         self.signature = signature
         self.strict = strict
+        self.dtype = dtype
         self.notes: list[str] = []
         self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
         # Of the chunk being stored.
@@ -120,12 +124,22 @@ class CompactedCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompactedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if torch.is_autocast_enabled(key_states.device.type):
+            dtype = self._dtype_of(layer, key_states, value_states)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if torch.compiler.is_dynamo_compiling() and layer.is_initialized:
             return layer.update(key_states, value_states)
         return self._update_eagerly(layer, key_states, value_states)
 
+    def _dtype_of(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> torch.dtype:
+        """The dtype of a layer's states where autocast gives keys and values others."""
+        if layer.is_initialized:
+            return layer.dtype
+        return reduce(torch.promote_types, (value.dtype, self.dtype or key.dtype), key.dtype)
+
     @torch.compiler.disable
     @outside_inference_mode
+    @without_autocast
     def _update_eagerly(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Checked update of a layer, all or nothing over the layers of a chunk."""
         packed = self.packed_layers
@@ -304,6 +318,7 @@ class CompactedCache(Cache):
                 torch._dynamo.maybe_mark_dynamic(position, 1)
 
     @outside_inference_mode
+    @without_autocast
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens: grow the storage, or pack a full tail."""
         packed = self.packed_layers
@@ -350,6 +365,7 @@ class CompactedCache(Cache):
 
     @torch.compiler.disable
     @outside_inference_mode
+    @without_autocast
     def settle(self, layer: CompactedLayer, attention: Tensor) -> None:
         """Give a layer the attention `[B, T]` that the newest prompt token pays to every position: it evicts and ranks by it."""
         index = self.index

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apack_compile.autocast import without_autocast
 from apack_compile.basis import Moments, Spectrum, fit, fit_steps, mixed
 from apack_compile.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.importance import (
@@ -143,6 +144,7 @@ def as_packed(seen: Observation, turn: KeyTurn | None) -> Observation:
     )
 
 
+@without_autocast
 def by_layer(running: Running) -> Statistics:
     """Statistics of every layer by segment."""
     statistics: Statistics = {}
@@ -152,6 +154,7 @@ def by_layer(running: Running) -> Statistics:
     return statistics
 
 
+@without_autocast
 def add_observation(
     running: Running,
     seen: Observation,
@@ -197,6 +200,7 @@ def separated(
     return segments
 
 
+@without_autocast
 def add_importance(
     importance: dict[tuple[str, int], RunningImportance],
     seen: Observation,
@@ -223,6 +227,7 @@ def add_importance(
             known.add(x[:, : older.shape[1]][older], energy[:, : older.shape[1]][older])
 
 
+@without_autocast
 def rules_of(importance: Mapping[tuple[str, int], RunningImportance], layers: Iterable[int]) -> dict[str, CoarseRule]:
     """The rule of each modality of which every layer saw enough tokens."""
     rules = {}

@@ -172,7 +172,8 @@ class Session:
             raise ValueError("model: its weights are on the meta device now; load them before it generates")
         self.follow(model)
         own = DynamicCache(config=model.config.get_text_config(decoder=True))
-        cache = CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature, self.config.strict)
+        strict = self.config.strict
+        cache = CompactedCache(self.kinds, own, self.plan_for, expected_tokens, self.signature, strict, model.dtype)
         self.last_cache = weakref.ref(cache)
         return cache
 

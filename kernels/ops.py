@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from apack_compile.autocast import without_autocast
 from apack_compile.kernels import cuda, native
 from apack_compile.kernels.append import cpu as append_cpu
 from apack_compile.kernels.append.reference import append
@@ -64,6 +65,9 @@ LIBRARY.impl("append", cuda.append, "CUDA")
 LIBRARY.impl("append_at", partial(append_at, cuda.append), "CUDA")
 LIBRARY.impl("attend", cuda.attend, "CUDA")
 LIBRARY.impl("attend_tiers", cuda.attend, "CUDA")
+for name in ("append", "append_at", "unpack", "attend", "attend_tiers"):
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(name, without_autocast(getattr(torch.ops.apack, name).default), key)
 
 
 def implementations(device: str, dtype: torch.dtype) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import fx
 from apack_compile.passes.base import Pass, Refusal
 from apack_compile.passes.components import deinterleaved_node
 from apack_compile.passes.masks import one_mask
-from apack_compile.passes.nodes import bind, default_overload
+from apack_compile.passes.nodes import bind, default_overload, value_of
 from apack_compile.passes.sites import AttentionSite, find_sites
 
 
@@ -60,6 +60,10 @@ def _attend(graph: fx.Graph, site: AttentionSite, query: fx.Node) -> fx.Node:
     given = bind(site.unpack, default_overload(site.unpack))
     # The packed cache has its keys in halves; unpack interleaves them again, attend takes a query in halves too.
     query = deinterleaved_node(graph, query, given["interleaved_pairs"])
+    # Inside of autocast, query and result may have other dtypes than the cache.
+    cached, result = (value_of(node).dtype for node in (site.attention.key, site.node))
+    if value_of(site.attention.query).dtype != cached:
+        query = graph.call_method("to", (query, cached))
     mask = one_mask(graph, site.attention.masks)
     if site.grouped:
         query, mask = (graph.call_method("flatten", (node, 1, 2)) for node in (query, mask))
@@ -70,4 +74,5 @@ def _attend(graph: fx.Graph, site: AttentionSite, query: fx.Node) -> fx.Node:
     arguments = tuple(given[name] for name, by_name in named.items() if not by_name)
     options = {name: given[name] for name, by_name in named.items() if by_name and given[name] is not None}
     out = graph.call_function(attend.default, arguments, options)
+    out = graph.call_method("to", (out, result)) if result != cached else out
     return graph.call_method("unflatten", (out, 1, (-1, site.groups))) if site.grouped else out

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from apack_compile.passes.attention import FLEX, Attention, NoAttention, find_attentions
+from apack_compile.passes.attention import FLEX, SDPA, Attention, NoAttention, find_attentions
 from apack_compile.passes.base import MatchRecord, Refusal
 from apack_compile.passes.effects import is_pure, live_nodes
 from apack_compile.passes.masks import why_not_one_mask
@@ -140,7 +140,8 @@ def _shapes(found: Attention, key: Origin) -> str | None:
 
 def _types(found: Attention) -> str | None:
     query, key, out = (value_of(node) for node in (found.query, found.key, found.node))
-    if query.dtype != key.dtype or out.dtype != query.dtype:
+    # One operation computes inside as precisely as it likes.
+    if found.spelling != SDPA and (query.dtype != key.dtype or out.dtype != query.dtype):
         return f"the attention changes type ({query.dtype} to {out.dtype}), as autocast does"
     rounded = imprecise(found.interior, query.dtype)
     if rounded is not None:

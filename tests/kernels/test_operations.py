@@ -121,6 +121,16 @@ def test_attend_is_no_further_from_float64_than_attention_in_the_same_dtype(dtyp
     assert worst_own <= 2 * worst_plain + torch.finfo(dtype).eps * largest
 
 
+def test_autocast_casts_nothing_inside_of_an_operation():
+    # relative keys that are kept as they are get the reference, whose products autocast would cast
+    state = filled(Shape(head_dim=20, laid_out=111, scope="as is", dtype=torch.float32, block=16))
+    query = torch.randn(2, 6, 1, 20, generator=state.generator)
+    arguments = query, state.key, state.value, None, None, *state.stored, None
+    outside = ATTEND(*arguments, **state.turned)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ATTEND(*arguments, **state.turned), outside)
+
+
 def test_a_row_that_may_attend_nothing_gives_zeros():
     shape = Shape(chunks=(2,))
     state = filled(shape)

@@ -91,6 +91,25 @@ def test_every_spelling_becomes_one_attend(attention, mask):
     torch.testing.assert_close(new, old, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_that_autocast_casts_is_attended_in_the_dtype_of_the_cache(query_dtype):
+    def attend(q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor, lower: bool = False):
+        keys, values = update(k, v, state)
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            return F.scaled_dot_product_attention(q, repeat_kv(keys, 2), repeat_kv(values, 2), mask)
+
+    query, key, value, state, mask = Case().inputs()
+    query = query.to(query_dtype)
+    exact = attend(query.double(), key.double(), value.double(), state.double(), mask)
+    captured = capture(attend, query, *Case().inputs()[1:], True)
+    (old,), _ = captured.run()
+    rewritten(captured)
+    assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (0, 1)
+    (new,), _ = captured.run()
+    assert new.dtype == old.dtype == torch.bfloat16
+    assert_no_worse(new, old, exact)
+
+
 @pytest.mark.parametrize("mask", ["bool", "full"])
 def test_a_query_grouped_in_five_dimensions_becomes_one_attend(mask):
     case = Case(groups=3, rows=2, mask="bool", dtype=torch.float64)
