@@ -31,13 +31,14 @@ CAPACITY_GRAIN = 256
 class LayerKind:
     """What a layer of the model gets: `reason` is None when it is packed, else why it keeps transformers' own layer.
 
-    compileable: whether a decode step over it can be compiled.
+    compileable: whether a decode step over it can be compiled. has_keys: whether it holds keys and values of its own.
     """
 
     layer: int
     layer_type: str
     reason: str | None
     compileable: bool = True
+    has_keys: bool = True
 
 
 class CompactedCache(Cache):

@@ -19,7 +19,7 @@ ONE_BY_ONE = "decode is compiled layer by layer: every site was rewritten, no gr
 
 @dataclass(frozen=True)
 class LayerLine:
-    """One layer of the model: `status` is "rewritten", "packed" (not compiled yet), "dense" or "skipped"."""
+    """One layer of the model: `status` is "rewritten", "packed" (not compiled yet), "dense", "no keys" or "skipped"."""
 
     layer: int
     kind: str
@@ -150,7 +150,7 @@ def layer_of(path: str | None) -> int | None:
 def layer_line(kind: Any, rewritten: set[int], refused: dict[int, str], inner: str | None, unnamed: bool) -> LayerLine:
     """The line of one layer."""
     if kind.reason is not None:
-        return LayerLine(kind.layer, kind.layer_type, "dense", kind.reason)
+        return LayerLine(kind.layer, kind.layer_type, "dense" if kind.has_keys else "no keys", kind.reason)
     if kind.layer in refused and kind.layer not in rewritten:
         return LayerLine(kind.layer, kind.layer_type, "skipped", refused[kind.layer])
     if kind.layer in rewritten:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
@@ -42,6 +42,8 @@ ATTRIBUTE = "_apack_session"
 DEFAULT_NEW_TOKENS = 64
 FULL_ATTENTION = "full_attention"
 LATENT_ATTENTION = "latent_attention"
+# Layers with a linear attention or a short convolution alone.
+LINEAR = ("linear_attention", "conv")
 # transformers' layers whose keys and values are packed.
 PACKED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
@@ -271,14 +273,14 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
     if crossing:
         raise ValueError(f"model: {crossing[0]} keeps what it attends to across in the layers of its own tokens")
     if getattr(config, "kv_lora_rank", None):
-        types = [LATENT_ATTENTION if kind == FULL_ATTENTION else kind for kind in types]
+        types = [LATENT_ATTENTION if has_keys(layer) else kind for kind, layer in zip(types, layers, strict=True)]
     for i in getattr(config, "cross_attention_layers", None) or ():
         types[i] = CROSS_ATTENTION
     kinds = []
     for i, (kind, layer) in enumerate(zip(types, layers, strict=True)):
         reason = reason_of(kind, layer)
         compileable = reason is None or bool(kept_layer(layer, kind).is_compileable)
-        kinds.append(LayerKind(i, kind_name(kind, layer), reason, compileable))
+        kinds.append(LayerKind(i, kind_name(kind, layer), reason, compileable, has_keys=has_keys(layer)))
     return kinds
 
 
@@ -299,9 +301,15 @@ def reason_of(layer_type: str, layer: Any) -> str | None:
         return f"{layer_type}: written once, from the pictures; {kept}"
     if layer_type == LATENT_ATTENTION:
         return f"{layer_type}: what is cached is latent already; {kept}"
-    if type(layer).__name__ == "DummyLayer":
-        return f"{layer_type}: holds no keys and values of its own"
+    if not has_keys(layer):
+        held = "a state of one size for any number of tokens" if layer_type in LINEAR else "nothing of its own"
+        return f"{layer_type}: holds {held}, no keys and values"
     return None if type(layer) in PACKED else f"{kind_name(layer_type, layer)}: {kept}"
+
+
+def has_keys(layer: Any) -> bool:
+    """Whether a layer of transformers' cache holds keys and values of its own: no linear states alone, no readers of another layer's."""
+    return isinstance(layer, CacheLayerMixin)
 
 
 def signature_of(model: nn.Module) -> tuple:

@@ -67,7 +67,7 @@ def test_every_way_to_generate_gives_the_tokens_of_a_dense_cache(model_type, way
     report = apack_compile.report(model)
     assert not report.notes
     if way not in ("beams", "lookup"):
-        assert {line.status for line in report.layers} <= {"rewritten", "dense"}
+        assert {line.status for line in report.layers} <= {"rewritten", "dense", "no keys"}
 
 
 @pytest.mark.parametrize("model_type", MODELS)

@@ -34,7 +34,9 @@ def test_cross_attention_layers_keep_what_they_read_from_pictures():
 
 def test_layers_that_read_another_layer_s_keys_hold_none():
     reasons = [reason for _, _, reason in kinds(small("gemma4"))][2:]
-    shared = [f"{kind}: holds no keys and values of its own" for kind in ("sliding_attention", "full_attention")]
+    shared = [
+        f"{kind}: holds nothing of its own, no keys and values" for kind in ("sliding_attention", "full_attention")
+    ]
     # older transformers have no cache entry for them at all
     assert reasons == (shared if hasattr(cache_utils, "DummyLayer") else [])
 
@@ -47,14 +49,20 @@ def test_heads_are_those_of_full_attention_where_layers_differ():
         apack_compile.optimize(model, ratio=400)
 
 
-def test_latents_are_left_alone():
-    with pytest.raises(ValueError, match="latent_attention: what is cached is latent already"):
-        apack_compile.optimize(small("kimi_k25"))
+@pytest.mark.parametrize("model_type", ["kimi_k25", "dots3_note", "mistral_large4"])
+def test_latents_are_left_alone(model_type):
+    with pytest.raises(ValueError, match=r"can be packed \(latent_attention: what is cached is latent already"):
+        apack_compile.optimize(small(model_type))
 
 
 def test_every_reason_why_no_layer_can_be_packed_is_named():
-    with pytest.raises(ValueError, match=r"LinearAttentionLayer is kept; \w+: transformers' DynamicIndexedLayer is"):
+    with pytest.raises(ValueError, match=r"linear_attention: holds a state of one size .*; latent_attention: what is"):
         apack_compile.optimize(small("glm5_next"))
+
+
+def test_layers_without_keys_of_their_own_are_no_dense_ones():
+    statuses = [status for _, status, _ in kinds(small("qwen3_5"))]
+    assert statuses == ["no keys"] * 3 + ["packed"]
 
 
 @pytest.mark.parametrize(

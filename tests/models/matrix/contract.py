@@ -20,6 +20,8 @@ from .building import build, case_of, class_names
 from .outcome import BROKEN_UPSTREAM, DENSE_LAYERS, FAILS, NOT_APPLICABLE, WORKS, Outcome
 from .prompts import ANY_TOKEN, image_token, pixels_for, prompt_for
 
+# What a layer is called in the report where it is not packed.
+UNPACKED = ("dense", "no keys")
 NEW_TOKENS = 12
 SHORT, LONG = 40, 600
 RATIO = 4
@@ -73,8 +75,9 @@ def run(model_type: str, compiled: bool = True) -> Outcome:
         if static is not None:
             return outcome(BROKEN_UPSTREAM, f"transformers' own static cache fails as well: {static}", **found)
         return outcome(FAILS, reason, **found)
-    reasons = sorted({line.reason for line in report.layers if line.status == "dense"})
-    return outcome(DENSE_LAYERS if reasons else WORKS, "; ".join(reasons), **found)
+    unpacked = [line for line in report.layers if line.status in UNPACKED]
+    dense = any(line.status == "dense" for line in unpacked)
+    return outcome(DENSE_LAYERS if dense else WORKS, "; ".join(sorted({line.reason for line in unpacked})), **found)
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], settings: Any, **more: Any) -> Any:
@@ -110,7 +113,7 @@ def check_lossless(model: nn.Module, inputs: dict[str, Tensor], dense: Any, sett
     if report.bytes is None:
         raise BrokenContractError("generate used no packed cache")
     for line in report.layers:
-        if line.status != "packed" and not (line.status == "dense" and line.reason):
+        if line.status != "packed" and not (line.status in UNPACKED and line.reason):
             raise BrokenContractError(f"layer {line.layer} is {line.status}, reason {line.reason!r}")
     return report
 
@@ -182,9 +185,10 @@ def describe_prompt(inputs: dict[str, Tensor], pixels: Any, text_only: str | Non
 
 
 def describe_layers(report: Any) -> str:
-    """How many layers are packed and dense."""
+    """How many layers are packed, dense and without keys."""
     counts = Counter(line.status for line in report.layers)
-    return ", ".join(f"{counts[status]} {status}" for status in ("packed", "dense") if counts[status])
+    said = {"packed": "packed", "dense": "dense", "no keys": "without keys"}
+    return ", ".join(f"{counts[status]} {words}" for status, words in said.items() if counts[status])
 
 
 def words(error: Exception) -> str:

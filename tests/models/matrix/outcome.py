@@ -14,9 +14,9 @@ STATUSES = (WORKS, DENSE_LAYERS, NOT_APPLICABLE, BROKEN_UPSTREAM, FAILS)
 class Outcome:
     """One row of docs/support.md.
 
-    status: one of STATUSES. reason: of any other than `works`. prompt: what the model was asked. layers: how many are packed and
-    dense. decode: compiled or eager, and why eager. held: bytes of a dense 16-bit cache over those of the packed layers at
-    `ratio=4`. keys: how packed keys are stored.
+    status: one of STATUSES. reason: of any other than `works`, and what the layers without keys are. prompt: what the model was
+    asked. layers: how many are packed, dense and without keys. decode: compiled or eager, and why eager. held: bytes of a dense
+    16-bit cache over those of the packed layers at `ratio=4`. keys: how packed keys are stored.
     """
 
     model_type: str

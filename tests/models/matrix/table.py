@@ -13,12 +13,14 @@ small random configuration, run in a process of its own: greedy generation with 
 compiled where all of the cache can be traced) and with `ratio=4`. The configuration is the type's default one with small sizes and
 every kind of layer in it (`tests/models/matrix/`).
 
-* **works**: every attention layer is packed. Lossless tokens equal the dense ones and scores agree to 1e-4 of the largest;
-  `ratio=4` generates, and the packed layers hold 90 % of it or more at about 600 tokens. Compiled (`compile="eager"`: traced and
-  rewritten, run without Inductor): every site was rewritten.
-* **works with dense layers**: the same; the layers named keep transformers' own cache.
+* **works**: every layer that holds keys and values of its own is packed; layers without (a linear attention's or a convolution's
+  state, readers of another layer's keys, experts) are counted and named. Lossless tokens equal the dense ones and scores agree to
+  1e-4 of the largest; `ratio=4` generates, and the packed layers hold 90 % of it or more at about 600 tokens. Compiled
+  (`compile="eager"`: traced and rewritten, run without Inductor): every site was rewritten.
+* **works with dense layers**: the same, but the keys and values of the layers named stay as transformers' own cache has them (latents,
+  cross-attention).
 * **not applicable**: `optimize` refuses the model with the error given. There may be nothing to pack (no generation, an encoder
-  that holds the prompt, latents), or only layers that apack-compile does not pack (sliding, linear, sparse, hybrid).
+  that holds the prompt, latents alone), or only layers that apack-compile does not pack.
 * **broken upstream**: the model fails with transformers' own dense or static cache in the same way.
 
 "Text" in the column of prompts: the prompt had no picture, and why. "Held": what the packed layers hold at `ratio=4`.
