@@ -9,7 +9,6 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from transformers import GenerationMixin
 
-from apack_compile import quantize as quantization
 from apack_compile.cache import CompactedCache
 from apack_compile.cache_argument import cache_name
 from apack_compile.calibration_inputs import checked_inputs
@@ -23,6 +22,7 @@ from apack_compile.graph_report import GraphReport, build_graph_report
 from apack_compile.inner_compiler import resolve_compile
 from apack_compile.plan import Plan
 from apack_compile.plan_check import check_plan
+from apack_compile.quantize import quantize_language_model
 from apack_compile.reporting import Report, build_report
 from apack_compile.session import (
     ATTRIBUTE,
@@ -106,12 +106,7 @@ def optimize(
     if previous is not None:
         session.take_calibration(previous, model)
     if quantize is not None:
-        torchao_config = quantization.resolve(quantize)
-        if previous is not None and previous.quantized:
-            raise ValueError(f"quantize={quantize!r}: the model's weights are quantized already")
-        session.quantized = quantization.quantize_language_model(model, torchao_config)
-    elif previous is not None:
-        session.quantized = previous.quantized
+        quantize_language_model(model, quantize)
     restore(model)
     _install(model, session)
     return model

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +81,14 @@ class RunningMoments:
         return Moments(count, (self.center + shift)[None], covariance[None])
 
 
+class Collected(NamedTuple):
+    """What calibration inputs tell; without_gradients: why all components of a stream count alike; None where gradients were seen."""
+
+    statistics: Statistics
+    rules: Mapping[str, CoarseRule]
+    without_gradients: str | None
+
+
 StreamKey = tuple[int, str, int]
 Running = dict[StreamKey, RunningMoments]
 
@@ -92,7 +100,7 @@ def collect(
     groups: int | Callable[[Observation], int] = 1,
     turn: KeyTurn | None = None,
     coarse: Collection[str] = ("text",),
-) -> tuple[Statistics, Mapping[str, CoarseRule]]:
+) -> Collected:
     """Statistics of the given layers over model inputs (dictionaries with at least `input_ids`), keys turned back; coarse rules.
 
     By modality and, of the `coarse` modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the
@@ -113,7 +121,9 @@ def collect(
     running: Running = {}
     importance: dict[tuple[str, int], RunningImportance] = {}
     head_groups: int | None = None
+    reasons: list[str | None] = []
     for batch, seen in observations():
+        reasons.append(seen.without_gradients)
         if head_groups is None:
             head_groups = groups if isinstance(groups, int) else groups(seen)
         add_observation(running, seen, model.config, batch, head_groups, turn)
@@ -129,7 +139,7 @@ def collect(
     rules = rules_of(importance, layers)
     for batch, seen in observations() if rules else ():
         add_observation(running, seen, model.config, batch, head_groups, turn, rules)
-    return by_layer(running), rules
+    return Collected(by_layer(running), rules, None if None in reasons else reasons[0])
 
 
 def as_packed(seen: Observation, turn: KeyTurn | None) -> Observation:

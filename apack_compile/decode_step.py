@@ -90,6 +90,18 @@ class DecodeSteps:
         cache.note(text)
 
 
+def why_not_compiled(model: nn.Module) -> str | None:
+    """Why transformers compiles no decode step of a model, whatever is asked for; None where it does."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        method = quantizer.quantization_config.quant_method
+        return f"transformers compiles no step of a model that {getattr(method, 'value', method)} quantized"
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        return "transformers compiles no step of a model that is offloaded"
+    return None
+
+
 def tokens_of(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | None:
     """How many tokens of each sequence a forward pass is given; None when it does not say."""
     given = named_arguments(model, args, kwargs)

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 
 from apack_compile.cache import CompactedCache
 from apack_compile.cache_argument import NAMES, OWN_NAME, cache_of
+from apack_compile.decode_step import why_not_compiled
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.session import DEFAULT_NEW_TOKENS, Session, session_of
 
@@ -47,7 +48,7 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     drafts = bool(getattr(options.config, "is_assistant", False))
     if drafts:
         cache.activate_past_recording()
-    if session.inner is None:
+    if session.inner is None or why_not_compiled(model) is not None:
         kwargs.setdefault("disable_compile", True)
     elif options.get("compile_config") is not None:
         cache.note(

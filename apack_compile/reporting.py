@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from apack_compile.decode_step import why_not_compiled
 from apack_compile.importance import LEAST_RATIO
 from apack_compile.kernels.ops import implementations
 from apack_compile.passes import GraphRecord
 from apack_compile.plan import FIRST_TOKENS
 from apack_compile.plan_file import versions
+from apack_compile.quantize import plain_layers, quantized_layers, told
 
 # A graph of a single layer does not name it.
 ONE_BY_ONE = "decode is compiled layer by layer: every site was rewritten, no graph names its layer"
@@ -39,6 +41,7 @@ class Report:
     keys: str
     head_groups: str
     quantized_layers: int
+    quantized_by: dict[str, int]
     layers: tuple[LayerLine, ...]
     graphs: tuple[dict[str, Any], ...]
     bytes: dict[str, Any] | None
@@ -58,7 +61,7 @@ class Report:
         if self.head_groups:
             lines.append(f"head groups: {self.head_groups}")
         if self.quantized_layers:
-            lines.append(f"torchao-quantized linear layers: {self.quantized_layers}")
+            lines.append(f"linear layers of the language model: {told(self.quantized_by)}")
         lines.append(f"{'layer':>5}  {'kind':<20} {'status':<10} reason")
         lines += [f"{line.layer:>5}  {line.kind:<20} {line.status:<10} {line.reason}" for line in self.layers]
         if self.bytes:
@@ -82,17 +85,21 @@ def build_report(model: nn.Module, session: Any) -> Report:
     held, cache_notes = session.held() or (None, [])
     rewritten, refused = sites_by_layer(session.graphs)
     sites = [site for graph in session.graphs for site in graph.sites if site.packed]
+    quantized, plain = quantized_layers(model), plain_layers(model)
+    stopped = None if session.inner is None else why_not_compiled(model)
+    inner = session.inner if stopped is None else None
     unnamed = bool(sites) and all(site.reason is None and layer_of(site.layer) is None for site in sites)
     return Report(
         setting=setting_of(session),
-        compile=session.inner or "none",
-        compile_reason=session.inner_reason,
+        compile=inner or "none",
+        compile_reason=session.inner_reason if stopped is None else f"{stopped}; {session.inner_reason}",
         operations=implementations(model.device.type, model.dtype),
         calibrated_on=session.plan.provenance.calibrated_on if session.plan else session.calibrated_on,
         keys=keys_of(session),
         head_groups=head_groups_of(session),
-        quantized_layers=session.quantized,
-        layers=tuple(layer_line(kind, rewritten, refused, session.inner, unnamed) for kind in session.kinds),
+        quantized_layers=quantized.total(),
+        quantized_by=dict(quantized) | ({"not quantized": plain} if quantized and plain else {}),
+        layers=tuple(layer_line(kind, rewritten, refused, inner, unnamed) for kind in session.kinds),
         graphs=graphs,
         bytes=held,
         notes=(*cache_notes, *notes_of(session, held)),
@@ -173,7 +180,12 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     if session.plan is not None:
         notes += version_notes(session.plan.provenance.versions)
     ratio = session.ratio
-    if ratio is not None and ratio >= LEAST_RATIO and session.statistics is not None:
+    if ratio is not None and session.without_gradients is not None:
+        notes.append(
+            "calibrated without gradients, so all components of a stream count alike, which costs quality: "
+            f"{session.without_gradients}"
+        )
+    elif ratio is not None and ratio >= LEAST_RATIO and session.statistics is not None:
         missing = [name for name in session.config.coarse if name not in session.rules]
         if missing:
             what = " and ".join(missing)

@@ -6,7 +6,7 @@ the Fisher information as its second moment: a small disturbance e costs about E
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ from transformers.cache_utils import DynamicCache
 from apack_compile.cache_argument import with_cache
 from apack_compile.coordinates import seen_positions
 from apack_compile.modality import padding_of, vision_of
+from apack_compile.straight_through import straight_through
 from apack_compile.uncompiled import uncompiled
 
 QUERY_TOKENS = 128
 # Of a short prompt, at most this part plays the tokens to come.
 QUERY_SHARE = 1 / 8
 LABEL_DRAWS = 2
+INSTEAD = "calibrate before the weights are quantized or made in inference mode, or optimize with a plan of a model that has gradients"
+TOO_SHORT = "no token of the inputs can play those to come; calibrate on longer ones, with text behind their pictures"
 
 
 @dataclass(frozen=True)
@@ -30,50 +33,81 @@ class Observation:
 
     states: K and V `[B, H_kv, T, D]`. gradients: of K and V, one `[B, H_kv, cached, D]` per draw of labels; none where no
     token could play the tokens to come. queries: tokens that did. positions: what the model's rotary embedding was given,
-    `[C, B, T]` or `[B, T]`; None where that was not seen.
+    `[C, B, T]` or `[B, T]`; None where that was not seen. without_gradients: why there are none, and what to do instead.
     """
 
     states: Mapping[int, tuple[Tensor, Tensor]]
     gradients: Mapping[int, tuple[list[Tensor], list[Tensor]]]
     queries: int
     positions: Tensor | None = None
+    without_gradients: str | None = None
 
 
 def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[int]) -> Observation:
-    """Run a model over one input and differentiate its last tokens by what they read from the cache."""
+    """Run a model over one input and differentiate its last tokens by what they read from the cache.
+
+    Without gradients, and with the reason, where the model has none: layers without a backward, or such that round.
+    """
     layers = list(layers)
     # generate may run this in inference mode, whose tensors cannot be differentiated
     with torch.inference_mode(False), uncompiled():
         batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
+        padding = padding_of(batch, states_of(batch).shape[1])
+        if padding is not None:
+            # generate may have prepared a mask for another cache; the two dimensions serve any
+            batch["attention_mask"] = (~padding).long()
         queries = query_tokens(model.config, batch)
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        read, following = split(batch, queries)
-        with torch.no_grad(), seen_positions(model) as seen:
-            model(**with_cache(model, read, cache) | {"use_cache": True})
-        positions = seen[-1][1] if seen else None
         if queries == 0:
-            return Observation({i: (cache.layers[i].keys, cache.layers[i].values) for i in layers}, {}, 0, positions)
-        leaves = []
-        for layer in (cache.layers[i] for i in layers):
-            layer.keys, layer.values = layer.keys.detach().requires_grad_(), layer.values.detach().requires_grad_()
-            leaves += [layer.keys, layer.values]
-        if positions is not None and positions.dim() == 3 and "position_ids" not in following:
-            following |= positions_after(positions, batch, queries)
-        with torch.enable_grad(), seen_positions(model) as seen:
-            logits = model(**with_cache(model, following, cache) | {"use_cache": True}).logits
-        more = seen[-1][1] if seen else None
-        alike = positions is not None and more is not None and positions.shape[:-1] == more.shape[:-1]
-        positions = torch.cat([positions, more], -1) if alike else None
-        mask = following.get("attention_mask")
-        hidden = None if mask is None else mask[:, -queries:] == 0
-        drawn = [gradients_of(logits, leaves, hidden, seed) for seed in range(LABEL_DRAWS)]
+            return replace(states_alone(model, batch, layers), without_gradients=TOO_SHORT)
+        try:
+            seen = with_gradients(model, batch, layers, queries)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return replace(states_alone(model, batch, layers), without_gradients=f"{said}; {INSTEAD}")
+    if any(bool(g.any()) for both in seen.gradients.values() for drawn in both for g in drawn):
+        return seen
+    return replace(seen, gradients={}, queries=0, without_gradients=f"all of them are 0; {INSTEAD}")
+
+
+def states_alone(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[int]) -> Observation:
+    """Run a model over one input."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with torch.no_grad(), seen_positions(model) as seen:
+        model(**with_cache(model, batch, cache) | {"use_cache": True})
+    return Observation(states_in(cache, layers), {}, 0, seen[-1][1] if seen else None)
+
+
+def with_gradients(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[int], queries: int) -> Observation:
+    """Run a model over one input in two parts and differentiate the second by what it reads from the first."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    read, following = split(batch, queries)
+    with torch.no_grad(), seen_positions(model) as seen:
+        model(**with_cache(model, read, cache) | {"use_cache": True})
+    positions = seen[-1][1] if seen else None
+    leaves = []
+    for layer in (cache.layers[i] for i in layers):
+        layer.keys, layer.values = layer.keys.detach().requires_grad_(), layer.values.detach().requires_grad_()
+        leaves += [layer.keys, layer.values]
+    if positions is not None and positions.dim() == 3 and "position_ids" not in following:
+        following |= positions_after(positions, batch, queries)
+    with torch.enable_grad(), seen_positions(model) as seen, straight_through(model):
+        logits = model(**with_cache(model, following, cache) | {"use_cache": True}).logits
+    more = seen[-1][1] if seen else None
+    alike = positions is not None and more is not None and positions.shape[:-1] == more.shape[:-1]
+    positions = torch.cat([positions, more], -1) if alike else None
+    mask = following.get("attention_mask")
+    hidden = None if mask is None else mask[:, -queries:] == 0
+    drawn = [gradients_of(logits, leaves, hidden, seed) for seed in range(LABEL_DRAWS)]
     streams = list(zip(*drawn, strict=True))
-    return Observation(
-        {i: (cache.layers[i].keys.detach(), cache.layers[i].values.detach()) for i in layers},
-        {i: (list(streams[2 * n]), list(streams[2 * n + 1])) for n, i in enumerate(layers)},
-        queries,
-        positions,
-    )
+    gradients = {i: (list(streams[2 * n]), list(streams[2 * n + 1])) for n, i in enumerate(layers)}
+    return Observation(states_in(cache, layers), gradients, queries, positions)
+
+
+def states_in(cache: DynamicCache, layers: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """K and V of some layers of a cache."""
+    return {i: (cache.layers[i].keys.detach(), cache.layers[i].values.detach()) for i in layers}
 
 
 def positions_after(positions: Tensor, batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:
@@ -116,11 +150,8 @@ def split(batch: Mapping[str, Any], queries: int) -> tuple[dict[str, Any], dict[
     names = ("input_ids", "inputs_embeds", "position_ids")
     following = {name: part(name, batch[name], slice(-queries, None)) for name in names if batch.get(name) is not None}
     following |= pictures_beside(batch, queries)
-    padding = padding_of(batch, tokens)
-    if padding is not None:
-        # generate may have prepared a mask for another cache; the two dimensions serve any
-        following["attention_mask"] = (~padding).long()
-        read["attention_mask"] = following["attention_mask"][:, :-queries]
+    if batch.get("attention_mask") is not None:
+        following["attention_mask"] = batch["attention_mask"]
     return read, following
 
 

@@ -48,6 +48,20 @@ LINEAR = ("linear_attention", "conv")
 PACKED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
 
+# What a second optimize keeps of a calibration.
+TAKEN_OVER = (
+    "statistics",
+    "rules",
+    "ranked",
+    "turn",
+    "turn_reason",
+    "groups",
+    "calibrated_on",
+    "without_gradients",
+    "outdated",
+)
+
+
 @dataclass
 class Session:
     """Configuration, calibrated statistics, plans and sites of one optimized model; with `plan`, all prompts use that one."""
@@ -66,9 +80,10 @@ class Session:
     turn_reason: str = ""
     groups: Groups | None = None
     calibrated_on: str | None = None
+    # Why the calibration saw no gradients.
+    without_gradients: str | None = None
     plans: dict[tuple[int, float], Plan] = field(default_factory=dict)
     decode: DecodeSteps | None = None
-    quantized: int = 0
     hooks: tuple[Any, ...] = ()
     rotary_hooks: tuple[Any, ...] = ()
     last_cache: Any = None
@@ -190,7 +205,9 @@ class Session:
                 chosen.append(self.groups_for(model, attention_shapes(model, seen)))
                 return chosen[0].count
 
-            self.statistics, self.rules = collect(model, self.packed, batches, groups, turn, self.config.coarse)
+            self.statistics, self.rules, self.without_gradients = collect(
+                model, self.packed, batches, groups, turn, self.config.coarse
+            )
             self.turn, self.turn_reason, self.ranked, self.groups = turn, reason, self.config.coarse, chosen[0]
             self.calibrated_on, self.outdated = source, None
             self.plans = {}
@@ -244,7 +261,7 @@ class Session:
             if self.ratio is not None:
                 self.outdated = f"what was calibrated before does not serve ({was}): calibrate again, or the next request will serve"
             return
-        for name in ("statistics", "rules", "ranked", "turn", "turn_reason", "groups", "calibrated_on", "outdated"):
+        for name in TAKEN_OVER:
             setattr(self, name, getattr(other, name))
 
     def needs_calibration(self) -> bool:
