@@ -22,7 +22,7 @@ def run_python(code: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess
 def test_importing_the_package_imports_no_optional_or_heavy_module(tmp_path: Path) -> None:
     code = """
 import sys, apack_compile
-heavy = ("triton", "torchao", "matplotlib", "rich", "typer", "PIL", "gguf")
+heavy = ("triton", "torchao", "matplotlib", "rich", "typer", "PIL", "gguf", "lm_eval", "datasets")
 print([name for name in sys.modules if name.split(".")[0] in heavy
        or name.startswith("transformers.models.") and name.split(".")[-1].startswith("modeling_")])
 """

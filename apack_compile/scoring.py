@@ -1,0 +1,187 @@
+"""Log-probabilities of tokens, each predicted over a packed cache of the tokens before it.
+
+Evaluations call a model without a cache, so what they measure is the dense model. Here a prompt is read into a packed cache, and
+the tokens to be scored are appended to it, a few at a time: a chunk's own tokens are exact, every token before it is as the cache
+holds it.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from apack_compile.cache import CompactedCache
+from apack_compile.cache_argument import with_cache
+from apack_compile.kernels.layout import PACKED
+from apack_compile.layer import MAX_APPEND
+from apack_compile.session import session_of, watch_rotary
+
+# Appended tokens are never coarse; so many are laid out at once where the plan has a coarse rule, or its ratio would not be met.
+SPAN = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """`read` is read at once, as a prompt; token i of `inputs` then predicts token i of each of `targets`."""
+
+    read: tuple[int, ...]
+    inputs: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens that the model is given."""
+        return self.read + self.inputs
+
+
+@dataclass
+class RowScores:
+    """Of each of a row's targets: summed log-probability, and whether every token was the likeliest.
+
+    packed_tokens: how many tokens of a target were predicted while the cache held packed tokens of the row; the others were predicted
+    while all its tokens were still dense, as the first and the newest ones are.
+    """
+
+    log_probs: list[float]
+    greedy: list[bool]
+    packed_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Scores of a batch of rows, in their order, and the bytes that its cache held when the last token was scored."""
+
+    rows: list[RowScores]
+    bytes: dict[str, int | float] = field(repr=False)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, rows: Sequence[Row], chunk_tokens: int = MAX_APPEND, softmax_dtype: torch.dtype | None = None
+) -> BatchScores:
+    """Score a batch of rows over a packed cache of an optimized model, `chunk_tokens` tokens at a time (1 to 32).
+
+    Rows that read the same tokens share one pass over them. Without calibrated bases, these rows serve as calibration.
+    Raises ValueError for a model that is not optimized, rows without inputs, and rows too short to calibrate on.
+    """
+    if not rows or not all(row.inputs for row in rows):
+        raise ValueError("rows: each needs at least one input token")
+    if not 1 <= chunk_tokens <= MAX_APPEND:
+        raise ValueError(f"chunk_tokens={chunk_tokens!r} must be from 1 to {MAX_APPEND}: more are not appended")
+    session = session_of(model)
+    if session is None:
+        raise ValueError(
+            f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first"
+        )
+    if session.needs_calibration():
+        session.calibrate_on_first(model, padded([row.tokens for row in rows], model.device, "left"))
+        watch_rotary(model)
+    cache = session.new_cache(model, max(len(row.inputs) for row in rows))
+    cache.plan_for_prompt(max(len(row.tokens) for row in rows), 0.0)
+    batch = _Batch(model, cache)
+    batch.read([row.read for row in rows])
+    scores = [RowScores([0.0] * len(row.targets), [True] * len(row.targets)) for row in rows]
+    alive, longest = list(range(len(rows))), max(len(row.inputs) for row in rows)
+    step = 1 if batch.has_states else chunk_tokens
+    for start in range(0, longest, step):
+        staying = [i for i, row in enumerate(alive) if len(rows[row].inputs) > start]
+        if len(staying) < len(alive) and batch.can_select:
+            batch.select(staying)
+            alive = [alive[i] for i in staying]
+        from_packed = packed_tokens(cache) > 0 if cache.is_filled else torch.zeros(len(alive), dtype=torch.bool)
+        pieces = [rows[row].inputs[start : start + step] for row in alive]
+        logits = batch.forward(padded(pieces, model.device, "right"))
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=softmax_dtype)
+        likeliest = logits.argmax(-1)
+        for i, (row, piece) in enumerate(zip(alive, pieces, strict=True)):
+            for j, target in enumerate(rows[row].targets):
+                wanted = torch.tensor(target[start : start + len(piece)], device=logits.device)
+                found = log_probs[i, : len(piece)].gather(1, wanted[:, None])
+                scores[row].log_probs[j] += float(found.sum())
+                scores[row].greedy[j] &= bool((likeliest[i, : len(piece)] == wanted).all())
+            scores[row].packed_tokens += len(piece) * bool(from_packed[i])
+        done = start + step
+        if done % SPAN == 0 and done < longest:
+            span = [rows[row].inputs[done - SPAN : done] for row in alive]
+            batch.lay_out_again(span)
+    session.remember(cache)
+    return BatchScores(scores, cache.report())
+
+
+class _Batch:
+    """A packed cache, the attention mask of its tokens, and forward passes over it."""
+
+    def __init__(self, model: nn.Module, cache: CompactedCache) -> None:
+        self.model, self.cache = model, cache
+        self.mask: Tensor | None = None
+        self.accepted = inspect.signature(model.forward).parameters
+        self.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+        kept = [layer for layer in cache.layers if layer not in cache.packed_layers]
+        self.can_select = all(hasattr(layer, "batch_select_indices") for layer in kept)
+        if self.lays_out_again:
+            cache.activate_past_recording()
+
+    @property
+    def lays_out_again(self) -> bool:
+        """Whether appended tokens are laid out once they are scored."""
+        return self.cache.index.plan.coarse is not None and not self.has_states
+
+    def read(self, reads: Sequence[tuple[int, ...]]) -> None:
+        """Read what each row reads, the same tokens once."""
+        if not any(reads):
+            return
+        distinct = list(dict.fromkeys(reads)) if self.can_select else list(reads)
+        self.forward(padded(distinct, self.model.device, "left"), newest_logits=1)
+        if self.can_select:
+            self.select([distinct.index(read) for read in reads])
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order; a row may be there several times."""
+        if not self.cache.is_filled or rows == list(range(len(self.mask))):
+            return
+        index = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
+
+    def forward(self, tokens: dict[str, Tensor], newest_logits: int = 0) -> Tensor:
+        """Logits `[B, n, V]` of new tokens, of the newest few alone where that is asked for and the model can."""
+        new = tokens["attention_mask"]
+        self.mask = new if self.mask is None else torch.cat([self.mask, new], 1)
+        inputs: dict[str, Any] = {"input_ids": tokens["input_ids"], "attention_mask": self.mask, "use_cache": True}
+        if "position_ids" in self.accepted:
+            inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
+        if newest_logits and "logits_to_keep" in self.accepted:
+            inputs["logits_to_keep"] = newest_logits
+        return self.model(**with_cache(self.model, inputs, self.cache)).logits
+
+    def lay_out_again(self, span: Sequence[tuple[int, ...]]) -> None:
+        """Take the newest tokens, `span`, out of the cache and read them as one chunk, which tells coarse tokens from fine ones."""
+        if not self.lays_out_again or any(len(row) < SPAN for row in span):
+            return
+        tokens = min(self.cache.croppable, SPAN)
+        self.cache.crop(-tokens)
+        self.mask = self.mask[:, :-tokens]
+        self.forward(padded([row[-tokens:] for row in span], self.model.device, "right"), newest_logits=1)
+
+
+def packed_tokens(cache: CompactedCache) -> Tensor:
+    """How many packed tokens a filled cache holds of each row, `[B]`."""
+    layer = cache.packed_layers[0]
+    packed = [(positions >= 0) & (positions < layer.cursor[PACKED]) for positions in layer.positions()[1:]]
+    return torch.cat(packed, 1).sum(1)
+
+
+def padded(rows: Sequence[tuple[int, ...]], device: torch.device, side: str) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` `[B, longest]` of rows of tokens, padded on the left or right."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if side == "left" else slice(len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
