@@ -86,10 +86,11 @@ def score(
     batch.read([row.read for row in rows])
     scores = [RowScores([0.0] * len(row.targets), [True] * len(row.targets)) for row in rows]
     alive, longest = list(range(len(rows))), max(len(row.inputs) for row in rows)
+    # Jamba's scan, for one, begins anew with every chunk of several tokens
     step = 1 if batch.has_states else chunk_tokens
     for start in range(0, longest, step):
         staying = [i for i, row in enumerate(alive) if len(rows[row].inputs) > start]
-        if len(staying) < len(alive) and batch.can_select:
+        if len(staying) < len(alive):
             batch.select(staying)
             alive = [alive[i] for i in staying]
         from_packed = packed_tokens(cache) > 0 if cache.is_filled else torch.zeros(len(alive), dtype=torch.bool)
@@ -120,8 +121,6 @@ class _Batch:
         self.mask: Tensor | None = None
         self.accepted = inspect.signature(model.forward).parameters
         self.has_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
-        kept = [layer for layer in cache.layers if layer not in cache.packed_layers]
-        self.can_select = all(hasattr(layer, "batch_select_indices") for layer in kept)
         if self.lays_out_again:
             cache.activate_past_recording()
 
@@ -134,10 +133,9 @@ class _Batch:
         """Read what each row reads, the same tokens once."""
         if not any(reads):
             return
-        distinct = list(dict.fromkeys(reads)) if self.can_select else list(reads)
+        distinct = list(dict.fromkeys(reads))
         self.forward(padded(distinct, self.model.device, "left"), newest_logits=1)
-        if self.can_select:
-            self.select([distinct.index(read) for read in reads])
+        self.select([distinct.index(read) for read in reads])
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order; a row may be there several times."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import dense_scores, llama, tokens
+from tiny import dense_scores, gemma3, gpt2, jamba, lfm2, llama, qwen3_next, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import apack_compile
@@ -81,6 +81,19 @@ def test_lossless_scores_are_those_of_the_dense_model(model, batch, chunk):
     assert flat(scores) == pytest.approx([log_prob for log_prob, _ in want], abs=2e-3)
     assert [greedy for row in scores.rows for greedy in row.greedy] == [greedy for _, greedy in want]
     assert all(found.packed_tokens == len(row.inputs) for found, row in zip(scores.rows, rows, strict=True))
+
+
+@pytest.mark.parametrize("build", (gpt2, gemma3, lfm2, jamba, qwen3_next), ids=lambda build: build.__name__)
+def test_every_kind_of_position_and_layer_scores_as_the_dense_model(build):
+    model = build()
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    scores = score(model, ROWS)
+    rolling = score(model, [ROLLING, Row((), ROLLING.inputs[:50], (ROLLING.targets[0][:50],))])
+    apack_compile.restore(model)
+    want = [log_prob for row in ROWS for log_prob, _ in dense_scores(model, row)]
+    assert flat(scores) == pytest.approx(want, abs=2e-3)
+    assert flat(rolling)[0] == pytest.approx(dense_scores(model, ROLLING)[0][0], abs=2e-3)
+    assert scores.rows[1].packed_tokens == 70
 
 
 def test_the_likeliest_tokens_are_greedy(model):

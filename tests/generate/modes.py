@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from small import draft
 from transformers import DynamicCache, TextIteratorStreamer
 
@@ -17,7 +16,7 @@ class Mode:
     """One way to call generate.
 
     settings: keyword arguments, those in `made` by calling with the model. compiled: whether decode steps are compiled.
-    step: what the table says of decode steps, where that is more. error: what is raised, for those that are refused.
+    error: what is raised, for those that are refused.
     """
 
     name: str
@@ -27,7 +26,6 @@ class Mode:
     settings: dict[str, Any] = field(default_factory=dict)
     made: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     compiled: bool = False
-    step: str = ""
     error: str = ""
 
     def arguments(self, model: Any) -> dict[str, Any]:
@@ -75,10 +73,8 @@ PROCESSORS = {
     "prefix_allowed_tokens_fn": lambda _, ids: list(range(3, 60)),
 }
 OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True}
-ASSISTED_IS_COMPILED = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
-ASSISTED = "eager; compiled where nothing was drafted, from transformers 5.24 on"
 BY_TRANSFORMERS = "transformers itself compiles no step of it"
-MOVED = "`custom_generate=` loads it from the hub with `trust_remote_code=True`; as any method that goes through the cache it is given"
+MOVED = "`custom_generate=` loads it from the hub with `trust_remote_code=True`; as any method that goes through `past_key_values`"
 
 MODES = [
     Mode("greedy", "`do_sample=False`", WORKS, compiled=True),
@@ -102,19 +98,15 @@ MODES = [
         "assisted",
         "`assistant_model=`",
         WORKS,
-        "batch of 1; the assistant may be optimized too; over a lossy cache not always the tokens of greedy decoding",
+        f"batch of 1; the assistant may be optimized too; over a lossy cache not always the tokens of greedy decoding; {BY_TRANSFORMERS}",
         made={"assistant_model": lambda _: draft()},
-        compiled=ASSISTED_IS_COMPILED,
-        step=ASSISTED,
     ),
     Mode(
         "prompt lookup",
         "`prompt_lookup_num_tokens=`",
         WORKS,
-        "as assisted; any number of tokens",
+        f"as assisted; any number of tokens; {BY_TRANSFORMERS}",
         {"prompt_lookup_num_tokens": 4},
-        compiled=ASSISTED_IS_COMPILED,
-        step=ASSISTED,
     ),
     Mode(
         "chunked prefill",
@@ -150,7 +142,7 @@ MODES = [
     ),
     Mode(
         "several turns",
-        "`cache=` of the last call",
+        "`past_key_values=` of the last call",
         WORKS,
         "`return_dict_in_generate` hands the packed cache on; `new_cache(model)` gives one to start with",
         compiled=True,
@@ -172,7 +164,7 @@ MODES = [
     ),
     Mode(
         "a cache of one's own",
-        "`cache=DynamicCache(...)`",
+        "`past_key_values=DynamicCache(...)`",
         DENSE,
         "noted in the report; leave it out, or pass `new_cache(model)`",
         made={"past_key_values": lambda model: DynamicCache(config=model.config.get_text_config())},
@@ -226,6 +218,6 @@ def table() -> str:
     """The modes as Markdown."""
     lines = ["| Mode | Call | Result | Decode step | What to know |", "|---|---|---|---|---|"]
     for mode in MODES:
-        step = (mode.step or ("compiled" if mode.compiled else "eager")) if mode.result == WORKS else ""
+        step = ("compiled" if mode.compiled else "eager") if mode.result == WORKS else ""
         lines.append(f"| {mode.name} | {mode.call} | {mode.result} | {step} | {mode.remark} |")
     return "\n".join(lines)
