@@ -3,14 +3,21 @@ PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip
 # torch is pinned and installed first: a range would let pip choose a build with gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
-OLDEST_TRANSFORMERS = 5.17.0
-OLDEST_VENV = .venv-oldest
+# The ends of the supported ranges (apack_compile/supported_versions.py).
+OLDEST = TORCH=torch==2.11.0 EXTRA_PINS=transformers==5.17.0
+NEWEST = TORCH=torch==2.15.0 EXTRA_PINS=transformers==5.24.0
+DEFAULT = EXTRA_PINS=transformers==5.24.0
+# What depends on torch and transformers most: a few minutes.
+MATRIX_TESTS = tests/test_supported_versions.py tests/test_sensitivity.py tests/models/test_cache_argument.py \
+	tests/models/test_errors.py tests/models/test_compile.py tests/generate/test_modes.py tests/generate/test_drafts.py \
+	tests/cache tests/backend/test_own_cache.py tests/export/test_transformers.py tests/kernels/test_operations.py \
+	tests/kernels/test_attend_op.py
 STAMP = $(VENV)/.apack-installed
 # Two workers with one thread each beat one worker with two threads on small models.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -P -m pytest -n 2 --dist worksteal
 TESTS ?= tests
 
-.PHONY: install demo test test-models test-oldest lint format wheel-test clean
+.PHONY: install demo test test-models test-oldest test-matrix matrix-column lint format wheel-test clean
 
 install: $(STAMP)
 
@@ -35,7 +42,21 @@ test-models: install
 	$(VENV)/bin/python -P tests/models/matrix/table.py build/support docs/support.md
 
 test-oldest:
-	$(MAKE) test VENV=$(OLDEST_VENV) EXTRA_PINS="transformers==$(OLDEST_TRANSFORMERS)"
+	$(MAKE) test VENV=.venv-matrix/oldest $(OLDEST)
+
+# The oldest, the default and the newest versions, each in an environment of its own; writes the table of docs/support.md.
+test-matrix:
+	$(MAKE) matrix-column COLUMN=oldest $(OLDEST)
+	$(MAKE) matrix-column COLUMN=default $(DEFAULT)
+	$(MAKE) matrix-column COLUMN=newest $(NEWEST)
+
+# One column, also of another Python: make matrix-column COLUMN=python-3.13 PYTHON=python3.13
+matrix-column: VENV = .venv-matrix/$(COLUMN)
+matrix-column:
+	$(MAKE) install VENV=$(VENV)
+	mkdir -p build/matrix
+	$(PYTEST) $(MATRIX_TESTS) --junitxml=build/matrix/$(COLUMN).xml; status=$$?; \
+	$(VENV)/bin/python -P tests/models/matrix/versions.py $(COLUMN) build/matrix/$(COLUMN).xml && exit $$status
 
 # mypy sees the packages under the names they are imported by.
 lint: install

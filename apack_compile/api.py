@@ -20,6 +20,7 @@ from apack_compile.generation import compiled_call, generate, refuse_continuous_
 from apack_compile.graph_log import GraphLog
 from apack_compile.graph_report import GraphReport, build_graph_report
 from apack_compile.inner_compiler import resolve_compile
+from apack_compile.offload import computing_device, is_offloaded
 from apack_compile.plan import Plan
 from apack_compile.plan_check import check_plan
 from apack_compile.quantize import quantize_language_model
@@ -209,7 +210,7 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
         raise ValueError(
             f"model: {type(model).__name__} has a generate() of its own, not transformers' GenerationMixin"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
         raise ValueError("model: weights are on the meta device; load them first")
     kinds = layer_kinds(model)
     if not any(kind.reason is None for kind in kinds):
@@ -219,10 +220,10 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
     packed = [kind.layer for kind in kinds if kind.reason is None]
     if plan is not None:
         _check_plan_fits(plan, signature, packed)
-        plan = plan.to(model.device)
+        plan = plan.to(computing_device(model))
     elif config.ratio is not None:
         check_ratio(config.ratio, config.head_groups or 1, model)
-    inner, reason = resolve_compile(config.compile, model.device.type)
+    inner, reason = resolve_compile(config.compile, computing_device(model).type)
     return Session(config, kinds, signature, inner, reason, plan)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apack_compile.modality import placeholder_ids
+from apack_compile.offload import hooks_of
 
 ALLOWED = (
     "a dictionary of the model's inputs as torch tensors, such as processor(..., return_tensors='pt') gives, or several"
@@ -66,7 +67,7 @@ def problems(model: nn.Module, batch: Mapping[str, Any]) -> Iterable[str]:
 
 def device_problems(model: nn.Module, batch: Mapping[str, Any]) -> Iterable[str]:
     """Tensors that are not where the model is; accelerate's hooks move them to where its parts are."""
-    moved = hasattr(model, "_hf_hook") or getattr(model, "hf_device_map", None) is not None
+    moved = next(hooks_of(model), None) is not None
     for name, value in batch.items():
         if isinstance(value, Tensor) and (value.is_meta or (value.device != model.device and not moved)):
             yield f"{name} is on the device {value.device}, must be on the model's, {model.device}"

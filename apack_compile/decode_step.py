@@ -16,6 +16,7 @@ from transformers import CompileConfig
 from apack_compile.backend import StrictError, make_backend
 from apack_compile.cache import CompactedCache
 from apack_compile.cache_argument import cache_of, named_arguments
+from apack_compile.offload import is_offloaded
 from apack_compile.passes import GraphRecord
 from apack_compile.plan import Plan
 from apack_compile.uncompiled import is_uncompiled
@@ -91,14 +92,13 @@ class DecodeSteps:
 
 
 def why_not_compiled(model: nn.Module) -> str | None:
-    """Why transformers compiles no decode step of a model, whatever is asked for; None where it does."""
+    """Why no decode step of a model is compiled, whatever is asked for; None where steps are."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         method = quantizer.quantization_config.quant_method
         return f"transformers compiles no step of a model that {getattr(method, 'value', method)} quantized"
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
-    if "disk" in places or ("cpu" in places and len(places) > 1):
-        return "transformers compiles no step of a model that is offloaded"
+    if is_offloaded(model):
+        return "no step is compiled of a model that accelerate offloads"
     return None
 
 

@@ -13,6 +13,7 @@ from apack_compile.cache import CompactedCache
 from apack_compile.cache_argument import NAMES, OWN_NAME, cache_of
 from apack_compile.decode_step import why_not_compiled
 from apack_compile.modality import padding_of, vision_of
+from apack_compile.offload import computing_device
 from apack_compile.session import DEFAULT_NEW_TOKENS, Session, session_of
 
 
@@ -31,7 +32,7 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if cache is None:
         check_length(model, prompt)
         expected = new_tokens(options, prompt)
-        session.unused = session.too_short(None if prompt is None else prompt.shape[1], expected, model.device.type)
+        session.unused = session.too_short(length_of(prompt), expected, computing_device(model).type)
         if session.unused:
             return plain(model, *args, **kwargs)
         cache = session.new_cache(model, expected)

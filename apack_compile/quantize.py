@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apack_compile.offload import is_offloaded
+
 CONFIGS = {
     "int8wo": "Int8WeightOnlyConfig",
     "int8dq": "Int8DynamicActivationInt8WeightConfig",
@@ -45,7 +47,7 @@ def quantize_language_model(model: nn.Module, quantize: Any) -> None:
     if found:
         raise ValueError(f"{name}: the model's weights are quantized already ({told(found)}); leave quantize out")
     linear = list(linear_layers(model))
-    if any(layer.weight.is_meta for layer in linear):
+    if is_offloaded(model):
         raise ValueError(f"{name}: weights are offloaded by accelerate; quantize the model before that")
     check_that_it_works(linear, config, name)
     chosen = {id(layer) for layer in linear}

@@ -10,6 +10,7 @@ from torch import nn
 from apack_compile.decode_step import why_not_compiled
 from apack_compile.importance import LEAST_RATIO
 from apack_compile.kernels.ops import implementations
+from apack_compile.offload import computing_device
 from apack_compile.passes import GraphRecord
 from apack_compile.plan import FIRST_TOKENS
 from apack_compile.plan_file import versions
@@ -93,7 +94,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         setting=setting_of(session),
         compile=inner or "none",
         compile_reason=session.inner_reason if stopped is None else f"{stopped}; {session.inner_reason}",
-        operations=implementations(model.device.type, model.dtype),
+        operations=implementations(computing_device(model).type, model.dtype),
         calibrated_on=session.plan.provenance.calibrated_on if session.plan else session.calibrated_on,
         keys=keys_of(session),
         head_groups=head_groups_of(session),

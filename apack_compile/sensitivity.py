@@ -24,6 +24,7 @@ QUERY_TOKENS = 128
 QUERY_SHARE = 1 / 8
 LABEL_DRAWS = 2
 INSTEAD = "calibrate before the weights are quantized or made in inference mode, or optimize with a plan of a model that has gradients"
+TOO_LARGE = "they do not fit into the device's memory; calibrate on shorter inputs, or optimize with a plan made on a larger device"
 TOO_SHORT = "no token of the inputs can play those to come; calibrate on longer ones, with text behind their pictures"
 
 
@@ -62,10 +63,14 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
         try:
             seen = with_gradients(model, batch, layers, queries)
         except torch.OutOfMemoryError:
-            raise
+            reason = TOO_LARGE
         except RuntimeError as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return replace(states_alone(model, batch, layers), without_gradients=f"{said}; {INSTEAD}")
+            reason = f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {INSTEAD}"
+        else:
+            reason = None
+        # not while the error is handled: it keeps the memory of what failed
+        if reason is not None:
+            return replace(states_alone(model, batch, layers), without_gradients=reason)
     if any(bool(g.any()) for both in seen.gradients.values() for drawn in both for g in drawn):
         return seen
     return replace(seen, gradients={}, queries=0, without_gradients=f"all of them are 0; {INSTEAD}")

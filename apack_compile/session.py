@@ -23,6 +23,7 @@ from apack_compile.decode_step import DecodeSteps
 from apack_compile.importance import CoarseRule, tells_apart
 from apack_compile.kept_layers import CROSS_ATTENTION, kept_layer
 from apack_compile.modality import padding_of, vision_of
+from apack_compile.offload import computing_device
 from apack_compile.plan import (
     Plan,
     Provenance,
@@ -178,14 +179,15 @@ class Session:
                 f"plan: made for {describe(self.plan.signature)}; the model now has {describe(signature)}; "
                 "optimize it with a plan made for that"
             )
+        device = computing_device(model)
         with self.lock:
-            if (signature, model.device) != (self.signature, self.device):
-                self.signature, self.device, self.plans = signature, model.device, {}
-                self.plan = self.plan if self.plan is None else self.plan.to(model.device)
+            if (signature, device) != (self.signature, self.device):
+                self.signature, self.device, self.plans = signature, device, {}
+                self.plan = self.plan if self.plan is None else self.plan.to(device)
 
     def new_cache(self, model: nn.Module, expected_tokens: int) -> CompactedCache:
         """An empty cache for one batch of sequences; raises ValueError where the model cannot generate."""
-        if model.device.type == "meta":
+        if computing_device(model).type == "meta":
             raise ValueError("model: its weights are on the meta device now; load them before it generates")
         self.follow(model)
         own = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -217,7 +219,7 @@ class Session:
         if self.config.head_groups is not None:
             return Groups(self.config.head_groups, "as configured", shapes)
         ratio = self.ratio or DEFAULT_RATIO
-        return head_groups_for(shapes, model.dtype, ratio, self.config.key_block, model.device.type)
+        return head_groups_for(shapes, model.dtype, ratio, self.config.key_block, computing_device(model).type)
 
     def calibrate_on_first(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Calibrate on a first request, where nothing else did; raises ValueError for one that is too short."""

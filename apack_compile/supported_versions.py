@@ -6,7 +6,7 @@ import re
 import sys
 
 # From the first, up to and without the second; pyproject.toml says the same.
-SUPPORTED = {"torch": ((2, 11), (2, 14)), "transformers": ((5, 17), (5, 25))}
+SUPPORTED = {"torch": ((2, 11), (2, 16)), "transformers": ((5, 17), (5, 25))}
 
 
 def check_versions() -> None:

@@ -167,6 +167,7 @@ void attend(Value *stack, uint64_t, uint64_t) {
     State state;
     if (std::string error = error_of(stack); !error.empty()) {
         release(stack);
+        // ValueError or, with torch 2.15, RuntimeError: a type of PyTorch's own would need its headers
         throw std::invalid_argument(error);
     }
     if (!read_attend(stack, a, state)) {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from small import draft
 from transformers import DynamicCache, TextIteratorStreamer
 
@@ -16,7 +17,7 @@ class Mode:
     """One way to call generate.
 
     settings: keyword arguments, those in `made` by calling with the model. compiled: whether decode steps are compiled.
-    error: what is raised, for those that are refused.
+    step: what the table says of decode steps, where that is more. error: what is raised, for those that are refused.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Mode:
     settings: dict[str, Any] = field(default_factory=dict)
     made: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     compiled: bool = False
+    step: str = ""
     error: str = ""
 
     def arguments(self, model: Any) -> dict[str, Any]:
@@ -73,8 +75,10 @@ PROCESSORS = {
     "prefix_allowed_tokens_fn": lambda _, ids: list(range(3, 60)),
 }
 OUTPUTS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True}
+ASSISTED_IS_COMPILED = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+ASSISTED = "eager; compiled where nothing was drafted, from transformers 5.24 on"
 BY_TRANSFORMERS = "transformers itself compiles no step of it"
-MOVED = "`custom_generate=` loads it from the hub with `trust_remote_code=True`; as any method that goes through `past_key_values`"
+MOVED = "`custom_generate=` loads it from the hub with `trust_remote_code=True`; as any method that goes through the cache it is given"
 
 MODES = [
     Mode("greedy", "`do_sample=False`", WORKS, compiled=True),
@@ -98,15 +102,19 @@ MODES = [
         "assisted",
         "`assistant_model=`",
         WORKS,
-        f"batch of 1; the assistant may be optimized too; over a lossy cache not always the tokens of greedy decoding; {BY_TRANSFORMERS}",
+        "batch of 1; the assistant may be optimized too; over a lossy cache not always the tokens of greedy decoding",
         made={"assistant_model": lambda _: draft()},
+        compiled=ASSISTED_IS_COMPILED,
+        step=ASSISTED,
     ),
     Mode(
         "prompt lookup",
         "`prompt_lookup_num_tokens=`",
         WORKS,
-        f"as assisted; any number of tokens; {BY_TRANSFORMERS}",
+        "as assisted; any number of tokens",
         {"prompt_lookup_num_tokens": 4},
+        compiled=ASSISTED_IS_COMPILED,
+        step=ASSISTED,
     ),
     Mode(
         "chunked prefill",
@@ -142,7 +150,7 @@ MODES = [
     ),
     Mode(
         "several turns",
-        "`past_key_values=` of the last call",
+        "`cache=` of the last call",
         WORKS,
         "`return_dict_in_generate` hands the packed cache on; `new_cache(model)` gives one to start with",
         compiled=True,
@@ -164,7 +172,7 @@ MODES = [
     ),
     Mode(
         "a cache of one's own",
-        "`past_key_values=DynamicCache(...)`",
+        "`cache=DynamicCache(...)`",
         DENSE,
         "noted in the report; leave it out, or pass `new_cache(model)`",
         made={"past_key_values": lambda model: DynamicCache(config=model.config.get_text_config())},
@@ -218,6 +226,6 @@ def table() -> str:
     """The modes as Markdown."""
     lines = ["| Mode | Call | Result | Decode step | What to know |", "|---|---|---|---|---|"]
     for mode in MODES:
-        step = ("compiled" if mode.compiled else "eager") if mode.result == WORKS else ""
+        step = (mode.step or ("compiled" if mode.compiled else "eager")) if mode.result == WORKS else ""
         lines.append(f"| {mode.name} | {mode.call} | {mode.result} | {step} | {mode.remark} |")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import example, given, settings
-from random_calls import Call, Case, build, cases, without_garbage
+from random_calls import REFUSED, Call, Case, build, cases, without_garbage
 from torch import Tensor
 
 from apack_compile.kernels import native
@@ -72,13 +72,13 @@ def test_what_a_cache_does_not_have_is_served_too(unusual):
 def test_lists_of_other_lengths_are_named(at, entries, message):
     call = build(Case())
     call.arguments[at] = call.arguments[at][:entries]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(REFUSED, match=message):
         ATTEND(*call.arguments)
 
 
 def test_turns_of_another_number_of_segments_are_named():
     call = build(Case(block=16))
-    with pytest.raises(ValueError, match="turns: 1 entries must be one for each of 2 packed segments, or none"):
+    with pytest.raises(REFUSED, match="turns: 1 entries must be one for each of 2 packed segments, or none"):
         ATTEND(*call.arguments, turns=call.turns["turns"][:1], block=16)
 
 
@@ -102,6 +102,6 @@ def test_a_call_keeps_none_of_its_tensors(how):
     for _ in range(3):
         try:
             ATTEND(*call.arguments, **call.turns)
-        except ValueError:
+        except REFUSED:
             assert how == "refused"
     assert uses() == before
