@@ -13,10 +13,11 @@ from apack_compile.cache import CompactedCache
 from apack_compile.cache_argument import cache_name
 from apack_compile.calibration_inputs import checked_inputs
 from apack_compile.config import AttentionPackConfig
+from apack_compile.continuous_batching import ENTRANCES, refuse_continuous_batching
 from apack_compile.decode_step import DecodeSteps
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
-from apack_compile.generation import compiled_call, generate, refuse_continuous_batching
+from apack_compile.generation import compiled_call, generate
 from apack_compile.graph_log import GraphLog
 from apack_compile.graph_report import GraphReport, build_graph_report
 from apack_compile.inner_compiler import resolve_compile
@@ -47,7 +48,7 @@ OWN_ATTRIBUTES = (
     ATTRIBUTE,
     "generate",
     "get_compiled_call",
-    "init_continuous_batching",
+    *ENTRANCES,
     "_compiled_call",
     "_last_compile_config",
 )
@@ -249,7 +250,8 @@ def _install(model: nn.Module, session: Session) -> None:
     )
     for part in parts:
         vars(part)["get_compiled_call"] = partial(compiled_call, model, part)
-        vars(part)["init_continuous_batching"] = partial(refuse_continuous_batching, "init_continuous_batching")
+        for name in ENTRANCES:
+            vars(part)[name] = partial(refuse_continuous_batching, name)
     vars(model)[ATTRIBUTE] = session
     vars(model)["generate"] = types.MethodType(generate, model)
     watch_rotary(model)

@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 
 from apack_compile.cache import CompactedCache
 from apack_compile.cache_argument import NAMES, OWN_NAME, cache_of
+from apack_compile.continuous_batching import refuse_continuous_batching
 from apack_compile.decode_step import why_not_compiled
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.offload import computing_device
@@ -157,10 +158,3 @@ def compiled_call(model: nn.Module, part: nn.Module, compile_config: Any) -> Cal
     # transformers leaves some models uncompiled; a copied config has the same backend
     ours = decode is not None and compile_config is not None and compile_config.backend is decode.config.backend
     return partial(decode.run, part) if ours and stock != part.__call__ else stock
-
-
-def refuse_continuous_batching(what: str, *_: Any, **__: Any) -> None:
-    raise ValueError(
-        f"{what}: continuous batching keeps its requests in a paged dense cache of its own, which cannot be packed; "
-        "call generate with a batch of prompts, or apack_compile.restore(model) first"
-    )

@@ -18,6 +18,7 @@ from apack_compile.cache import CompactedCache, LayerKind
 from apack_compile.cache_argument import cache_of, named_arguments
 from apack_compile.calibration import Observation, Statistics, collect
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
+from apack_compile.continuous_batching import refuse_paged_cache
 from apack_compile.coordinates import positions_given, rotary_modules
 from apack_compile.decode_step import DecodeSteps
 from apack_compile.importance import CoarseRule, tells_apart
@@ -383,8 +384,9 @@ def rename_cache(
 
 
 def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a generating part: tell a packed cache what is coming; nothing for any other cache."""
+    """Forward pre-hook of a generating part: tell a packed cache what is coming; a paged cache is refused, any other left alone."""
     cache = cache_of(args, kwargs)
+    refuse_paged_cache(cache)
     if not isinstance(cache, CompactedCache) or (torch.compiler.is_dynamo_compiling() and cache.is_filled):
         return
     if part is not model and cache.is_told:

@@ -180,11 +180,13 @@ MODES = [
     Mode("no cache", "`use_cache=False`", DENSE, "noted in the report; leave it out"),
     Mode(
         "continuous batching",
-        '`generate_batch`, `init_continuous_batching`, `cache_implementation="paged"`',
+        "`generate_batch`, `init_continuous_batching`, `continuous_batching_context_manager`, `ContinuousBatchingManager`, "
+        '`cache_implementation="paged"`',
         REFUSED,
-        "its requests live in a paged dense cache of its own: call generate with a batch, or `restore(model)`",
+        "for now: its requests live in a paged dense cache of its own, which cannot be packed yet; call generate with a batch, or "
+        "`restore(model)`",
         {"cache_implementation": "paged"},
-        error="continuous batching keeps its requests in a paged dense cache",
+        error="continuous batching is refused for now: it keeps all requests in a paged dense cache",
     ),
     Mode(
         "early exit",

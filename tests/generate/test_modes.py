@@ -7,7 +7,9 @@ import torch
 from modes import DENSE, HUB, MODES, REFUSED, WORKS, table
 from small import calibrated, greedy, llava, picture
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers import CompileConfig
+from transformers import CompileConfig, ContinuousBatchingManager, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
 import apack_compile
 
@@ -80,13 +82,40 @@ def test_a_mode_that_moved_to_the_hub_is_refused_by_transformers_itself(mode):
         calibrated(model, preset="lossless")
 
 
-def test_continuous_batching_is_refused_by_every_entrance_until_restore():
+ENTRANCES = {
+    "generate_batch": lambda model: model.generate_batch([[5, 6, 7]], max_new_tokens=2),
+    "init_continuous_batching": lambda model: model.init_continuous_batching(),
+    "continuous_batching_context_manager": lambda model: model.continuous_batching_context_manager().__enter__(),
+}
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_continuous_batching_is_refused_by_every_entrance_until_restore(name):
     model = calibrated(llava(), preset="lossless")
-    for call in (lambda: model.generate_batch([[5, 6, 7]], max_new_tokens=2), model.init_continuous_batching):
-        with pytest.raises(ValueError, match="init_continuous_batching: continuous batching keeps its requests"):
-            call()
+    with pytest.raises(
+        ValueError, match=f"{name}: continuous batching is refused for now: it keeps all requests in a paged"
+    ):
+        ENTRANCES[name](model)
     apack_compile.restore(model)
-    assert "init_continuous_batching" not in vars(model) and "get_compiled_call" not in vars(model)
+    assert not set(ENTRANCES) & set(vars(model)) and "get_compiled_call" not in vars(model)
+
+
+def test_every_name_of_continuous_batching_is_refused():
+    offered = {name for name in vars(ContinuousMixin) if "batch" in name and "destroy" not in name and name[0] != "_"}
+    assert offered == set(ENTRANCES)
+
+
+def test_a_manager_of_continuous_batching_that_was_made_by_hand_is_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_key_value_heads=1, eos_token_id=95, **sizes)).eval()
+    limits = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    manager = ContinuousBatchingManager(model, GenerationConfig(max_new_tokens=2, eos_token_id=95), limits)
+    calibrated(model, preset="lossless")
+    manager.start()
+    manager.add_request([5, 6, 7], max_new_tokens=2)
+    result = manager.get_result(timeout=60)
+    manager.stop(block=True, timeout=60)
+    assert "continuous batching is refused for now" in result.error
 
 
 @pytest.mark.parametrize("compile", ["none", "eager"])
