@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from apack_compile.cache import CompactedCache
 
 DENSE_ELEMENT_BYTES = 2
+# What packed layers keep as transformers has it.
+KEPT_BESIDE = ("conv_states", "recurrent_states", "indexer_keys", "indexer_position_ids")
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -29,11 +31,11 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def unpacked_tensors(cache: "CompactedCache") -> Iterator[Tensor]:
-    """What a cache holds as transformers has it: of layers that are not packed, and linear states of those that are."""
+    """What a cache holds as transformers has it: of layers that are not packed, and what those that are keep beside packed tokens."""
     for layer in cache.layers:
         held = vars(layer)
         if layer in cache.packed_layers:
-            held = {name: held.get(name) for name in ("conv_states", "recurrent_states")}
+            held = {name: held.get(name) for name in KEPT_BESIDE}
         yield from tensors_in(held)
 
 
@@ -42,8 +44,9 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
 
     tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for what is not packed, of what is held).
     sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, turns.
-    model_bytes: model-scoped bases, the turn's tensors and a coarse rule's weights. captured: smallest share of a stream's
-    variance that a shared basis kept (1 without any). ratio: dense_bytes / sequence_bytes.
+    unpacked_bytes: of them, what is held as transformers has it. model_bytes: model-scoped bases, the turn's tensors and a
+    coarse rule's weights. captured: smallest share of a stream's variance that a shared basis kept (1 without any). ratio:
+    dense_bytes / sequence_bytes.
     """
     plan, packed = cache.index.plan, [layer for layer in cache.packed_layers if layer.is_initialized]
     model = [t for bases in plan.bases.values() for basis in bases for t in basis] if plan is not None else []
@@ -82,6 +85,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
         "dense_bytes": dense,
         "sequence_bytes": sequence_bytes,
         "model_bytes": storage_bytes(model),
+        "unpacked_bytes": storage_bytes(own),
         "captured": 1 - max((fit.found for layer in packed for fit in layer.fits.values()), default=0.0),
         "ratio": dense / sequence_bytes if sequence_bytes else 1.0,
     }

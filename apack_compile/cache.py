@@ -13,10 +13,10 @@ from apack_compile.accounting import cache_report
 from apack_compile.autocast import without_autocast
 from apack_compile.backend import StrictError
 from apack_compile.coordinates import TokenCoordinates, coordinates_of
-from apack_compile.hybrid_layer import packed_layer
 from apack_compile.inference_mode import outside_inference_mode
 from apack_compile.kept_layers import cannot_crop, has_linear_states, kept_layer, map_rows
 from apack_compile.layer import MAX_APPEND, CompactedLayer
+from apack_compile.packed_layers import packed_layer
 from apack_compile.plan import Plan, spare_slots
 from apack_compile.rotary import rotary_start, turns_of_blocks
 from apack_compile.shared_index import SharedIndex

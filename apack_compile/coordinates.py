@@ -79,12 +79,13 @@ def positions_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | 
 
 
 def coordinates_of(positions: Tensor | None, rows: int, tokens: int, count: int = 1) -> Tensor | None:
-    """Positions `[B, n]` or `[C, B, n]` as coordinates `[B, n, count]`, float32; None where they are not of so many rows and tokens.
+    """The last positions of `[B, n]` or `[C, B, n]` as coordinates `[B, tokens, count]`, float32; None where they are too few.
 
-    Positions with one coordinate have the same in all.
+    Positions with one coordinate have the same in all. Some models give their rotary embedding those of all tokens held as well.
     """
-    if positions is None or positions.shape[-1] != tokens or positions.shape[-2] not in (1, rows):
+    if positions is None or positions.shape[-1] < tokens or positions.shape[-2] not in (1, rows):
         return None
+    positions = positions[..., positions.shape[-1] - tokens :]
     stacked = positions if positions.dim() == 3 else positions[None]
     if 1 < stacked.shape[0] < count:
         return None

@@ -30,9 +30,3 @@ class HybridLayer(LinearLayer, CompactedLayer):
         """Remove the newest tokens; the cache has checked that it can be done."""
         LinearLayer.crop(self, tokens_to_remove)
         CompactedLayer.crop(self, tokens_to_remove)
-
-
-def packed_layer(layer_idx: int, index: SharedIndex, own: Any) -> CompactedLayer:
-    """The packed layer in the place of transformers' `own`."""
-    states = getattr(own, "number_of_states", 0)
-    return HybridLayer(layer_idx, index, states) if states else CompactedLayer(layer_idx, index)

@@ -39,7 +39,7 @@ def padding_of(inputs: Mapping[str, Any], tokens: int, past: int = 0) -> Tensor 
     """
     mask = inputs.get("attention_mask")
     if isinstance(mask, Mapping):
-        mask = mask.get("full_attention")
+        mask = next((mask[kind] for kind in ("full_attention", "indexed_attention") if kind in mask), None)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     if mask.dim() == 4:

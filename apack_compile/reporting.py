@@ -192,9 +192,10 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
             what = " and ".join(missing)
             notes.append(f"no coarse {what} tokens: calibration saw too few to tell which of them matter less")
     if held is not None and ratio is not None and held["ratio"] < 0.95 * ratio:
+        kept = f", and {held['unpacked_bytes']:,} bytes are not packed" if held["unpacked_bytes"] else ""
         notes.append(
             f"holds {held['ratio']:.2f}x, not {ratio:g}x: at {held['tokens']} tokens the first {FIRST_TOKENS} dense tokens, "
-            f"the tail of {held['tail_slots']} and the free slots weigh too much"
+            f"the tail of {held['tail_slots']} and the free slots weigh too much{kept}"
         )
     return notes
 

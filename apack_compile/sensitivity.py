@@ -99,7 +99,8 @@ def with_gradients(model: torch.nn.Module, batch: Mapping[str, Any], layers: lis
         following |= positions_after(positions, batch, queries)
     with torch.enable_grad(), seen_positions(model) as seen, straight_through(model):
         logits = model(**with_cache(model, following, cache) | {"use_cache": True}).logits
-    more = seen[-1][1] if seen else None
+    # all positions, where a model's indexer needs them
+    more = seen[-1][1][..., -queries:] if seen else None
     alike = positions is not None and more is not None and positions.shape[:-1] == more.shape[:-1]
     positions = torch.cat([positions, more], -1) if alike else None
     mask = following.get("attention_mask")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
@@ -25,6 +25,7 @@ from apack_compile.importance import CoarseRule, tells_apart
 from apack_compile.kept_layers import CROSS_ATTENTION, kept_layer
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.offload import computing_device
+from apack_compile.packed_layers import PACKED_LAYERS
 from apack_compile.plan import (
     Plan,
     Provenance,
@@ -46,8 +47,6 @@ FULL_ATTENTION = "full_attention"
 LATENT_ATTENTION = "latent_attention"
 # Layers with a linear attention or a short convolution alone.
 LINEAR = ("linear_attention", "conv")
-# transformers' layers whose keys and values are packed.
-PACKED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
 
 # What a second optimize keeps of a calibration.
@@ -324,7 +323,7 @@ def reason_of(layer_type: str, layer: Any) -> str | None:
     if not has_keys(layer):
         held = "a state of one size for any number of tokens" if layer_type in LINEAR else "nothing of its own"
         return f"{layer_type}: holds {held}, no keys and values"
-    return None if type(layer) in PACKED else f"{kind_name(layer_type, layer)}: {kept}"
+    return None if type(layer) in PACKED_LAYERS else f"{kind_name(layer_type, layer)}: {kept}"
 
 
 def has_keys(layer: Any) -> bool:

@@ -13,17 +13,22 @@ import apack_compile
 
 # Cross-attention; recurrent states; convolutions alone; linear states and packed keys in one layer.
 MODELS = ("mllama", "qwen3_5", "lfm2_vl", "inkling_mm_model")
+# And an indexer's keys beside packed ones.
+ALL_MODELS = (*MODELS, "qwen4_exp")
 
 
 @pytest.fixture(autouse=True)
-def hybrid_layers_alone(monkeypatch):
-    """Inkling with every layer of the kind that attends to all tokens."""
+def kinds_of_layers(monkeypatch):
+    """Inkling and Qwen4 with layers of one kind alone, LFM2 with two."""
     case = case_of("inkling_mm_model")
     every = {**case.config, "text_config.layer_types": ["hybrid"] * 4}
     monkeypatch.setitem(building.CASES, "inkling_mm_model", replace(case, config=every))
     case = case_of("lfm2_vl")
     kinds = {**case.config, "text_config.layer_types": ["conv", "full_attention"] * 2}
     monkeypatch.setitem(building.CASES, "lfm2_vl", replace(case, config=kinds))
+    case = case_of("qwen4_exp")
+    indexed = {**case.config, "text_config.layer_types": ["indexed_attention"] * 2, "text_config.num_hidden_layers": 2}
+    monkeypatch.setitem(building.CASES, "qwen4_exp", replace(case, config=indexed))
 
 
 def small(model_type):
@@ -70,6 +75,16 @@ def test_every_way_to_generate_gives_the_tokens_of_a_dense_cache(model_type, way
         assert {line.status for line in report.layers} <= {"rewritten", "dense", "no keys"}
 
 
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_an_indexer_s_keys_follow_every_way_to_generate(way):
+    model = small("qwen4_exp")
+    inputs = picture_and_text(model, "qwen4_exp")
+    expected = generate(model, inputs, **WAYS[way])
+    apack_compile.optimize(model, preset="lossless", compile="none", strict=True)
+    assert torch.equal(generate(model, inputs, **WAYS[way]), expected)
+    assert apack_compile.report(model).bytes["unpacked_bytes"] > 0
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_second_turn_and_a_copy_go_on_where_the_first_one_ended(model_type):
     model = small(model_type)
@@ -91,7 +106,7 @@ def test_a_second_turn_and_a_copy_go_on_where_the_first_one_ended(model_type):
     assert not apack_compile.report(model).notes
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ALL_MODELS)
 def test_rows_can_be_repeated_chosen_and_put_in_another_order(model_type):
     model = small(model_type)
     inputs = picture_and_text(model, model_type)
@@ -109,7 +124,7 @@ def test_rows_can_be_repeated_chosen_and_put_in_another_order(model_type):
     torch.testing.assert_close(found, expected.expand(2, -1, -1), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ALL_MODELS)
 def test_a_cache_that_was_reset_takes_another_batch_size(model_type):
     model = small(model_type)
     inputs = picture_and_text(model, model_type)
@@ -162,6 +177,19 @@ def test_what_linear_states_cannot_forget_is_refused_before_anything_changes():
                 model(inputs_embeds=bad, past_key_values=cache)
         cache.reset()
         assert model(**inputs, past_key_values=cache).logits.isfinite().all()
+
+
+def test_an_indexer_s_keys_are_cropped_with_the_tokens():
+    model = small("qwen4_exp")
+    inputs = picture_and_text(model, "qwen4_exp")
+    apack_compile.optimize(model, preset="lossless", compile="none", strict=True)
+    cache, more = apack_compile.new_cache(model), torch.tensor([[7, 8, 9]])
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        expected = model(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
+        model(input_ids=more + 5, past_key_values=cache)
+        cache.crop(-3)
+        torch.testing.assert_close(model(input_ids=more, past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_pictures_stay_when_text_is_cropped_and_a_chunk_that_fails_leaves_them():

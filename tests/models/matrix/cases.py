@@ -209,7 +209,6 @@ CASES: dict[str, Case] = {
             "text_config.indexer_budget": 16,
             "text_config.indexer_compress_ratio": 4,
         },
-        expected=NOT_APPLICABLE,
     ),
     "step3p7": Case({"text_config.sliding_window": 24}),
     "unlimited_ocr": Case({"vision_config.sam_config.downsample_channels": [32, 64]}, expected=NOT_APPLICABLE),

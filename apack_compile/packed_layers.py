@@ -1,0 +1,19 @@
+"""Which of transformers' cache layers have keys and values that are packed, and what stands in their place."""
+
+from typing import Any
+
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+from apack_compile.hybrid_layer import HybridLayer
+from apack_compile.indexed_layer import IndexedLayer
+from apack_compile.layer import CompactedLayer
+from apack_compile.shared_index import SharedIndex
+
+PACKED_LAYERS = (DynamicLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer)
+
+
+def packed_layer(layer_idx: int, index: SharedIndex, own: Any) -> CompactedLayer:
+    """The packed layer in the place of transformers' `own`."""
+    if hasattr(own, "number_of_states"):
+        return HybridLayer(layer_idx, index, own.number_of_states)
+    return (IndexedLayer if hasattr(own, "indexer_keys") else CompactedLayer)(layer_idx, index)
