@@ -54,8 +54,9 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
     with torch.inference_mode(False), uncompiled():
         batch = {name: x.clone() if isinstance(x, Tensor) else x for name, x in batch.items()}
         padding = padding_of(batch, states_of(batch).shape[1])
+        # generate may have prepared masks for another cache; two dimensions serve any, and none is needed where nothing is hidden
+        batch.pop("attention_mask", None)
         if padding is not None:
-            # generate may have prepared a mask for another cache; the two dimensions serve any
             batch["attention_mask"] = (~padding).long()
         queries = query_tokens(model.config, batch)
         if queries == 0:
