@@ -152,7 +152,10 @@ class PackedLM(HFLM):
         groups = self._grouped(requests, set(range(len(requests))) - set(short))
         progress = tqdm(total=len(requests), initial=len(short), disable=disable_tqdm or self.rank != 0, desc="Scoring")
         for batch in batched(groups, self._rows_of_a_batch(requests, override_bs)):
-            scores = score(self.model, [row for row, _ in batch], self.chunk_tokens, self.softmax_dtype)
+            with torch.autocast(
+                self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+            ):
+                scores = score(self.model, [row for row, _ in batch], self.chunk_tokens, self.softmax_dtype)
             counts.add_bytes(scores.bytes)
             for (_, members), found in zip(batch, scores.rows, strict=True):
                 for i, log_prob, greedy in zip(members, found.log_probs, found.greedy, strict=True):
@@ -186,7 +189,7 @@ class PackedLM(HFLM):
         """How many rows are scored together."""
         if self.batch_size != "auto":
             return int(self.batch_size)
-        longest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
+        longest = max(requests, key=lambda request: len(request[1]) + len(request[2]), default=(None, [0], [0]))
         return override_bs or self._detect_batch_size([longest])
 
     def _count(self, found: RowScores, tokens: int) -> None:

@@ -194,6 +194,29 @@ def test_figures_of_an_evaluation_say_what_they_come_from(model, caplog):
     json.dumps(info)
 
 
+def test_mixed_precision_is_that_of_hflm(model):
+    options = {"mixed_precision_dtype": "bfloat16", "softmax_dtype": "float32"}
+    full = lm(HFLM, model).loglikelihood(choices())
+    dense = lm(HFLM, model, **options).loglikelihood(choices())
+    packed = lm(PackedLM, model, preset="lossless", compile="none", **options).loglikelihood(choices())
+
+    def distance(one, other):
+        return max(abs(a[0] - b[0]) for a, b in zip(one, other, strict=True))
+
+    assert distance(full, dense) > 1e-2
+    assert distance(packed, dense) < 3 * distance(full, dense)
+    assert distance(packed, full) > 1e-2
+
+
+def test_a_batch_size_that_lm_eval_finds_scores_the_same(model):
+    want = lm(HFLM, model)
+    packed = lm(PackedLM, model, preset="lossless", compile="none", batch_size="auto", max_batch_size=4)
+    close(packed.loglikelihood(choices()), want.loglikelihood(choices()), 5e-3)
+    rolling = want.loglikelihood_rolling(documents())
+    assert packed.loglikelihood_rolling(documents()) == pytest.approx(rolling, abs=2e-2)
+    assert packed._loglikelihood_tokens([]) == []
+
+
 @pytest.mark.parametrize("chunk_tokens", (0, 33, "8"))
 def test_bad_chunks_are_named(model, chunk_tokens):
     with pytest.raises(ValueError, match=f"chunk_tokens={chunk_tokens!r} must be an integer from 1 to 32"):
