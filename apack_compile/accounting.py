@@ -1,7 +1,7 @@
 """Bytes that a cache holds, really counted."""
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -39,14 +39,23 @@ def unpacked_tensors(cache: "CompactedCache") -> Iterator[Tensor]:
         yield from tensors_in(held)
 
 
-def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
+def more_than_dense(held: int, dense: int, parts: Mapping[str, int] | None = None) -> str | None:
+    """What is said where something holds more bytes than a 16-bit dense cache would; None where it does not."""
+    if held <= dense:
+        return None
+    largest = sorted((parts or {}).items(), key=lambda part: -part[1])[:2]
+    said = ", ".join(f"{size / held:.0%} {name}" for name, size in largest if size)
+    return f"holds more than a 16-bit dense cache: {held:,} bytes instead of {dense:,}" + (f"; {said}" if said else "")
+
+
+def cache_report(cache: "CompactedCache") -> dict[str, Any]:
     """What the cache holds, in bytes.
 
     tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for what is not packed, of what is held).
     sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, turns.
     unpacked_bytes: of them, what is held as transformers has it. model_bytes: model-scoped bases, the turn's tensors and a
     coarse rule's weights. captured: smallest share of a stream's variance that a shared basis kept (1 without any). ratio:
-    dense_bytes / sequence_bytes.
+    dense_bytes / sequence_bytes. parts: sequence_bytes by what they are for.
     """
     plan, packed = cache.index.plan, [layer for layer in cache.packed_layers if layer.is_initialized]
     model = [t for bases in plan.bases.values() for basis in bases for t in basis] if plan is not None else []
@@ -55,13 +64,19 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
     if plan is not None and plan.coarse is not None:
         model += plan.coarse.weights.values()
     own = list(unpacked_tensors(cache))
-    sequence = [
-        *cache.index.positions,
-        *cache.index.turns,
-        *tensors_in(list(vars(cache.index.coordinates).values()) if cache.index.coordinates is not None else []),
-        *own,
-        *tensors_in(cache.history),
-    ]
+    coordinates = vars(cache.index.coordinates).values() if cache.index.coordinates is not None else []
+    parts: dict[str, list[Tensor]] = {
+        "packed tokens and free slots": [],
+        "first and newest tokens, dense": [],
+        "bases of these sequences": [],
+        "positions, turns and tiers": [
+            *cache.index.positions,
+            *cache.index.turns,
+            *tensors_in(list(coordinates)),
+            *tensors_in(cache.history),
+        ],
+        "layers that are not packed": own,
+    }
     dense = sum(t.numel() for t in own) * DENSE_ELEMENT_BYTES
     shared = {t.untyped_storage().data_ptr() for t in model}
     tokens = 0
@@ -69,17 +84,16 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
         tokens = layer.batch_size * int(layer.get_seq_length())
         widths = layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
         dense += tokens * widths * DENSE_ELEMENT_BYTES
-        placed = [*layer.own_positions, *layer.own_turns]
-        held = [
-            *layer.dense,
-            *layer.codes,
+        parts["packed tokens and free slots"] += layer.codes
+        parts["first and newest tokens, dense"] += layer.dense
+        parts["bases of these sequences"] += [t for t in layer.bases if t.untyped_storage().data_ptr() not in shared]
+        parts["positions, turns and tiers"] += [
             layer.cursor,
-            *placed,
+            *layer.own_positions,
+            *layer.own_turns,
             *(layer.tiers.tensors() if layer.tiers is not None else ()),
         ]
-        own_bases = [t for t in layer.bases if t.untyped_storage().data_ptr() not in shared]
-        sequence += [*held, *own_bases]
-    sequence_bytes = storage_bytes(sequence)
+    sequence_bytes = storage_bytes([t for tensors in parts.values() for t in tensors])
     return {
         "tokens": tokens,
         "dense_bytes": dense,
@@ -88,4 +102,5 @@ def cache_report(cache: "CompactedCache") -> dict[str, int | float]:
         "unpacked_bytes": storage_bytes(own),
         "captured": 1 - max((fit.found for layer in packed for fit in layer.fits.values()), default=0.0),
         "ratio": dense / sequence_bytes if sequence_bytes else 1.0,
+        "parts": {name: storage_bytes(tensors) for name, tensors in parts.items()},
     }

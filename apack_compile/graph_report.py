@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from apack_compile.accounting import more_than_dense
 from apack_compile.graph_log import GraphLog
 from apack_compile.passes import GraphRecord, MatchRecord
 
@@ -59,6 +60,9 @@ def build_graph_report(log: GraphLog) -> GraphReport:
     lines = tuple(line for i, graph in enumerate(log.graphs) for line in lines_of(i, graph))
     held = [found for caches in log.caches if (found := caches.report()) is not None]
     notes = [note for caches in held for note in caches["notes"]]
+    sizes = total(held)
+    if sizes and (more := more_than_dense(sizes["packed_bytes"], sizes["dense_bytes"])):
+        notes.append(more)
     unchanged = [line for line in lines if line.status == "unchanged" and line.what.endswith("cache")]
     if unchanged:
         size = max(stock_bytes(graph) for graph in log.graphs)
@@ -67,7 +71,7 @@ def build_graph_report(log: GraphLog) -> GraphReport:
     if log.caches and not held:
         notes.append("own_cache: nothing is packed yet; the first decode call over enough tokens does it")
     compilers = tuple(dict.fromkeys(log.compilers))
-    return GraphReport(len(log.graphs), compilers, lines, total(held), tuple(dict.fromkeys(notes)))
+    return GraphReport(len(log.graphs), compilers, lines, sizes, tuple(dict.fromkeys(notes)))
 
 
 def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from apack_compile.accounting import DENSE_ELEMENT_BYTES, more_than_dense
 from apack_compile.decode_step import why_not_compiled
 from apack_compile.importance import LEAST_RATIO
 from apack_compile.kernels.ops import implementations
@@ -103,7 +105,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         layers=tuple(layer_line(kind, rewritten, refused, inner, unnamed) for kind in session.kinds),
         graphs=graphs,
         bytes=held,
-        notes=(*cache_notes, *notes_of(session, held)),
+        notes=(*cache_notes, *notes_of(session, held), *size_notes(session.ratio, held, model.dtype)),
     )
 
 
@@ -191,13 +193,25 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
         if missing:
             what = " and ".join(missing)
             notes.append(f"no coarse {what} tokens: calibration saw too few to tell which of them matter less")
-    if held is not None and ratio is not None and held["ratio"] < 0.95 * ratio:
+    return notes
+
+
+def size_notes(ratio: float | None, held: Mapping[str, Any] | None, dtype: torch.dtype) -> list[str]:
+    """A note where the last cache holds more than a dense one, or clearly less than the ratio asks for."""
+    if held is None:
+        return []
+    more = more_than_dense(held["sequence_bytes"], held["dense_bytes"], held["parts"])
+    if more is not None:
+        wider = dtype.itemsize // DENSE_ELEMENT_BYTES
+        own = f"; in {dtype}, as the model is, a dense one has {held['dense_bytes'] * wider:,}" if wider > 1 else ""
+        return [f"{more}, at {held['tokens']} tokens{own}"]
+    if ratio is not None and held["ratio"] < 0.95 * ratio:
         kept = f", and {held['unpacked_bytes']:,} bytes are not packed" if held["unpacked_bytes"] else ""
-        notes.append(
+        return [
             f"holds {held['ratio']:.2f}x, not {ratio:g}x: at {held['tokens']} tokens the first {FIRST_TOKENS} dense tokens, "
             f"the tail of {held['tail_slots']} and the free slots weigh too much{kept}"
-        )
-    return notes
+        ]
+    return []
 
 
 def stock_cache_notes(graphs: Sequence[GraphRecord]) -> list[str]:

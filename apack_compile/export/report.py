@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from apack_compile.accounting import DENSE_ELEMENT_BYTES, storage_bytes
+from apack_compile.accounting import DENSE_ELEMENT_BYTES, more_than_dense, storage_bytes
 from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
 from apack_compile.kernels.ops import implementations
@@ -40,7 +40,7 @@ class ProgramReport:
     """Packed and dense caches of a program, all bytes of the packed ones, and what serves each operation.
 
     dense_bytes: a 16-bit dense buffer of each packed cache; sequence_bytes: what is held instead, with slots' positions and turns;
-    model_bytes: bases; ratio: dense_bytes / sequence_bytes. keys: how packed keys are stored.
+    model_bytes: bases; ratio: dense_bytes / sequence_bytes. keys: how packed keys are stored. notes: what a reader must know.
     """
 
     packed: tuple[PackedLine, ...]
@@ -51,6 +51,7 @@ class ProgramReport:
     ratio: float
     keys: str
     operations: dict[str, str]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """This report as plain values."""
@@ -70,6 +71,7 @@ class ProgramReport:
             for line in self.packed
         ]
         lines += [f"dense   {line.name}: {line.reason}" for line in self.left]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -102,6 +104,7 @@ def program_report(program: ExportedProgram | fx.GraphModule) -> ProgramReport:
         ratio=dense / held_bytes if held_bytes else 1.0,
         keys=_keys(by_owner) if packed else "",
         operations={} if cursor is None else _operations(gm, cursor.device.type),
+        notes=tuple(filter(None, [more_than_dense(held_bytes, dense)])),
     )
 
 

@@ -54,7 +54,11 @@ def test_a_plan_that_keeps_tokens_as_they_are_gives_equal_outputs(name, decompos
         pytest.skip(f"torch {torch.__version__} cannot run the dense program either: {error}")
     packed = apack_compile.optimize(program, plan=dense_plan())
     torch.testing.assert_close(run(packed, ids, CHUNKS), dense)
-    assert {line.name for line in apack_compile.report(packed).packed} == {"layers.0", "layers.1"}
+    report = apack_compile.report(packed)
+    assert {line.name for line in report.packed} == {"layers.0", "layers.1"}
+    # float64 tokens against a dense cache in 16 bits
+    (note,) = report.notes
+    assert note.startswith("holds more than a 16-bit dense cache") and f"note: {note}" in str(report)
 
 
 @pytest.mark.parametrize("tail_slots", [1, 8])
