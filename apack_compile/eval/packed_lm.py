@@ -139,6 +139,7 @@ class PackedLM(HFLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         session, counts = self.session, self.counts
+        counts.scored_tokens += sum(len(continuation) for _, _, continuation in requests)
         if session is None:
             counts.add_dense("the model is not optimized", len(requests))
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
@@ -160,7 +161,7 @@ class PackedLM(HFLM):
             for (_, members), found in zip(batch, scores.rows, strict=True):
                 for i, log_prob, greedy in zip(members, found.log_probs, found.greedy, strict=True):
                     answers[i] = log_prob, greedy
-                    self._count(found, len(requests[i][2]))
+                    self._count(found)
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
                 progress.update(len(members))
@@ -192,9 +193,8 @@ class PackedLM(HFLM):
         longest = max(requests, key=lambda request: len(request[1]) + len(request[2]), default=(None, [0], [0]))
         return override_bs or self._detect_batch_size([longest])
 
-    def _count(self, found: RowScores, tokens: int) -> None:
-        """Count one answered request of so many scored tokens."""
-        self.counts.scored_tokens += tokens
+    def _count(self, found: RowScores) -> None:
+        """Count one scored request."""
         self.counts.packed_tokens += found.packed_tokens
         if found.packed_tokens:
             self.counts.packed += 1

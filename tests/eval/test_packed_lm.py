@@ -150,6 +150,9 @@ def test_contexts_below_min_tokens_get_the_numbers_of_hflm_and_are_counted(model
             assert abs(got[0] - want[0]) > 1e-4
     assert packed.counts.dense_because == {"fewer tokens than min_tokens=100": 3}
     assert packed.counts.packed == len(answers) - 3
+    characters = [len(request.args[1]) for request in choices()]
+    assert packed.counts.scored_tokens == sum(characters)
+    assert packed.counts.packed_tokens == sum(characters) - sum(characters[i] for i in short)
     packed.generate_until(prompts(20))
     assert packed.counts.packed == len(answers) - 3 + 2
     assert "prompt of 40 and 20 new tokens; packed from min_tokens=100 on" in packed.counts.dense_because
