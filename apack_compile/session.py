@@ -45,6 +45,8 @@ ATTRIBUTE = "_apack_session"
 DEFAULT_NEW_TOKENS = 64
 FULL_ATTENTION = "full_attention"
 LATENT_ATTENTION = "latent_attention"
+# How often layers are read that a forward pass reads again, as configs call it.
+LOOPS = ("loop_num_passes", "n_recurrent_loops")
 # Layers with a linear attention or a short convolution alone.
 LINEAR = ("linear_attention", "conv")
 
@@ -287,6 +289,11 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
         )
     if not layers:
         raise ValueError(f"model: {name} has no decoder-only KV cache that could be packed: its config names no layers")
+    passes = max(getattr(config, loops, None) or 1 for loops in LOOPS)
+    if passes > 1:
+        raise ValueError(
+            f"model: {name} reads some layers {passes} times and adds layers to its cache for that, which are not packed"
+        )
     types = list(getattr(config, "layer_types", None) or [FULL_ATTENTION] * len(layers))[: len(layers)]
     crossing = [type(part).__name__ for part in generating_parts(model)[1:] if shares_cross_attention(part)]
     if crossing:

@@ -72,6 +72,7 @@ def test_layers_without_keys_of_their_own_are_no_dense_ones():
         ("diffusion_gemma", "has a generate\\(\\) of its own"),
         ("pi0", "has no generate\\(\\)"),
         ("florence2", "an encoder reads pictures and prompt"),
+        ("inkling2_loop", "reads some layers 3 times and adds layers to its cache"),
     ],
 )
 def test_models_that_generate_in_another_way_are_refused(model_type, message):

@@ -140,7 +140,7 @@ CASES: dict[str, Case] = {
     "hy_v4_vl": Case(mrope(2, 1, 1), expected=NOT_APPLICABLE),
     "idefics": Case(placeholders=0),
     "inkling2": Case(pixels=prompts.merged_patches),
-    "inkling2_loop": Case(pixels=prompts.merged_patches),
+    "inkling2_loop": Case(pixels=prompts.merged_patches, expected=NOT_APPLICABLE),
     "inkling_mm_model": Case({"vision_config.n_layers": 6}, prompts.patches_in_time),
     "instructblipvideo": Case({"video_token_index": 420}, pixels=prompts.frames_with_instruction, placeholders=8),
     "kimi_k25": Case({"text_config.head_dim": 8}, prompts.square_patches_of_grid, expected=NOT_APPLICABLE),
