@@ -22,6 +22,11 @@ class CrossAttentionLayer(DynamicLayer):
         self.mark_static()
         return self.keys, self.values
 
+    def reset(self) -> None:
+        """Forget every picture, and the batch size."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing: what is removed is text."""
 

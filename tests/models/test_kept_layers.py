@@ -8,8 +8,10 @@ import torch
 from matrix import building
 from matrix.building import build, case_of, class_names
 from matrix.prompts import pixels_for, prompt_for
+from transformers.cache_utils import DynamicIndexedLayer
 
 import apack_compile
+from apack_compile.reporting import ONE_BY_ONE
 
 # Cross-attention; recurrent states; convolutions alone; linear states and packed keys in one layer.
 MODELS = ("mllama", "qwen3_5", "lfm2_vl", "inkling_mm_model")
@@ -34,6 +36,8 @@ def kinds_of_layers(monkeypatch):
 def small(model_type):
     if model_type not in class_names():
         pytest.skip(f"this transformers has no {model_type}")
+    if model_type == "qwen4_exp" and not hasattr(DynamicIndexedLayer(), "indexer_position_ids"):
+        pytest.skip("this transformers keeps positions where no change of the batch reaches them")
     return build(model_type)
 
 
@@ -77,7 +81,9 @@ def test_every_way_to_generate_gives_the_tokens_of_a_dense_cache(model_type, way
     report = apack_compile.report(model)
     assert not beside_size(report)
     if way not in ("beams", "lookup"):
-        assert {line.status for line in report.layers} <= {"rewritten", "dense", "no keys"}
+        # a model of older transformers breaks its graph at each layer
+        read = {line.status for line in report.layers if line.reason != ONE_BY_ONE}
+        assert read <= {"rewritten", "dense", "no keys"} and report.graphs
 
 
 @pytest.mark.parametrize("way", ["greedy", "beams"])
