@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apack_compile.autocast import without_autocast
+
 # Shares are rounded up, but 0.3 * 10 is 3.
 ROUNDING = 1e-9
 
@@ -63,6 +65,8 @@ def share_of(count: Tensor, share: float) -> Tensor:
     return (count.double() * share - ROUNDING).ceil().to(torch.int32)
 
 
+@torch.compiler.disable
+@without_autocast
 def newest_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, row: Tensor) -> Tensor:
     """Head-mean attention `[B, T]`, float32, of the query at `row` `[B]` of `[B, H_q, n, D]` over keys `[B, H, T, D]`.
 

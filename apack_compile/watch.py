@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from apack_compile.autocast import without_autocast
 from apack_compile.stored_states import ARGUMENTS, ATTENTION
 from apack_compile.tiers import newest_attention
 
@@ -62,7 +61,7 @@ class Watch:
         key = key[:, :: key.shape[1] // self.layer.num_heads]
         mask = named["attn_mask"] if mask is None else mask
         mask = mask if mask is None or mask.shape[2] <= self.tokens else mask[:, :, -self.tokens :]
-        attention = without_autocast(newest_attention)(query, key, mask, scale, self._newest(query))
+        attention = newest_attention(query, key, mask, scale, self._newest(query))
         self.cache.settle(self.layer, attention)
         return out
 
