@@ -7,6 +7,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from apack_compile.cache import CompactedCache
+    from apack_compile.layer import CompactedLayer
+    from apack_compile.plan import Plan
 
 DENSE_ELEMENT_BYTES = 2
 # What packed layers keep as transformers has it.
@@ -48,33 +50,40 @@ def more_than_dense(held: int, dense: int, parts: Mapping[str, int] | None = Non
     return f"holds more than a 16-bit dense cache: {held:,} bytes instead of {dense:,}" + (f"; {said}" if said else "")
 
 
+def shared_tensors(plan: "Plan") -> list[Tensor]:
+    """What a plan holds for all requests."""
+    shared = [tensor for bases in plan.bases.values() for basis in bases for tensor in basis]
+    if plan.turn is not None:
+        shared += tensors_in(list(vars(plan.turn).values()))
+    return shared if plan.coarse is None else [*shared, *plan.coarse.weights.values()]
+
+
+def seen_tokens(layer: "CompactedLayer") -> int:
+    """Tokens of a row that a dense cache of this layer would hold."""
+    held, window = int(layer.get_seq_length()), layer.index.window
+    return held if window is None else min(held, window)
+
+
 def cache_report(cache: "CompactedCache") -> dict[str, Any]:
     """What the cache holds, in bytes.
 
-    tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for what is not packed, of what is held).
+    tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for layers with a window, of the tokens inside
+    of it; for what is not packed, of what is held).
     sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, turns.
     unpacked_bytes: of them, what is held as transformers has it. model_bytes: model-scoped bases, the turn's tensors and a
     coarse rule's weights. captured: smallest share of a stream's variance that a shared basis kept (1 without any). ratio:
     dense_bytes / sequence_bytes. parts: sequence_bytes by what they are for.
     """
-    plan, packed = cache.index.plan, [layer for layer in cache.packed_layers if layer.is_initialized]
-    model = [t for bases in plan.bases.values() for basis in bases for t in basis] if plan is not None else []
-    if plan is not None and plan.turn is not None:
-        model += tensors_in(list(vars(plan.turn).values()))
-    if plan is not None and plan.coarse is not None:
-        model += plan.coarse.weights.values()
+    packed = [layer for layer in cache.packed_layers if layer.is_initialized]
+    model = [tensor for plan in cache.plans if plan is not None for tensor in shared_tensors(plan)]
     own = list(unpacked_tensors(cache))
-    coordinates = vars(cache.index.coordinates).values() if cache.index.coordinates is not None else []
+    placed = [t for group in cache.groups for t in (*group.index.positions, *group.index.turns)]
+    known = [vars(group.index.coordinates) for group in cache.groups if group.index.coordinates is not None]
     parts: dict[str, list[Tensor]] = {
         "packed tokens and free slots": [],
         "first and newest tokens, dense": [],
         "bases of these sequences": [],
-        "positions, turns and tiers": [
-            *cache.index.positions,
-            *cache.index.turns,
-            *tensors_in(list(coordinates)),
-            *tensors_in(cache.history),
-        ],
+        "positions, turns and tiers": [*placed, *tensors_in(known), *tensors_in(cache.history)],
         "layers that are not packed": own,
     }
     dense = sum(t.numel() for t in own) * DENSE_ELEMENT_BYTES
@@ -83,7 +92,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
     for layer in packed:
         tokens = layer.batch_size * int(layer.get_seq_length())
         widths = layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
-        dense += tokens * widths * DENSE_ELEMENT_BYTES
+        dense += layer.batch_size * seen_tokens(layer) * widths * DENSE_ELEMENT_BYTES
         parts["packed tokens and free slots"] += layer.codes
         parts["first and newest tokens, dense"] += layer.dense
         parts["bases of these sequences"] += [t for t in layer.bases if t.untyped_storage().data_ptr() not in shared]

@@ -36,6 +36,7 @@ from apack_compile.session import (
     generating_parts,
     layer_kinds,
     note_new_weights,
+    planned_kinds,
     rename_cache,
     session_of,
     signature_of,
@@ -148,6 +149,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str
 def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
     """The plan that an optimized model uses for a prompt of `tokens` tokens, `vision_share` of them vision.
 
+    Where some layers have a window, that of the layers that see every token; where all have, that of those with the first one.
     Raises ValueError for a bad argument or a model that is not optimized, RuntimeError where calibration is still to come.
     """
     session = _require_session(model)
@@ -156,7 +158,7 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
         raise ValueError(f"tokens={tokens!r} must be an integer >= 1")
     if not isinstance(vision_share, (int, float)) or isinstance(vision_share, bool) or not 0 <= vision_share <= 1:
         raise ValueError(f"vision_share={vision_share!r} must be a number from 0 to 1")
-    return session.plan_for(tokens, float(vision_share))
+    return session.plan_for(tokens, float(vision_share), next(iter(session.by_window)))
 
 
 def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> CompactedCache:
@@ -213,7 +215,7 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
         )
     if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
         raise ValueError("model: weights are on the meta device; load them first")
-    kinds = layer_kinds(model)
+    kinds = layer_kinds(model) if plan is None else planned_kinds(layer_kinds(model), plan)
     if not any(kind.reason is None for kind in kinds):
         reasons = "; ".join(dict.fromkeys(str(kind.reason) for kind in kinds))
         raise ValueError(f"model: none of its {len(kinds)} layers can be packed ({reasons})")

@@ -1,9 +1,10 @@
-"""The packed cache: a transformers `Cache` whose full-attention layers store compressed tokens."""
+"""The packed cache: a transformers `Cache` whose layers store compressed tokens."""
 
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ from apack_compile.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.inference_mode import outside_inference_mode
 from apack_compile.kept_layers import cannot_crop, has_linear_states, kept_layer, map_rows
 from apack_compile.layer import MAX_APPEND, CompactedLayer
+from apack_compile.layer_group import Flags, LayerGroup
 from apack_compile.packed_layers import packed_layer
 from apack_compile.plan import Plan, spare_slots
-from apack_compile.rotary import rotary_start, turns_of_blocks
+from apack_compile.rotary import rotary_start
 from apack_compile.shared_index import SharedIndex
-from apack_compile.token_index import Chunk, assign, extended, positions_of, without_bad_bargains
 from apack_compile.watch import Watch, WatchedKeys
 
-Planner = Callable[[int, float], Plan]
+Planner = Callable[[int, float, int | None], Plan]
 CAPACITY_GRAIN = 256
 
 
@@ -31,7 +32,8 @@ CAPACITY_GRAIN = 256
 class LayerKind:
     """What a layer of the model gets: `reason` is None when it is packed, else why it keeps transformers' own layer.
 
-    compileable: whether a decode step over it can be compiled. has_keys: whether it holds keys and values of its own.
+    compileable: whether a decode step over it can be compiled. has_keys: whether it holds keys and values of its own. window: newest
+    tokens that a query sees, itself included; None for all.
     """
 
     layer: int
@@ -39,15 +41,17 @@ class LayerKind:
     reason: str | None
     compileable: bool = True
     has_keys: bool = True
+    window: int | None = None
 
 
 class CompactedCache(Cache):
     """Packed KV cache of one batch of sequences.
 
     kinds: one entry per layer of the model. own_layers: transformers' layers for those that are not packed. planner: gives the
-    plan for a prompt of so many tokens, this share of them vision; asked once, at the first prefill. expected_tokens: new tokens
-    to make room for from the start (the cache grows past it when it must). signature: what model it belongs to. strict: raise
-    StrictError where tokens' rotary coordinates are needed and not shown. dtype: the model's, for states that come from torch.autocast.
+    plan for a prompt of so many tokens, this share of them vision, of the layers with this window; asked once, at the first prefill.
+    expected_tokens: new tokens to make room for from the start (the cache grows past it when it must). signature: what model it
+    belongs to. strict: raise StrictError where tokens' rotary coordinates are needed and not shown. dtype: the model's, for states
+    that come from torch.autocast.
     """
 
     def __init__(
@@ -60,13 +64,15 @@ class CompactedCache(Cache):
         strict: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.index = SharedIndex()
+        self.groups: list[LayerGroup] = []
         layers = [
-            packed_layer(kind.layer, self.index, own_layers.layers[kind.layer] if own_layers.layers else None)
+            self._packed_layer(kind, own_layers.layers[kind.layer] if own_layers.layers else None)
             if kind.reason is None
             else kept_layer(own_layers.layers[kind.layer], kind.layer_type)
             for kind in kinds
         ]
+        # what sees everything says how long the cache is
+        self.groups.sort(key=lambda group: group.window is not None)
         super().__init__(layers=layers)
         self.kinds = kinds
         self.planner: Planner | None = planner
@@ -87,8 +93,29 @@ class CompactedCache(Cache):
         self.history: tuple[Tensor, Tensor] | None = None
         # Where generate's prompt ends: tokens from there on are generated or drafted, never pictures.
         self.prompt_end: int | None = None
+        # While tokens may be cropped again in any number: where none of those before it will be.
+        self._settled: int | None = None
         # Chunks stored by eager forward passes, and how many of them when the one that runs began.
         self.eager_chunks = self.chunks_before = 0
+
+    def _packed_layer(self, kind: LayerKind, own: Any) -> CompactedLayer:
+        """The packed layer in the place of transformers' `own`, in the group with its window."""
+        group = next((group for group in self.groups if group.window == kind.window), None)
+        if group is None:
+            group = LayerGroup(kind.window)
+            self.groups.append(group)
+        group.layers.append(packed_layer(kind.layer, group.index, own))
+        return group.layers[-1]
+
+    @property
+    def index(self) -> SharedIndex:
+        """What the layers share that see everything or, where there are none, the first ones that are packed."""
+        return self.groups[0].index
+
+    @property
+    def plans(self) -> tuple[Plan | None, ...]:
+        """The plan of each group of layers."""
+        return tuple(group.index.plan for group in self.groups)
 
     @property
     def packed_layers(self) -> list[CompactedLayer]:
@@ -103,12 +130,22 @@ class CompactedCache(Cache):
     @property
     def croppable(self) -> int:
         """How many of the newest tokens `crop` can remove."""
-        return int(self.packed_layers[0].get_seq_length()) - self.index.floor if self.is_filled else 0
+        return self.groups[0].held - self.floor if self.is_filled else 0
+
+    @property
+    def floor(self) -> int:
+        """First position that can still be cropped."""
+        return max(group.index.floor for group in self.groups)
 
     def note(self, text: str) -> None:
         """Something the report must say, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def show_attention(self, is_watched: bool) -> None:
+        """Tell whether an eager pass begins, or has ended, whose attentions can be seen."""
+        for group in self.groups:
+            group.index.is_watched = is_watched
 
     def expect(self, vision: Tensor | None, padding: Tensor | None) -> None:
         """Tell which tokens of the coming chunk are vision and which padding, bool `[B, n]`; None for none of them."""
@@ -153,12 +190,13 @@ class CompactedCache(Cache):
         except Exception:
             self._roll_back()
             raise
-        if layer.tiers is not None and self.index.chunk is not None and self.index.is_watched:
+        if layer.tiers is not None and layer.index.chunk is not None and layer.index.is_watched:
             out = WatchedKeys.of(out[0], Watch(self, layer, key.shape[2], self._padding)), out[1]
         if layer is packed[-1]:
             self._note_fits(packed)
-            self._undo, self.index.laid_out, self.index.laid_out_turns = None, [], []
-            self.index.chunk = self.index.assignment = self._padding = None
+            self._undo = self._padding = None
+            for group in self.groups:
+                group.index.end_chunk()
         return out
 
     def _note_fits(self, packed: list[CompactedLayer]) -> None:
@@ -201,98 +239,78 @@ class CompactedCache(Cache):
         self.eager_chunks += 1
         (vision, padding), shown = self._incoming, self._shown
         self._incoming, self._padding, self._shown, self.is_told = (None, None), padding, None, False
-        first = self.packed_layers[0]
-        held = int(first.get_seq_length())
+        self._undo = None
+        held = self.groups[0].held
         appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))
         if appends:
             self.reserve(tokens)
         self._remember(appends)
-        self.index.length = None if self.is_compileable else held + tokens
+        for group in self.groups:
+            group.index.length = None if self.is_compileable else held + tokens
+            if appends:
+                group.index.end_chunk()
         if appends:
-            self.index.chunk = self.index.assignment = None
             return
         none = torch.zeros(batch, tokens, dtype=torch.bool, device=key.device)
         vision, padding = (none if f is None or f.shape != none.shape else f.to(key.device) for f in (vision, padding))
-        self._choose_plan(tokens, vision, padding)
-        self._plan_chunk(vision, padding, shown, held, key.shape[1] * key.shape[3])
+        if self.planner is not None:
+            self.plan_for_prompt(vision, padding)
+        self._plan_chunk((vision, padding), shown, held, key.shape[1] * key.shape[3])
 
-    def plan_for_prompt(self, tokens: int, vision_share: float) -> None:
-        """Choose the plan of an empty cache now: the first chunk may not be the whole prompt."""
-        self.index.plan = self.planner(tokens, vision_share)
+    def plan_for_prompt(self, vision: Tensor, padding: Tensor) -> None:
+        """Choose the plans of an empty cache now, for a prompt of which these tokens are vision and padding, bool `[B, T]` each."""
+        for group in self.groups if self.planner is not None else ():
+            newest = slice(None if group.window is None else -group.window, None)
+            real = ~padding[:, newest]
+            share = float((vision[:, newest] & real).sum() / real.sum().clamp_min(1))
+            group.index.plan = self.planner(real.shape[1], share, group.window)
         self.planner = None
 
-    def _choose_plan(self, tokens: int, vision: Tensor, padding: Tensor) -> None:
-        """Ask for the plan at the first prefill."""
-        if self.index.plan is None:
-            real = (~padding).sum().clamp_min(1)
-            self.plan_for_prompt(tokens, float((vision & ~padding).sum() / real))
-
-    def _plan_chunk(self, vision: Tensor, padding: Tensor, shown: Tensor | None, held: int, width: int) -> None:
-        """Assign the chunk's tokens to slots and update the shared positions."""
-        plan, index, first = self.index.plan, self.index, self.packed_layers[0]
+    def _plan_chunk(self, chunk: Flags, shown: Tensor | None, held: int, width: int) -> None:
+        """Assign the chunk's tokens, of which these are vision and padding, to slots."""
+        vision, padding = chunk
         tokens = vision.shape[1]
-        drafted = 0 if self.prompt_end is None else min(tokens, held + tokens - self.prompt_end)
+        end = held + tokens
+        drafted = 0 if self.prompt_end is None else min(tokens, end - self.prompt_end)
         self._extend_coordinates(shown, padding, held)
-        self._extend_history(held)
-        if not plan.separates_vision and bool(vision.any()):
+        self._extend_history(chunk, held)
+        if not all(plan.separates_vision for plan in self.plans) and bool(vision.any()):
             self.note("the calibration inputs held no vision tokens: vision tokens are stored with the text bases")
-            vision = torch.zeros_like(vision)
-        packed, origin = (int(first.cursor[1]), int(first.cursor[2])) if held else (0, 0)
-        if plan.per_request:
-            if self.history is not None:
-                past = (past[:, :held] for past in self.history)
-                vision, padding = (torch.cat([old, new], 1) for old, new in zip(past, (vision, padding), strict=True))
-            self.history = (vision, padding)
-            index.chunk = Chunk(vision, padding, 0)
-            index.assignment = without_bad_bargains(assign(index.chunk, plan.first_tokens, 0, drafted), plan, width)
-            kept = [vision.new_empty((vision.shape[0], 0), dtype=torch.int32)] * 3
-        else:
-            waiting = held - packed
-            if waiting:
-                none = torch.zeros(vision.shape[0], waiting, dtype=torch.bool, device=vision.device)
-                vision, padding = torch.cat([none, vision], 1), torch.cat([none, padding], 1)
-            index.chunk = Chunk(vision, padding, packed)
-            # a row whose first chunk was short, or mostly padding, still lacks first tokens
-            found = (first.state()[4][0] >= 0).sum(1, keepdim=True) if held else 0
-            index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots, drafted)
-            empty = vision.new_empty((vision.shape[0], 0), dtype=torch.int32)
-            shared = held and not plan.layers_place_tokens
-            kept = [*index.positions[:2], index.positions[2][:, : packed - origin]] if shared else [empty] * 3
-        assignment = index.assignment
-        index.spare = self._spare(held + tokens)
-        start = held + tokens - assignment.tail
-        index.floor = held + tokens - assignment.recent
-        new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
-        index.laid_out, index.laid_out_turns = index.positions, index.turns
-        index.positions = [torch.cat(pair, 1) for pair in zip(kept, new, strict=True)]
-        if plan.coarse is not None:
-            index.positions = []
-        elif not plan.per_request and plan.tiers is None:
-            index.positions[2] = extended(index.positions[2], start, index.spare)
-        self._follow_positions()
-        # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
-        if tokens > MAX_APPEND or held + tokens > index.capacity:
-            index.capacity = max(index.capacity, self._capacity(held + tokens))
+        for group in self.groups:
+            group.lay_out(chunk, held, drafted, self._spare(end), width, self.history)
+            # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
+            if tokens > MAX_APPEND or end > group.index.capacity:
+                group.index.capacity = max(group.index.capacity, self._capacity(end))
 
     def _extend_coordinates(self, shown: Tensor | None, padding: Tensor, held: int) -> None:
         """Follow a chunk that begins at index `held` and whose rotary embedding was `shown` these positions; padding: bool `[B, n]`."""
-        index, turn = self.index, self.index.plan.turn
-        count = 1 if turn is None else turn.coordinate_count
-        if not held:
-            index.coordinates = TokenCoordinates.starting_at(rotary_start(padding), count)
-        if not index.plan.has_coordinates:
-            return
+        known: dict[tuple[int, bool], TokenCoordinates] = {}
+        for group in self.groups:
+            plan = group.index.plan
+            which = (1 if plan.turn is None else plan.turn.coordinate_count, plan.has_coordinates)
+            if which not in known:
+                known[which] = self._followed(group.index.coordinates, which, shown, padding, held)
+            group.index.coordinates = known[which]
+
+    def _followed(
+        self, before: TokenCoordinates | None, which: tuple[int, bool], shown: Tensor | None, padding: Tensor, held: int
+    ) -> TokenCoordinates:
+        """Coordinates of a group, so many and to be shown or not, after a chunk."""
+        count, must_be_shown = which
+        coordinates = before if held else TokenCoordinates.starting_at(rotary_start(padding), count)
+        if not must_be_shown:
+            return coordinates
         shown = coordinates_of(shown, len(padding), padding.shape[1], count)
-        if shown is None:
-            text = (
-                "a chunk's rotary coordinates were not seen (a prefill that is not eager?): its keys are turned back as if it "
-                "were all text, and coded worse"
-            )
-            if self.strict:
-                raise StrictError(f"strict: {text}")
-            self.note(text)
-            return
-        index.coordinates = index.coordinates.followed_by(shown.to(padding.device), padding, held)
+        if shown is not None:
+            return coordinates.followed_by(shown.to(padding.device), padding, held)
+        text = (
+            "a chunk's rotary coordinates were not seen (a prefill that is not eager?): its keys are turned back as if it "
+            "were all text, and coded worse"
+        )
+        if self.strict:
+            raise StrictError(f"strict: {text}")
+        self.note(text)
+        return coordinates
 
     def _spare(self, tokens: int) -> int:
         """Free text slots to keep when `tokens` tokens are held."""
@@ -302,74 +320,57 @@ class CompactedCache(Cache):
         """Logical length to offer when `tokens` tokens are held."""
         return -(-(tokens + max(self.expected_tokens, MAX_APPEND)) // CAPACITY_GRAIN) * CAPACITY_GRAIN
 
-    def _follow_positions(self) -> None:
-        """Turns of the slots as they are now."""
-        index = self.index
-        if index.plan.turn is not None:
-            index.turns = [
-                turns_of_blocks(positions, index.coordinates, index.plan.turn) for positions in index.positions[1:]
-            ]
-        self._mark_positions()
-
-    def _mark_positions(self) -> None:
-        """As the layers do with their tensors: static addresses, any number of slots."""
-        for position in (*self.index.positions, *self.index.turns):
-            torch._dynamo.mark_static_address(position, guard=False)
-            if position.shape[1] > 1:
-                torch._dynamo.maybe_mark_dynamic(position, 1)
-
     @outside_inference_mode
     @without_autocast
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more tokens: grow the storage, or pack a full tail."""
-        packed = self.packed_layers
-        if not packed or not packed[0].is_initialized:
+        """Make room for `tokens` more tokens: grow the storage, reuse it, or pack a full tail."""
+        if not self.is_filled:
             return
-        held, index = int(packed[0].get_seq_length()), self.index
-        if held + tokens > index.capacity:
-            index.capacity = self._capacity(held + tokens)
+        held = self.groups[0].held
+        if held + tokens > self.index.capacity:
+            for group in self.groups:
+                group.index.capacity = self._capacity(held + tokens)
         self._refresh(held)
-        missing = tokens - packed[0].free_slots()
-        if missing <= 0:
-            return
-        if index.plan.per_request:
-            batch = packed[0].batch_size
-            none = torch.zeros(batch, 0, dtype=torch.bool, device=packed[0].device)
-            self._plan_chunk(none, none, None, held, packed[0].num_heads * packed[0].dense[0].shape[3])
-            for layer in packed:
-                layer.recompact()
-            index.chunk, index.assignment, index.laid_out = None, None, []
-            return
-        grown = max(missing, self._spare(held))
-        slots, origin = packed[0].codes[-4].shape[2], int(packed[0].cursor[2])
-        if not index.plan.layers_place_tokens:
-            index.positions[2] = extended(index.positions[2], slots + origin, grown)
-            self._follow_positions()
-        for layer in packed:
-            layer.grow(grown)
+        if any(group.index.plan.per_request and group.missing(tokens) > 0 for group in self.groups):
+            self._pack_tails(held)
+        for group in self.groups:
+            if not group.index.plan.per_request:
+                settled = held if self._settled is None else min(max(self._settled, group.index.floor), held)
+                group.reserve(tokens, self._spare(held), settled)
+
+    def _pack_tails(self, held: int) -> None:
+        """Lay out what is held anew, where bases are fitted to it."""
+        first = self.packed_layers[0]
+        none = torch.zeros(first.batch_size, 0, dtype=torch.bool, device=first.device)
+        self._plan_chunk((none, none), None, held, first.num_heads * first.dense[0].shape[3])
+        for layer in self.packed_layers:
+            layer.recompact()
+        for group in self.groups:
+            group.index.end_chunk()
 
     def _refresh(self, held: int) -> None:
         """Before a step, once: choose anew by importance, where the plan has tiers."""
-        plan, index, packed = self.index.plan.tiers, self.index, self.packed_layers
-        if plan is None or index.refreshed_at == held or not all(layer.tiers.settled for layer in packed):
-            return
-        index.refreshed_at, done = held, index.steps
-        index.steps += 1
-        for layer in packed:
-            if done and done % plan.refresh_every == 0:
-                layer.rank()
-            if plan.revisits and index.steps % plan.refresh_every == 0:
-                layer.tiers.attend_all()
-        if plan.text is not None and done and done % plan.text.every == 0:
-            recent = min(layer.prune_text(held - index.floor) for layer in packed)
-            index.floor = max(index.floor, held - recent)
+        for group in self.groups:
+            plan, index, packed = group.index.plan.tiers, group.index, group.layers
+            if plan is None or index.refreshed_at == held or not all(layer.tiers.settled for layer in packed):
+                continue
+            index.refreshed_at, done = held, index.steps
+            index.steps += 1
+            for layer in packed:
+                if done and done % plan.refresh_every == 0:
+                    layer.rank()
+                if plan.revisits and index.steps % plan.refresh_every == 0:
+                    layer.tiers.attend_all()
+            if plan.text is not None and done and done % plan.text.every == 0:
+                recent = min(layer.prune_text(held - index.floor) for layer in packed)
+                index.floor = max(index.floor, held - recent)
 
     @torch.compiler.disable
     @outside_inference_mode
     @without_autocast
     def settle(self, layer: CompactedLayer, attention: Tensor) -> None:
         """Give a layer the attention `[B, T]` that the newest prompt token pays to every position: it evicts and ranks by it."""
-        index = self.index
+        index = layer.index
         held = int(layer.cursor[0])
         index.floor = max(index.floor, held - layer.settle(attention, held - index.floor))
         index.steps, index.refreshed_at = 0, -1
@@ -378,26 +379,29 @@ class CompactedCache(Cache):
         """Layers with tiers whose attention was not seen since their last layout: they read every token they hold."""
         return [layer.layer_idx for layer in self.packed_layers if layer.tiers is not None and not layer.tiers.settled]
 
-    def _extend_history(self, held: int) -> None:
-        """Tokens appended since the last layout are text."""
-        if self.history is not None and self.history[0].shape[1] < held:
-            more = held - self.history[0].shape[1]
-            self.history = tuple(torch.nn.functional.pad(flags, (0, more)) for flags in self.history)
+    def _extend_history(self, chunk: Flags, held: int) -> None:
+        """Where bases are fitted to every token: which are vision and which padding. Those appended since the last layout are text."""
+        if not any(plan.per_request for plan in self.plans):
+            return
+        past: Flags = self.history or (chunk[0][:, :0], chunk[1][:, :0])
+        more = max(held - past[0].shape[1], 0)
+        padded = [torch.nn.functional.pad(flags[:, :held], (0, more)) for flags in past]
+        self.history = (torch.cat([padded[0], chunk[0]], 1), torch.cat([padded[1], chunk[1]], 1))
 
     def _remember(self, appends: bool) -> None:
         """Keep what it takes to undo the coming chunk; `append` writes in place, a layout makes new tensors."""
         holders = [h for layer in self.layers for h in (layer, getattr(layer, "tiers", None)) if h is not None]
         saved = [(holder, snapshot(holder)) for holder in holders]
-        index, history, planner = snapshot(self.index), self.history, self.planner
+        indices = [(group.index, snapshot(group.index)) for group in self.groups]
+        history, planner = self.history, self.planner
         written = [t for layer in self.packed_layers for t in (*layer.dense[2:], layer.cursor)] if appends else []
         before = [tensor.clone() for tensor in written]
 
         def undo() -> None:
-            for holder, state in saved:
+            for holder, state in (*saved, *indices):
                 holder.__dict__.update(state)
             for tensor, old in zip(written, before, strict=True):
                 tensor.copy_(old)
-            self.index.__dict__.update(index)
             self.history, self.planner = history, planner
 
         self._undo = undo
@@ -435,8 +439,9 @@ class CompactedCache(Cache):
     def reset(self) -> None:
         """Forget every token; the plan and its model-scoped bases stay."""
         super().reset()
-        plan, self.index.__dict__ = self.index.plan, SharedIndex().__dict__
-        self.index.plan = plan
+        for group in self.groups:
+            group.index.forget()
+        self._settled = None if self._settled is None else 0
         self.history, self._undo, self._incoming, self._shown = None, None, (None, None), None
         self._half_taken = []
 
@@ -446,12 +451,11 @@ class CompactedCache(Cache):
             raise ValueError(
                 f"crop: tokens_to_remove is {tokens_to_remove}; pass a negative number of tokens to remove"
             )
-        packed = self.packed_layers
-        if packed and packed[0].is_initialized:
-            held = int(packed[0].get_seq_length())
-            if held + tokens_to_remove < self.index.floor:
+        if self.is_filled:
+            held = self.groups[0].held
+            if held + tokens_to_remove < self.floor:
                 raise ValueError(
-                    f"crop: cannot remove {-tokens_to_remove} of {held} tokens; only the newest {held - self.index.floor} "
+                    f"crop: cannot remove {-tokens_to_remove} of {held} tokens; only the newest {held - self.floor} "
                     "can go, the others are packed for good"
                 )
         stuck = [i for i, layer in enumerate(self.layers) if cannot_crop(layer)]
@@ -460,9 +464,17 @@ class CompactedCache(Cache):
                 f"crop: cannot remove {-tokens_to_remove} tokens; the linear states of layers {', '.join(map(str, stuck))} cannot "
                 "go back"
             )
+        for group in self.groups if self.is_filled else ():
+            group.crop(tokens_to_remove)
+        self._settled = None if self._settled is None else self.groups[0].held
         for layer in self.layers:
-            if not isinstance(layer, CompactedLayer) or layer.is_initialized:
+            if not isinstance(layer, CompactedLayer):
                 layer.crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """From now on, any number of the newest tokens can be cropped: what is before them is known to stay at each crop."""
+        super().activate_past_recording()
+        self._settled = self.groups[0].held
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch in the order `beam_idx` `[B]`, in place, so that compiled graphs keep their addresses."""
@@ -485,18 +497,23 @@ class CompactedCache(Cache):
         if not packed:
             return
         for tensors in (
-            self.index.positions,
-            self.index.turns,
+            *(tensors for group in self.groups for tensors in (group.index.positions, group.index.turns)),
             *(tensors for layer in packed for tensors in layer.batched()),
         ):
             tensors[:] = [change(tensor) if tensor.dim() > 1 else tensor for tensor in tensors]
         if self.history is not None:
             self.history = tuple(change(flags) for flags in self.history)
-        self.index.coordinates = self.index.coordinates.mapped(change)
         for layer in packed:
             layer.batch_size = layer.dense[0].shape[0]
             layer.mark_static()
-        self._mark_positions()
+        changed: dict[int, TokenCoordinates] = {}
+        for group in self.groups:
+            shared = id(group.index.coordinates)
+            # once: a change may be in place
+            if shared not in changed:
+                changed[shared] = group.index.coordinates.mapped(change)
+            group.index.coordinates = changed[shared]
+            group.mark_positions()
 
     def report(self) -> dict[str, int | float]:
         """Bytes held: tokens, dense_bytes, sequence_bytes, model_bytes, ratio (accounting.cache_report)."""

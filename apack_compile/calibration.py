@@ -38,6 +38,13 @@ SENSITIVITY_POWER = 0.5
 PRIOR_QUERIES = 32
 
 Statistics = dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]
+# How keys turn: in all layers alike, or in each by itself.
+Turns = KeyTurn | None | Mapping[int, KeyTurn | None]
+
+
+def turn_of(turns: Turns, layer: int) -> KeyTurn | None:
+    """How the keys of a layer turn."""
+    return turns[layer] if isinstance(turns, Mapping) else turns
 
 
 @dataclass
@@ -98,13 +105,14 @@ def collect(
     layers: Iterable[int],
     inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     groups: int | Callable[[Observation], int] = 1,
-    turn: KeyTurn | None = None,
+    turn: Turns = None,
     coarse: Collection[str] = ("text",),
+    ranked: Collection[int] | None = None,
 ) -> Collected:
     """Statistics of the given layers over model inputs (dictionaries with at least `input_ids`), keys turned back; coarse rules.
 
     By modality and, of the `coarse` modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the
-    modality's rule. groups: head groups, or what says them of the first observation.
+    modality's rule, in the layers that are `ranked` (None for all). groups: head groups, or what says them of the first observation.
     Raises ValueError when no input has a usable token (padding and the first tokens are left out).
     """
     batches, layers = [inputs] if isinstance(inputs, Mapping) else list(inputs), list(layers)
@@ -127,7 +135,7 @@ def collect(
         if head_groups is None:
             head_groups = groups if isinstance(groups, int) else groups(seen)
         add_observation(running, seen, model.config, batch, head_groups, turn)
-        add_importance(importance, seen, model.config, batch, turn, coarse)
+        add_importance(importance, only_layers(seen, ranked), model.config, batch, turn, coarse)
     if not running:
         raise ValueError(
             f"inputs: {len(batches)} calibration inputs hold no usable token (only padding or first tokens)"
@@ -136,19 +144,27 @@ def collect(
         for stream in range(2):
             if (layer, "text", stream) not in running:
                 running[layer, "text", stream] = running[layer, "vision", stream]
-    rules = rules_of(importance, layers)
+    rules = rules_of(importance, layers if ranked is None else ranked)
     for batch, seen in observations() if rules else ():
-        add_observation(running, seen, model.config, batch, head_groups, turn, rules)
+        add_observation(running, only_layers(seen, ranked), model.config, batch, head_groups, turn, rules)
     return Collected(by_layer(running), rules, None if None in reasons else reasons[0])
 
 
-def as_packed(seen: Observation, turn: KeyTurn | None) -> Observation:
+def only_layers(seen: Observation, layers: Collection[int] | None) -> Observation:
+    """An observation of some of its layers; None for all."""
+    if layers is None:
+        return seen
+    states, gradients = ({i: x for i, x in found.items() if i in layers} for found in (seen.states, seen.gradients))
+    return replace(seen, states=states, gradients=gradients)
+
+
+def as_packed(seen: Observation, turn: Turns) -> Observation:
     """An observation with keys, and their gradients, as a packed cache has them."""
     return replace(
         seen,
-        states={i: (deinterleaved_keys(key, turn), value) for i, (key, value) in seen.states.items()},
+        states={i: (deinterleaved_keys(key, turn_of(turn, i)), value) for i, (key, value) in seen.states.items()},
         gradients={
-            i: ([deinterleaved_keys(gradient, turn) for gradient in keys], values)
+            i: ([deinterleaved_keys(gradient, turn_of(turn, i)) for gradient in keys], values)
             for i, (keys, values) in seen.gradients.items()
         },
     )
@@ -171,13 +187,14 @@ def add_observation(
     config: Any,
     batch: Mapping[str, Any],
     groups: int,
-    turn: KeyTurn | None = None,
+    turn: Turns = None,
     rules: Mapping[str, CoarseRule] | None = None,
 ) -> None:
     """Add one input's states and gradients to the streams of their modality or, with rules, of its coarse and fine tokens."""
-    keys = next(iter(seen.states.values()))[0]
-    usable, coordinates = usable_tokens(config, batch, keys), tokens_at(seen, batch, keys, turn)
+    usable, turns_by_layer = usable_tokens(config, batch, next(iter(seen.states.values()))[0]), turn
     for layer, both in seen.states.items():
+        turn = turn_of(turns_by_layer, layer)
+        coordinates = tokens_at(seen, batch, both[0], turn)
         segments = usable if rules is None else separated(rules, layer, seen, usable, coordinates, turn)
         for name, chosen in segments.items():
             if not bool(chosen.any()):
@@ -216,16 +233,14 @@ def add_importance(
     seen: Observation,
     config: Any,
     batch: Mapping[str, Any],
-    turn: KeyTurn | None,
+    turn: Turns,
     coarse: Collection[str],
 ) -> None:
     """Add one input's tokens of the `coarse` modalities, and how much disturbing each of them costs, by modality and layer."""
-    keys = next(iter(seen.states.values()))[0]
-    coordinates = tokens_at(seen, batch, keys, turn)
-    usable = {name: flags for name, flags in usable_tokens(config, batch, keys).items() if name in coarse}
-    for layer, both in seen.gradients.items() if usable else ():
+    for layer, both in seen.gradients.items() if coarse else ():
         key, value = seen.states[layer]
-        x = features(unturned(key, coordinates, turn), value)
+        usable = {name: flags for name, flags in usable_tokens(config, batch, key).items() if name in coarse}
+        x = features(unturned(key, tokens_at(seen, batch, key, turn_of(turn, layer)), turn_of(turn, layer)), value)
         energy = sum(
             gradient.double().square().sum((1, 3)) * float(states.float().var())
             for states, drawn in zip((key, value), both, strict=True)

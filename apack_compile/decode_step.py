@@ -38,7 +38,7 @@ def shape_of(plan: Plan) -> Hashable:
     """What a graph has as constants of a plan."""
     bands = tuple(tuple(stream.bands.counts) for layer in plan.layers.values() for stream in layer.streams)
     turn = None if plan.turn is None else (plan.turn.block, plan.turn.interleaved_pairs)
-    return bands, plan.groups, plan.tail_slots, turn, plan.tiers
+    return tuple(plan.layers), bands, plan.groups, plan.tail_slots, turn, plan.tiers
 
 
 class DecodeSteps:
@@ -50,7 +50,7 @@ class DecodeSteps:
         self.graphs: list[GraphRecord] = []
         self.compiled: dict[Hashable, Callable] = {}
         # The last step's: a plan's shape takes a while to write down.
-        self.last: tuple[Plan, Callable] | None = None
+        self.last: tuple[tuple[Plan, ...], Callable] | None = None
         self.config = CompileConfig(backend=make_backend(self.graphs.append, inner=inner, strict=strict), mode=None)
         self.config._compile_all_devices = True
 
@@ -63,21 +63,21 @@ class DecodeSteps:
         cache = cache_of(args, kwargs)
         if not isinstance(cache, CompactedCache) or not cache.is_filled or tokens_of(model, args, kwargs) != 1:
             return model(*args, **kwargs)
-        step = self._step_for(cache.index.plan)
+        step = self._step_for(cache.plans)
         seen, elsewhere = cache.eager_chunks, is_uncompiled()
         out = step(model, args, kwargs)
         if cache.eager_chunks != seen and not elsewhere:
             self._say_it_was_eager(cache)
         return out
 
-    def _step_for(self, plan: Plan) -> Callable:
+    def _step_for(self, plans: tuple[Plan, ...]) -> Callable:
         last = self.last
-        if last is None or last[0] is not plan:
-            shape = shape_of(plan)
+        if last is None or len(last[0]) != len(plans) or any(a is not b for a, b in zip(last[0], plans, strict=True)):
+            shape = tuple(map(shape_of, plans))
             if shape not in self.compiled:
                 # setdefault: another thread may have been faster
                 self.compiled.setdefault(shape, torch.compile(function_of_its_own(), **self.config.to_dict()))
-            last = self.last = plan, self.compiled[shape]
+            last = self.last = plans, self.compiled[shape]
         return last[1]
 
     def _say_it_was_eager(self, cache: CompactedCache) -> None:

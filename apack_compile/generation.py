@@ -109,9 +109,8 @@ def plan_chunks(
         )
     vision = vision_of(model.config, {"input_ids": prompt if prompt.dim() == 2 else None})
     padding = padding_of(kwargs, prompt.shape[1])
-    real = torch.ones(prompt.shape[:2], dtype=torch.bool) if padding is None else ~padding.cpu()
-    share = 0.0 if vision is None else float((vision.cpu() & real).sum() / real.sum().clamp_min(1))
-    cache.plan_for_prompt(prompt.shape[1], share)
+    none = torch.zeros(prompt.shape[:2], dtype=torch.bool)
+    cache.plan_for_prompt(*(none if flags is None else flags.cpu() for flags in (vision, padding)))
 
 
 def prompt_of(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -154,7 +153,6 @@ def new_tokens(options: Options, prompt: torch.Tensor | None) -> int:
 def compiled_call(model: nn.Module, part: nn.Module, compile_config: Any) -> Callable:
     """What generate calls in place of a generating part of the model: our decode steps, unless the caller has a config of his own."""
     decode = session_of(model).decode
-    stock = type(part).get_compiled_call(part, compile_config)
-    # transformers leaves some models uncompiled; a copied config has the same backend
+    # a copied config has the same backend; transformers itself does not compile Llama 4, whose masks and cache are ours here
     ours = decode is not None and compile_config is not None and compile_config.backend is decode.config.backend
-    return partial(decode.run, part) if ours and stock != part.__call__ else stock
+    return partial(decode.run, part) if ours else type(part).get_compiled_call(part, compile_config)

@@ -17,7 +17,16 @@ from apack_compile.plan import FITTED_SCOPES, STREAMS
 from apack_compile.rotary import deinterleaved_keys, turns_of_blocks
 from apack_compile.shared_index import SharedIndex
 from apack_compile.stored_states import StoredStep
-from apack_compile.token_index import compact, extended, flags_at, gather_tokens, positions_of
+from apack_compile.token_index import (
+    Kept,
+    compact,
+    count_of,
+    extended,
+    flags_at,
+    gather_tokens,
+    kept_slots,
+    positions_of,
+)
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
 MAX_APPEND = 32
@@ -26,16 +35,17 @@ MIN_WATCHED = 32
 
 
 class CompactedLayer(CacheLayerMixin):
-    """Keys and values of one full-attention layer: first, vision, text and tail segments (docs/architecture.md)."""
+    """Keys and values of one layer: first, vision, text and tail segments (docs/architecture.md)."""
 
     is_compileable = True
     is_croppable = True
-    is_sliding = False
 
     def __init__(self, layer_idx: int, index: SharedIndex) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.index = index
+        # transformers makes the masks of such layers by their window
+        self.is_sliding = index.window is not None
         self.dense: list[Tensor] = []
         self.codes: list[Tensor] = []
         self.bases: list[Tensor] = []
@@ -70,8 +80,38 @@ class CompactedLayer(CacheLayerMixin):
         # what is kept as it is gets the very attention of a dense cache
         return step.states() if self.index.is_watched and not self._lossless() else step.decoded
 
+    @property
+    def packed(self) -> int:
+        """First position of the tail."""
+        return int(self.cursor[PACKED])
+
+    @property
+    def origin(self) -> int:
+        """Position of text slot 0 (docs/architecture.md)."""
+        return int(self.cursor[ORIGIN])
+
+    @property
+    def text_slots(self) -> int:
+        """Text slots, free ones included."""
+        return self.codes[-4].shape[2]
+
     def append(self, key: Tensor, value: Tensor) -> None:
         """Store a few new tokens `[B, H_kv, n, D]`, keys deinterleaved."""
+        fits = key.shape[2]
+        if self.index.window is not None and fits > 1 and not torch.compiler.is_dynamo_compiling():
+            fits = self._fits_before_slot_0(fits)
+        self._append(key[:, :, :fits], value[:, :, :fits])
+        if fits < key.shape[2]:
+            self.cursor[ORIGIN] += self.text_slots
+            self._append(key[:, :, fits:], value[:, :, fits:])
+
+    def _fits_before_slot_0(self, tokens: int) -> int:
+        """How many of `tokens` new tokens push none into text slot 0 again."""
+        held, packed, origin = self.cursor.tolist()
+        end = origin + self.text_slots
+        return min(tokens, end + self.dense[2].shape[2] - held) if packed < end < self.index.assigned else tokens
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
         turns = self.turns()
         turned_back = {"text_turns": turns[-1], "block": self.index.plan.turn.block} if turns else {}
         torch.ops.apack.append.default(key, value, *self.append_state(), **turned_back)
@@ -137,17 +177,17 @@ class CompactedLayer(CacheLayerMixin):
         held, packed, origin = self.cursor.tolist()
         end = held + key.shape[2]
         given, key = key, deinterleaved_keys(key, self.index.plan.turn)
-        out = (given, value) if fresh else self._exact(key, value)
+        out, offset = ((given, value), 0) if fresh else self._exact(key, value)
         if self.index.plan.per_request:
             self.earlier_bases = [] if fresh else self.bases
             self.lazy_initialization(key, value)
             parts, used = [states[:, :, :end] for states in out], [0] * len(self.index.plan.segments)
         else:
             parts = [self._tail_then(states, i, held, packed) for i, states in enumerate((key, value))]
-            used = [*(codes.shape[2] for codes in self.codes[:-4:4]), packed - origin]
+            used = self.index.kept or [*(codes.shape[2] for codes in self.codes[:-4:4]), packed - origin]
         self._lay_out(parts, used, end)
         self.earlier_bases = []
-        return out
+        return (out[0][:, :, offset:], out[1][:, :, offset:]) if offset else out
 
     def recompact(self) -> None:
         """Pack the tail: lay everything out anew with an empty chunk."""
@@ -161,14 +201,15 @@ class CompactedLayer(CacheLayerMixin):
             self.rank()
             self.tiers.settled = True
 
-    def _exact(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What is held, decoded, with the chunk exact at its end."""
+    def _exact(self, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
+        """What is held, decoded, with the chunk exact at its end; the position from which on `update` returns it."""
         held = self.cursor + torch.tensor([key.shape[2], 0, 0], device=key.device)
-        tokens = self.index.length or max(self.get_mask_sizes(key.shape[2])[0], int(held[HELD]))
+        length, offset = (self.index.length, 0) if self.index.length else self.get_mask_sizes(key.shape[2])
+        tokens = max(offset + length, int(held[HELD]))
         positions = self.positions() if self.index.plan.layers_place_tokens else self.index.laid_out
         state = (self.dense, self.codes, self.bases, self.bands, positions)
         turns = self.unpack_turn_state(self.own_turns or self.index.laid_out_turns)
-        return torch.ops.apack.unpack.default(key, value, *state, held, tokens, **turns)
+        return torch.ops.apack.unpack.default(key, value, *state, held, tokens, **turns), offset
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise ValueError for states that cannot be packed."""
@@ -293,7 +334,7 @@ class CompactedLayer(CacheLayerMixin):
         ring = torch.arange(packed, held, device=states.device) % max(slots, 1)
         return torch.cat([self.dense[2 + stream][:, :, ring].to(states.dtype), states], dim=2)
 
-    def _lay_out(self, parts: list[Tensor], used: list[int], end: int) -> None:
+    def _lay_out(self, parts: list[Tensor], used: list[Kept], end: int) -> None:
         """Put the tokens of `parts` (K, V) where the shared assignment says, behind the `used` slots of each segment."""
         assignment, tiers = self.index.assignment, self.tiers
         where = [assignment.vision, assignment.text]
@@ -308,13 +349,13 @@ class CompactedLayer(CacheLayerMixin):
             self.dense[i] = torch.cat([self.dense[i], first], dim=2)
         for i in range(2 * len(where)):
             segment = i // 2
-            codes, scale = self._pack(parts[i % 2], i, where[segment], used[segment])
+            codes, scale = self._pack(parts[i % 2], i, where[segment], count_of(used[segment]))
             if self.index.plan.per_request:
                 self.codes[2 * i] = codes
                 continue
-            self.codes[2 * i] = torch.cat([self.codes[2 * i][:, :, : used[segment]], codes], dim=2)
+            self.codes[2 * i] = torch.cat([kept_slots(self.codes[2 * i], used[segment], 2), codes], dim=2)
             if scale.dim() > 1:
-                self.codes[2 * i + 1] = torch.cat([self.codes[2 * i + 1][:, :, : used[segment]], scale], dim=2)
+                self.codes[2 * i + 1] = torch.cat([kept_slots(self.codes[2 * i + 1], used[segment], 2), scale], dim=2)
         start = end - assignment.tail
         for i, states in enumerate(parts):
             tail = self.dense[2 + i]
@@ -393,6 +434,11 @@ class CompactedLayer(CacheLayerMixin):
             if tensor.dim() > 1 and tensor.shape[2] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
+    def keep_text(self, kept: Tensor) -> None:
+        """Leave only the text slots `kept` `[N]`, in this order; the newest packed token is in the last one."""
+        self.codes[-4:] = [codes.index_select(2, kept) if codes.dim() > 1 else codes for codes in self.codes[-4:]]
+        self.cursor[ORIGIN] = self.cursor[PACKED] - len(kept)
+
     def free_slots(self) -> int:
         """Tokens that can be appended before the layer must grow or be packed anew."""
         held, packed, origin = self.cursor.tolist()
@@ -409,7 +455,9 @@ class CompactedLayer(CacheLayerMixin):
             return query_length, 0
         if torch.compiler.is_dynamo_compiling() or query_length <= MAX_APPEND:
             return self.index.capacity, 0
-        return int(self.cursor[HELD]) + query_length, 0
+        held, window = int(self.cursor[HELD]), self.index.window
+        offset = 0 if window is None else max(held - window + 1, 0)
+        return held - offset + query_length, offset
 
     def get_max_length(self) -> int:
         """-1: the layer grows."""

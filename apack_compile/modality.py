@@ -34,17 +34,27 @@ def vision_of(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
 def padding_of(inputs: Mapping[str, Any], tokens: int, past: int = 0) -> Tensor | None:
     """Bool `[B, tokens]`: which of the `tokens` tokens after `past` ones the attention mask hides; None when it does not tell.
 
-    The mask may be 2-D, or the 4-D one that generate prepares (its last row attends to everything real, and it may be longer than
-    what is held), or one per layer type.
+    The mask may be 2-D, or the 4-D one that generate prepares, or one of these per layer type.
     """
     mask = inputs.get("attention_mask")
     if isinstance(mask, Mapping):
-        mask = next((mask[kind] for kind in ("full_attention", "indexed_attention") if kind in mask), None)
+        kinds = ("full_attention", "indexed_attention", *mask)
+        mask = next((mask[kind] for kind in kinds if kind in mask), None)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
     if mask.dim() == 4:
-        row = mask[:, 0, -1]
-        visible = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-    else:
-        visible = mask != 0
+        seen = seen_by_themselves(mask[:, 0], tokens, past)
+        return None if seen is None else ~(seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2)
+    visible = mask != 0
     return ~visible[:, past : past + tokens] if visible.shape[1] >= past + tokens else None
+
+
+def seen_by_themselves(mask: Tensor, tokens: int, past: int) -> Tensor | None:
+    """Of a mask `[B, rows, columns]`, what each of the newest `tokens` tokens says of itself `[B, tokens]`; None where there are fewer.
+
+    That holds whatever a layer sees: the last row of a window hides what is out of it. The columns may be those of a longer cache, or
+    of the newest tokens alone.
+    """
+    rows, columns = mask.shape[1:]
+    first = past if columns >= past + tokens else columns - tokens
+    return mask[:, rows - tokens :].diagonal(first, 1, 2)[:, :tokens] if rows >= tokens and first >= 0 else None

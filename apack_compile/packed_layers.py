@@ -2,14 +2,19 @@
 
 from typing import Any
 
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from apack_compile.hybrid_layer import HybridLayer
 from apack_compile.indexed_layer import IndexedLayer
 from apack_compile.layer import CompactedLayer
 from apack_compile.shared_index import SharedIndex
 
-PACKED_LAYERS = (DynamicLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer)
+PACKED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer)
 
 
 def packed_layer(layer_idx: int, index: SharedIndex, own: Any) -> CompactedLayer:

@@ -12,6 +12,7 @@ from apack_compile.basis import BAND_GRAIN, Spectrum
 from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
 from apack_compile.importance import NEWEST, CoarseRule
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
+from apack_compile.ring import block_for, ring_slots
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
@@ -283,15 +284,23 @@ def budget_plan(
     element_bytes: int = 2,
     turn: KeyTurn | None = None,
     rules: Mapping[str, CoarseRule] | None = None,
+    window: int | None = None,
 ) -> Plan:
     """The plan that holds prompts of about `tokens` tokens, `vision_share` of them vision, at `ratio`.
 
     `statistics[layer][segment]` are the key's and the value's, of keys turned back by `turn`. The modality that most tokens are of is
     told apart where it has one of the `rules`. The budget is what a 16-bit dense cache takes, divided by the ratio, less what
-    stays dense: the first tokens, the tail, and positions and turns, shared or by layer.
+    stays dense: the first tokens, the tail, and positions and turns, shared or by layer. window: newest tokens that a query sees;
+    a prompt that fills it is held in a ring of text slots, without its first tokens.
     """
-    tail_slots = tail_slots_for(tokens, ratio)
-    packed_tokens = max(tokens - FIRST_TOKENS - tail_slots, 1) + spare_slots(tokens) // 2
+    fills = window is not None and tokens >= window
+    tokens = min(tokens, window or tokens)
+    tail_slots, first_tokens = tail_slots_for(tokens, ratio), 0 if fills else FIRST_TOKENS
+    packed_tokens = max(tokens - first_tokens - tail_slots, 1) + spare_slots(tokens) // 2
+    placed_tokens = tokens
+    if fills:
+        packed_tokens = ring_slots(window, tail_slots, block_for(window) if turn is None else turn.block)
+        placed_tokens = packed_tokens
     separates_vision = all("vision" in layer for layer in statistics.values())
     share = {"vision": vision_share, "text": 1 - vision_share} if separates_vision else {"text": 1.0}
     coarse = (rules or {}).get(max(share, key=lambda modality: share[modality]))
@@ -309,7 +318,7 @@ def budget_plan(
         place_bits *= len(statistics)
     if turn is not None and turn.coordinates is not None:
         place_bits += 32 * turn.coordinate_count
-    fixed = (FIRST_TOKENS + tail_slots) * dense_bits + place_bits * tokens
+    fixed = (first_tokens + tail_slots) * dense_bits + place_bits * placed_tokens
     scale_bits = 16 * sum(len(layer["text"]) * groups_of(layer["text"][0]) for layer in statistics.values())
     budget = (tokens * dense_bits / ratio - fixed) / packed_tokens - scale_bits
     if tokens * dense_bits / ratio <= fixed:

@@ -120,12 +120,20 @@ def setting_of(session: Any) -> str:
 def keys_of(session: Any) -> str:
     """How keys are packed: turned back or as they come, and why; empty where there is no choice or it is still open."""
     if session.plan is None:
-        return session.turn_reason if session.ratio is not None else ""
+        return by_window(session.turn_reasons) if session.ratio is not None else ""
     turn = session.plan.turn
     if turn is None:
         return "stored as they are, says the plan"
     said = f"turned back to the start of their {turn.block} slots"
     return said if turn.coordinates is None else f"{said}, each pair by one of {turn.coordinate_count} coordinates"
+
+
+def by_window(said: Mapping[int | None, str]) -> str:
+    """What is said of the layers with each window, once where it is the same."""
+    if len(set(said.values())) < 2:
+        return next(iter(said.values()), "")
+    names = {window: "full attention" if window is None else f"window of {window}" for window in said}
+    return "; ".join(f"{names[window]}: {text}" for window, text in said.items())
 
 
 def head_groups_of(session: Any) -> str:

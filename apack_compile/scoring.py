@@ -81,7 +81,8 @@ def score(
         session.calibrate_on_first(model, padded([row.tokens for row in rows], model.device, "left"))
         watch_rotary(model)
     cache = session.new_cache(model, max(len(row.inputs) for row in rows))
-    cache.plan_for_prompt(max(len(row.tokens) for row in rows), 0.0)
+    none = torch.zeros(1, max(len(row.tokens) for row in rows), dtype=torch.bool)
+    cache.plan_for_prompt(none, none)
     batch = _Batch(model, cache)
     batch.read([row.read for row in rows])
     scores = [RowScores([0.0] * len(row.targets), [True] * len(row.targets)) for row in rows]

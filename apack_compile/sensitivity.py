@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from apack_compile.cache_argument import with_cache
 from apack_compile.coordinates import seen_positions
@@ -42,6 +42,19 @@ class Observation:
     queries: int
     positions: Tensor | None = None
     without_gradients: str | None = None
+
+
+class WholeLayer(DynamicLayer):
+    """A dense layer with a window that keeps every token; the model's mask hides those out of the window."""
+
+    is_sliding = True
+
+
+def whole_cache(model: torch.nn.Module) -> DynamicCache:
+    """A dense cache that keeps every token, also where layers see only the newest."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [WholeLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    return cache
 
 
 def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[int]) -> Observation:
@@ -79,7 +92,7 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
 
 def states_alone(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[int]) -> Observation:
     """Run a model over one input."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = whole_cache(model)
     with torch.no_grad(), seen_positions(model) as seen:
         model(**with_cache(model, batch, cache) | {"use_cache": True})
     return Observation(states_in(cache, layers), {}, 0, seen[-1][1] if seen else None)
@@ -87,7 +100,7 @@ def states_alone(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[
 
 def with_gradients(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[int], queries: int) -> Observation:
     """Run a model over one input in two parts and differentiate the second by what it reads from the first."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = whole_cache(model)
     read, following = split(batch, queries)
     with torch.no_grad(), seen_positions(model) as seen:
         model(**with_cache(model, read, cache) | {"use_cache": True})

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
 from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
@@ -38,6 +38,7 @@ from apack_compile.plan import (
 )
 from apack_compile.plan_choice import Groups, Shapes, head_groups_for
 from apack_compile.plan_file import versions
+from apack_compile.ring import block_for
 from apack_compile.rotary import KeyTurn, find_turn
 from apack_compile.time_model import default_min_tokens
 
@@ -56,8 +57,8 @@ TAKEN_OVER = (
     "statistics",
     "rules",
     "ranked",
-    "turn",
-    "turn_reason",
+    "turns",
+    "turn_reasons",
     "groups",
     "calibrated_on",
     "without_gradients",
@@ -79,13 +80,14 @@ class Session:
     rules: Mapping[str, CoarseRule] = field(default_factory=dict)
     # Modalities that the calibration looked for a rule in.
     ranked: tuple[str, ...] = ()
-    turn: KeyTurn | None = None
-    turn_reason: str = ""
+    # How keys turn and why, by window.
+    turns: dict[int | None, KeyTurn | None] = field(default_factory=dict)
+    turn_reasons: dict[int | None, str] = field(default_factory=dict)
     groups: Groups | None = None
     calibrated_on: str | None = None
     # Why the calibration saw no gradients.
     without_gradients: str | None = None
-    plans: dict[tuple[int, float], Plan] = field(default_factory=dict)
+    plans: dict[tuple, Plan] = field(default_factory=dict)
     decode: DecodeSteps | None = None
     hooks: tuple[Any, ...] = ()
     rotary_hooks: tuple[Any, ...] = ()
@@ -126,6 +128,19 @@ class Session:
         return [kind.layer for kind in self.kinds if kind.reason is None]
 
     @property
+    def by_window(self) -> dict[int | None, list[int]]:
+        """Indices of the packed layers that see so many of the newest tokens, all first."""
+        windows = dict.fromkeys(kind.window for kind in self.kinds if kind.reason is None)
+        ordered = sorted(windows, key=lambda window: window is not None)
+        return {w: [kind.layer for kind in self.kinds if kind.reason is None and kind.window == w] for w in ordered}
+
+    @property
+    def turn(self) -> KeyTurn | None:
+        """How keys turn by several coordinates, where those of some layers do; else how those of the first do."""
+        turns = list(self.turns.values())
+        return next((turn for turn in turns if turn is not None and turn.coordinates is not None), (*turns, None)[0])
+
+    @property
     def ratio(self) -> float | None:
         """The ratio that plans are made for; None with a preset or a given plan."""
         return self.config.ratio if self.plan is None else None
@@ -143,31 +158,40 @@ class Session:
             return None
         return f"prompt of {prompt} and {new_tokens} new tokens; packed from min_tokens={least} on"
 
-    def plan_for(self, tokens: int, vision_share: float) -> Plan:
-        """The plan for a prompt of so many tokens, this share of them vision."""
+    def plan_for(self, tokens: int, vision_share: float, window: int | None = None) -> Plan:
+        """The plan for a prompt of so many tokens, this share of them vision, of the layers with this window."""
         if self.plan is not None:
             return self.plan
+        layers = self.by_window[window]
         if self.config.preset == "lossless":
-            return self.signed(lossless_plan(self.packed))
-        if self.config.preset == "attentionpack":
-            config = self.config
-            plan = attentionpack_plan(self.packed, config.ranks, config.tail_slots, config.attentionpack)
-            return self.signed(plan)
-        if self.config.preset == "a-vl":
-            return self.signed(a_vl_plan(self.packed, self.config.a_vl))
+            return self.signed(lossless_plan(layers))
+        if self.config.preset is not None:
+            return self.signed(self._preset_plan(layers, window))
         if self.statistics is None:
             raise RuntimeError(
                 "ratio: no calibrated statistics yet; call the model itself, or calibrate(model, inputs) first"
             )
         key = budget_key(tokens, vision_share)
+        key = key if window is None or tokens < window else (window, key[1])
         with self.lock:
-            if key not in self.plans:
-                asked = self.config.coarse if tells_apart(self.ratio, key[0]) else ()
+            if (window, *key) not in self.plans:
+                asked = self.config.coarse if window is None and tells_apart(self.ratio, key[0]) else ()
                 rules = {modality: rule for modality, rule in self.rules.items() if modality in asked}
-                plan = budget_plan(self.statistics, self.ratio, *key, turn=self.turn, rules=rules)
+                statistics = {layer: self.statistics[layer] for layer in layers}
+                plan = budget_plan(statistics, self.ratio, *key, turn=self.turns[window], rules=rules, window=window)
                 plan = plan if self.device is None else plan.to(self.device)
-                self.plans[key] = self.signed(plan, self.calibrated_on)
-            return self.plans[key]
+                self.plans[window, *key] = self.signed(plan, self.calibrated_on)
+            return self.plans[window, *key]
+
+    def _preset_plan(self, layers: list[int], window: int | None) -> Plan:
+        """The plan of a published preset, for some of the layers; those with a window have no tiers."""
+        config = self.config
+        if config.preset == "a-vl":
+            plan = a_vl_plan(layers, config.a_vl)
+        else:
+            ranks = {name: ranks_of(given, self.packed, layers, name) for name, given in config.ranks.items()}
+            plan = attentionpack_plan(layers, ranks, config.tail_slots, config.attentionpack)
+        return plan if window is None else replace(plan, tiers=None)
 
     def signed(self, plan: Plan, calibrated_on: str | None = None) -> Plan:
         """A plan that says which model it is for and where it comes from."""
@@ -202,19 +226,34 @@ class Session:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         with self.lock, torch.inference_mode(False), torch.no_grad():
-            turn, reason = find_turn(model, self.packed, batches[0], self.config.key_block) if batches else (None, "")
+            found = {
+                window: self._find_turn(model, window, layers, batches[0]) if batches else (None, "")
+                for window, layers in self.by_window.items()
+            }
+            turns = {window: turn for window, (turn, _) in found.items()}
+            by_layer = {layer: turns[window] for window, layers in self.by_window.items() for layer in layers}
             chosen: list[Groups] = []
 
             def groups(seen: Observation) -> int:
                 chosen.append(self.groups_for(model, attention_shapes(model, seen)))
                 return chosen[0].count
 
+            ranked = self.by_window.get(None, [])
+            coarse = self.config.coarse if ranked else ()
             self.statistics, self.rules, self.without_gradients = collect(
-                model, self.packed, batches, groups, turn, self.config.coarse
+                model, self.packed, batches, groups, by_layer, coarse, ranked
             )
-            self.turn, self.turn_reason, self.ranked, self.groups = turn, reason, self.config.coarse, chosen[0]
+            self.turns, self.turn_reasons = turns, {window: reason for window, (_, reason) in found.items()}
+            self.ranked, self.groups = self.config.coarse, chosen[0]
             self.calibrated_on, self.outdated = source, None
             self.plans = {}
+
+    def _find_turn(
+        self, model: nn.Module, window: int | None, layers: list[int], batch: Mapping[str, Any]
+    ) -> tuple[KeyTurn | None, str]:
+        """How the keys of the layers with a window turn, and why."""
+        block = self.config.key_block if window is None else block_for(window, self.config.key_block)
+        return find_turn(model, layers, batch, block)
 
     def groups_for(self, model: nn.Module, shapes: Shapes) -> Groups:
         """Head groups for layers of these shapes, on the model's device."""
@@ -306,8 +345,19 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
     for i, (kind, layer) in enumerate(zip(types, layers, strict=True)):
         reason = reason_of(kind, layer)
         compileable = reason is None or bool(kept_layer(layer, kind).is_compileable)
-        kinds.append(LayerKind(i, kind_name(kind, layer), reason, compileable, has_keys=has_keys(layer)))
+        kinds.append(LayerKind(i, kind_name(kind, layer), reason, compileable, has_keys(layer), window_of(layer)))
     return kinds
+
+
+def planned_kinds(kinds: list[LayerKind], plan: Plan) -> list[LayerKind]:
+    """Kinds of layers with a given plan: those with a window are packed where it has them."""
+    left = "the plan given has no streams for it"
+    return [
+        replace(kind, reason=f"{kind.layer_type}: {left}", compileable=False)
+        if kind.window is not None and kind.layer not in plan.layers
+        else kind
+        for kind in kinds
+    ]
 
 
 def shares_cross_attention(part: nn.Module) -> bool:
@@ -336,6 +386,20 @@ def reason_of(layer_type: str, layer: Any) -> str | None:
 def has_keys(layer: Any) -> bool:
     """Whether a layer of transformers' cache holds keys and values of its own: no linear states alone, no readers of another layer's."""
     return isinstance(layer, CacheLayerMixin)
+
+
+def window_of(layer: Any) -> int | None:
+    """Newest tokens that a query of a layer sees, itself included; None for all."""
+    return layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
+
+
+def ranks_of(given: int | Sequence[int], packed: list[int], layers: list[int], name: str) -> int | list[int]:
+    """Of one rank for all packed layers, or a rank for each, those of some layers; raises ValueError where they are not as many."""
+    if isinstance(given, int):
+        return given
+    if len(given) != len(packed):
+        raise ValueError(f"ranks: {name} has {len(given)} ranks, but {len(packed)} layers are packed")
+    return [given[packed.index(layer)] for layer in layers]
 
 
 def signature_of(model: nn.Module) -> tuple:
@@ -402,7 +466,7 @@ def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[s
         cache.chunks_before = cache.eager_chunks
         if (session := session_of(model)) is not None:
             session.running.cache = weakref.ref(cache)
-        cache.index.is_watched = attention_of(part) == "sdpa"
+        cache.show_attention(attention_of(part) == "sdpa")
 
 
 def attention_of(model: nn.Module) -> str:
@@ -415,7 +479,7 @@ def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
     cache = cache_of(args, kwargs)
     if torch.compiler.is_dynamo_compiling() or not isinstance(cache, CompactedCache):
         return
-    cache.index.is_watched = False
+    cache.show_attention(False)
     session = session_of(model)
     if session is not None:
         session.running.cache = None
@@ -423,7 +487,8 @@ def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
         raise ValueError(
             f"cache: {type(model).__name__}.forward left the packed cache empty: it does not use the cache it is given"
         )
-    if cache.is_filled and cache.index.plan.tiers is not None and cache.eager_chunks == cache.chunks_before:
+    has_tiers = any(plan is not None and plan.tiers is not None for plan in cache.plans)
+    if cache.is_filled and has_tiers and cache.eager_chunks == cache.chunks_before:
         cache.note(
             "a forward compiled by hand: unless its backend is attentionpack, it reads every token held, not tiers"
         )

@@ -1,6 +1,7 @@
 """Which token lives in which slot: shared by all layers of a cache."""
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,16 +43,29 @@ def compact(flags: Tensor) -> Tensor:
     return torch.where(torch.arange(order.shape[1], device=flags.device) < counts[:, None], order, -1)
 
 
+def compact_to_the_right(flags: Tensor) -> Tensor:
+    """As `compact`, padded with -1 in front: the newest token of every row has the last slot."""
+    return mirrored(compact(flags.flip(1)), flags.shape[1])
+
+
+def mirrored(index: Tensor, tokens: int) -> Tensor:
+    """Indices `[B, N]` into so many tokens, counted from the other end, in the other order."""
+    return torch.where(index >= 0, tokens - 1 - index, -1).flip(1)
+
+
 def flags_at(index: Tensor, tokens: int) -> Tensor:
     """The inverse of `compact`: bool `[B, tokens]`, set at the indices `[B, N]` that are not -1."""
     flags = torch.zeros(len(index), tokens + 1, dtype=torch.bool, device=index.device)
     return flags.scatter(1, torch.where(index >= 0, index, tokens), True)[:, :tokens]
 
 
-def assign(chunk: Chunk, first_tokens: int | Tensor, tail_slots: int, drafted: int = 0) -> Assignment:
+def assign(
+    chunk: Chunk, first_tokens: int | Tensor, tail_slots: int, drafted: int = 0, window: int | None = None
+) -> Assignment:
     """Split a chunk: the first real tokens of each row, the newest text that every row has, the rest.
 
-    The newest text can be cropped: `drafted` tokens of it or more, where there are so many.
+    The newest text can be cropped: `drafted` tokens of it or more, where there are so many. window: newest tokens that a query
+    sees; older ones have no place, however many are cropped.
     """
     real = ~chunk.padding
     tokens = real.shape[1]
@@ -62,8 +76,28 @@ def assign(chunk: Chunk, first_tokens: int | Tensor, tail_slots: int, drafted: i
     column = torch.arange(tokens, device=real.device)
     older = column < tokens - recent
     packed_recent = column[tokens - recent : tokens - tail].expand(len(real), -1)
-    vision = compact(real & ~first & chunk.vision & older)
-    return Assignment(compact(first), vision, torch.cat([compact(text & older), packed_recent], 1), recent, tail)
+    if window is None:
+        vision = compact(real & ~first & chunk.vision & older)
+        return Assignment(compact(first), vision, torch.cat([compact(text & older), packed_recent], 1), recent, tail)
+    seen = column > tokens - recent - window
+    vision = compact(real & ~first & chunk.vision & older & seen)
+    # each slot holds about the same position in every row, so that a block of slots is out of the window in all rows at once
+    text_slots = torch.cat([compact_to_the_right(text & older & seen), packed_recent], 1)
+    return Assignment(compact(first & seen), vision, text_slots, recent, tail)
+
+
+# Slots of a segment in a new order, or how many of the leading ones.
+Kept: TypeAlias = int | Tensor
+
+
+def kept_slots(x: Tensor, kept: Kept, dim: int) -> Tensor:
+    """The kept slots of dimension `dim`."""
+    return x.narrow(dim, 0, kept) if isinstance(kept, int) else x.index_select(dim, kept)
+
+
+def count_of(kept: Kept) -> int:
+    """How many slots are kept."""
+    return kept if isinstance(kept, int) else len(kept)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -118,6 +118,17 @@ def test_padding_is_what_the_mask_hides():
     assert padding_of({}, 4) is None
 
 
+def test_a_mask_of_a_window_does_not_hide_what_only_the_last_rows_do_not_see():
+    real = torch.tensor([[False] * 2 + [True] * 6, [True] * 8])
+    row, column = torch.arange(8)[:, None], torch.arange(8)
+    window = ((column <= row) & (column > row - 3)) & real[:, None, None]
+    assert torch.equal(padding_of({"attention_mask": window}, 8), ~real)
+    assert torch.equal(padding_of({"attention_mask": {"sliding_attention": window}}, 8), ~real)
+    later = window[:, :, 5:, 3:]
+    assert not padding_of({"attention_mask": later}, 3, 5).any(), "columns of the window alone"
+    assert padding_of({"attention_mask": later}, 4, 5) is None
+
+
 def test_padding_of_a_later_chunk_is_found_in_a_mask_as_long_as_the_cache():
     mask = torch.zeros(1, 1, 2, 10, dtype=torch.bool)
     mask[..., 1:6] = True

@@ -97,7 +97,7 @@ def held(plan, tokens: int, vision_share: float, layers: int, heads: int, head_d
     layer_plans = {i: LayerPlan(*(replace(s, expected_error=1.0) for s in p.streams)) for i, p in plan.layers.items()}
     plan = replace(plan, layers=layer_plans)
     kinds = [LayerKind(i, "full_attention", None) for i in range(layers)]
-    cache = CompactedCache(kinds, DynamicCache(), lambda count, share: plan)
+    cache = CompactedCache(kinds, DynamicCache(), lambda *_: plan)
     generator = torch.Generator().manual_seed(tokens)
     vision = torch.zeros(1, tokens, dtype=torch.bool)
     vision[:, 5 : 5 + int(vision_share * tokens)] = True

@@ -81,7 +81,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
 
 def new_cache(plan: Plan, expected_tokens: int = 8) -> CompactedCache:
     kinds = [LayerKind(layer, "full_attention", None) for layer in range(LAYERS)]
-    return CompactedCache(kinds, DynamicCache(), lambda tokens, share: plan, expected_tokens)
+    return CompactedCache(kinds, DynamicCache(), lambda *_: plan, expected_tokens)
 
 
 @dataclass

@@ -58,7 +58,8 @@ def flat(scores) -> list[float]:
 def by_hand(model, row: Row, chunk: int) -> list[float]:
     """A row's log-probabilities: a prompt, then chunks after it, through the model's own call."""
     cache = apack_compile.new_cache(model, len(row.inputs))
-    cache.plan_for_prompt(len(row.tokens), 0.0)
+    none = torch.zeros(1, len(row.tokens), dtype=torch.bool)
+    cache.plan_for_prompt(none, none)
     logits = []
     with torch.no_grad():
         if row.read:

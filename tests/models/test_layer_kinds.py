@@ -95,11 +95,11 @@ def test_a_language_model_inside_that_generates_is_calibrated_and_packs():
     assert not model.language_model._forward_pre_hooks and twin.language_model._forward_pre_hooks
 
 
-def test_linear_layers_compile_and_sliding_ones_decode_eagerly():
-    for model_type, eager in (("qwen3_5", False), ("gemma4", True)):
+def test_linear_layers_and_sliding_ones_compile():
+    for model_type in ("qwen3_5", "gemma4"):
         model = small(model_type)
         apack_compile.optimize(model, preset="lossless")
-        assert any("decode runs eagerly" in note for note in apack_compile.report(model).notes) == eager
+        assert not any("decode runs eagerly" in note for note in apack_compile.report(model).notes)
 
 
 def test_what_a_packed_layer_shows_as_keys_has_no_numbers():

@@ -27,10 +27,7 @@ def test_a_vlm_generates_the_tokens_of_its_dense_cache(name, rows, compile):
     packed = generate(model, inputs)
     assert torch.equal(packed, dense)
     status = [line.status for line in apack_compile.report(model).layers]
-    if name == "gemma3":
-        assert status == ["dense", "packed", "packed"]
-    else:
-        assert status == ["rewritten" if compile == "eager" else "packed"] * 3
+    assert status == ["rewritten" if compile == "eager" else "packed"] * 3
 
 
 def test_vision_tokens_go_to_the_vision_segment_of_their_row():

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig
 from transformers.models.auto import modeling_auto
 
 from .cases import CASES, Case
-from .shrink import small_config
+from .shrink import SHORT_WINDOW, small_config
 
 WEIGHT, ZERO_WEIGHT = 0.15, 0.1
 
@@ -25,10 +25,10 @@ def case_of(model_type: str) -> Case:
     return CASES.get(model_type, Case())
 
 
-def build(model_type: str) -> nn.Module:
-    """A model in float32, in eval mode, that generates without an end."""
+def build(model_type: str, window: int = SHORT_WINDOW) -> nn.Module:
+    """A model in float32, in eval mode, that generates without an end; window: of layers that have one."""
     case = case_of(model_type)
-    config = small_config(model_type, case.config)
+    config = small_config(model_type, case.config, window)
     if case.tower is not None:
         tower = dict(case.tower)
         # configs check the type of their parts; this one is another on purpose

@@ -20,6 +20,9 @@ IMAGE_SIZE, PATCH = 32, 8
 PATCHES = (IMAGE_SIZE // PATCH) ** 2
 
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers", "decoder_layers", "layers", "n_layers")
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
+# Prompts of the contract's first part are longer.
+SHORT_WINDOW = 24
 # The first row with a pattern that a key matches gives its value.
 SIZES: tuple[tuple[int, str], ...] = (
     (2048, "max_position_embeddings max_source_positions"),
@@ -47,7 +50,7 @@ SIZES: tuple[tuple[int, str], ...] = (
     (4, "n_routed_experts num_local_experts num_experts moe_num_experts num_query_tokens"),
     (2, "num_experts_per_tok moe_k top_k_experts n_shared_experts moe_num_shared_experts"),
     (1, "n_group topk_group"),
-    (24, "sliding_window sliding_window_size attention_chunk_size"),
+    (SHORT_WINDOW, " ".join(WINDOWS)),
     (IMAGE_SIZE, "image_size crop_size"),
     (PATCH, "patch_size"),
     (
@@ -60,13 +63,23 @@ LANGUAGE_MODEL = re.compile("text|decoder|thinker|vlm")
 SPECIAL = re.compile(r".*_(token_id|token_index|start_id|end_id|patch_id)|newline_id")
 
 
-def small_config(model_type: str, overrides: Mapping[str, Any]) -> Any:
-    """The small config of a type; `overrides` are put over what the rules give, by dotted path."""
+def small_config(model_type: str, overrides: Mapping[str, Any], window: int = SHORT_WINDOW) -> Any:
+    """The small config of a type; `overrides` are put over what the rules give, by dotted path. window: of layers that have one."""
     config_class = CONFIG_MAPPING[model_type]
     values = shrunk(config_class().to_dict(), SpecialTokens())
     for path, value in overrides.items():
         put(values, path.split("."), deepcopy(value))
-    return config_class.from_dict(values)
+    return config_class.from_dict(with_window(values, window))
+
+
+def with_window(values: Any, window: int) -> Any:
+    """A config's values with another window in place of the short one."""
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        key: window if key in WINDOWS and value == SHORT_WINDOW else with_window(value, window)
+        for key, value in values.items()
+    }
 
 
 class SpecialTokens:

@@ -1,0 +1,55 @@
+"""The text slots of layers that see only the newest tokens: a ring of whole blocks.
+
+Text is stored in the order of its positions. When the last slot is taken, the oldest block is out of the window and is taken again:
+its slots get the positions to come. A block is reused as a whole, because its keys were turned back to its first slot.
+"""
+
+import torch
+from torch import Tensor
+
+# Slots that are reused together where keys are not turned back.
+BLOCK = 32
+# Of a window, at most this part is reused at once: the ring is longer than the window by as much.
+BLOCK_SHARE = 1 / 8
+LEAST_BLOCK = 16
+
+
+def block_for(window: int, block: int = BLOCK) -> int:
+    """Slots to reuse at once: `block`, halved while it is too large a part of the window."""
+    while block // 2 >= LEAST_BLOCK and block > window * BLOCK_SHARE:
+        block //= 2
+    return block
+
+
+def ring_slots(window: int, tail_slots: int, block: int) -> int:
+    """Slots of a ring: whole blocks for the window's tokens that are not in the tail, and one more."""
+    return (-(-max(window - tail_slots, 1) // block) + 1) * block
+
+
+def whole_blocks(slots: int, block: int) -> int:
+    """At least so many slots, in whole blocks."""
+    return -(-slots // block) * block
+
+
+def leading_blocks_dropped(positions: Tensor, block: int, keep_from: int) -> Tensor:
+    """Slots `[N']` of `[B, N]` positions without the leading blocks that hold no position from `keep_from` on."""
+    slots = torch.arange(positions.shape[1], device=positions.device)
+    needed = (positions >= keep_from).any(0).nonzero()
+    first = int(needed[0]) // block * block if len(needed) else len(slots)
+    return slots[first:]
+
+
+def in_order(positions: Tensor, head: int, block: int, keep_from: int, packed: int) -> Tensor:
+    """Slots `[N']` of a ring with positions `[B, N]`, oldest first, up to the last one taken; `head`: the slot taken next.
+
+    Blocks without a position from `keep_from` on, and those given to tokens from `packed` on, are left out.
+    """
+    taken = whole_blocks(head, block)
+    slots = torch.arange(positions.shape[1], device=positions.device)
+    older, newer = slots[taken:], slots[:head]
+    held = (positions < packed) & (positions >= keep_from)
+    blocks = held[:, taken:].any(0)
+    padded = torch.nn.functional.pad(blocks, (0, -len(blocks) % block)).unflatten(0, (-1, block)).any(1)
+    older = older[padded.repeat_interleave(block)[: len(older)]]
+    newest = leading_blocks_dropped(positions[:, :head], block, keep_from) if len(older) == 0 else newer
+    return torch.cat([older, newest])
