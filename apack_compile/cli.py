@@ -44,12 +44,14 @@ def demo(
 
 @app.command()
 def inspect(
-    model_dir: Annotated[Path | None, typer.Argument(help="A local model folder. Default: the demo's model.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="A local model folder, or its config.json. Default: the demo's model.")
+    ] = None,
 ) -> None:
-    """Prints a model's layers, what would be packed, and what a ratio would give; generates nothing."""
+    """Prints a model's layers, what would be packed, and what a ratio would give; reads no weights."""
     from apack_compile.demo.inspect import inspect_lines
 
-    for line in inspect_lines(model_dir):
+    for line in inspect_lines(model):
         typer.echo(line)
 
 

@@ -3,64 +3,208 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from apack_compile.importance import tells_apart
 from apack_compile.plan import largest_ratio
-from apack_compile.session import layer_kinds, signature_of
+from apack_compile.plan_choice import head_groups_for, typical_plan
+from apack_compile.rotary import BLOCK
+from apack_compile.session import LATENT_ATTENTION, layer_kinds
+from apack_compile.time_model import Load, basis_bytes
 
 RATIOS = (2, 4, 8, 16)
+TOTALS = (8_192, 32_768)
 DENSE_BYTES = 2
 
 
-def inspect_lines(folder: Path | None) -> list[str]:
-    """One line per layer, then what each ratio gives. Builds the model without weights; raises ValueError."""
-    model, name = _empty_model(folder)
-    kinds = layer_kinds(model)
-    layers, heads, head_dim, _ = signature_of(model)
-    width = heads * head_dim
-    packed = sum(kind.reason is None for kind in kinds)
-    dense_bytes = 2 * width * DENSE_BYTES
-    lines = [
-        f"{name}: {type(model).__name__}, {layers} layers, {heads} KV heads x {head_dim}",
-        f"{'layer':>5}  {'kind':<22} {'W of K':>7} {'W of V':>7}  stored",
-    ]
-    for kind in kinds:
-        stored = "packed" if kind.reason is None else f"dense ({kind.reason})"
-        lines.append(f"{kind.layer:>5}  {kind.layer_type:<22} {width:>7} {width:>7}  {stored}")
-    lines += [
+@dataclass(frozen=True)
+class InspectedLayer:
+    """One layer of the cache: KV heads, widths `W` of its keys and values over all heads, and how many tokens it keeps (None: all)."""
+
+    kind: str
+    query_heads: int
+    heads: int
+    widths: tuple[int, int]
+    window: int | None
+    reason: str | None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in 16 bits."""
+        return sum(self.widths) * DENSE_BYTES
+
+    def dense_bytes(self, tokens: int) -> int:
+        """Bytes of a sequence's cache in 16 bits."""
+        return self.token_bytes * (tokens if self.window is None else min(tokens, self.window))
+
+
+def inspect_lines(path: Path | None) -> list[str]:
+    """Layers in groups of equal ones, then totals before and after packing. Builds the model without weights; raises ValueError."""
+    model, name = _empty_model(path)
+    try:
+        layers = inspected_layers(model)
+    except ValueError as error:
+        raise ValueError(f"MODEL={name!r}: {error}") from error
+    if not any(layer.token_bytes for layer in layers):
+        raise ValueError(
+            f"MODEL={name!r}: {type(model).__name__} has no KV cache: none of its layers holds keys and values"
+        )
+    pictures = getattr(model.config, "vision_config", None) is not None
+    return [
+        f"{name}: {type(model).__name__}, {len(layers)} layers",
+        f"{'layers':<20} {'kind':<20} {'KV heads':>8} {'W of K':>7} {'W of V':>7} {'tokens kept':>12}  stored",
+        *_group_lines(layers),
         "",
-        f"16-bit dense cache: {dense_bytes * len(kinds):,} bytes a token, {dense_bytes * packed:,} in packed layers",
-        "packed layers at a ratio (long prompts; bases shared by all requests not counted):",
-        f"{'ratio':>5}  {'bits a component':>16}  {'bytes a token':>13}",
+        *_dense_lines(layers),
+        "",
+        *_packed_lines(layers, pictures),
     ]
-    for ratio in RATIOS:
-        if ratio > largest_ratio(width):
-            lines.append(f"{ratio:>5}  out of reach: the largest ratio at W = {width} is {largest_ratio(width):.1f}")
-        else:
-            lines.append(f"{ratio:>5}  {16 / ratio:>16.2f}  {dense_bytes * packed / ratio:>13,.0f}")
+
+
+def inspected_layers(model: Any) -> list[InspectedLayer]:
+    """What the config says about each layer of the model's cache."""
+    from transformers.cache_utils import DynamicCache
+
+    config = model.config.get_text_config(decoder=True)
+    layers = []
+    for kind, own in zip(layer_kinds(model), DynamicCache(config=config).layers, strict=True):
+        one = config.per_layer_config[kind.layer] if config.is_heterogeneous else config
+        query_heads = getattr(one, "num_attention_heads", None) or 1
+        heads = getattr(one, "num_key_value_heads", None) or query_heads
+        head_dim = getattr(one, "head_dim", None) or one.hidden_size // query_heads
+        widths = (heads * head_dim, heads * head_dim)
+        if kind.layer_type == LATENT_ATTENTION:
+            widths = (one.kv_lora_rank, one.qk_rope_head_dim)
+        window = getattr(own, "sliding_window", None)
+        widths = widths if kind.has_keys else (0, 0)
+        layers.append(InspectedLayer(kind.layer_type, query_heads, heads, widths, window, kind.reason))
+    return layers
+
+
+def ranges_of(numbers: list[int]) -> str:
+    """Numbers in order as ranges: 0-4, 6."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _group_lines(layers: list[InspectedLayer]) -> list[str]:
+    """A line for all layers that are alike."""
+    lines = []
+    for layer in dict.fromkeys(layers):
+        which = ranges_of([i for i, other in enumerate(layers) if other == layer])
+        kept = "all" if layer.window is None else f"last {layer.window:,}"
+        key, value = layer.widths
+        stored = "packed" if layer.reason is None else f"dense ({layer.reason})" if layer.token_bytes else layer.reason
+        lines.append(f"{which:<20} {layer.kind:<20} {layer.heads:>8} {key:>7} {value:>7} {kept:>12}  {stored}")
     return lines
 
 
-def _empty_model(folder: Path | None) -> tuple[Any, str]:
-    """A model on the meta device and its name: the shapes are all that is needed."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def _dense_lines(layers: list[InspectedLayer]) -> list[str]:
+    """Bytes of a sequence's dense cache."""
+    lines = [f"one sequence in 16 bits: {sum(layer.token_bytes for layer in layers):,} bytes a token in all layers"]
+    for tokens in TOTALS:
+        dense = sum(layer.dense_bytes(tokens) for layer in layers)
+        limited = sum(layer.dense_bytes(tokens) for layer in layers if layer.window is not None)
+        kept = sum(layer.dense_bytes(tokens) for layer in layers if layer.reason is not None)
+        parts = [f"{size(limited)} in layers with a window"] if limited else []
+        parts += [f"{size(kept)} in layers that stay dense"] if kept else []
+        lines.append(f"{tokens:>7,} tokens: {size(dense)} dense" + (f", {', '.join(parts)}" if parts else ""))
+    return lines
 
-    if folder is None:
+
+def _packed_lines(layers: list[InspectedLayer], pictures: bool) -> list[str]:
+    """For each ratio: bytes of a sequence's cache where some layers are packed, and of the bases that all requests share."""
+    packed = [layer for layer in layers if layer.reason is None]
+    if not packed:
+        return ["no layer would be packed"]
+    totals = "  ".join(f"{f'{tokens:,} tokens':>20}" for tokens in TOTALS)
+    lines = [
+        "with optimize(model, ratio=...), layers that stay dense counted; shared bases (predicted, CPU) are stored once for all",
+        f"{'ratio':>5}  {'bits a component':>16}  {totals}  {'shared bases':>12}",
+    ]
+    narrowest = min(min(layer.widths) for layer in packed)
+    for ratio in RATIOS:
+        if ratio > largest_ratio(narrowest):
+            lines.append(
+                f"{ratio:>5}  out of reach: the largest ratio at W = {narrowest} is {largest_ratio(narrowest):.1f}"
+            )
+            continue
+        cells = []
+        for tokens in TOTALS:
+            dense = sum(layer.dense_bytes(tokens) for layer in layers)
+            held = sum(layer.dense_bytes(tokens) / (ratio if layer.reason is None else 1) for layer in layers)
+            cells.append(f"{f'{size(held)} ({dense / held:.2f}x)':>20}")
+        bases = size(shared_basis_bytes(packed, ratio, pictures))
+        lines.append(f"{ratio:>5}  {16 / ratio:>16.2f}  {'  '.join(cells)}  {bases:>12}")
+    return lines
+
+
+def shared_basis_bytes(packed: list[InspectedLayer], ratio: float, pictures: bool) -> int:
+    """Bytes of the bases of all packed layers on a CPU, for plans as the time model takes them to be."""
+    shapes = tuple(sorted({(layer.query_heads, layer.heads, layer.widths[0] // layer.heads) for layer in packed}))
+    groups = head_groups_for(shapes, torch.bfloat16, ratio, BLOCK, "cpu").count
+    tokens = max(TOTALS)
+    # text, pictures, coarse text
+    segments = 1 + pictures + tells_apart(ratio, tokens)
+    total = 0
+    for layer in packed:
+        load = Load(layer.query_heads, layer.heads, layer.widths[0] // layer.heads, tokens)
+        plan = typical_plan(layer.heads, load.head_dim, tokens, ratio, groups, BLOCK)
+        total += segments * sum(basis_bytes(stream, load, groups) for stream in plan.layers[0].streams[-2:])
+    return total
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _empty_model(path: Path | None) -> tuple[Any, str]:
+    """A model on the meta device and its name: the shapes are all that is needed."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if path is None:
         from apack_compile.demo.assets import demo_config
 
         config, name = demo_config(), "demo model"
     else:
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"MODEL_DIR={str(folder)!r} has no config.json; pass a local transformers model folder")
-        name = str(folder)
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"MODEL_DIR={name!r}: its config.json cannot be read ({error})") from error
-    known = type(config) in AutoModelForImageTextToText._model_mapping
-    auto = AutoModelForImageTextToText if known else AutoModelForCausalLM
+        config, name = _config_at(path), str(path)
+    auto = next(
+        (a for a in (AutoModelForImageTextToText, AutoModelForCausalLM) if type(config) in a._model_mapping), None
+    )
+    if auto is None:
+        raise ValueError(
+            f"MODEL={name!r}: {type(config).__name__} belongs to no model that generates text; pass a decoder's config"
+        )
     with torch.device("meta"):
         return auto.from_config(config, trust_remote_code=False), name
+
+
+def _config_at(path: Path) -> Any:
+    """The configuration in a model folder, or in a file; raises ValueError."""
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
+
+    file = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"MODEL={str(path)!r} does not exist; pass a local model folder or its config.json")
+    if not file.is_file():
+        raise ValueError(f"MODEL={str(path)!r} has no config.json; pass a local transformers model folder")
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"MODEL={str(file)!r} is no JSON that can be read ({error})") from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind is None:
+        raise ValueError(f"MODEL={str(file)!r} has no model_type; pass the config.json of a transformers model")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"MODEL={str(file)!r}: model_type={kind!r} is none that transformers {__version__} knows")
+    try:
+        return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a model's own config class makes of bad values
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"MODEL={str(file)!r} cannot be read ({type(error).__name__}: {first})") from error

@@ -51,8 +51,9 @@ def test_a_small_run_writes_flat_figures_and_a_picture(tmp_path: Path, capsys: p
 
 def test_inspect_lists_every_layer_of_the_demo_model() -> None:
     lines = inspect_lines(None)
-    assert "30 layers, 3 KV heads x 64" in lines[0]
-    assert sum(line.endswith("packed") for line in lines) == 30
+    assert "30 layers" in lines[0]
+    (row,) = [line for line in lines if line.endswith("packed")]
+    assert row.split() == ["0-29", "full_attention", "3", "192", "192", "all", "packed"]
 
 
 def test_inspect_gives_the_reason_of_a_layer_that_stays_dense(tmp_path: Path) -> None:
