@@ -22,7 +22,7 @@ TESTS ?= tests
 install: $(STAMP)
 
 $(STAMP): pyproject.toml requirements-assets.txt
-	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed"'
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 15), "Python 3.11 to 3.14 is needed"'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$(TORCH)"
 	$(PIP) install --quiet $(EXTRA_PINS) -e ".[quant,demo,dev]"

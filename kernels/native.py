@@ -1,12 +1,11 @@
 """The compiled operations for CPUs: where they were built, and what they need of the processor.
 
-`pip install` builds `_native` where there is a C++ compiler with OpenMP, and goes on without it elsewhere; then the
-references serve the CPU, and the report says so. The functions take addresses only: nothing in them depends on torch's ABI.
+`pip install` builds `_native.so` where there is a C++ compiler, and goes on without it elsewhere; then the references serve
+the CPU, and the report says so. The functions take addresses only: nothing in them depends on Python or on torch's ABI.
 """
 
 import ctypes
 from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
 from operator import is_
 from pathlib import Path
 from struct import Struct
@@ -42,6 +41,8 @@ TORCH_FUNCTIONS = (
     "aoti_torch_dtype_int64", "aoti_torch_device_type_cpu",
 )  # fmt: skip
 LAST_ERROR = "torch_exception_get_what_without_backtrace"
+# kernels/csrc/threads.h: OpenMp
+OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
 # the last words of a Source whose tokens are kept as they are
 NO_BASIS = (0,) * 10
 NOT_TURNED = (0, 0, 0, 0)
@@ -50,8 +51,22 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 def find_library() -> Path | None:
     """The file of the compiled operations, or None where they were not built."""
-    folder = Path(__file__).parent
-    return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()), None)
+    path = Path(__file__).with_name("_native.so")
+    return path if path.is_file() else None
+
+
+def functions_of_pytorch(names: Sequence[str]) -> list[int | None]:
+    """Addresses of what PyTorch's libraries, and those that they are linked to, export; None for what is missing."""
+    pytorch = ctypes.CDLL(torch._C.__file__)
+    found = [getattr(pytorch, name, None) for name in names]
+    return [None if function is None else ctypes.cast(function, ctypes.c_void_p).value for function in found]
+
+
+def use_openmp(library: ctypes.CDLL) -> bool:
+    """Let the operations run on PyTorch's own threads; False where it has no OpenMP: then they run on the calling thread."""
+    functions = functions_of_pytorch(OPENMP_FUNCTIONS)
+    library.apack_use_openmp(*map(ctypes.c_void_p, functions))
+    return None not in functions
 
 
 def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
@@ -63,9 +78,10 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
         sizes = tuple(getattr(library, f"apack_{name}_bytes")() for name in SIZES)
     except (OSError, AttributeError) as error:
         return None, f"not loadable: {error}"
-    if sizes != tuple(SIZES.values()):
+    if sizes != tuple(SIZES.values()) or not hasattr(library, "apack_use_openmp"):
         return None, "built from other sources: install again"
-    return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}"
+    threads = "" if use_openmp(library) else ", one thread: this PyTorch has no OpenMP"
+    return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}{threads}"
 
 
 COMPILED, STATUS = load_library(find_library())
@@ -74,12 +90,10 @@ INSTRUCTION_SET = COMPILED.apack_instruction_set() if COMPILED is not None else 
 
 def register_attend() -> bool:
     """Make `apack::attend` on CPUs the compiled operation itself; False where this PyTorch lacks a function that it needs."""
-    pytorch = ctypes.CDLL(torch._C.__file__)
-    found = [getattr(pytorch, name, None) for name in (*TORCH_FUNCTIONS, LAST_ERROR)]
+    found = functions_of_pytorch((*TORCH_FUNCTIONS, LAST_ERROR))
     if None in found[:-1]:
         return False
-    table = (ctypes.c_void_p * len(found))(*(ctypes.cast(one, ctypes.c_void_p).value if one else None for one in found))
-    return COMPILED.apack_register(table) == 0
+    return COMPILED.apack_register((ctypes.c_void_p * len(found))(*found)) == 0
 
 
 def turns_of(turns: Tensor | None, block: int, copies: list[Tensor]) -> tuple[int, ...]:

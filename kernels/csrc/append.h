@@ -110,18 +110,18 @@ inline int run_append(const Append &a) {
         }
         Team team = {threads, (Counter *)memory, {}};
         memset((void *)team.next, 0, Team::bytes(threads));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        for (int i = 0; i < 2; ++i) {
-            const Source &s = a.sides[i].packed;
-            int64_t groups = a.batch * s.groups, pieces = is_packed(s) ? (components_of(s) + COMPONENTS - 1) / COMPONENTS : 0;
-            int thread = omp_get_thread_num();
+        on_threads(threads, [&](int thread) {
             float *row = memory + Team::bytes(threads) / sizeof(float) + each * thread;
-            team.share(3 * i, thread, groups, [&](int64_t g) { center(l, i, g / s.groups, g % s.groups); });
-            team.share(3 * i + 1, thread, groups * pieces, [&](int64_t j) {
-                project(l, i, j / pieces / s.groups, j / pieces % s.groups, j % pieces * COMPONENTS, row);
-            });
-            team.share(3 * i + 2, thread, pieces ? groups : 0, [&](int64_t g) { quantize(l, i, g / s.groups, g % s.groups); });
-        }
+            for (int i = 0; i < 2; ++i) {
+                const Source &s = a.sides[i].packed;
+                int64_t groups = a.batch * s.groups, pieces = is_packed(s) ? (components_of(s) + COMPONENTS - 1) / COMPONENTS : 0;
+                team.share(3 * i, thread, groups, [&](int64_t g) { center(l, i, g / s.groups, g % s.groups); });
+                team.share(3 * i + 1, thread, groups * pieces, [&](int64_t j) {
+                    project(l, i, j / pieces / s.groups, j / pieces % s.groups, j % pieces * COMPONENTS, row);
+                });
+                team.share(3 * i + 2, thread, pieces ? groups : 0, [&](int64_t g) { quantize(l, i, g / s.groups, g % s.groups); });
+            }
+        });
     }
     int64_t kept = a.new_tokens < a.tail_slots ? a.new_tokens : a.tail_slots;
     for (int i = 0; i < 2; ++i) write_tail(a, a.sides[i], kept);

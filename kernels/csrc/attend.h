@@ -8,6 +8,7 @@
 #include "attend_block.h"
 #include "attend_project.h"
 #include "team.h"
+#include "threads.h"
 
 namespace {
 
@@ -210,9 +211,7 @@ inline int run_attend(const Attend &a, const State &state) {
     Team team = {(int)a.threads, (Counter *)(memory + count.size + each * a.threads), {}};
     memset((void *)team.next, 0, Team::bytes(a.threads));
     order_items(w);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-    {
-        int thread = omp_get_thread_num();
+    on_threads(a.threads, [&](int thread) {
         float *own = (float *)(memory + count.size + each * thread);
         Local local = {own, own + TILE + LANES};
         local.turned = local.score + score;
@@ -254,7 +253,7 @@ inline int run_attend(const Attend &a, const State &state) {
                 update_importance(w, segment, i / pieces, begin, end);
             });
         }
-    }
+    });
     return 0;
 }
 

@@ -2,7 +2,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
-#include <omp.h>
 #include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -2,6 +2,7 @@
 #include <stdint.h>
 
 #include "arguments.h"
+#include "threads.h"
 
 #if defined(__x86_64__)
 #define FOR_SET(operation, set, ...)                                \
@@ -26,6 +27,13 @@ int64_t apack_encode_avx512(const void *);
 int64_t apack_unpack_baseline(const void *, const void *);
 int64_t apack_unpack_avx2(const void *, const void *);
 int64_t apack_unpack_avx512(const void *, const void *);
+
+OpenMp apack_openmp = {};
+
+// The functions of an OpenMP that all operations use from now on; null ones where there is none.
+void apack_use_openmp(decltype(OpenMp::parallel) parallel, decltype(OpenMp::thread_number) thread_number) {
+    apack_openmp = parallel && thread_number ? OpenMp{parallel, thread_number} : OpenMp{};
+}
 
 // 0: any processor, 1: AVX2, 2: AVX-512.
 int64_t apack_instruction_set() {

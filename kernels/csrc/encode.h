@@ -6,6 +6,7 @@
 #include "scratch.h"
 #include "segments.h"
 #include "team.h"
+#include "threads.h"
 
 namespace {
 
@@ -105,17 +106,18 @@ inline int run_encode(const Encode &e) {
         coefficients = arena.floats((int64_t)BLOCK * stored_components(s));
         row = arena.floats(W);
     };
-    float *rows, *coefficients, *row;
     Arena count = {};
-    lay_out(count, rows, coefficients, row);
+    {
+        float *rows, *coefficients, *row;
+        lay_out(count, rows, coefficients, row);
+    }
     size_t counters = Team::bytes(e.threads);
     char *memory = scratch(counters + count.size * e.threads);
     if (!memory) return 1;
     Team team = {(int)e.threads, (Counter *)memory, {}};
     memset((void *)team.next, 0, counters);
-#pragma omp parallel num_threads(e.threads) if (e.threads > 1) private(rows, coefficients, row)
-    {
-        int thread = omp_get_thread_num();
+    on_threads(e.threads, [&](int thread) {
+        float *rows, *coefficients, *row;
         Arena arena = {memory + counters + count.size * thread, 0};
         lay_out(arena, rows, coefficients, row);
         team.share(0, thread, e.batch * s.groups * blocks, [&](int64_t i) {
@@ -133,7 +135,7 @@ inline int run_encode(const Encode &e) {
                 quantize(s, e.quantizer, basis, coefficients + t * stored_components(s), codes, scale);
             }
         });
-    }
+    });
     return 0;
 }
 

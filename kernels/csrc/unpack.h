@@ -9,6 +9,7 @@
 #include "scratch.h"
 #include "segments.h"
 #include "team.h"
+#include "threads.h"
 
 namespace {
 
@@ -227,9 +228,7 @@ inline int run_unpack(const Unpack &u, const State &state) {
     int64_t pieces[TAIL + 1], of_head = 1;
     for (int segment = FIRST; segment <= TAIL; ++segment)
         of_head += pieces[segment] = (w.used[segment] + DECODED_PIECE - 1) / DECODED_PIECE;
-#pragma omp parallel num_threads(u.threads) if (u.threads > 1)
-    {
-        int thread = omp_get_thread_num();
+    on_threads(u.threads, [&](int thread) {
         Arena arena = {memory + shared + count.size * thread, 0};
         Decoding d = lay_out(arena);
         team.share(0, thread, 2 * u.batch * u.heads * of_head, [&](int64_t i) {
@@ -241,7 +240,7 @@ inline int run_unpack(const Unpack &u, const State &state) {
             auto run = is_packed(source_of(w, stream, segment)) ? decode_slots : copy_slots;
             run(w, stream, segment, b, head, begin, end < w.used[segment] ? end : w.used[segment], d);
         });
-    }
+    });
     return 0;
 }
 

@@ -3,12 +3,15 @@
 import ctypes
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from apack_compile.codec import Bands, StreamBasis
 from apack_compile.kernels import native, ops
+from apack_compile.kernels.encode import cpu as encode_cpu
 
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
@@ -39,6 +42,60 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
         pytest.skip(native.STATUS)
     monkeypatch.setitem(native.SIZES, "append", native.SEGMENT.size)
     assert native.load_library(path) == (None, "built from other sources: install again")
+
+
+BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+PARALLEL = ctypes.CFUNCTYPE(None, BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+THREAD_NUMBER = ctypes.CFUNCTYPE(ctypes.c_int)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    if native.COMPILED is None:
+        pytest.skip(native.STATUS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+    native.use_openmp(native.COMPILED)
+
+
+def encoded() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 65, 48, generator=generator)
+    rows = torch.linalg.qr(torch.randn(1, 1, 48, 48, generator=generator)).Q.contiguous()
+    basis = StreamBasis(torch.zeros(1, 1, 48), rows, torch.full((1, 1, 48), 0.03))
+    return encode_cpu.encode(x, basis, Bands((0, 48, 0, 0)), True)
+
+
+def test_operations_run_on_the_threads_of_pytorch(three_threads):
+    wanted, asked = encoded(), []
+
+    def parallel(body, data, threads, flags):
+        asked.append(threads)
+        body(data)
+
+    functions = PARALLEL(parallel), THREAD_NUMBER(lambda: 0)
+    native.COMPILED.apack_use_openmp(*functions)
+    found = encoded()
+    assert asked == [3]
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_without_openmp_operations_run_on_the_calling_thread(three_threads, monkeypatch: pytest.MonkeyPatch):
+    wanted = encoded()
+    monkeypatch.setattr(native, "OPENMP_FUNCTIONS", ("GOMP_parallel", "no_such_function"))
+    _, status = native.load_library(native.find_library())
+    assert status.endswith("one thread: this PyTorch has no OpenMP")
+    assert all(map(torch.equal, encoded(), wanted))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux alone")
+def test_operations_start_no_threads_of_their_own(three_threads):
+    torch.randn(2_000_000).exp()
+    before = len(os.listdir("/proc/self/task"))
+    encoded()
+    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_what_serves_an_operation_is_named(monkeypatch: pytest.MonkeyPatch):
