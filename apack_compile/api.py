@@ -43,6 +43,7 @@ from apack_compile.session import (
     watch_forward,
     watch_rotary,
 )
+from apack_compile.wrappers import adapters_of, inner_model, unwrapped
 
 # What optimize, and generate after it, put on a model.
 OWN_ATTRIBUTES = (
@@ -73,7 +74,8 @@ def optimize(
     Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. A generate call of fewer than
     `min_tokens` tokens (prompt and new ones) keeps transformers' own cache. `quantize` is a torchao config
     or its short name ("int8wo"). A second call replaces the first, except for what was calibrated: that belongs to the model, its
-    key_block and head_groups. A call that raises (ValueError, ImportError) leaves it as it was.
+    key_block and head_groups. A call that raises (ValueError, ImportError) leaves it as it was. Of a PEFT model, and of one that
+    torch.compile gave, the model inside is optimized; so do the other functions here.
 
     A program is a torch.export.ExportedProgram or fx.GraphModule. It takes ratio with calibration_inputs, or a plan, and strict:
     calibration_inputs is one call of it or a list of them, in order, each a tuple of arguments or a dictionary of named ones.
@@ -104,6 +106,7 @@ def optimize(
     elif (ratio, preset, quantize, compile, strict, min_tokens) != (None, None, None, "auto", False, None):
         raise ValueError("config: pass either a config or the keyword arguments, not both")
     quantize = quantize if quantize is not None else config.quantize
+    given, model = model, unwrapped(model)
     session = _new_session(model, config, plan)
     previous = session_of(model)
     if previous is not None:
@@ -112,13 +115,14 @@ def optimize(
         quantize_language_model(model, quantize)
     restore(model)
     _install(model, session)
-    return model
+    return given
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `optimize` (quantized weights stay quantized); returns the same model. Raises ValueError for what is no model."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module; pass the model that optimize was given")
+    given, model = model, unwrapped(model)
     session = session_of(model)
     if session is not None:
         for hook in (*session.hooks, *session.rotary_hooks):
@@ -126,7 +130,7 @@ def restore(model: nn.Module) -> nn.Module:
         for part in generating_parts(model):
             for name in OWN_ATTRIBUTES:
                 vars(part).pop(name, None)
-    return model
+    return given
 
 
 def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> nn.Module:
@@ -136,6 +140,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str
     Raises ValueError when the model is not optimized, was optimized with a plan, or for inputs that it cannot read or that hold
     no usable token.
     """
+    given, model = model, unwrapped(model)
     session = _require_session(model)
     if session.plan is not None:
         raise ValueError(
@@ -143,7 +148,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str
         )
     session.calibrate(model, checked_inputs(model, inputs), "calibrate")
     watch_rotary(model)
-    return model
+    return given
 
 
 def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
@@ -152,6 +157,7 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
     Where some layers have a window, that of the layers that see every token; where all have, that of those with the first one.
     Raises ValueError for a bad argument or a model that is not optimized, RuntimeError where calibration is still to come.
     """
+    model = unwrapped(model)
     session = _require_session(model)
     session.follow(model)
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
@@ -166,6 +172,7 @@ def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Com
 
     To pass as `cache=` (`past_key_values=` before transformers 5.24). Raises ValueError for a bad argument, or a model not optimized.
     """
+    model = unwrapped(model)
     session = _require_session(model)
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer >= 0")
@@ -186,6 +193,7 @@ def report(model: nn.Module | ExportedProgram | GraphLog) -> Report | ProgramRep
         return build_graph_report(model)
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         return program_report(model)
+    model = unwrapped(model)
     return build_report(model, _require_session(model))
 
 
@@ -208,10 +216,11 @@ def _check_choice(plan: Any, **others: Any) -> None:
 def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | None) -> Session:
     """A session for a model that can be optimized; raises ValueError for one that cannot."""
     if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
-        raise ValueError(f"model: {type(model).__name__} has no generate(); pass a transformers generation model")
+        inside = inner_model(model) or "; pass a transformers generation model"
+        raise ValueError(f"model: {type(model).__name__} has no generate(){inside}")
     if not isinstance(model, GenerationMixin):
         raise ValueError(
-            f"model: {type(model).__name__} has a generate() of its own, not transformers' GenerationMixin"
+            f"model: {type(model).__name__} has a generate() of its own, not transformers' GenerationMixin{inner_model(model)}"
         )
     if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
         raise ValueError("model: weights are on the meta device; load them first")
@@ -227,7 +236,7 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
     elif config.ratio is not None:
         check_ratio(config.ratio, config.head_groups or 1, model)
     inner, reason = resolve_compile(config.compile, computing_device(model).type)
-    return Session(config, kinds, signature, inner, reason, plan)
+    return Session(config, kinds, signature, inner, reason, plan, adapters=adapters_of(model))
 
 
 def _check_plan_fits(plan: Plan, signature: tuple, packed: list[int]) -> None:
@@ -264,6 +273,6 @@ def _require_session(model: nn.Module) -> Session:
     if session is None:
         raise ValueError(
             f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first, or, for a torch.compile "
-            "with backend='attentionpack', pass report the GraphLog of its option log"
+            f"with backend='attentionpack', pass report the GraphLog of its option log{inner_model(model)}"
         )
     return session

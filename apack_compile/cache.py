@@ -95,6 +95,8 @@ class CompactedCache(Cache):
         self.prompt_end: int | None = None
         # While tokens may be cropped again in any number: where none of those before it will be.
         self._settled: int | None = None
+        # Whether a pass over it may be compiled, where its layers can.
+        self.may_compile = True
         # Chunks stored by eager forward passes, and how many of them when the one that runs began.
         self.eager_chunks = self.chunks_before = 0
 
@@ -126,6 +128,11 @@ class CompactedCache(Cache):
     def is_filled(self) -> bool:
         """Whether a prompt has been stored."""
         return all(layer.is_initialized for layer in self.packed_layers)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a pass over this cache can be compiled; transformers gives one that cannot masks of two dimensions."""
+        return self.may_compile and all(layer.is_compileable for layer in self.layers)
 
     @property
     def croppable(self) -> int:

@@ -16,6 +16,7 @@ from apack_compile.decode_step import why_not_compiled
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.offload import computing_device
 from apack_compile.session import DEFAULT_NEW_TOKENS, Session, session_of
+from apack_compile.wrappers import own_cache_of_adapter, prepares_otherwise
 
 
 def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -33,7 +34,9 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if cache is None:
         check_length(model, prompt)
         expected = new_tokens(options, prompt)
-        session.unused = session.too_short(length_of(prompt), expected, computing_device(model).type)
+        session.unused = own_cache_of_adapter(model) or session.too_short(
+            length_of(prompt), expected, computing_device(model).type
+        )
         if session.unused:
             return plain(model, *args, **kwargs)
         cache = session.new_cache(model, expected)
@@ -47,6 +50,12 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plan_chunks(model, session, cache, kwargs, prompt)
     if options.get("guidance_scale") not in (None, 1, 1.0):
         cache.note("guidance_scale: the unguided pass of each step keeps a dense cache of its own")
+    # PEFT's prompt learning puts its own in place: it takes no masks of four dimensions, and adds tokens to a step
+    cache.may_compile = not prepares_otherwise(model)
+    if not cache.may_compile:
+        cache.note(
+            "the model's prepare_inputs_for_generation was replaced (PEFT's prompt learning): decode steps run eagerly"
+        )
     drafts = bool(getattr(options.config, "is_assistant", False))
     if drafts:
         cache.activate_past_recording()

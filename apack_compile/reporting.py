@@ -17,6 +17,7 @@ from apack_compile.passes import GraphRecord
 from apack_compile.plan import FIRST_TOKENS
 from apack_compile.plan_file import versions
 from apack_compile.quantize import plain_layers, quantized_layers, told
+from apack_compile.wrappers import adapters_of
 
 # A graph of a single layer does not name it.
 ONE_BY_ONE = "decode is compiled layer by layer: every site was rewritten, no graph names its layer"
@@ -105,7 +106,12 @@ def build_report(model: nn.Module, session: Any) -> Report:
         layers=tuple(layer_line(kind, rewritten, refused, inner, unnamed) for kind in session.kinds),
         graphs=graphs,
         bytes=held,
-        notes=(*cache_notes, *notes_of(session, held), *size_notes(session.ratio, held, model.dtype)),
+        notes=(
+            *cache_notes,
+            *notes_of(session, held),
+            *adapter_notes(model, session),
+            *size_notes(session.ratio, held, model.dtype),
+        ),
     )
 
 
@@ -220,6 +226,16 @@ def size_notes(ratio: float | None, held: Mapping[str, Any] | None, dtype: torch
             f"the tail of {held['tail_slots']} and the free slots weigh too much{kept}"
         ]
     return []
+
+
+def adapter_notes(model: nn.Module, session: Any) -> list[str]:
+    """A note where bases were calibrated with other adapters than the model has now."""
+    if (session.plan is None and session.statistics is None) or adapters_of(model) == session.adapters:
+        return []
+    what = "pass a plan made with these" if session.plan is not None else "call calibrate again"
+    return [
+        f"adapters were added, removed or switched after the bases were calibrated: they fit the model before it; {what}"
+    ]
 
 
 def stock_cache_notes(graphs: Sequence[GraphRecord]) -> list[str]:

@@ -41,6 +41,7 @@ from apack_compile.plan_file import versions
 from apack_compile.ring import block_for
 from apack_compile.rotary import KeyTurn, find_turn
 from apack_compile.time_model import default_min_tokens
+from apack_compile.wrappers import adapters_of
 
 ATTRIBUTE = "_apack_session"
 DEFAULT_NEW_TOKENS = 64
@@ -62,6 +63,7 @@ TAKEN_OVER = (
     "groups",
     "calibrated_on",
     "without_gradients",
+    "adapters",
     "outdated",
 )
 
@@ -85,6 +87,8 @@ class Session:
     turn_reasons: dict[int | None, str] = field(default_factory=dict)
     groups: Groups | None = None
     calibrated_on: str | None = None
+    # The model's adapters when its bases were calibrated, or a plan was given.
+    adapters: tuple = ()
     # Why the calibration saw no gradients.
     without_gradients: str | None = None
     plans: dict[tuple, Plan] = field(default_factory=dict)
@@ -245,7 +249,7 @@ class Session:
             )
             self.turns, self.turn_reasons = turns, {window: reason for window, (_, reason) in found.items()}
             self.ranked, self.groups = self.config.coarse, chosen[0]
-            self.calibrated_on, self.outdated = source, None
+            self.calibrated_on, self.outdated, self.adapters = source, None, adapters_of(model)
             self.plans = {}
 
     def _find_turn(
