@@ -19,6 +19,7 @@ from apack_compile.cache_argument import with_cache
 from apack_compile.kernels.layout import PACKED
 from apack_compile.layer import MAX_APPEND
 from apack_compile.session import session_of, watch_rotary
+from apack_compile.wrappers import unwrapped
 
 # Appended tokens are never coarse; so many are laid out at once where the plan has a coarse rule, or its ratio would not be met.
 SPAN = 512
@@ -72,6 +73,11 @@ def score(
         raise ValueError("rows: each needs at least one input token")
     if not 1 <= chunk_tokens <= MAX_APPEND:
         raise ValueError(f"chunk_tokens={chunk_tokens!r} must be from 1 to {MAX_APPEND}: more are not appended")
+    if has_learned_prompt(model):
+        raise ValueError(
+            f"model: this {type(model).__name__} puts learned tokens before a prompt, which are not scored; use generate"
+        )
+    model = unwrapped(model)
     session = session_of(model)
     if session is None:
         raise ValueError(
@@ -165,6 +171,11 @@ class _Batch:
         self.cache.crop(-tokens)
         self.mask = self.mask[:, :-tokens]
         self.forward(padded([row[-tokens:] for row in span], self.model.device, "right"), newest_logits=1)
+
+
+def has_learned_prompt(model: nn.Module) -> bool:
+    """Whether a PEFT model puts tokens or keys of its own before every prompt."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def packed_tokens(cache: CompactedCache) -> Tensor:

@@ -19,6 +19,7 @@ from apack_compile.layer import MAX_APPEND
 from apack_compile.plan import Plan
 from apack_compile.scoring import Row, RowScores, packed_tokens, score
 from apack_compile.session import Session, session_of
+from apack_compile.wrappers import unwrapped
 
 # below lm-eval's own logger, whose level its command line sets
 logger = logging.getLogger("lm_eval.apack")
@@ -133,7 +134,7 @@ class PackedLM(HFLM):
     @property
     def session(self) -> Session | None:
         """What `optimize` keeps on the model; None where it is not optimized."""
-        return session_of(self.model)
+        return session_of(unwrapped(self.model))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -210,7 +211,7 @@ class PackedLM(HFLM):
         another = kwargs.get("cache_implementation") is not None or kwargs.get("use_cache") is False
         cache = None
         if not another and context.shape[1] + new_tokens >= (session.config.min_tokens or 0):
-            cache = session.new_cache(self.model, new_tokens)
+            cache = session.new_cache(unwrapped(self.model), new_tokens)
             kwargs = with_cache(self.model, kwargs, cache)
         out = super()._model_generate(context, max_length, stop, **kwargs)
         if cache is None or not cache.is_filled:

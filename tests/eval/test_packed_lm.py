@@ -197,6 +197,37 @@ def test_figures_of_an_evaluation_say_what_they_come_from(model, caplog):
     json.dumps(info)
 
 
+def disturbed(model, config):
+    """The model with an adapter whose weights are not what PEFT starts with: those change nothing."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    with_adapter = peft.get_peft_model(model, config(peft)).eval()
+    with torch.no_grad():
+        for name, parameter in with_adapter.named_parameters():
+            if "lora" in name or "prompt" in name:
+                parameter.normal_(std=0.3)
+    return with_adapter
+
+
+def test_adapters_are_part_of_what_is_scored(model):
+    plain = lm(HFLM, model).loglikelihood(choices())
+    adapted = disturbed(model, lambda peft: peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    want = lm(HFLM, adapted).loglikelihood(choices())
+    packed = lm(PackedLM, adapted, preset="lossless", compile="none")
+    got = packed.loglikelihood(choices())
+    assert [x[0] for x in got] == pytest.approx([x[0] for x in want], abs=5e-3)
+    assert max(abs(a[0] - b[0]) for a, b in zip(want, plain, strict=True)) > 0.1
+    assert packed.generate_until(prompts()) == lm(HFLM, apack_compile.restore(adapted)).generate_until(prompts())
+    assert packed.counts.dense <= 1
+
+
+def test_learned_prompts_are_not_left_out_of_a_score(model):
+    tuned = disturbed(model, lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    packed = lm(PackedLM, tuned, preset="lossless", compile="none")
+    with pytest.raises(ValueError, match="puts learned tokens before a prompt"):
+        packed.loglikelihood(choices())
+
+
 def test_mixed_precision_is_that_of_hflm(model):
     options = {"mixed_precision_dtype": "bfloat16", "softmax_dtype": "float32"}
     full = lm(HFLM, model).loglikelihood(choices())
