@@ -14,6 +14,11 @@ class HybridLayer(LinearLayer, CompactedLayer):
         CompactedLayer.__init__(self, layer_idx, index)
         LinearLayer.__init__(self, number_of_states)
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a decode step can be compiled: not with a window, for which transformers prepares masks that have none."""
+        return self.index.window is None and not self.record_past
+
     def lazy_initialization(self, *states: Any, **linear: Any) -> None:
         """Empty segments for keys and values, or a linear state given by name."""
         if states:

@@ -7,6 +7,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
 from apack_compile.hybrid_layer import HybridLayer
@@ -14,7 +15,13 @@ from apack_compile.indexed_layer import IndexedLayer
 from apack_compile.layer import CompactedLayer
 from apack_compile.shared_index import SharedIndex
 
-PACKED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer)
+PACKED_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    DynamicIndexedLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 def packed_layer(layer_idx: int, index: SharedIndex, own: Any) -> CompactedLayer:
@@ -22,3 +29,8 @@ def packed_layer(layer_idx: int, index: SharedIndex, own: Any) -> CompactedLayer
     if hasattr(own, "number_of_states"):
         return HybridLayer(layer_idx, index, own.number_of_states)
     return (IndexedLayer if hasattr(own, "indexer_keys") else CompactedLayer)(layer_idx, index)
+
+
+def can_compile(own: Any) -> bool:
+    """Whether a decode step over the packed layer in the place of transformers' `own` can be compiled."""
+    return not isinstance(own, LinearAttentionAndSlidingWindowAttentionLayer)

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from apack_compile.cache_argument import with_cache
 from apack_compile.coordinates import seen_positions
@@ -50,10 +56,20 @@ class WholeLayer(DynamicLayer):
     is_sliding = True
 
 
+class WholeHybridLayer(LinearAttentionAndFullAttentionLayer):
+    """The same with linear states beside it."""
+
+    is_sliding = True
+
+
 def whole_cache(model: torch.nn.Module) -> DynamicCache:
     """A dense cache that keeps every token, also where layers see only the newest."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    cache.layers = [WholeLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = WholeLayer()
+        elif type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+            cache.layers[i] = WholeHybridLayer(number_of_states=layer.number_of_states)
     return cache
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
@@ -25,7 +25,7 @@ from apack_compile.importance import CoarseRule, tells_apart
 from apack_compile.kept_layers import CROSS_ATTENTION, kept_layer
 from apack_compile.modality import padding_of, vision_of
 from apack_compile.offload import computing_device
-from apack_compile.packed_layers import PACKED_LAYERS
+from apack_compile.packed_layers import PACKED_LAYERS, can_compile
 from apack_compile.plan import (
     Plan,
     Provenance,
@@ -348,7 +348,7 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
     kinds = []
     for i, (kind, layer) in enumerate(zip(types, layers, strict=True)):
         reason = reason_of(kind, layer)
-        compileable = reason is None or bool(kept_layer(layer, kind).is_compileable)
+        compileable = can_compile(layer) if reason is None else bool(kept_layer(layer, kind).is_compileable)
         kinds.append(LayerKind(i, kind_name(kind, layer), reason, compileable, has_keys(layer), window_of(layer)))
     return kinds
 
@@ -394,7 +394,7 @@ def has_keys(layer: Any) -> bool:
 
 def window_of(layer: Any) -> int | None:
     """Newest tokens that a query of a layer sees, itself included; None for all."""
-    return layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
+    return getattr(layer, "sliding_window", None) if type(layer) in PACKED_LAYERS else None
 
 
 def ranks_of(given: int | Sequence[int], packed: list[int], layers: list[int], name: str) -> int | list[int]:

@@ -151,6 +151,23 @@ def test_a_cache_that_was_reset_takes_another_batch_size(model_type):
         assert torch.equal(model(**text, past_key_values=cache).logits, expected)
 
 
+@pytest.mark.parametrize("tokens", [10, 40])
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_hybrid_layers_with_a_window_are_packed_and_decode_eagerly(way, tokens, monkeypatch):
+    case = case_of("inkling_mm_model")
+    kinds = {**case.config, "text_config.layer_types": ["hybrid_sliding", "hybrid"] * 2}
+    monkeypatch.setitem(building.CASES, "inkling_mm_model", replace(case, config=kinds))
+    model = small("inkling_mm_model")
+    assert model.config.text_config.sliding_window_size == 24
+    inputs = picture_and_text(model, "inkling_mm_model", tokens)
+    expected = generate(model, inputs, max_new_tokens=40, **WAYS[way])
+    apack_compile.optimize(model, preset="lossless", compile="eager", strict=True)
+    assert torch.equal(generate(model, inputs, max_new_tokens=40, **WAYS[way]), expected)
+    report = apack_compile.report(model)
+    assert {line.status for line in report.layers} == {"packed"} and not report.graphs
+    assert [note for note in report.notes if note.startswith("hybrid_sliding: ") and note.endswith("runs eagerly")]
+
+
 def test_bytes_of_linear_states_are_counted():
     for model_type in ("qwen3_5", "inkling_mm_model"):
         model = small(model_type)

@@ -27,7 +27,8 @@ every kind of layer in it (`tests/models/matrix/`).
   that holds the prompt, latents alone), or only layers that apack-compile does not pack.
 * **broken upstream**: the model fails with transformers' own dense or static cache in the same way.
 
-"Text" in the column of prompts: the prompt had no picture, and why. "Held": what the packed layers hold at `ratio=4`.
+"Eager" in the column of decode: a step cannot be compiled with transformers' own static cache either (Inkling: its masks have no window
+there). "Text" in the column of prompts: the prompt had no picture, and why. "Held": what the packed layers hold at `ratio=4`.
 
 """
 
