@@ -22,6 +22,11 @@ from apack_compile.wrappers import adapters_of
 # A graph of a single layer does not name it.
 ONE_BY_ONE = "decode is compiled layer by layer: every site was rewritten, no graph names its layer"
 
+WITHOUT_NATIVE = (
+    "the compiled operations for CPUs are missing: results are the same, packing and attention are slower; install a C++ compiler and "
+    "install apack-compile again"
+)
+
 
 @dataclass(frozen=True)
 class LayerLine:
@@ -58,6 +63,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"apack-compile: {self.setting}; decode: {self.compile} ({self.compile_reason})"]
         lines.append("; ".join(f"{operation}: {serves}" for operation, serves in self.operations.items()))
+        if any("(native:" in serves for serves in self.operations.values()):
+            lines.append(WITHOUT_NATIVE)
         if self.calibrated_on:
             lines.append(f"bases calibrated on: {self.calibrated_on}")
         if self.keys:

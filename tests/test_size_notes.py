@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
 from apack_compile.accounting import more_than_dense
+from apack_compile.kernels import native
 
 
 def llama(dtype: torch.dtype = torch.float32):
@@ -54,6 +55,13 @@ def test_a_plan_of_ones_own_is_no_exception():
     plan = apack_compile.plan_for(model, 60)
     (note,) = report_of(model, 60, plan=plan).notes
     assert note.startswith("holds more than a 16-bit dense cache")
+
+
+def test_what_is_lost_without_compiled_operations_is_said(monkeypatch: pytest.MonkeyPatch):
+    model = apack_compile.optimize(llama(), preset="lossless", compile="none")
+    for compiled, said in ((object(), False), (None, True)):
+        monkeypatch.setattr(native, "COMPILED", compiled)
+        assert ("results are the same, packing and attention are slower" in str(apack_compile.report(model))) == said
 
 
 def test_fewer_bytes_than_a_dense_cache_are_not():

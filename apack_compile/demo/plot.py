@@ -21,13 +21,19 @@ def chosen_rows(rows: Sequence[Row], count: int = COLUMNS * ROWS) -> list[Row]:
     return sorted(rows, key=lambda row: row.dense == row.packed)[:count]
 
 
-def draw(path: Path, title: str, results: Results, summary: dict[str, Any], kls: Sequence[float]) -> None:
-    """Writes the picture; raises DemoAssetsError without matplotlib."""
+def check_matplotlib() -> None:
+    """Raises DemoAssetsError where pictures cannot be drawn: known before the demo runs for minutes."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise DemoAssetsError(f"the package 'matplotlib' is not installed; {INSTALL_HINT}") from error
+
+
+def draw(path: Path, title: str, results: Results, summary: dict[str, Any], kls: Sequence[float]) -> None:
+    """Writes the picture; raises DemoAssetsError without matplotlib."""
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 9), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)

@@ -20,6 +20,7 @@ from apack_compile.demo.evaluate import (
     kl_by_layer,
     question_sets,
 )
+from apack_compile.demo.plot import check_matplotlib, draw
 
 SHOWN_ROWS = 16
 
@@ -44,6 +45,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     config = AttentionPackConfig(ratio=options.ratio, preset=options.preset, compile=options.compile, min_tokens=0)
     for path in (options.json_path, options.png_path):
         _check_writable(path)
+    if options.png_path is not None:
+        check_matplotlib()
     pictures = load_questions("test", options.seed)
     sets = question_sets(pictures, options.questions, options.images_per_prompt)
     console = _console()
@@ -77,8 +80,6 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         options.json_path.write_text(json.dumps(summary, indent=2) + "\n")
         console.print(f"wrote {options.json_path}")
     if options.png_path is not None:
-        from apack_compile.demo.plot import draw
-
         draw(options.png_path, _title(config, options), results, summary, kls)
         console.print(f"wrote {options.png_path}")
     return summary

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 for module in ("gguf", "accelerate", "PIL", "matplotlib", "rich"):
     pytest.importorskip(module, reason="the demo extra is not installed")
 
+from apack_compile.demo import run
+from apack_compile.demo.assets import DemoAssetsError
 from apack_compile.demo.inspect import inspect_lines
 from apack_compile.demo.run import DemoOptions, run_demo
 
@@ -47,6 +50,16 @@ def test_a_small_run_writes_flat_figures_and_a_picture(tmp_path: Path, capsys: p
     assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     out = capsys.readouterr().out
     assert "truth" in out and "answers equal 100.0%" in out
+
+
+def test_a_missing_matplotlib_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the demo ran")
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(run, "load_questions", never)
+    with pytest.raises(DemoAssetsError, match="'matplotlib' is not installed"):
+        run_demo(DemoOptions(png_path=tmp_path / "demo.png"))
 
 
 def test_inspect_lists_every_layer_of_the_demo_model() -> None:
