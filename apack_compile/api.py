@@ -17,7 +17,7 @@ from apack_compile.continuous_batching import ENTRANCES, refuse_continuous_batch
 from apack_compile.decode_step import DecodeSteps
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
-from apack_compile.generation import compiled_call, generate
+from apack_compile.generation import compiled_call, generate, keeping_the_cache
 from apack_compile.graph_log import GraphLog
 from apack_compile.graph_report import GraphReport, build_graph_report
 from apack_compile.inner_compiler import resolve_compile
@@ -30,6 +30,7 @@ from apack_compile.session import (
     ATTRIBUTE,
     DEFAULT_NEW_TOKENS,
     Session,
+    cache_users,
     check_ratio,
     describe,
     end_forward,
@@ -51,6 +52,7 @@ OWN_ATTRIBUTES = (
     "generate",
     "get_compiled_call",
     *ENTRANCES,
+    "prepare_inputs_for_generation",
     "_compiled_call",
     "_last_compile_config",
 )
@@ -252,17 +254,23 @@ def _install(model: nn.Module, session: Session) -> None:
     """Put a session on a model: its generate, its hooks, its compiled decode steps."""
     if session.inner is not None:
         session.decode = DecodeSteps(session.inner, session.config.strict)
-    parts = generating_parts(model)
+    parts, users = generating_parts(model), cache_users(model)
     session.hooks = (
-        *(part.register_forward_pre_hook(partial(rename_cache, cache_name(part)), with_kwargs=True) for part in parts),
-        *(part.register_forward_pre_hook(partial(watch_forward, model), with_kwargs=True) for part in parts),
-        model.register_forward_hook(end_forward, with_kwargs=True, always_call=True),
+        *(part.register_forward_pre_hook(partial(rename_cache, cache_name(part)), with_kwargs=True) for part in users),
+        *(part.register_forward_pre_hook(partial(watch_forward, model), with_kwargs=True) for part in users),
+        *(
+            part.register_forward_hook(partial(end_forward, model), with_kwargs=True, always_call=True)
+            for part in users
+        ),
         model.register_load_state_dict_post_hook(note_new_weights),
     )
     for part in parts:
         vars(part)["get_compiled_call"] = partial(compiled_call, model, part)
         for name in ENTRANCES:
             vars(part)[name] = partial(refuse_continuous_batching, name)
+        prepare = getattr(type(part), "prepare_inputs_for_generation", None)
+        if prepare is not None:
+            vars(part)["prepare_inputs_for_generation"] = types.MethodType(keeping_the_cache(prepare), part)
     vars(model)[ATTRIBUTE] = session
     vars(model)["generate"] = types.MethodType(generate, model)
     watch_rotary(model)

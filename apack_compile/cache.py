@@ -1,6 +1,7 @@
 """The packed cache: a transformers `Cache` whose layers store compressed tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import reduce
@@ -8,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from apack_compile.accounting import cache_report
 from apack_compile.autocast import without_autocast
 from apack_compile.backend import StrictError
 from apack_compile.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.inference_mode import outside_inference_mode
-from apack_compile.kept_layers import cannot_crop, has_linear_states, kept_layer, map_rows
+from apack_compile.kept_layers import CROSS_ATTENTION, cannot_crop, has_linear_states, kept_layer, map_rows
 from apack_compile.layer import MAX_APPEND, CompactedLayer
 from apack_compile.layer_group import Flags, LayerGroup
 from apack_compile.packed_layers import packed_layer
@@ -88,8 +89,10 @@ class CompactedCache(Cache):
         # What the pass that runs gave its rotary embedding: `[C, B, n]` or `[B, n]`.
         self._shown: Tensor | None = None
         self._undo: Callable[[], None] | None = None
-        # Layers that could not forget a chunk that failed.
-        self._half_taken: list[int] = []
+        # Why its tokens are not whole any more.
+        self._broken: str | None = None
+        # The module, by id, whose forward pass runs with this cache.
+        self.running: int | None = None
         self.history: tuple[Tensor, Tensor] | None = None
         # Where generate's prompt ends: tokens from there on are generated or drafted, never pictures.
         self.prompt_end: int | None = None
@@ -190,11 +193,12 @@ class CompactedCache(Cache):
         packed = self.packed_layers
         try:
             if layer is packed[0]:
+                self._forget_unfinished()
                 self._check(layer, key, value)
                 self._begin(key)
             self._check(layer, key, value)
             out = layer.update(key, value)
-        except Exception:
+        except BaseException:
             self._roll_back()
             raise
         if layer.tiers is not None and layer.index.chunk is not None and layer.index.is_watched:
@@ -205,6 +209,16 @@ class CompactedCache(Cache):
             for group in self.groups:
                 group.index.end_chunk()
         return out
+
+    def _forget_unfinished(self) -> None:
+        """Raise ValueError where the last chunk did not end: what this one's positions were counted from may be it."""
+        if self._undo is not None:
+            self.recover()
+            self.check_whole()
+            raise ValueError(
+                "cache: the last forward pass did not end; the cache is as it was before it: call the model again"
+            )
+        self.check_whole()
 
     def _note_fits(self, packed: list[CompactedLayer]) -> None:
         """Say which shared bases did not fit this prompt."""
@@ -221,11 +235,6 @@ class CompactedCache(Cache):
 
     def _check(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> None:
         """Raise ValueError unless the states fit what the cache holds and can be packed."""
-        if self._half_taken:
-            raise ValueError(
-                f"the last chunk failed, and layers {', '.join(map(str, self._half_taken))} keep what they took of it: reset the cache, "
-                "or use a new one"
-            )
         if layer.is_initialized:
             for name, got, want in (
                 ("batch size", key.shape[0], layer.batch_size),
@@ -245,6 +254,8 @@ class CompactedCache(Cache):
         batch, _, tokens, _ = key.shape
         self.eager_chunks += 1
         (vision, padding), shown = self._incoming, self._shown
+        if not self.is_told and tokens > 1 and self.signature:
+            self._note_unannounced(tokens)
         self._incoming, self._padding, self._shown, self.is_told = (None, None), padding, None, False
         self._undo = None
         held = self.groups[0].held
@@ -263,6 +274,16 @@ class CompactedCache(Cache):
         if self.planner is not None:
             self.plan_for_prompt(vision, padding)
         self._plan_chunk((vision, padding), shown, held, key.shape[1] * key.shape[3])
+
+    def _note_unannounced(self, tokens: int) -> None:
+        """Say that nothing told which of a chunk's tokens are vision or padding; raises StrictError when strict."""
+        text = (
+            f"{tokens} tokens came without a forward pass of the optimized model: all are stored as text, and none as padding; pass the "
+            "cache to the model itself"
+        )
+        if self.strict:
+            raise StrictError(f"strict: {text}")
+        self.note(text)
 
     def plan_for_prompt(self, vision: Tensor, padding: Tensor) -> None:
         """Choose the plans of an empty cache now, for a prompt of which these tokens are vision and padding, bool `[B, T]` each."""
@@ -331,8 +352,11 @@ class CompactedCache(Cache):
     @without_autocast
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens: grow the storage, reuse it, or pack a full tail."""
-        if not self.is_filled:
-            return
+        if self.is_filled:
+            with self._changing():
+                self._reserve(tokens)
+
+    def _reserve(self, tokens: int) -> None:
         held = self.groups[0].held
         if held + tokens > self.index.capacity:
             for group in self.groups:
@@ -379,8 +403,9 @@ class CompactedCache(Cache):
         """Give a layer the attention `[B, T]` that the newest prompt token pays to every position: it evicts and ranks by it."""
         index = layer.index
         held = int(layer.cursor[0])
-        index.floor = max(index.floor, held - layer.settle(attention, held - index.floor))
-        index.steps, index.refreshed_at = 0, -1
+        with self._changing():
+            index.floor = max(index.floor, held - layer.settle(attention, held - index.floor))
+            index.steps, index.refreshed_at = 0, -1
 
     def unsettled(self) -> list[int]:
         """Layers with tiers whose attention was not seen since their last layout: they read every token they hold."""
@@ -417,13 +442,49 @@ class CompactedCache(Cache):
         """Forget the chunk being stored; linear states can only be reset, where the cache was empty before."""
         if self._undo is not None:
             self._undo()
-            self._undo = None
+            self._undo = self._broken = None
         if self.packed_layers[0].is_initialized:
-            self._half_taken = [i for i, layer in enumerate(self.layers) if has_linear_states(layer)]
+            self._find_uneven_layers([i for i, layer in enumerate(self.layers) if has_linear_states(layer)])
         else:
             for layer in self.layers:
                 if not isinstance(layer, CompactedLayer) or has_linear_states(layer):
                     layer.reset()
+
+    def _find_uneven_layers(self, unknown: list[int]) -> None:
+        """The cache is broken where layers hold different numbers of tokens, or linear states (`unknown`) may have taken some."""
+        growing = [
+            layer
+            for layer, kind in zip(self.layers, self.kinds, strict=True)
+            if isinstance(layer, (CompactedLayer, DynamicLayer)) and kind.layer_type != CROSS_ATTENTION
+        ]
+        held = [int(layer.get_seq_length()) if layer.is_initialized else 0 for layer in growing]
+        if unknown or len(set(held)) > 1:
+            self._broken = "the last chunk did not end, and some layers keep what they took of it"
+
+    def recover(self) -> None:
+        """After a forward pass that did not end: forget what it stored; where that cannot be done, the next use of the cache says so."""
+        self.running = None
+        self.show_attention(False)
+        self._incoming, self._shown, self.is_told = (None, None), None, False
+        if self._undo is not None or not self.is_filled:
+            self._roll_back()
+        else:
+            self._find_uneven_layers([])
+
+    def check_whole(self) -> None:
+        """Raise ValueError where tokens were lost in a forward pass that did not end."""
+        if self._broken is not None:
+            raise ValueError(f"cache: {self._broken}: reset the cache, or use a new one")
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change in place, which cannot be taken back when it is interrupted."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self._broken = "it was interrupted while its tokens were moved"
+            raise
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that `update` will return for `query_length` new tokens of this layer."""
@@ -450,7 +511,7 @@ class CompactedCache(Cache):
             group.index.forget()
         self._settled = None if self._settled is None else 0
         self.history, self._undo, self._incoming, self._shown = None, None, (None, None), None
-        self._half_taken = []
+        self._broken = self.running = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens; raises ValueError past those that a prefill keeps croppable."""

@@ -35,6 +35,11 @@ def cache_name(model: nn.Module) -> str:
     return OWN_NAME
 
 
+def takes_cache(model: nn.Module) -> bool:
+    """Whether a model's forward has a parameter for a cache."""
+    return any(name in names for names in _parameters(model) for name in NAMES)
+
+
 def named_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a forward pass by their names."""
     if not args:

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin
 
+from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache
-from apack_compile.cache_argument import NAMES, OWN_NAME, cache_of
+from apack_compile.cache_argument import NAMES, OWN_NAME, cache_of, with_cache
 from apack_compile.continuous_batching import refuse_continuous_batching
 from apack_compile.decode_step import why_not_compiled
 from apack_compile.modality import padding_of, vision_of
@@ -21,8 +22,13 @@ from apack_compile.wrappers import own_cache_of_adapter, prepares_otherwise
 
 def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """transformers' generate with a packed cache, unless the caller chose another cache or none."""
-    plain = type(model).generate
     session = session_of(model)
+    with session.own_passes():
+        return _generate(model, session, args, kwargs)
+
+
+def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str, Any]) -> Any:
+    plain = type(model).generate
     options = Options(args, kwargs, model.generation_config)
     cache = cache_of((), kwargs)
     implementation = options.get("cache_implementation")
@@ -32,7 +38,7 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return plain(model, *args, **kwargs)
     prompt = prompt_of(args, kwargs)
     if cache is None:
-        check_length(model, prompt)
+        check_length(model, prompt, kwargs.get("attention_mask"))
         expected = new_tokens(options, prompt)
         session.unused = own_cache_of_adapter(model) or session.too_short(
             length_of(prompt), expected, computing_device(model).type
@@ -45,6 +51,7 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     )
     if session.unused:
         return plain(model, *args, **kwargs)
+    cache.check_whole()
     kwargs = {**{name: x for name, x in kwargs.items() if name not in NAMES}, OWN_NAME: cache}
     if options.get("prefill_chunk_size") is not None and not cache.is_filled:
         plan_chunks(model, session, cache, kwargs, prompt)
@@ -71,10 +78,51 @@ def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache.prompt_end = prompt_end(kwargs, prompt, int(cache.get_seq_length()) if drafts else 0)
     try:
         out = plain(model, *args, **kwargs)
+    except BaseException:
+        cache.recover()
+        raise
     finally:
         cache.prompt_end = None
-    session.remember(cache)
+    say_what_was_left_out(session, cache, out if plain is GenerationMixin.generate else None, prompt)
+    if cache.is_filled:
+        session.remember(cache)
     return out
+
+
+def say_what_was_left_out(session: Session, cache: CompactedCache, out: Any, prompt: torch.Tensor | None) -> None:
+    """After a generate call: say where the model went on without the cache; raises StrictError when strict."""
+    if not cache.is_filled:
+        session.last_held = None
+        session.unused = "; ".join(cache.notes) or "the model did not use the cache that it was given"
+        if session.config.strict:
+            raise StrictError(f"strict: {session.unused}")
+        return
+    said = getattr(out, "sequences", out)
+    if not isinstance(said, torch.Tensor) or said.dim() != 2:
+        return
+    given = 0 if prompt is None or prompt.dim() == 2 else prompt.shape[1]
+    held, produced = int(cache.get_seq_length()), given + said.shape[1] - 1
+    if held < produced:
+        session.tell(cache, f"the cache holds {held} of {produced} tokens: the model went on without it")
+
+
+def keeping_the_cache(prepare: Callable) -> Callable:
+    """`prepare_inputs_for_generation` of a model that drops its cache to read all tokens anew: the cache is emptied and passed on.
+
+    Phi-3 does so where a sequence outgrows `original_max_position_embeddings`: its rotary frequencies change there.
+    """
+
+    @wraps(prepare)
+    def prepared(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inputs, cache = prepare(model, *args, **kwargs), cache_of(args, kwargs)
+        if not isinstance(cache, CompactedCache) or cache_of((), inputs) is not None:
+            return inputs
+        if cache.is_filled:
+            cache.note(f"after {int(cache.get_seq_length())} tokens the model asked to read all of them anew")
+            cache.reset()
+        return with_cache(model, inputs, cache)
+
+    return prepared
 
 
 @dataclass(frozen=True)
@@ -141,14 +189,29 @@ def length_of(prompt: torch.Tensor | None) -> int | None:
     return None if prompt is None else prompt.shape[1]
 
 
-def check_length(model: nn.Module, prompt: torch.Tensor | None) -> None:
-    """Raise ValueError for a prompt that the model cannot read."""
+def check_length(model: nn.Module, prompt: torch.Tensor | None, mask: Any = None) -> None:
+    """Raise ValueError for a prompt that the model cannot read: without tokens, or longer than its table of positions."""
     length = length_of(prompt)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if length == 0:
         raise ValueError("input_ids: the prompt has zero tokens; pass at least one")
-    if length is not None and limit is not None and length > limit:
+    limit = position_table_length(model)
+    if length is None or limit is None or length <= limit:
+        return
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        # padding takes no position
+        length = int((mask != 0).sum(1).max())
+    if length > limit:
         raise ValueError(f"input_ids: the prompt has {length} tokens; the model's positions end at {limit}")
+
+
+def position_table_length(model: nn.Module) -> int | None:
+    """How many positions a model that looks them up in a table knows; None for positions without an end."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = {name: part.num_embeddings for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
+    tables |= {name: len(x) for name, x in model.named_buffers() if x.dim() == 2 and not name.endswith("_ids")}
+    # some tables have a few rows more, for padding
+    is_table = any("pos" in name or "wpe" in name for name, rows in tables.items() if limit and 0 <= rows - limit <= 2)
+    return limit if is_table else None
 
 
 def new_tokens(options: Options, prompt: torch.Tensor | None) -> int:

@@ -194,6 +194,11 @@ def layer_line(kind: Any, rewritten: set[int], refused: dict[int, str], inner: s
 def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     """What a reader of the report must know."""
     notes = [] if session.unused is None else [f"the last generate used no packed cache: {session.unused}"]
+    if session.dense_passes:
+        notes.append(
+            f"{session.dense_passes} forward passes since the last one with a packed cache had none: their results are the dense model's; "
+            "pass the model a cache from new_cache(model)"
+        )
     notes += [] if session.outdated is None else [session.outdated]
     eager = sorted({kind.layer_type for kind in session.kinds if not kind.compileable})
     if eager:

@@ -2,7 +2,8 @@
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from apack_compile.backend import StrictError
 from apack_compile.cache import CompactedCache, LayerKind
-from apack_compile.cache_argument import cache_of, named_arguments
+from apack_compile.cache_argument import cache_of, named_arguments, takes_cache
 from apack_compile.calibration import Observation, Statistics, collect
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.continuous_batching import refuse_paged_cache
@@ -97,6 +98,8 @@ class Session:
     rotary_hooks: tuple[Any, ...] = ()
     last_cache: Any = None
     last_held: tuple[dict[str, Any], list[str]] | None = None
+    # Forward passes of the model without a packed cache, since the last one with it.
+    dense_passes: int = 0
     # Why the last generate used no packed cache.
     unused: str | None = None
     # Where the bases are to be.
@@ -105,7 +108,7 @@ class Session:
     outdated: str | None = None
     # Threads may share a model: statistics and what belongs to them change together.
     lock: Any = field(default_factory=threading.RLock)
-    # `cache`: the packed cache of the eager pass that this thread runs, weakly.
+    # `cache`: the packed cache of the eager pass that this thread runs, weakly; `is_own`: whether generate or calibration runs in it.
     running: threading.local = field(default_factory=threading.local)
 
     def __deepcopy__(self, memo: dict) -> "Session":
@@ -173,7 +176,8 @@ class Session:
             return self.signed(self._preset_plan(layers, window))
         if self.statistics is None:
             raise RuntimeError(
-                "ratio: no calibrated statistics yet; call the model itself, or calibrate(model, inputs) first"
+                f"ratio={self.ratio:g}: no calibrated statistics yet; call apack_compile.calibrate(model, inputs) first. (A first request "
+                "calibrates where the optimized model, or a model inside of it, is called with the cache.)"
             )
         key = budget_key(tokens, vision_share)
         key = key if window is None or tokens < window else (window, key[1])
@@ -229,7 +233,7 @@ class Session:
     def calibrate(self, model: nn.Module, inputs: Any, source: str) -> None:
         """Fit model-scoped statistics on inputs; plans and later caches use them."""
         batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, self.own_passes(), torch.inference_mode(False), torch.no_grad():
             found = {
                 window: self._find_turn(model, window, layers, batches[0]) if batches else (None, "")
                 for window, layers in self.by_window.items()
@@ -244,13 +248,23 @@ class Session:
 
             ranked = self.by_window.get(None, [])
             coarse = self.config.coarse if ranked else ()
-            self.statistics, self.rules, self.without_gradients = collect(
+            statistics, rules, without_gradients = collect(
                 model, self.packed, batches, groups, by_layer, coarse, ranked
             )
-            self.turns, self.turn_reasons = turns, {window: reason for window, (_, reason) in found.items()}
-            self.ranked, self.groups = self.config.coarse, chosen[0]
-            self.calibrated_on, self.outdated, self.adapters = source, None, adapters_of(model)
-            self.plans = {}
+            # all or nothing: an interrupt between two of them would leave statistics of one calibration and turns of another
+            vars(self).update(
+                statistics=statistics,
+                rules=rules,
+                without_gradients=without_gradients,
+                turns=turns,
+                turn_reasons={window: reason for window, (_, reason) in found.items()},
+                ranked=self.config.coarse,
+                groups=chosen[0],
+                calibrated_on=source,
+                outdated=None,
+                adapters=adapters_of(model),
+                plans={},
+            )
 
     def _find_turn(
         self, model: nn.Module, window: int | None, layers: list[int], batch: Mapping[str, Any]
@@ -310,6 +324,26 @@ class Session:
             return
         for name in TAKEN_OVER:
             setattr(self, name, getattr(other, name))
+
+    def tell(self, cache: CompactedCache, text: str) -> None:
+        """Note on a cache what was not done as asked; raises StrictError when strict."""
+        if self.config.strict:
+            raise StrictError(f"strict: {text}")
+        cache.note(text)
+
+    def count_dense(self) -> None:
+        """A forward pass of the model was given no packed cache; those of generate and calibration say so elsewhere."""
+        if not getattr(self.running, "is_own", False):
+            self.dense_passes += 1
+
+    @contextmanager
+    def own_passes(self) -> Iterator[None]:
+        """Forward passes of this thread are those of generate or of calibration."""
+        before, self.running.is_own = getattr(self.running, "is_own", False), True
+        try:
+            yield
+        finally:
+            self.running.is_own = before
 
     def needs_calibration(self) -> bool:
         """Whether a plan needs statistics that are not there."""
@@ -457,20 +491,35 @@ def rename_cache(
     return args, {**{key: x for key, x in kwargs.items() if x is not cache}, name: cache}
 
 
+def cache_users(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that may be called with its cache: those that generate, and the models inside of them."""
+    decoders = (module for module in model.modules() if isinstance(module, PreTrainedModel) and takes_cache(module))
+    return list(dict.fromkeys((*generating_parts(model), *decoders)))
+
+
 def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a generating part: tell a packed cache what is coming; a paged cache is refused, any other left alone."""
-    cache = cache_of(args, kwargs)
+    """Forward pre-hook of a part that takes a cache: tell a packed one what is coming, refuse a paged one; count passes without one."""
+    cache, compiling = cache_of(args, kwargs), torch.compiler.is_dynamo_compiling()
     refuse_paged_cache(cache)
-    if not isinstance(cache, CompactedCache) or (torch.compiler.is_dynamo_compiling() and cache.is_filled):
+    if not isinstance(cache, CompactedCache):
+        if part is model and not compiling:
+            session_of(model).count_dense()
         return
-    if part is not model and cache.is_told:
+    if compiling and cache.is_filled:
+        return
+    is_inside = cache.is_told if compiling else cache.running not in (None, id(part))
+    if is_inside and part is not model:
         return
     announce(model, part, cache, args, kwargs)
-    if not torch.compiler.is_dynamo_compiling():
-        cache.chunks_before = cache.eager_chunks
-        if (session := session_of(model)) is not None:
-            session.running.cache = weakref.ref(cache)
-        cache.show_attention(attention_of(part) == "sdpa")
+    if not compiling:
+        begin_forward(session_of(model), part, cache)
+
+
+def begin_forward(session: Session, part: nn.Module, cache: CompactedCache) -> None:
+    """An eager pass of a part over a packed cache begins."""
+    cache.running, cache.chunks_before, session.dense_passes = id(part), cache.eager_chunks, 0
+    session.running.cache = weakref.ref(cache)
+    cache.show_attention(attention_of(part) == "sdpa")
 
 
 def attention_of(model: nn.Module) -> str:
@@ -478,19 +527,21 @@ def attention_of(model: nn.Module) -> str:
     return model.config.get_text_config(decoder=True)._attn_implementation
 
 
-def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook, called after errors too: stop watching, and say which layers were not seen."""
+def end_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook, called after errors too: stop watching, and say what was not stored or not seen."""
     cache = cache_of(args, kwargs)
-    if torch.compiler.is_dynamo_compiling() or not isinstance(cache, CompactedCache):
+    if torch.compiler.is_dynamo_compiling() or not isinstance(cache, CompactedCache) or cache.running != id(part):
         return
+    cache.running = None
     cache.show_attention(False)
     session = session_of(model)
-    if session is not None:
-        session.running.cache = None
-    if output is not None and not cache.is_filled:
-        raise ValueError(
-            f"cache: {type(model).__name__}.forward left the packed cache empty: it does not use the cache it is given"
-        )
+    session.running.cache = None
+    if output is None:
+        cache.recover()
+        return
+    if cache.is_told:
+        why = " (gradient checkpointing in train mode)" if is_checkpointing(part) else ""
+        session.tell(cache, f"{type(part).__name__}.forward stored nothing in the packed cache that it was given{why}")
     has_tiers = any(plan is not None and plan.tiers is not None for plan in cache.plans)
     if cache.is_filled and has_tiers and cache.eager_chunks == cache.chunks_before:
         cache.note(
@@ -498,10 +549,13 @@ def end_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
         )
     unseen = cache.unsettled() if cache.is_filled else []
     if unseen:
-        text = f"layers {', '.join(map(str, unseen))}: no scaled_dot_product_attention was seen; every token is kept and read"
-        if session is not None and session.config.strict:
-            raise StrictError(f"strict: {text}")
-        cache.note(text)
+        layers = ", ".join(map(str, unseen))
+        session.tell(cache, f"layers {layers}: no scaled_dot_product_attention was seen; every token is kept and read")
+
+
+def is_checkpointing(part: nn.Module) -> bool:
+    """Whether a part recomputes its layers in a backward pass, for which transformers takes their cache away."""
+    return part.training and any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
 
 
 def watch_rotary(model: nn.Module) -> None:
@@ -550,9 +604,12 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
         raise ValueError(
             f"input_ids: batch size is {states.shape[0]}, but this cache holds {cache.batch_size}; use a new cache"
         )
+    if cache.running is not None:
+        cache.recover()
+    cache.check_whole()
     session = session_of(model)
-    if session is not None and cache.planner is not None:
-        session.calibrate_on_first(part, inputs)
+    if cache.planner is not None:
+        session.calibrate_on_first(part if part in generating_parts(model) else model, inputs)
         watch_rotary(model)
     if inputs.get("input_ids") is None:
         cache.note("inputs_embeds without input_ids: vision positions unknown, all tokens taken as text")

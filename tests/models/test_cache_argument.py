@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlms import PAD, TEXT
 
 import apack_compile
+from apack_compile.backend import StrictError
 from apack_compile.cache_argument import NAMES, OWN_NAME, cache_name, cache_of, named_arguments, with_cache
 from apack_compile.session import session_of
 
@@ -121,12 +122,24 @@ def test_generate_packs_for_every_forward(kind, way):
     assert all(int(one.get_seq_length()) == PROMPT + 8 for one in cache.values())
 
 
-def test_a_forward_that_does_not_use_its_cache_is_an_error():
-    model = apack_compile.optimize(llama(ForgetfulLlama), preset="lossless", compile="none")
-    with pytest.raises(ValueError, match=r"ForgetfulLlama\.forward left the packed cache empty"):
-        model(prompt()["input_ids"], past_key_values=apack_compile.new_cache(model))
-    with pytest.raises(ValueError, match=r"ForgetfulLlama\.forward left the packed cache empty"):
-        model.generate(**prompt(), max_new_tokens=3)
+def test_a_forward_that_does_not_use_its_cache_is_dense_and_noted_or_raises():
+    text = "ForgetfulLlama.forward stored nothing in the packed cache that it was given"
+    model = llama(ForgetfulLlama)
+    dense = model.generate(**prompt(), max_new_tokens=3, do_sample=False)
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    cache = apack_compile.new_cache(model)
+    model(prompt()["input_ids"], past_key_values=cache)
+    assert cache.notes == [text]
+    assert torch.equal(model.generate(**prompt(), max_new_tokens=3, do_sample=False), dense)
+    report = apack_compile.report(model)
+    assert report.bytes is None and f"the last generate used no packed cache: {text}" in report.notes
+    apack_compile.optimize(model, preset="lossless", compile="none", strict=True)
+    for call in (
+        lambda: model(**prompt(), past_key_values=apack_compile.new_cache(model)),
+        lambda: model.generate(**prompt()),
+    ):
+        with pytest.raises(StrictError, match=text):
+            call()
 
 
 def test_the_error_of_a_forward_is_the_one_that_is_raised():

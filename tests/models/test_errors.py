@@ -5,7 +5,20 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from vlms import build, prompt
 
 import apack_compile
@@ -96,14 +109,61 @@ def test_a_cache_of_another_model_is_refused_and_stays_empty(llava):
     apack_compile.restore(model)
 
 
-def test_prompts_without_tokens_or_beyond_the_positions_are_refused(llava):
+def test_a_prompt_without_tokens_is_refused(llava):
     model, _ = llava
     apack_compile.optimize(model, preset="lossless", compile="none")
     with pytest.raises(ValueError, match="input_ids: the prompt has zero tokens"):
         model.generate(torch.empty(1, 0, dtype=torch.long))
-    with pytest.raises(ValueError, match="3000 tokens; the model's positions end at 2048"):
-        model.generate(torch.full((1, 3000), 5))
     apack_compile.restore(model)
+
+
+SMALL = {"vocab_size": 96, "eos_token_id": None, "pad_token_id": 0}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TABLES = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **SMALL)),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(max_position_embeddings=64, word_embed_proj_dim=32, ffn_dim=48, **OPT, **SMALL)
+    ),
+    "gpt_j": lambda: GPTJForCausalLM(GPTJConfig(n_embd=32, n_layer=2, n_head=2, n_positions=64, rotary_dim=8, **SMALL)),
+}
+
+
+@pytest.mark.parametrize("build_model", TABLES.values(), ids=TABLES)
+def test_a_prompt_longer_than_a_table_of_positions_is_refused(build_model):
+    model = apack_compile.optimize(build_model().eval(), preset="lossless", compile="none")
+    ids = torch.randint(3, 90, (1, 65))
+    with pytest.raises(ValueError, match="65 tokens; the model's positions end at 64"):
+        model.generate(input_ids=ids, max_new_tokens=2)
+    model.generate(input_ids=ids[:, 5:], max_new_tokens=3)
+
+
+def test_padding_takes_no_position_of_a_table():
+    model = TABLES["opt"]().eval()
+    inputs = {"input_ids": torch.randint(3, 90, (1, 80)), "attention_mask": (torch.arange(80) >= 40)[None].long()}
+    dense = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), dense)
+
+
+@pytest.mark.parametrize("rope", ("default", "dynamic", "linear"))
+def test_rotary_positions_have_no_end(rope):
+    torch.manual_seed(0)
+    kinds = {"rope_type": rope, "rope_theta": 1e4, **({} if rope == "default" else {"factor": 4.0})}
+    config = LlamaConfig(max_position_embeddings=64, rope_parameters=kinds, initializer_range=0.2, **LLAMA, **SMALL)
+    model, ids = LlamaForCausalLM(config).eval(), torch.randint(3, 90, (1, 90))
+    dense = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    for setting in ({"preset": "lossless"}, {"preset": "a-vl"}, {"ratio": 2}):
+        apack_compile.optimize(model, compile="none", min_tokens=0, **setting)
+        packed = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+        assert packed.shape == dense.shape and apack_compile.report(model).bytes["tokens"] == 95
+        assert torch.equal(packed, dense) or setting != {"preset": "lossless"}
 
 
 def test_calibration_without_a_usable_token_is_refused(llava):
