@@ -1,12 +1,14 @@
 """The table of versions in docs/support.md is that of the recorded runs, and stays when the page is written anew."""
 
+import importlib.metadata
 import json
 
-import torch
 from matrix import table, versions
 
 JUNIT = """<testsuites>
-<testsuite name="a" errors="1" failures="2" skipped="3" tests="10" />
+<testsuite name="a" errors="1" failures="2" skipped="3" tests="10">
+<testcase classname="a.b" /><testcase classname="a.c" /><testcase classname="a.b" />
+</testsuite>
 <testsuite name="b" errors="0" failures="0" skipped="0" tests="5" />
 </testsuites>"""
 RUN = {
@@ -14,6 +16,7 @@ RUN = {
     "torch": "2.11.0",
     "transformers": "5.17.0",
     "date": "2026-01-02",
+    "files": 2,
     "passed": 9,
     "failed": 0,
     "skipped": 1,
@@ -24,7 +27,7 @@ def test_a_run_is_counted_with_the_versions_of_its_interpreter(tmp_path):
     (tmp_path / "run.xml").write_text(JUNIT)
     run = versions.run_of(tmp_path / "run.xml")
     assert (run["passed"], run["failed"], run["skipped"]) == (9, 3, 3)
-    assert run["torch"] == torch.__version__
+    assert run["torch"] == importlib.metadata.version("torch")
 
 
 def test_a_column_is_replaced_and_the_others_stay(tmp_path, monkeypatch):
@@ -37,8 +40,8 @@ def test_a_column_is_replaced_and_the_others_stay(tmp_path, monkeypatch):
     for _ in range(2):
         versions.main("newest", str(tmp_path / "run.xml"))
     written = page.read_text()
-    assert "| oldest | 3.11.7 | 2.11.0 | 5.17.0 | 2026-01-02 | 9 | 0 | 1 |" in written
-    assert written.count("## Versions") == written.count("| newest | ") == 1 and "| 9 | 3 | 3 |" in written
+    assert "| oldest | 3.11.7 | 2.11.0 | 5.17.0 | 2026-01-02 | 2 | 9 | 0 | 1 |" in written
+    assert written.count("## Versions") == written.count("| newest | ") == 1 and "| 2 | 9 | 3 | 3 |" in written
     assert (
         written.index("Text.") < written.index("## Versions") < written.index("## Pictures") < written.index("## Sound")
     )

@@ -18,17 +18,18 @@ PAGE = Path(__file__).parents[3] / "docs" / "support.md"
 TITLE = "## Versions\n"
 HEAD = """
 The tests that depend on torch and transformers most (`MATRIX_TESTS` in the Makefile), run by `make test-matrix` with the oldest, the
-default and the newest versions, each in an environment of its own.
+default and the newest versions, each in an environment of its own. "Files": of them, those that were run.
 
-| Column | Python | torch | transformers | Run on | Passed | Failed | Skipped |
-|---|---|---|---|---|---|---|---|
+| Column | Python | torch | transformers | Run on | Files | Passed | Failed | Skipped |
+|---|---|---|---|---|---|---|---|---|
 """
-COLUMNS = ("python", "torch", "transformers", "date", "passed", "failed", "skipped")
+COLUMNS = ("python", "torch", "transformers", "date", "files", "passed", "failed", "skipped")
 
 
 def run_of(junit: Path) -> dict[str, Any]:
     """The versions of this interpreter, today, and the counts of a run."""
-    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
+    root = ElementTree.parse(junit).getroot()
+    suites = list(root.iter("testsuite"))
     total, errors, failures, skipped = (
         sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "errors", "failures", "skipped")
     )
@@ -38,6 +39,7 @@ def run_of(junit: Path) -> dict[str, Any]:
         "torch": version("torch"),
         "transformers": version("transformers"),
         "date": datetime.date.today().isoformat(),
+        "files": len({case.get("classname") for case in root.iter("testcase")}),
         "passed": total - failed - skipped,
         "failed": failed,
         "skipped": skipped,
