@@ -25,6 +25,7 @@ from apack_compile.offload import computing_device, is_offloaded
 from apack_compile.plan import Plan
 from apack_compile.plan_check import check_plan
 from apack_compile.quantize import quantize_language_model
+from apack_compile.ranks import Ranks, ranks_of
 from apack_compile.reporting import Report, build_report
 from apack_compile.session import (
     ATTRIBUTE,
@@ -233,17 +234,21 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
     signature = signature_of(model)
     packed = [kind.layer for kind in kinds if kind.reason is None]
     if plan is not None:
-        _check_plan_fits(plan, signature, packed)
+        _check_plan_fits(plan, signature, packed, ranks_of(model))
         plan = plan.to(computing_device(model))
     elif config.ratio is not None:
         check_ratio(config.ratio, config.head_groups or 1, model)
     inner, reason = resolve_compile(config.compile, computing_device(model).type)
-    return Session(config, kinds, signature, inner, reason, plan, adapters=adapters_of(model))
+    return Session(config, kinds, signature, inner, reason, plan, adapters=adapters_of(model), ranks=ranks_of(model))
 
 
-def _check_plan_fits(plan: Plan, signature: tuple, packed: list[int]) -> None:
+def _check_plan_fits(plan: Plan, signature: tuple, packed: list[int], ranks: Ranks) -> None:
     """Raise ValueError for a plan that is not one for this model."""
     check_plan(plan, "plan")
+    if plan.ranks != ranks:
+        raise ValueError(
+            f"plan: made on {plan.ranks} of tensor parallelism; this model is on {ranks}: make a plan with as many ranks"
+        )
     if plan.signature != signature:
         raise ValueError(f"plan: made for {describe(plan.signature)}; the model has {describe(signature)}")
     if sorted(plan.layers) != packed:

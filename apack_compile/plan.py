@@ -12,6 +12,7 @@ from apack_compile.basis import BAND_GRAIN, Spectrum
 from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
 from apack_compile.importance import NEWEST, CoarseRule
 from apack_compile.preset_options import AttentionPackOptions, AVLOptions
+from apack_compile.ranks import ALONE, Ranks
 from apack_compile.ring import block_for, ring_slots
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
@@ -83,6 +84,7 @@ class Plan:
     at the start kept dense. groups: head groups. bases: of the streams of each model-scoped layer, in their order.
     signature: layers, KV heads, head_dim and dtype of the model it is for. tiers: what a step reads; None for all. turn: how packed
     keys were turned back; None for keys stored as they come. coarse: which tokens the coarse segment holds; None for none.
+    ranks: of tensor parallelism, which it was made on; the signature's KV heads are that rank's.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -96,6 +98,7 @@ class Plan:
     tiers: TierPlan | None = None
     turn: KeyTurn | None = None
     coarse: CoarseRule | None = None
+    ranks: Ranks = ALONE
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -128,7 +131,10 @@ class Plan:
         return any(stream.scope in FITTED_SCOPES for layer in self.layers.values() for stream in layer.streams)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write this plan to one file, whole or not at all; raises ValueError for a plan that no cache can use."""
+        """Write this plan to one file, whole or not at all; raises ValueError for a plan that no cache can use.
+
+        Under tensor parallelism every rank saves its plan to the same file, which then holds those of all.
+        """
         from apack_compile.plan_file import save_plan
 
         save_plan(self, path)
@@ -148,7 +154,7 @@ class Plan:
         return replace(self, bases=moved, turn=turn, coarse=coarse)
 
 
-Ranks = int | Sequence[int]
+StreamRanks = int | Sequence[int]
 
 
 def uniform_plan(layers: Sequence[int], streams: LayerPlan, tail_slots: int) -> Plan:
@@ -166,7 +172,10 @@ COMPACTION_ONLY = AttentionPackOptions(full=1.0, partial=1.0)
 
 
 def attentionpack_plan(
-    layers: Sequence[int], ranks: Mapping[str, Ranks], tail_slots: int, options: AttentionPackOptions = COMPACTION_ONLY
+    layers: Sequence[int],
+    ranks: Mapping[str, StreamRanks],
+    tail_slots: int,
+    options: AttentionPackOptions = COMPACTION_ONLY,
 ) -> Plan:
     """AttentionPack (arXiv 2603.23914): truncated SVD per sequence (or batch), modality and stream; tiers of vision tokens by importance.
 

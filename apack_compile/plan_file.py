@@ -1,10 +1,11 @@
 """A plan as one safetensors file (docs/format.md)."""
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,10 +21,13 @@ from apack_compile.codec import Bands, StreamBasis
 from apack_compile.importance import CoarseRule
 from apack_compile.plan import LayerPlan, Plan, Provenance, StreamPlan
 from apack_compile.plan_check import check_plan, uses_bases
+from apack_compile.ranks import ALONE, Ranks, rank_here
 from apack_compile.rotary import KeyTurn
 from apack_compile.tiers import TextEviction, TierPlan
 
 FORMAT_VERSION = "4"
+# A file that holds one plan of format 4 for each rank of tensor parallelism.
+RANKS_VERSION = "5"
 VERSION_KEY = "apack_plan"
 FREQUENCIES = "turn.frequencies"
 COORDINATES = "turn.coordinates"
@@ -36,13 +40,40 @@ def save_plan(plan: Plan, path: str | os.PathLike) -> None:
     check_plan(plan, "plan")
     path = Path(path)
     refuse_folder(path)
-    tensors = tensors_of(plan)
-    text = json.dumps(values_of(plan))
-    metadata = {VERSION_KEY: FORMAT_VERSION, "plan": text, "sha256": digest(text, tensors)}
+    if plan.ranks.count == 1:
+        write(path, FORMAT_VERSION, values_of(plan), tensors_of(plan))
+        return
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        # all ranks save to one file: each adds its part to those that are there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        values, tensors = other_ranks(plan, path)
+        values["ranks"][str(plan.ranks.rank)] = values_of(plan)
+        part = {f"rank{plan.ranks.rank}.{name}": tensor for name, tensor in tensors_of(plan).items()}
+        write(path, RANKS_VERSION, values, tensors | part)
+
+
+def other_ranks(plan: Plan, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a plan file holds of the other ranks; nothing where there is no such file of as many ranks."""
+    nothing: tuple[dict[str, Any], dict[str, Tensor]] = ({"count": plan.ranks.count, "ranks": {}}, {})
+    try:
+        metadata, tensors = read(path, f"path={str(path)!r}")
+        values = json.loads(metadata["plan"])
+    except (FileNotFoundError, ValueError):
+        return nothing
+    if metadata[VERSION_KEY] != RANKS_VERSION or values.get("count") != plan.ranks.count:
+        return nothing
+    own = f"rank{plan.ranks.rank}."
+    return values, {name: tensor for name, tensor in tensors.items() if not name.startswith(own)}
+
+
+def write(path: Path, version: str, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write one file in place of the old one, whole or not at all."""
+    text = json.dumps(values)
+    metadata = {VERSION_KEY: version, "plan": text, "sha256": digest(text, tensors)}
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / "plan"
         # Written here: safetensors' own save_file makes files that only their owner can read.
-        temporary.write_bytes(save(tensors, metadata))
+        temporary.write_bytes(save(dict(tensors), metadata))
         os.replace(temporary, path)
 
 
@@ -55,12 +86,41 @@ def load_plan(path: str | os.PathLike) -> Plan:
     expected, found = metadata.get("sha256"), digest(metadata["plan"], tensors)
     if found != expected:
         raise ValueError(f"{name}: the checksum is {found}, must be {expected!r}: damaged, or changed by hand")
+    ranks = ALONE
     try:
-        plan = plan_of(json.loads(metadata["plan"]), tensors, str(path))
+        values = json.loads(metadata["plan"])
+        if metadata[VERSION_KEY] == RANKS_VERSION:
+            ranks, values, tensors = part_here(values, tensors, name)
+        plan = replace(plan_of(values, tensors, str(path)), ranks=ranks)
+    except RanksError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name}: not laid out as plan format {FORMAT_VERSION} says: {error!r}") from error
     check_plan(plan, name)
     return plan
+
+
+class RanksError(ValueError):
+    """A plan file that holds nothing for this rank."""
+
+
+def part_here(
+    values: dict[str, Any], tensors: Mapping[str, Tensor], name: str
+) -> tuple[Ranks, dict[str, Any], dict[str, Tensor]]:
+    """This rank, and its part of a file that holds those of all; raises ValueError where it has none."""
+    count, held = values["count"], sorted(map(int, values["ranks"]))
+    if not isinstance(count, int) or count < 2:
+        raise ValueError(f"count is {count!r}, must be an integer >= 2")
+    rank = rank_here(count)
+    if rank is None:
+        raise RanksError(
+            f"{name}: made on {count} ranks of tensor parallelism; load it where as many share a model, after from_pretrained"
+        )
+    if rank not in held:
+        raise RanksError(f"{name}: holds the ranks {held} of {count}, not {rank}; save the plan on every rank")
+    prefix = f"rank{rank}."
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return Ranks(rank, count), values["ranks"][str(rank)], own
 
 
 def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -70,9 +130,11 @@ def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if VERSION_KEY not in metadata or "plan" not in metadata:
                 raise ValueError(f"{name}: a safetensors file, but not one that Plan.save wrote")
-            if metadata[VERSION_KEY] != FORMAT_VERSION:
+            if metadata[VERSION_KEY] not in (FORMAT_VERSION, RANKS_VERSION):
                 found = f"plan format {metadata[VERSION_KEY]!r}"
-                raise ValueError(f"{name}: {found}; apack-compile {__version__} reads format {FORMAT_VERSION!r}")
+                raise ValueError(
+                    f"{name}: {found}; apack-compile {__version__} reads formats {FORMAT_VERSION!r} and {RANKS_VERSION!r}"
+                )
             # Clones: safetensors maps the file, and writing into it would change the bases of a running model.
             return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

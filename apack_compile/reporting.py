@@ -101,7 +101,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
     inner = session.inner if stopped is None else None
     unnamed = bool(sites) and all(site.reason is None and layer_of(site.layer) is None for site in sites)
     return Report(
-        setting=setting_of(session),
+        setting=setting_of(session) + (f", {session.ranks}" if session.ranks.count > 1 else ""),
         compile=inner or "none",
         compile_reason=session.inner_reason if stopped is None else f"{stopped}; {session.inner_reason}",
         operations=implementations(computing_device(model).type, model.dtype),

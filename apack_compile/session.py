@@ -39,6 +39,7 @@ from apack_compile.plan import (
 )
 from apack_compile.plan_choice import Groups, Shapes, head_groups_for
 from apack_compile.plan_file import versions
+from apack_compile.ranks import ALONE, Ranks, heads_here
 from apack_compile.ring import block_for
 from apack_compile.rotary import KeyTurn, find_turn
 from apack_compile.time_model import default_min_tokens
@@ -90,6 +91,7 @@ class Session:
     calibrated_on: str | None = None
     # The model's adapters when its bases were calibrated, or a plan was given.
     adapters: tuple = ()
+    ranks: Ranks = ALONE
     # Why the calibration saw no gradients.
     without_gradients: str | None = None
     plans: dict[tuple, Plan] = field(default_factory=dict)
@@ -203,7 +205,9 @@ class Session:
 
     def signed(self, plan: Plan, calibrated_on: str | None = None) -> Plan:
         """A plan that says which model it is for and where it comes from."""
-        return replace(plan, signature=self.signature, provenance=Provenance(calibrated_on, versions()))
+        return replace(
+            plan, signature=self.signature, ranks=self.ranks, provenance=Provenance(calibrated_on, versions())
+        )
 
     def follow(self, model: nn.Module) -> None:
         """Take over the model's dtype and device as they are now; raises ValueError where a given plan was made for another dtype."""
@@ -441,14 +445,14 @@ def ranks_of(given: int | Sequence[int], packed: list[int], layers: list[int], n
 
 
 def signature_of(model: nn.Module) -> tuple:
-    """What a cache must agree on with a model: layers, dtype, and KV heads and head_dim of the first full-attention layer."""
+    """What a cache must agree on with a model: layers, dtype, and this rank's KV heads and head_dim of the first full-attention layer."""
     config = model.config.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None) or []
     full = types.index(FULL_ATTENTION) if FULL_ATTENTION in types else 0
     layer = config.per_layer_config[full] if config.is_heterogeneous else config
     heads = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", None)
     head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-    return (config.num_hidden_layers, heads, head_dim, str(model.dtype))
+    return (config.num_hidden_layers, heads_here(model, heads, head_dim), head_dim, str(model.dtype))
 
 
 def attention_shapes(model: nn.Module, seen: Observation) -> Shapes:

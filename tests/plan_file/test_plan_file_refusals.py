@@ -62,7 +62,7 @@ def test_a_foreign_file_is_refused(tmp_path, content):
 
 def test_a_file_of_another_format_version_is_refused(plan, tmp_path):
     write(tmp_path / "plan", values_of(plan), tensors_of(plan), version="1")
-    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads format '4'"):
+    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads formats '4' and '5'"):
         Plan.load(tmp_path / "plan")
 
 

@@ -1,0 +1,62 @@
+"""Plans under tensor parallelism: of the heads that a rank has, in one file for all ranks."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from saved_plans import assert_equal, llama
+
+import apack_compile
+from apack_compile import Plan, plan_file
+from apack_compile.ranks import Ranks
+
+
+def test_two_processes_share_a_model_and_a_plan_file(tmp_path):
+    llama().save_pretrained(tmp_path / "model")
+    path = tmp_path / "plan"
+    script = Path(__file__).with_name("two_ranks.py")
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "model"), str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    with pytest.raises(ValueError, match=r"made on 2 ranks of tensor parallelism; load it where as many share a model"):
+        Plan.load(path)
+
+
+def test_a_file_holds_the_plans_of_all_ranks(plan, tmp_path, monkeypatch):
+    path = tmp_path / "plan"
+    parts = [replace(plan, ranks=Ranks(rank, 2), tail_slots=rank) for rank in range(2)]
+    monkeypatch.setattr(plan_file, "rank_here", lambda count: 1)
+    parts[0].save(path)
+    with pytest.raises(ValueError, match=r"holds the ranks \[0\] of 2, not 1; save the plan on every rank"):
+        Plan.load(path)
+    parts[1].save(path)
+    for rank, part in enumerate(parts):
+        monkeypatch.setattr(plan_file, "rank_here", lambda count, rank=rank: rank)
+        assert_equal(Plan.load(path), part)
+    replace(parts[1], tail_slots=7).save(path)
+    assert Plan.load(path).tail_slots == 7
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="checksum"):
+        Plan.load(path)
+    # a plan of one rank takes the file's place
+    plan.save(path)
+    assert Plan.load(path).ranks == Ranks(0, 1)
+
+
+def test_a_plan_of_other_ranks_is_refused(plan):
+    model = llama()
+    with pytest.raises(
+        ValueError, match=r"plan: made on rank 1 of 2 of tensor parallelism; this model is on rank 0 of 1"
+    ):
+        apack_compile.optimize(model, plan=replace(plan, ranks=Ranks(1, 2)))
+    assert "generate" not in vars(model)

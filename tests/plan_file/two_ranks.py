@@ -1,0 +1,42 @@
+"""Run by torchrun, two processes: a model that they share, and one plan file of both. Arguments: the model's folder, the plan file."""
+
+import sys
+
+import torch
+import torch.distributed
+from transformers import AutoModelForCausalLM
+
+import apack_compile
+from apack_compile import AttentionPackConfig, Plan
+
+folder, path = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+rank = torch.distributed.get_rank()
+ids = torch.randint(3, 60, (1, 300), generator=torch.Generator().manual_seed(0))
+
+
+def greedy() -> torch.Tensor:
+    return model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+
+
+dense = greedy()
+apack_compile.optimize(model, preset="lossless", compile="none")
+assert torch.equal(greedy(), dense)
+apack_compile.optimize(model, AttentionPackConfig(ratio=3, compile="none"))
+apack_compile.calibrate(model, {"input_ids": ids})
+made = apack_compile.plan_for(model, 300)
+assert (made.ranks, made.signature[1]) == ((rank, 2), 1), (made.ranks, made.signature)
+expected = greedy()
+made.save(path)
+torch.distributed.barrier()
+loaded = Plan.load(path)
+assert loaded.ranks == made.ranks
+assert all(
+    torch.equal(found.decoder, wanted.decoder)
+    for layer, bases in loaded.bases.items()
+    for found, wanted in zip(bases, made.bases[layer], strict=True)
+)
+apack_compile.optimize(model, plan=loaded, compile="none")
+assert torch.equal(greedy(), expected)
+assert f"rank {rank} of 2" in apack_compile.report(model).setting
+torch.distributed.destroy_process_group()
