@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_pair import HEAD_DIM
 from windowed_pair import PLANS, WINDOWS, WindowedPair
 
 from apack_compile.layer import MAX_APPEND
 from apack_compile.ring import block_for, ring_slots, whole_blocks
+from apack_compile.rotary import deinterleaved_keys
 from apack_compile.token_index import MAX_CROP
 
 
@@ -143,6 +145,31 @@ def test_what_is_out_of_the_window_cannot_come_back():
     with pytest.raises(ValueError, match=f"cannot remove {loose + 1} of 100"):
         pair.cache.crop(-loose - 1)
     pair.check()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_attention_over_a_ring_is_attention_over_its_decoded_states(plan):
+    pair = WindowedPair(plan, WINDOWS["one full"])
+    pair.feed(70)
+    for _ in range(31):
+        pair.feed(1)
+    layer, window = pair.cache.packed_layers[0], 12
+    query, key, value = (torch.randn(2, heads, 1, HEAD_DIM, generator=pair.generator) for heads in (4, 2, 2))
+    pair.cache.reserve(1)
+    layer.append(deinterleaved_keys(key, layer.index.plan.turn), value)
+    held = pair.held + 1
+    column = torch.arange(held)
+    mask = (column > held - 1 - window)[None, None, None].expand(2, 1, 1, held)
+    new = deinterleaved_keys(key, layer.index.plan.turn), value
+    states = layer.unpacked(*new, held)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), *(x.double() for x in states), attn_mask=mask, enable_gqa=True
+    )
+    found = layer.attend(query, *new, mask, HEAD_DIM**-0.5)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-3, rtol=1e-3)
+    exact = [torch.cat(both, 2).double() for both in zip(pair.dense[0], (key, value), strict=True)]
+    dense = torch.nn.functional.scaled_dot_product_attention(query.double(), *exact, attn_mask=mask, enable_gqa=True)
+    assert float((found - dense).norm() / dense.norm()) < 0.1
 
 
 @pytest.mark.parametrize(("window", "block"), ((1024, 64), (512, 64), (511, 32), (128, 16), (24, 16), (4096, 64)))

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from matrix.building import build as build_type
+from matrix.building import class_names
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MistralConfig,
@@ -187,6 +191,48 @@ def test_a_window_is_planned_for_its_own_tokens():
     width = 2 * 2 * 16 * 2
     assert held["dense_bytes"] == width * (1529 + 2 * 512)
     assert 3.8 < held["ratio"] < 4.6
+
+
+def sound(model):
+    """Inputs of a model whose tokens come with the sound it hears, about 60 of them."""
+    generator = torch.Generator().manual_seed(0)
+    if model.config.model_type == "kyutai_speech_to_text":
+        return {"input_values": torch.randn(1, 1, model.config.codec_config.frame_size * 60, generator=generator)}
+    ids = torch.randint(5, 380, (1, 6), generator=generator)
+    features = torch.randn(1, 128, model.config.audio_length_per_tok * 60, generator=generator)
+    return {"input_ids": ids, "input_features": features, "num_delay_tokens": 6}
+
+
+@pytest.mark.parametrize("name", ["kyutai_speech_to_text", "voxtral_realtime"])
+def test_models_whose_tokens_come_with_sound_give_the_dense_tokens(name):
+    if name not in class_names():
+        pytest.skip(f"this transformers has no {name}")
+    model = build_type(name)
+    inputs = sound(model)
+    dense = generate(model, inputs, 40, do_sample=False)
+    for compile in ("none", "eager"):
+        apack_compile.optimize(model, preset="lossless", compile=compile, strict=True)
+        assert torch.equal(generate(model, inputs, 40, do_sample=False), dense)
+        assert statuses(model) == {"rewritten" if compile == "eager" else "packed"}
+
+
+@pytest.mark.parametrize("compile", ["none", "eager"])
+def test_sinks_are_attended_to_over_decoded_states(compile):
+    sizes = {**SIZES, "num_hidden_layers": 4, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(
+        GptOssConfig(**sizes, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
+    ).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    inputs = prompt(50)
+    dense = generate(model, inputs)
+    apack_compile.optimize(model, preset="lossless", compile=compile)
+    assert torch.equal(generate(model, inputs), dense)
+    lines = apack_compile.report(model).layers
+    if compile == "none":
+        assert {line.status for line in lines} == {"packed"}
+    else:
+        assert {line.status for line in lines} == {"skipped"} and all("sink" in line.reason for line in lines)
 
 
 @pytest.mark.parametrize("preset", ["attentionpack", "a-vl"])

@@ -45,6 +45,8 @@ def run(model_type: str, compiled: bool = True) -> Outcome:
     def outcome(status: str, reason: str = "", **found: str) -> Outcome:
         return Outcome(model_type, name, status, reason, **found)
 
+    if case.elsewhere is not None:
+        return outcome(NOT_APPLICABLE, case.elsewhere)
     try:
         model = build(model_type)
     except Exception as error:

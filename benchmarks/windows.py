@@ -1,0 +1,76 @@
+"""Bytes that a cache with sliding windows holds, at the shape of Gemma3-4B: `python benchmarks/windows.py`.
+
+Random keys and values whose spectra fall, a layer of each kind, bfloat16, batch 1; bytes do not depend on what the tokens are.
+"""
+
+import argparse
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from apack_compile.basis import fit, fit_steps, moments
+from apack_compile.cache import CompactedCache, LayerKind
+from apack_compile.plan import Plan, StreamStatistics, budget_key, budget_plan
+from apack_compile.ring import block_for
+from apack_compile.rotary import BLOCK, KeyTurn
+
+HEADS, HEAD_DIM, WINDOW = 4, 256, 1024
+# Of 34 layers every sixth sees all tokens.
+LAYERS = {None: 5, WINDOW: 29}
+CHUNK = 4_096
+
+
+def statistics(seed: int) -> StreamStatistics:
+    """A stream whose components fall by four orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    width = HEADS * HEAD_DIM
+    x = torch.randn(1, 1, 2 * width, width, generator=generator) * torch.logspace(0, -2, width)
+    spectrum = fit_steps(fit(moments(x)), x, token_scale=True)
+    variance = spectrum.deviation[0].square()
+    return StreamStatistics(spectrum, variance / variance.sum())
+
+
+def held_bytes(ratio: float, tokens: int, streams: dict) -> dict[int | None, tuple[int, int]]:
+    """Dense and packed bytes of one layer by window."""
+    found = {}
+    for window in LAYERS:
+        block = BLOCK if window is None else block_for(window, BLOCK)
+        turn = KeyTurn(10_000.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)), block)
+
+        def planner(length: int, share: float, which: int | None, turn: KeyTurn = turn) -> Plan:
+            key = budget_key(length, share) if which is None else (length, share)
+            return budget_plan(streams, ratio, *key, turn=turn, window=which)
+
+        cache = CompactedCache([LayerKind(0, "attention", None, window=window)], DynamicCache(), planner)
+        cache.plan_for_prompt(*[torch.zeros(1, tokens, dtype=torch.bool)] * 2)
+        for start in range(0, tokens, CHUNK):
+            states = torch.randn(1, HEADS, min(CHUNK, tokens - start), HEAD_DIM).bfloat16() * 0.1
+            cache.update(states, states.clone(), 0)
+        report = cache.report()
+        found[window] = report["dense_bytes"], report["sequence_bytes"]
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4_096, 32_768])
+    parser.add_argument("--ratio", type=float, nargs="+", default=[4.0, 8.0])
+    options = parser.parse_args()
+    streams = {0: {"text": (statistics(0), statistics(1))}}
+    print("| tokens | ratio | dense | windows dense | windows packed | full layers | windows |")
+    print("|---|---|---|---|---|---|---|")
+    for tokens in options.tokens:
+        for ratio in options.ratio:
+            found = held_bytes(ratio, tokens, streams)
+            dense = sum(LAYERS[window] * of[0] for window, of in found.items())
+            packed = sum(LAYERS[window] * of[1] for window, of in found.items())
+            before = LAYERS[None] * found[None][1] + LAYERS[WINDOW] * found[WINDOW][0]
+            each = " | ".join(f"{found[window][0] / found[window][1]:.2f}" for window in LAYERS)
+            print(
+                f"| {tokens:,} | {ratio:g} | {dense / 1e6:.0f} MB | {dense / before:.2f} | {dense / packed:.2f} | {each} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
