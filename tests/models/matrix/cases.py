@@ -152,7 +152,8 @@ CASES: dict[str, Case] = {
     "instructblip": Case({"image_token_index": 420}),
     "kosmos-2": Case({"latent_query_num": 4}, placeholders=4, expected=BROKEN_UPSTREAM),
     "lighton_ocr": Case(pixels=prompts.sized_picture),
-    "llama4": Case({"vision_config.intermediate_size": 256}, placeholders=4),
+    # transformers 5.24: its outputs have no image_outputs, which its own forward reads
+    "llama4": Case({"vision_config.intermediate_size": 256}, placeholders=4, expected=BROKEN_UPSTREAM),
     "llava_next": Case({"image_grid_pinpoints": [[32, 32]]}, prompts.whole_and_tile),
     "llava_next_video": Case({"image_grid_pinpoints": [[32, 32]]}, prompts.whole_and_tile),
     "llava_onevision": Case({"image_grid_pinpoints": [[32, 32]]}, prompts.whole_and_tile),
