@@ -6,10 +6,12 @@ Random keys and values whose spectra fall, a layer of each kind, bfloat16, batch
 import argparse
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.cache import CompactedCache, LayerKind
+from apack_compile.kernels.layout import to_groups
 from apack_compile.plan import Plan, StreamStatistics, budget_key, budget_plan
 from apack_compile.ring import block_for
 from apack_compile.rotary import BLOCK, KeyTurn
@@ -20,11 +22,18 @@ LAYERS = {None: 5, WINDOW: 29}
 CHUNK = 4_096
 
 
-def statistics(seed: int) -> StreamStatistics:
-    """A stream whose components fall by four orders of magnitude."""
+def states(tokens: int, seed: int) -> Tensor:
+    """Keys or values `[1, H_kv, tokens, D]` whose components fall by two orders of magnitude, those that turn together alike."""
     generator = torch.Generator().manual_seed(seed)
-    width = HEADS * HEAD_DIM
-    x = torch.randn(1, 1, 2 * width, width, generator=generator) * torch.logspace(0, -2, width)
+    scale = (
+        torch.logspace(0, -2, HEADS * HEAD_DIM // 2).view(HEADS, 1, 1, -1).expand(-1, -1, 2, -1).reshape(HEADS, 1, -1)
+    )
+    return (torch.randn(1, HEADS, tokens, HEAD_DIM, generator=generator) * scale).bfloat16()
+
+
+def statistics(seed: int) -> StreamStatistics:
+    """What a calibration on such states finds."""
+    x = to_groups(states(2 * HEADS * HEAD_DIM, seed).float(), 1)
     spectrum = fit_steps(fit(moments(x)), x, token_scale=True)
     variance = spectrum.deviation[0].square()
     return StreamStatistics(spectrum, variance / variance.sum())
@@ -44,8 +53,10 @@ def held_bytes(ratio: float, tokens: int, streams: dict) -> dict[int | None, tup
         cache = CompactedCache([LayerKind(0, "attention", None, window=window)], DynamicCache(), planner)
         cache.plan_for_prompt(*[torch.zeros(1, tokens, dtype=torch.bool)] * 2)
         for start in range(0, tokens, CHUNK):
-            states = torch.randn(1, HEADS, min(CHUNK, tokens - start), HEAD_DIM).bfloat16() * 0.1
-            cache.update(states, states.clone(), 0)
+            chunk = min(CHUNK, tokens - start)
+            cache.update(states(chunk, start), states(chunk, start + 1), 0)
+        if cache.notes:
+            raise RuntimeError("; ".join(cache.notes))
         report = cache.report()
         found[window] = report["dense_bytes"], report["sequence_bytes"]
     return found
