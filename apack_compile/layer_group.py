@@ -64,7 +64,8 @@ class LayerGroup:
         old = [vision.new_empty((vision.shape[0], 0), dtype=torch.int32)] * 3
         index.kept = None
         if plan.per_request:
-            index.chunk = Chunk(*(history or chunk), 0)
+            every_vision, every_padding = history or chunk
+            index.chunk = Chunk(every_vision, every_padding, 0)
             whole = assign(index.chunk, plan.first_tokens, 0, drafted, self.window)
             index.assignment = without_bad_bargains(whole, plan, width)
         else:
