@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers.cache_utils import LinearAttentionLayer
+
 from apack_compile.kept_layers import LinearLayer
 from apack_compile.layer import CompactedLayer
 from apack_compile.shared_index import SharedIndex
@@ -12,10 +14,10 @@ class HybridLayer(LinearLayer, CompactedLayer):
 
     def __init__(self, layer_idx: int, index: SharedIndex, number_of_states: int) -> None:
         CompactedLayer.__init__(self, layer_idx, index)
-        LinearLayer.__init__(self, number_of_states)
+        LinearAttentionLayer.__init__(self, number_of_states)
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether a decode step can be compiled: not with a window, for which transformers prepares masks that have none."""
         return self.index.window is None and not self.record_past
 

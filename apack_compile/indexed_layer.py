@@ -1,7 +1,5 @@
 """A packed layer whose model chooses, by an indexer, which tokens each query attends to, as in Qwen4."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,9 @@ from apack_compile.shared_index import SharedIndex
 
 class IndexedLayer(CompactedLayer):
     """Keys and values are packed; the indexer's keys `[B, T, D_index]` and positions `[dims, B, T]` are kept as transformers has them."""
+
+    indexer_keys: Tensor | None
+    indexer_position_ids: Tensor | None
 
     def __init__(self, layer_idx: int, index: SharedIndex) -> None:
         super().__init__(layer_idx, index)
@@ -44,5 +45,5 @@ class IndexedLayer(CompactedLayer):
         self._forget_indexer()
 
     def _forget_indexer(self) -> None:
-        self.indexer_keys: Any = None
-        self.indexer_position_ids: Any = None
+        self.indexer_keys = None
+        self.indexer_position_ids = None

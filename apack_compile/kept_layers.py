@@ -46,6 +46,8 @@ class CrossAttentionLayer(DynamicLayer):
 class LinearLayer(LinearAttentionLayer):
     """States of a linear attention or a short convolution: as many bytes for any number of tokens, written in place."""
 
+    record_past: bool
+
     def map_rows(self, change: RowChange) -> None:
         """Apply a change of the batch."""
         for states in (self.conv_states, self.recurrent_states):

@@ -1,13 +1,14 @@
 """Which part of a model a process has under transformers' tensor parallelism (`tp_plan="auto"`)."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch.distributed
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 
-class Ranks(NamedTuple):
+@dataclass(frozen=True)
+class Ranks:
     """This process's rank among those that share a model, and how many they are."""
 
     rank: int = 0

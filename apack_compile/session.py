@@ -516,7 +516,16 @@ def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[s
         return
     announce(model, part, cache, args, kwargs)
     if not compiling:
+        note_call(model, part, cache, kwargs)
         begin_forward(session_of(model), part, cache)
+
+
+def note_call(model: nn.Module, part: nn.Module, cache: CompactedCache, kwargs: Mapping[str, Any]) -> None:
+    """Say that the cache was found where generate does not put it: that it is packed all the same need not be expected."""
+    if part not in generating_parts(model):
+        cache.note(f"{type(part).__name__} was called itself: packed as when {type(model).__name__} is called")
+    elif cache_of((), kwargs) is not cache:
+        cache.note("the cache was passed by position: packed as when it is passed by name")
 
 
 def begin_forward(session: Session, part: nn.Module, cache: CompactedCache) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
+from apack_compile.ranks import Ranks
 
 folder, path = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
@@ -25,7 +26,7 @@ assert torch.equal(greedy(), dense)
 apack_compile.optimize(model, AttentionPackConfig(ratio=3, compile="none"))
 apack_compile.calibrate(model, {"input_ids": ids})
 made = apack_compile.plan_for(model, 300)
-assert (made.ranks, made.signature[1]) == ((rank, 2), 1), (made.ranks, made.signature)
+assert (made.ranks, made.signature[1]) == (Ranks(rank, 2), 1), (made.ranks, made.signature)
 expected = greedy()
 made.save(path)
 torch.distributed.barrier()
