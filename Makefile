@@ -21,7 +21,7 @@ TESTS ?= tests
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml requirements-assets.txt
+$(STAMP): pyproject.toml setup.py requirements-assets.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 15), "Python 3.11 to 3.14 is needed"'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$(TORCH)"
@@ -74,4 +74,4 @@ wheel-test: install
 	VENV=$(abspath $(VENV)) bash .ci/wheel-test
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf kernels/_native* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -45,7 +45,7 @@ from apack_compile.session import (
     watch_forward,
     watch_rotary,
 )
-from apack_compile.wrappers import adapters_of, inner_model, unwrapped
+from apack_compile.wrappers import adapters_of, inner_model, prepares_otherwise, unwrapped
 
 # What optimize, and generate after it, put on a model.
 OWN_ATTRIBUTES = (
@@ -132,7 +132,8 @@ def restore(model: nn.Module) -> nn.Module:
             hook.remove()
         for part in generating_parts(model):
             for name in OWN_ATTRIBUTES:
-                vars(part).pop(name, None)
+                if name != "prepare_inputs_for_generation" or not prepares_otherwise(part):
+                    vars(part).pop(name, None)
     return given
 
 
@@ -274,7 +275,7 @@ def _install(model: nn.Module, session: Session) -> None:
         for name in ENTRANCES:
             vars(part)[name] = partial(refuse_continuous_batching, name)
         prepare = getattr(type(part), "prepare_inputs_for_generation", None)
-        if prepare is not None:
+        if prepare is not None and not prepares_otherwise(part):
             vars(part)["prepare_inputs_for_generation"] = types.MethodType(keeping_the_cache(prepare), part)
     vars(model)[ATTRIBUTE] = session
     vars(model)["generate"] = types.MethodType(generate, model)

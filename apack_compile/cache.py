@@ -478,12 +478,11 @@ class CompactedCache(Cache):
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Around a change in place, which cannot be taken back when it is interrupted."""
+        """Around a change in place, which cannot be undone when it does not end."""
         try:
             yield
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self._broken = "it was interrupted while its tokens were moved"
+        except BaseException:
+            self._broken = "an error or an interrupt came while its tokens were moved"
             raise
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

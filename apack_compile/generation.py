@@ -61,7 +61,7 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
     cache.may_compile = not prepares_otherwise(model)
     if not cache.may_compile:
         cache.note(
-            "the model's prepare_inputs_for_generation was replaced (PEFT's prompt learning): decode steps run eagerly"
+            "the model's prepare_inputs_for_generation was replaced (as PEFT's prompt learning does): decode steps run eagerly"
         )
     drafts = bool(getattr(options.config, "is_assistant", False))
     if drafts:

@@ -1,6 +1,5 @@
 """A plan as one safetensors file (docs/format.md)."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -44,6 +43,9 @@ def save_plan(plan: Plan, path: str | os.PathLike) -> None:
         write(path, FORMAT_VERSION, values_of(plan), tensors_of(plan))
         return
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        # POSIX alone, as torch.distributed's tensor parallelism
+        import fcntl
+
         # all ranks save to one file: each adds its part to those that are there
         fcntl.flock(lock, fcntl.LOCK_EX)
         values, tensors = other_ranks(plan, path)
@@ -59,6 +61,8 @@ def other_ranks(plan: Plan, path: Path) -> tuple[dict[str, Any], dict[str, Tenso
         metadata, tensors = read(path, f"path={str(path)!r}")
         values = json.loads(metadata["plan"])
     except (FileNotFoundError, ValueError):
+        return nothing
+    if metadata.get("sha256") != digest(metadata["plan"], tensors):
         return nothing
     if metadata[VERSION_KEY] != RANKS_VERSION or values.get("count") != plan.ranks.count:
         return nothing
@@ -95,7 +99,7 @@ def load_plan(path: str | os.PathLike) -> Plan:
     except RanksError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{name}: not laid out as plan format {FORMAT_VERSION} says: {error!r}") from error
+        raise ValueError(f"{name}: not laid out as plan format {metadata[VERSION_KEY]} says: {error!r}") from error
     check_plan(plan, name)
     return plan
 

@@ -60,6 +60,8 @@ def check_that_it_works(linear: list[nn.Linear], config: Any, name: str) -> None
         (layer.in_features, layer.out_features, layer.bias is not None, layer.weight.device, layer.weight.dtype)
         for layer in linear
     }
+    if not shapes:
+        raise ValueError(f"{name}: the decoder has no torch.nn.Linear layer that torchao could quantize")
     left = []
     for inputs, outputs, bias, device, dtype in sorted(shapes, key=str):
         trial = nn.Sequential(nn.Linear(inputs, outputs, bias, device=device, dtype=dtype))

@@ -203,7 +203,7 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     eager = sorted({kind.layer_type for kind in session.kinds if not kind.compileable})
     if eager:
         notes.append(
-            f"{', '.join(eager)}: a step cannot be compiled with transformers' own cache of these layers either: decode runs eagerly"
+            f"{', '.join(eager)}: a step over the cache of these layers cannot be compiled: decode runs eagerly"
         )
     notes += stock_cache_notes(session.graphs)
     if session.plan is not None:

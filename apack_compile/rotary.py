@@ -242,7 +242,7 @@ def repeated_hidden_states(model: nn.Module, layers: Iterable[int]) -> Iterator[
             return None
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": first_repeated(kwargs["hidden_states"])}
-        return (first_repeated(args[0]), *args[1:]), kwargs
+        return ((first_repeated(args[0]), *args[1:]), kwargs) if args else None
 
     attentions = [module for module in model.modules() if getattr(module, "layer_idx", None) in layers]
     handles = [module.register_forward_pre_hook(repeat, with_kwargs=True) for module in attentions]

@@ -18,6 +18,7 @@ from apack_compile.cache import CompactedCache
 from apack_compile.cache_argument import with_cache
 from apack_compile.kernels.layout import PACKED
 from apack_compile.layer import MAX_APPEND
+from apack_compile.offload import computing_device
 from apack_compile.session import session_of, watch_rotary
 from apack_compile.wrappers import unwrapped
 
@@ -69,10 +70,7 @@ def score(
     Rows that read the same tokens share one pass over them. Without calibrated bases, these rows serve as calibration.
     Raises ValueError for a model that is not optimized, rows without inputs, and rows too short to calibrate on.
     """
-    if not rows or not all(row.inputs for row in rows):
-        raise ValueError("rows: each needs at least one input token")
-    if not 1 <= chunk_tokens <= MAX_APPEND:
-        raise ValueError(f"chunk_tokens={chunk_tokens!r} must be from 1 to {MAX_APPEND}: more are not appended")
+    check_arguments(rows, chunk_tokens)
     if has_learned_prompt(model):
         raise ValueError(
             f"model: this {type(model).__name__} puts learned tokens before a prompt, which are not scored; use generate"
@@ -84,7 +82,7 @@ def score(
             f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first"
         )
     if session.needs_calibration():
-        session.calibrate_on_first(model, padded([row.tokens for row in rows], model.device, "left"))
+        session.calibrate_on_first(model, padded([row.tokens for row in rows], computing_device(model), "left"))
         watch_rotary(model)
     cache = session.new_cache(model, max(len(row.inputs) for row in rows))
     none = torch.zeros(1, max(len(row.tokens) for row in rows), dtype=torch.bool)
@@ -94,7 +92,7 @@ def score(
     scores = [RowScores([0.0] * len(row.targets), [True] * len(row.targets)) for row in rows]
     alive, longest = list(range(len(rows))), max(len(row.inputs) for row in rows)
     # Jamba's scan, for one, begins anew with every chunk of several tokens
-    step = 1 if batch.has_states else chunk_tokens
+    step, laid_out = 1 if batch.has_states else chunk_tokens, 0
     for start in range(0, longest, step):
         staying = [i for i, row in enumerate(alive) if len(rows[row].inputs) > start]
         if len(staying) < len(alive):
@@ -102,7 +100,7 @@ def score(
             alive = [alive[i] for i in staying]
         from_packed = packed_tokens(cache) > 0 if cache.is_filled else torch.zeros(len(alive), dtype=torch.bool)
         pieces = [rows[row].inputs[start : start + step] for row in alive]
-        logits = batch.forward(padded(pieces, model.device, "right"))
+        logits = batch.forward(padded(pieces, computing_device(model), "right"))
         log_probs = torch.log_softmax(logits, dim=-1, dtype=softmax_dtype)
         likeliest = logits.argmax(-1)
         for i, (row, piece) in enumerate(zip(alive, pieces, strict=True)):
@@ -113,11 +111,25 @@ def score(
                 scores[row].greedy[j] &= bool((likeliest[i, : len(piece)] == wanted).all())
             scores[row].packed_tokens += len(piece) * bool(from_packed[i])
         done = start + step
-        if done % SPAN == 0 and done < longest:
-            span = [rows[row].inputs[done - SPAN : done] for row in alive]
-            batch.lay_out_again(span)
+        if done - laid_out >= SPAN and done < longest:
+            batch.lay_out_again([rows[row].inputs[laid_out:done] for row in alive])
+            laid_out = done
     session.remember(cache)
     return BatchScores(scores, cache.report())
+
+
+def check_arguments(rows: Sequence[Row], chunk_tokens: int) -> None:
+    """Raise ValueError for rows that cannot be scored, and for chunks that are not appended."""
+    if not rows:
+        raise ValueError(f"rows={rows!r} must hold at least one Row")
+    for i, row in enumerate(rows):
+        lengths = [len(target) for target in row.targets]
+        if not row.inputs or any(length != len(row.inputs) for length in lengths):
+            raise ValueError(
+                f"rows[{i}]: {len(row.inputs)} inputs and targets of {lengths} tokens; must be as many, at least one"
+            )
+    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or not 1 <= chunk_tokens <= MAX_APPEND:
+        raise ValueError(f"chunk_tokens={chunk_tokens!r} must be an integer from 1 to {MAX_APPEND}")
 
 
 class _Batch:
@@ -141,7 +153,7 @@ class _Batch:
         if not any(reads):
             return
         distinct = list(dict.fromkeys(reads))
-        self.forward(padded(distinct, self.model.device, "left"), newest_logits=1)
+        self.forward(padded(distinct, computing_device(self.model), "left"), newest_logits=1)
         self.select([distinct.index(read) for read in reads])
 
     def select(self, rows: list[int]) -> None:
@@ -164,13 +176,13 @@ class _Batch:
         return self.model(**with_cache(self.model, inputs, self.cache)).logits
 
     def lay_out_again(self, span: Sequence[tuple[int, ...]]) -> None:
-        """Take the newest tokens, `span`, out of the cache and read them as one chunk, which tells coarse tokens from fine ones."""
-        if not self.lays_out_again or any(len(row) < SPAN for row in span):
+        """Take the newest tokens, `span`, out of the cache and read them as one chunk, which finds the coarse tokens among them."""
+        if not self.lays_out_again or len({len(row) for row in span}) > 1:
             return
-        tokens = min(self.cache.croppable, SPAN)
+        tokens = min(self.cache.croppable, len(span[0]))
         self.cache.crop(-tokens)
         self.mask = self.mask[:, :-tokens]
-        self.forward(padded([row[-tokens:] for row in span], self.model.device, "right"), newest_logits=1)
+        self.forward(padded([row[-tokens:] for row in span], computing_device(self.model), "right"), newest_logits=1)
 
 
 def has_learned_prompt(model: nn.Module) -> bool:

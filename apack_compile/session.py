@@ -312,19 +312,25 @@ class Session:
         return self.last_held
 
     def take_calibration(self, other: "Session", model: nn.Module) -> None:
-        """Take over what another session of the model calibrated, where it serves this one's plans; else say why not."""
+        """Take over what another session of the model calibrated, where this one's plans can use it; else say why not."""
         if other.statistics is None:
             return
+        with_plan = self.plan is not None or other.plan is not None
+        if with_plan and (other.outdated is not None or other.adapters != self.adapters):
+            return
         groups = other.groups if self.ratio is None else self.groups_for(model, other.groups.shapes)
-        serves = {
+        usable = {
             f"key_block={other.config.key_block}": self.config.key_block == other.config.key_block,
             f"head_groups={other.groups.count}": groups.count == other.groups.count,
             f"coarse={other.ranked}": set(self.config.coarse) <= set(other.ranked),
         }
-        if not all(serves.values()):
-            was = ", ".join(name for name, fits in serves.items() if not fits)
+        if not all(usable.values()):
+            was = ", ".join(name for name, fits in usable.items() if not fits)
             if self.ratio is not None:
-                self.outdated = f"what was calibrated before does not serve ({was}): calibrate again, or the next request will serve"
+                self.outdated = (
+                    f"the earlier calibration cannot be used (it was made with {was}): "
+                    "call calibrate, or the next request is calibrated on"
+                )
             return
         for name in TAKEN_OVER:
             setattr(self, name, getattr(other, name))
@@ -488,7 +494,7 @@ def generating_parts(model: nn.Module) -> list[nn.Module]:
 def rename_cache(
     name: str, part: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """Forward pre-hook of a generating part: a packed cache given by another name than the part's own goes on under that one."""
+    """Forward pre-hook of a part that takes a cache: a packed one given by another name than the part's own goes on under that one."""
     cache = cache_of((), kwargs)
     if not isinstance(cache, CompactedCache) or kwargs.get(name) is cache:
         return None

@@ -140,7 +140,7 @@ def test_a_calibration_for_other_groups_is_not_used_silently():
     assert apack_compile.plan_for(model, 300).groups == before
     one = AttentionPackConfig(ratio=4, head_groups=1, compile="none")
     apack_compile.optimize(model, one)
-    lost = f"what was calibrated before does not serve (head_groups={before})"
+    lost = f"the earlier calibration cannot be used (it was made with head_groups={before})"
     assert any(note.startswith(lost) for note in apack_compile.report(model).notes)
     with pytest.raises(RuntimeError, match="no calibrated statistics"):
         apack_compile.plan_for(model, 300)

@@ -124,10 +124,10 @@ def test_a_rule_needs_tokens_enough():
     width = 2 * (2 * 16 * 2 + 2 * 2)
     enough, few = prompt(2 * width + NEWEST), prompt(width)
     assert set(collect(model, [0, 1], {"input_ids": few})[1]) == set()
-    statistics, rules = collect(model, [0, 1], {"input_ids": enough})
+    statistics, rules, _ = collect(model, [0, 1], {"input_ids": enough})
     assert set(rules) == {"text"} and set(statistics[0]) == {"text", "coarse_text", "fine_text"}
     several = [{"input_ids": prompt(150, seed=seed)} for seed in range(4)]
-    statistics, rules = collect(model, [0, 1], several)
+    statistics, rules, _ = collect(model, [0, 1], several)
     assert set(statistics[1]) == {"text", "coarse_text", "fine_text"}
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 import apack_compile
@@ -235,3 +235,9 @@ def test_steps_that_transformers_does_not_compile_are_reported_so():
     assert report.compile == "none" and not report.graphs
     assert "transformers compiles no step of a model that bitsandbytes quantized" in report.compile_reason
     assert all(line.reason == "decode is not compiled" for line in report.layers)
+
+
+def test_a_decoder_without_linear_layers_is_named():
+    config = GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match=r"quantize='int8wo': the decoder has no torch\.nn\.Linear layer"):
+        apack_compile.optimize(GPT2LMHeadModel(config).eval(), ratio=3, quantize="int8wo")

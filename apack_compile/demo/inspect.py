@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from apack_compile.accounting import DENSE_ELEMENT_BYTES
 from apack_compile.importance import tells_apart
 from apack_compile.plan import largest_ratio
 from apack_compile.plan_choice import head_groups_for, typical_plan
@@ -19,7 +20,6 @@ from apack_compile.time_model import Load, basis_bytes
 
 RATIOS = (2, 4, 8, 16)
 TOTALS = (8_192, 32_768)
-DENSE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class InspectedLayer:
     @property
     def token_bytes(self) -> int:
         """Bytes of a token in 16 bits."""
-        return sum(self.widths) * DENSE_BYTES
+        return sum(self.widths) * DENSE_ELEMENT_BYTES
 
     def dense_bytes(self, tokens: int) -> int:
         """Bytes of a sequence's cache in 16 bits."""

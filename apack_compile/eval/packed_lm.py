@@ -110,7 +110,7 @@ class PackedLM(HFLM):
         chunk_tokens: int = MAX_APPEND,
         **hflm: Any,
     ) -> None:
-        if not isinstance(chunk_tokens, int) or not 1 <= chunk_tokens <= MAX_APPEND:
+        if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or not 1 <= chunk_tokens <= MAX_APPEND:
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be an integer from 1 to {MAX_APPEND}")
         given = {
             "config": AttentionPackConfig.from_json(Path(config).read_text()) if isinstance(config, str) else config,

@@ -70,18 +70,17 @@ def test_inspect_lists_every_layer_of_the_demo_model() -> None:
 
 
 def test_inspect_gives_the_reason_of_a_layer_that_stays_dense(tmp_path: Path) -> None:
-    from transformers import Gemma3TextConfig
+    from transformers import MllamaConfig
 
-    config = Gemma3TextConfig(
-        num_hidden_layers=2,
-        hidden_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=32,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    config.save_pretrained(tmp_path)
+    text_config = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "cross_attention_layers": [1],
+    }
+    MllamaConfig(text_config=text_config).save_pretrained(tmp_path)
     text = "\n".join(inspect_lines(tmp_path))
-    assert "dense (sliding_attention" in text
+    assert "dense (cross_attention" in text
     assert "out of reach" in text

@@ -167,15 +167,16 @@ def test_the_first_rows_calibrate_where_nothing_did(model):
     apack_compile.restore(model)
 
 
-def test_long_windows_keep_the_ratio_of_a_plan_with_coarse_tokens(monkeypatch):
+@pytest.mark.parametrize("chunk", (32, 30))
+def test_long_windows_keep_the_ratio_of_a_plan_with_coarse_tokens(monkeypatch, chunk):
     model = llama(4096, head_dim=32)
     apack_compile.optimize(model, AttentionPackConfig(ratio=6, compile="none"))
     apack_compile.calibrate(model, {"input_ids": torch.tensor([tokens(1500, 30)])})
     row = Row((), tokens(1300, 31), (tokens(1300, 32),))
-    with_spans = score(model, [row])
+    with_spans = score(model, [row], chunk)
     assert apack_compile.report(model).bytes["coarse"] is not None
     monkeypatch.setattr(scoring, "SPAN", 10_000)
-    without = score(model, [row])
+    without = score(model, [row], chunk)
     assert with_spans.bytes["tokens"] == without.bytes["tokens"] == 1300
     assert with_spans.bytes["ratio"] > without.bytes["ratio"]
 
@@ -202,10 +203,14 @@ def test_padded_rows_and_packed_tokens_of_each(model):
 @pytest.mark.parametrize(
     ("rows", "chunk", "message"),
     (
-        ([], 32, "at least one input token"),
-        ([Row((5,), (), ((),))], 32, "at least one input token"),
-        ([ROWS[0]], 0, "chunk_tokens=0 must be from 1 to 32"),
-        ([ROWS[0]], 33, "chunk_tokens=33 must be from 1 to 32"),
+        ([], 32, r"rows=\[\] must hold at least one Row"),
+        ([ROWS[0], Row((5,), (), ((),))], 32, r"rows\[1\]: 0 inputs and targets of \[0\] tokens; must be as many"),
+        (
+            [Row((5,), (6, 7), ((7, 8), (7,)))],
+            32,
+            r"rows\[0\]: 2 inputs and targets of \[2, 1\] tokens; must be as many",
+        ),
+        *(([ROWS[0]], n, f"chunk_tokens={n!r} must be an integer from 1 to 32") for n in (0, 33, True, 2.5, "4")),
     ),
 )
 def test_bad_arguments_are_named(model, rows, chunk, message):

@@ -37,3 +37,22 @@ def test_an_interrupted_prompt_leaves_no_mode_and_no_cache(setting, kind, monkey
     del cache
     gc.collect()
     assert alive() is None
+
+
+def test_an_error_while_room_is_made_is_said_at_the_next_use(monkeypatch):
+    model, inputs = calibrated(llava(), ratio=4), picture([60, 20])
+    cache = apack_compile.new_cache(model, 1)
+    greedy(model, inputs, 2, past_key_values=cache)
+    last = cache.packed_layers[-1]
+
+    def full(slots):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(last, "grow", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.reserve(500)
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match="cache: an error or an interrupt came while its tokens were moved: reset the cache"
+    ):
+        greedy(model, inputs, 2, past_key_values=cache)

@@ -39,7 +39,9 @@ def test_a_cache_from_before_a_move_is_refused():
     cache = apack_compile.new_cache(model)
     greedy(model, inputs, 3, past_key_values=cache)
     model.half()
-    with pytest.raises(ValueError, match=r"a cache for .* torch\.float32 was passed to a model with .* torch\.float16"):
+    with pytest.raises(
+        ValueError, match=r"cache: one for .* torch\.float32 was passed to a model with .* torch\.float16"
+    ):
         model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
@@ -170,3 +172,25 @@ def test_a_forward_that_the_user_compiled_gives_the_same_tokens_or_a_note(settin
     noted = any("a forward compiled by hand" in note for note in apack_compile.report(model).notes)
     assert noted == (setting is TIERS)
     assert torch.equal(again, tokens) or (noted and backend == "eager")
+
+
+def test_a_function_that_prepares_inputs_is_the_users_during_and_after_optimize():
+    model, inputs, calls = llava(), picture([60, 20]), []
+
+    def prepare(*args, **kwargs):
+        calls.append(args)
+        return type(model).prepare_inputs_for_generation(model, *args, **kwargs)
+
+    dense = greedy(model, inputs, 4)
+    model.prepare_inputs_for_generation = prepare
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    assert torch.equal(greedy(model, inputs, 4), dense) and calls
+    assert vars(apack_compile.restore(model))["prepare_inputs_for_generation"] is prepare
+
+
+def test_a_plan_is_not_noted_for_weights_loaded_before_it():
+    model = calibrated(llava(), ratio=4)
+    plan = apack_compile.plan_for(model, 300)
+    model.load_state_dict(model.state_dict())
+    report = apack_compile.report(apack_compile.optimize(model, plan=plan, compile="none"))
+    assert not [note for note in report.notes if "load_state_dict" in note]

@@ -48,6 +48,11 @@ def test_a_file_holds_the_plans_of_all_ranks(plan, tmp_path, monkeypatch):
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ValueError, match="checksum"):
         Plan.load(path)
+    # what is damaged is not taken into a file with a right checksum
+    parts[1].save(path)
+    monkeypatch.setattr(plan_file, "rank_here", lambda count: 0)
+    with pytest.raises(ValueError, match=r"holds the ranks \[1\] of 2, not 0"):
+        Plan.load(path)
     # a plan of one rank takes the file's place
     plan.save(path)
     assert Plan.load(path).ranks == Ranks(0, 1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import prompts
-from .outcome import BROKEN_UPSTREAM, NOT_APPLICABLE
+from .outcome import BROKEN_UPSTREAM, NOT_APPLICABLE, TESTED_ELSEWHERE
 from .prompts import Pixels
 
 
@@ -201,7 +201,7 @@ CASES: dict[str, Case] = {
     ),
     "janus": Case({"vq_config.base_channels": 32}),
     "vibevoice_asr": Case({f"{name}_tokenizer_encoder_config.num_filters": 4 for name in ("acoustic", "semantic")}),
-    "kyutai_speech_to_text": Case({"codec_config.upsample_groups": 64}, elsewhere=SOUND, expected=NOT_APPLICABLE),
+    "kyutai_speech_to_text": Case({"codec_config.upsample_groups": 64}, elsewhere=SOUND, expected=TESTED_ELSEWHERE),
     "qwen2_5_vl": Case(mrope(2, 3, 3)),
     "qwen2_vl": Case(mrope(2, 3, 3)),
     "qwen3_omni_moe_thinker": Case(OMNI),
@@ -225,5 +225,5 @@ CASES: dict[str, Case] = {
     "t5gemma2": Case(expected=NOT_APPLICABLE),
     "udop": Case(expected=NOT_APPLICABLE),
     "vision-encoder-decoder": Case(expected=NOT_APPLICABLE),
-    "voxtral_realtime": Case(elsewhere=SOUND, expected=NOT_APPLICABLE),
+    "voxtral_realtime": Case(elsewhere=SOUND, expected=TESTED_ELSEWHERE),
 }

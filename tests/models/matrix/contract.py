@@ -17,7 +17,7 @@ from apack_compile.modality import vision_of
 from apack_compile.reporting import ONE_BY_ONE
 
 from .building import build, case_of, class_names
-from .outcome import BROKEN_UPSTREAM, DENSE_LAYERS, FAILS, NOT_APPLICABLE, WORKS, Outcome
+from .outcome import BROKEN_UPSTREAM, DENSE_LAYERS, FAILS, NOT_APPLICABLE, TESTED_ELSEWHERE, WORKS, Outcome
 from .prompts import ANY_TOKEN, image_token, pixels_for, prompt_for
 
 # What a layer is called in the report where it is not packed.
@@ -46,7 +46,7 @@ def run(model_type: str, compiled: bool = True) -> Outcome:
         return Outcome(model_type, name, status, reason, **found)
 
     if case.elsewhere is not None:
-        return outcome(NOT_APPLICABLE, case.elsewhere)
+        return outcome(TESTED_ELSEWHERE, case.elsewhere)
     try:
         model = build(model_type)
     except Exception as error:

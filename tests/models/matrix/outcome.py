@@ -6,8 +6,9 @@ WORKS = "works"
 DENSE_LAYERS = "works with dense layers"
 NOT_APPLICABLE = "not applicable"
 BROKEN_UPSTREAM = "broken upstream"
+TESTED_ELSEWHERE = "tested elsewhere"
 FAILS = "fails"
-STATUSES = (WORKS, DENSE_LAYERS, NOT_APPLICABLE, BROKEN_UPSTREAM, FAILS)
+STATUSES = (WORKS, DENSE_LAYERS, NOT_APPLICABLE, BROKEN_UPSTREAM, TESTED_ELSEWHERE, FAILS)
 
 
 @dataclass(frozen=True)
