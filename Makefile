@@ -58,12 +58,13 @@ matrix-column:
 	$(PYTEST) $(MATRIX_TESTS) --junitxml=build/matrix/$(COLUMN).xml; status=$$?; \
 	$(VENV)/bin/python -P tests/models/matrix/versions.py $(COLUMN) build/matrix/$(COLUMN).xml && exit $$status
 
-# mypy sees the packages under the names they are imported by.
+# mypy and the import contract see the packages under the names they are imported by.
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	rm -rf build/types && mkdir -p build/types/apack_compile
-	ln -s $(CURDIR)/apack_compile/* $(CURDIR)/passes $(CURDIR)/kernels build/types/apack_compile/
+	rm -rf build/types && mkdir -p build/types
+	cp -r apack_compile build/types && cp -r passes kernels build/types/apack_compile
+	cd build/types && $(abspath $(VENV))/bin/lint-imports $(CURDIR)/pyproject.toml
 	MYPYPATH=build/types $(VENV)/bin/mypy -p apack_compile
 
 format: install

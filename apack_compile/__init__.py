@@ -4,30 +4,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from apack_compile.supported_versions import SUPPORTED, check_versions, missing
+from apack_compile.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from apack_compile.api import calibrate, new_cache, optimize, plan_for, report, restore
-    from apack_compile.cache import CompactedCache
+    from apack_compile.backend.graph_log import GraphLog
+    from apack_compile.backend.graph_report import GraphReport
+    from apack_compile.cache.cache import CompactedCache
     from apack_compile.config import AttentionPackConfig
-    from apack_compile.graph_log import GraphLog
-    from apack_compile.graph_report import GraphReport
-    from apack_compile.plan import Plan
-    from apack_compile.preset_options import AttentionPackOptions, AVLOptions
-    from apack_compile.reporting import Report
-
-__version__ = "0.1.0"
+    from apack_compile.generate.reporting import Report
+    from apack_compile.plan.plan import Plan
+    from apack_compile.plan.preset_options import AttentionPackOptions, AVLOptions
 
 check_versions()
 
 _HOME = {
-    "AVLOptions": "preset_options",
+    "AVLOptions": "plan.preset_options",
     "AttentionPackConfig": "config",
-    "AttentionPackOptions": "preset_options",
-    "CompactedCache": "cache",
-    "GraphLog": "graph_log",
-    "GraphReport": "graph_report",
-    "Plan": "plan",
-    "Report": "reporting",
+    "AttentionPackOptions": "plan.preset_options",
+    "CompactedCache": "cache.cache",
+    "GraphLog": "backend.graph_log",
+    "GraphReport": "backend.graph_report",
+    "Plan": "plan.plan",
+    "Report": "generate.reporting",
     "calibrate": "api",
     "new_cache": "api",
     "optimize": "api",

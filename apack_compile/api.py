@@ -9,25 +9,19 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from transformers import GenerationMixin
 
-from apack_compile.cache import CompactedCache
-from apack_compile.cache_argument import cache_name
-from apack_compile.calibration_inputs import checked_inputs
+from apack_compile.backend.graph_log import GraphLog
+from apack_compile.backend.graph_report import GraphReport, build_graph_report
+from apack_compile.backend.inner_compiler import resolve_compile
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.calibration.inputs import checked_inputs
 from apack_compile.config import AttentionPackConfig
-from apack_compile.continuous_batching import ENTRANCES, refuse_continuous_batching
-from apack_compile.decode_step import DecodeSteps
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
-from apack_compile.generation import compiled_call, generate, keeping_the_cache
-from apack_compile.graph_log import GraphLog
-from apack_compile.graph_report import GraphReport, build_graph_report
-from apack_compile.inner_compiler import resolve_compile
-from apack_compile.offload import computing_device, is_offloaded
-from apack_compile.plan import Plan
-from apack_compile.plan_check import check_plan
-from apack_compile.quantize import quantize_language_model
-from apack_compile.ranks import Ranks, ranks_of
-from apack_compile.reporting import Report, build_report
-from apack_compile.session import (
+from apack_compile.generate.decode_step import DecodeSteps
+from apack_compile.generate.generation import compiled_call, generate, keeping_the_cache
+from apack_compile.generate.quantize import quantize_language_model
+from apack_compile.generate.reporting import Report, build_report
+from apack_compile.generate.session import (
     ATTRIBUTE,
     DEFAULT_NEW_TOKENS,
     Session,
@@ -45,7 +39,13 @@ from apack_compile.session import (
     watch_forward,
     watch_rotary,
 )
-from apack_compile.wrappers import adapters_of, inner_model, prepares_otherwise, unwrapped
+from apack_compile.models.cache_argument import cache_name
+from apack_compile.models.continuous_batching import ENTRANCES, refuse_continuous_batching
+from apack_compile.models.offload import computing_device, is_offloaded
+from apack_compile.models.wrappers import adapters_of, inner_model, prepares_otherwise, unwrapped
+from apack_compile.plan.check import check_plan
+from apack_compile.plan.plan import Plan
+from apack_compile.plan.ranks import Ranks, ranks_of
 
 # What optimize, and generate after it, put on a model.
 OWN_ATTRIBUTES = (

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from apack_compile.checks import is_ratio
-from apack_compile.preset_options import AttentionPackOptions, AVLOptions
-from apack_compile.rotary import BLOCK
+from apack_compile.plan.preset_options import MIN_TAIL_SLOTS, AttentionPackOptions, AVLOptions
+from apack_compile.plan.rotation import BLOCK
 
 PRESETS = ("lossless", "attentionpack", "a-vl")
 COMPILE_MODES = ("auto", "inductor", "aot_eager", "eager", "none")
 DEFAULT_RATIO = 4.0
-MIN_TAIL_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,10 @@ class AttentionPackConfig:
     back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. On CUDA
     attention is fast for powers of two from 16 up, and is the reference for others.
     head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
-    many heads; None: the fewest that are predicted to decode about as fast as a dense cache (plan_choice.py). coarse: from a ratio
+    many heads; None: the fewest that are predicted to decode about as fast as a dense cache (plan/choice.py). coarse: from a ratio
     of 5 and 1,024 tokens on, the modalities whose tokens get more or fewer bits by how much they are expected to matter, "text",
     "vision", both or none. min_tokens: a generate call whose prompt and new tokens are fewer, in a row of the batch, keeps
-    transformers' own cache; None: the device's default with a ratio (time_model.py), 0 with a preset.
+    transformers' own cache; None: the device's default with a ratio (plan/time_model.py), 0 with a preset.
     For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer; `tail_slots` newest
     tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is compiled.
     strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming the argument.

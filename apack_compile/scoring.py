@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from apack_compile.cache import CompactedCache
-from apack_compile.cache_argument import with_cache
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer import MAX_APPEND
+from apack_compile.generate.session import session_of, watch_rotary
 from apack_compile.kernels.layout import PACKED
-from apack_compile.layer import MAX_APPEND
-from apack_compile.offload import computing_device
-from apack_compile.session import session_of, watch_rotary
-from apack_compile.wrappers import unwrapped
+from apack_compile.models.cache_argument import with_cache
+from apack_compile.models.offload import computing_device
+from apack_compile.models.wrappers import unwrapped
 
 # Appended tokens are never coarse; so many are laid out at once where the plan has a coarse rule, or its ratio would not be met.
 SPAN = 512

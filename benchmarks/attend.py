@@ -3,7 +3,7 @@
 `python benchmarks/attend.py`: what the plan would store for `--ratio`, or the paper's plan (AttentionPack, arXiv 2603.23914: rank 64 in
 16 bits over all heads jointly, K and V), in one run with dense attention over a cache of the same dtype.
 
-The bands of a ratio are `budget_plan`'s over typical variances (`typical_variance` of apack_compile/plan_choice.py). The bases and
+The bands of a ratio are `budget_plan`'s over typical variances (`typical_variance` of apack_compile/plan/choice.py). The bases and
 codes are random: time does not depend on them. From ratio 5 and 1,024 tokens on, three quarters of the tokens are coarse, as in a real
 plan: a segment more.
 Head groups are as many as `optimize` chooses on the device, unless `--groups` says otherwise; they trade quality for arithmetic
@@ -11,7 +11,7 @@ Head groups are as many as `optimize` chooses on the device, unless `--groups` s
 
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
 bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
-tightest limit (apack_compile/time_model.py) over the time; `predicted_speedup`: what the model expected.
+tightest limit (apack_compile/plan/time_model.py) over the time; `predicted_speedup`: what the model expected.
 `thread_speedup`: how much faster all threads do arithmetic than one, right before and after a row, whichever is less: two virtual
 cores may be those of one core.
 """
@@ -29,13 +29,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import apack_compile  # noqa: F401  (registers the operations)
-from apack_compile.basis import Spectrum
 from apack_compile.codec import GAUSSIAN_STEP, Bands
-from apack_compile.coordinates import TokenCoordinates
-from apack_compile.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
 from apack_compile.kernels.layout import filled_segments, of_segments
 from apack_compile.kernels.ops import implementations
-from apack_compile.plan import (
+from apack_compile.models.coordinates import TokenCoordinates
+from apack_compile.plan.basis import Spectrum
+from apack_compile.plan.choice import head_groups_for, typical_variance
+from apack_compile.plan.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
+from apack_compile.plan.plan import (
     FIRST_TOKENS,
     Plan,
     StreamPlan,
@@ -44,9 +45,8 @@ from apack_compile.plan import (
     budget_plan,
     spare_slots,
 )
-from apack_compile.plan_choice import head_groups_for, typical_variance
-from apack_compile.rotary import BLOCK, KeyTurn, turns_of_blocks
-from apack_compile.time_model import Load
+from apack_compile.plan.rotation import BLOCK, KeyTurn, turns_of_blocks
+from apack_compile.plan.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # Harm of a fine token over that of a coarse one, keys and values: geometric means over the layers of SmolLM2-135M, text.

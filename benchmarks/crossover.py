@@ -19,7 +19,7 @@ from models import REAL, Packing, Subject, real_subject
 from torch import nn
 
 import apack_compile
-from apack_compile.rotary import BLOCK
+from apack_compile.plan.rotation import BLOCK
 
 LENGTHS, RATIOS = (64, 128, 256, 512, 1_024, 2_048), (4.0, 8.0)
 # Fewer do not tell coarse tokens from fine ones.

@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import apack_compile
-from apack_compile.backend import make_backend
-from apack_compile.cache import CompactedCache
-from apack_compile.cache_argument import with_cache
-from apack_compile.rotary import BLOCK
+from apack_compile.backend.backend import make_backend
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.models.cache_argument import with_cache
+from apack_compile.plan.rotation import BLOCK
 
 STEPS, ROUNDS, WARM_UP_STEPS = 8, 6, 4
 QUICK_ROUNDS = 2
@@ -104,7 +104,7 @@ def compacted(
 ) -> tuple[CompactedCache, float]:
     """A packed cache of these keys and values, and the seconds that encoding took."""
     cache = apack_compile.new_cache(subject.model, room)
-    vision = apack_compile.modality.vision_of(subject.model.config, subject.inputs)
+    vision = apack_compile.models.modality.vision_of(subject.model.config, subject.inputs)
     cache.expect(vision, None)
     with Clock(device) as clock:
         for layer, (key, value) in enumerate(states):

@@ -17,8 +17,8 @@ from hopper import Compiled, watch
 from limits import load_of, plan_of
 
 from apack_compile.kernels.attend.triton import attend
-from apack_compile.rotary import BLOCK
-from apack_compile.time_model import H200, dense_limits, packed_limits
+from apack_compile.plan.rotation import BLOCK
+from apack_compile.plan.time_model import H200, dense_limits, packed_limits
 
 INSTRUCTIONS_PER_SECOND = 132 * 4 * 1.8e9
 # What is compiled does not depend on the number of tokens; what is predicted does.

@@ -6,8 +6,8 @@ from functools import cache
 import torch
 from harness import Row
 
-from apack_compile.plan import Plan
-from apack_compile.time_model import (
+from apack_compile.plan.plan import Plan
+from apack_compile.plan.time_model import (
     DEVICES,
     Device,
     Load,

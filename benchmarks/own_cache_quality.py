@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import StaticCache
 
 import apack_compile
-from apack_compile.cache_argument import with_cache
 from apack_compile.demo.assets import load_model, load_tokenizer
+from apack_compile.models.cache_argument import with_cache
 
 PLACE = 5_000
 

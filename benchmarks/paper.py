@@ -14,9 +14,9 @@ from harness import Row, print_table, write_json
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.accounting import storage_bytes
-from apack_compile.cache import CompactedCache, LayerKind
-from apack_compile.plan import attentionpack_plan
+from apack_compile.cache.accounting import storage_bytes
+from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.plan.plan import attentionpack_plan
 
 HEADS, HEAD_DIM = 32, 128
 VISION_TOKENS, TEXT_TOKENS = 576, 50

@@ -15,7 +15,7 @@ from attend import DECAY_PER_WIDTH, DECAY_POWER, PAPER_RANK
 from harness import Row, interleaved, print_table, write_json
 from torch import Tensor
 
-from apack_compile.basis import moments, principal_rows, symmetric_eigen
+from apack_compile.plan.basis import moments, principal_rows, symmetric_eigen
 
 WIDTHS = (192, 384, 512, 1_024)
 TOKENS, TAIL = 1_024, 64

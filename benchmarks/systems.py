@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile import AttentionPackConfig, AttentionPackOptions, AVLOptions
-from apack_compile.cache_argument import with_cache
+from apack_compile.models.cache_argument import with_cache
 
 OURS = "apack-compile"
 RANKS = (96, 48, 24)

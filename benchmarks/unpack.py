@@ -15,7 +15,7 @@ from harness import Row, interleaved, print_table, write_json
 
 from apack_compile.kernels.ops import implementations
 from apack_compile.kernels.unpack.reference import unpack as reference
-from apack_compile.rotary import BLOCK
+from apack_compile.plan.rotation import BLOCK
 
 RATIO = 8.0
 UNPACK = torch.ops.apack.unpack.default

@@ -13,7 +13,7 @@ import apack_compile
 from apack_compile.demo.assets import Question, load_questions
 from apack_compile.demo.evaluate import ANSWER_TOKENS, calibration_inputs
 from apack_compile.demo.prompts import ASSISTANT, END, USER, build_prompt, load_pixels, question_text, read_answer
-from apack_compile.modality import vision_of
+from apack_compile.models.modality import vision_of
 
 SEED = 0
 TURN_PICTURES = 4

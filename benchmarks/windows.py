@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.basis import fit, fit_steps, moments
-from apack_compile.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache, LayerKind
 from apack_compile.kernels.layout import to_groups
-from apack_compile.plan import Plan, StreamStatistics, budget_key, budget_plan
-from apack_compile.ring import block_for
-from apack_compile.rotary import BLOCK, KeyTurn
+from apack_compile.plan.basis import fit, fit_steps, moments
+from apack_compile.plan.plan import Plan, StreamStatistics, budget_key, budget_plan
+from apack_compile.plan.ring import block_for
+from apack_compile.plan.rotation import BLOCK, KeyTurn
 
 HEADS, HEAD_DIM, WINDOW = 4, 256, 1024
 # Of 34 layers every sixth sees all tokens.

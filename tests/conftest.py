@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from apack_compile import session
-from apack_compile.basis import fit, fit_steps, moments
-from apack_compile.plan import StreamStatistics
+from apack_compile.generate import session
+from apack_compile.plan.basis import fit, fit_steps, moments
+from apack_compile.plan.plan import StreamStatistics
 
 # The first example of a test pays for compilation and lazy imports, so time limits per example would only be noise.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])

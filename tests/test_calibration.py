@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apack_compile.basis import moments
-from apack_compile.calibration import RunningMoments, collect
-from apack_compile.modality import padding_of, placeholder_ids, vision_of
-from apack_compile.plan import FIRST_TOKENS, budget_plan
+from apack_compile.calibration.collect import RunningMoments, collect
+from apack_compile.models.modality import padding_of, placeholder_ids, vision_of
+from apack_compile.plan.basis import moments
+from apack_compile.plan.plan import FIRST_TOKENS, budget_plan
 
 IMAGE = 9
 

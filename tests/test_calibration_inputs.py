@@ -6,7 +6,7 @@ import torch
 from transformers import BatchEncoding, BatchFeature, LlamaConfig, LlamaForCausalLM
 
 import apack_compile
-from apack_compile.calibration_inputs import checked_inputs
+from apack_compile.calibration.inputs import checked_inputs
 
 VOCABULARY, IMAGE = 96, 200
 IDS = torch.randint(3, 90, (2, 120), generator=torch.Generator().manual_seed(0))

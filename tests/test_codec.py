@@ -5,8 +5,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from apack_compile import basis as basis_module
-from apack_compile.basis import BAND_GRAIN, fit, fit_steps, hadamard, mixed, moments, principal_rows
 from apack_compile.codec import (
     FLOAT16_MAX,
     WIDTHS,
@@ -20,6 +18,8 @@ from apack_compile.codec import (
     project,
     unpack_levels,
 )
+from apack_compile.plan import basis as basis_module
+from apack_compile.plan.basis import BAND_GRAIN, fit, fit_steps, hadamard, mixed, moments, principal_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("gaussian", "constant", "zero", "zero variance", "outlier", "rank one")

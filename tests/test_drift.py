@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.basis import fit, fit_steps, moments
-from apack_compile.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache, LayerKind
 from apack_compile.codec import StreamBasis
-from apack_compile.plan import StreamStatistics, budget_plan
+from apack_compile.plan.basis import fit, fit_steps, moments
+from apack_compile.plan.plan import StreamStatistics, budget_plan
 
 HEADS, HEAD_DIM = 2, 16
 WIDTH = HEADS * HEAD_DIM
@@ -63,7 +63,7 @@ def test_other_tokens_are_refitted_and_pay_for_it(plan, monkeypatch):
     like, _ = filled(plan, 0)
     assert cache.report()["sequence_bytes"] > like.report()["sequence_bytes"] + 2 * layer.bases[7].nbytes
     assert max(errors) < 3 * max(fit.expected for fit in layer.fits.values())
-    monkeypatch.setattr("apack_compile.layer.refit", lambda *args: StreamBasis(*plan.bases[0][2]))
+    monkeypatch.setattr("apack_compile.cache.layer.refit", lambda *args: StreamBasis(*plan.bases[0][2]))
     unhelped, worse = filled(plan, 1)
     assert min(worse) > 3 * max(errors)
     assert "lose more than their calibration promised" in unhelped.notes[-1]

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.plan import largest_ratio
-from apack_compile.plan_choice import LEAST_SPEED, fewest_groups, typical_plan
-from apack_compile.time_model import CPU, H200, Device, Load, predicted_speedup
+from apack_compile.plan.choice import LEAST_SPEED, fewest_groups, typical_plan
+from apack_compile.plan.plan import largest_ratio
+from apack_compile.plan.time_model import CPU, H200, Device, Load, predicted_speedup
 
 SHAPES = {
     "Qwen2.5-VL-7B": (28, 4, 128),

@@ -10,8 +10,9 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.calibration import collect
-from apack_compile.importance import (
+from apack_compile.calibration.collect import collect
+from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.plan.importance import (
     NEWEST,
     RIDGE,
     WIDEST,
@@ -22,7 +23,7 @@ from apack_compile.importance import (
     least_important,
     unturned,
 )
-from apack_compile.rotary import BLOCK, find_turn
+from apack_compile.plan.rotation import BLOCK
 
 IMAGE = 9
 SIZES = {

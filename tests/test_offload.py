@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
-from apack_compile import sensitivity
-from apack_compile.offload import computing_device, is_offloaded
+from apack_compile.calibration import sensitivity
+from apack_compile.models.offload import computing_device, is_offloaded
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is an extra")
 

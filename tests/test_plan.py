@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache, LayerKind
 from apack_compile.codec import GAUSSIAN_DISTORTION, WIDTHS, Bands
-from apack_compile.plan import (
+from apack_compile.plan.plan import (
     BAND_GRAIN,
     FIRST_TOKENS,
     LayerPlan,
@@ -25,7 +25,7 @@ from apack_compile.plan import (
     tail_slots_for,
     water_fill,
 )
-from apack_compile.rotary import KeyTurn
+from apack_compile.plan.rotation import KeyTurn
 
 RUNS = st.lists(
     st.tuples(st.floats(1e-9, 1e6, allow_subnormal=False), st.sampled_from((1.0, 8.0, 16.0, 48.0))),

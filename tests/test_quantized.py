@@ -9,10 +9,10 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaC
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 import apack_compile
-from apack_compile.quantize import quantized_layers
-from apack_compile.sensitivity import observe
-from apack_compile.session import session_of
-from apack_compile.straight_through import straight_through
+from apack_compile.calibration.sensitivity import observe
+from apack_compile.calibration.straight_through import straight_through
+from apack_compile.generate.quantize import quantized_layers
+from apack_compile.generate.session import session_of
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is an extra")
 

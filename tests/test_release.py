@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from apack_compile.release import regain, release
+from apack_compile.backend.release import regain, release
 
 MIB = 1 << 20
 

@@ -21,11 +21,12 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.calibration import collect, turns_of_tokens
-from apack_compile.coordinates import TokenCoordinates
+from apack_compile.calibration.collect import collect, turns_of_tokens
+from apack_compile.calibration.find_rotation import find_turn
 from apack_compile.demo.evaluate import _decoded
 from apack_compile.kernels.turns import turned, turns_of_slots
-from apack_compile.rotary import BLOCK, KeyTurn, find_turn, rotary_start, turns_at, turns_of_blocks
+from apack_compile.models.coordinates import TokenCoordinates
+from apack_compile.plan.rotation import BLOCK, KeyTurn, rotary_start, turns_at, turns_of_blocks
 
 SIZES = {
     "vocab_size": 64,

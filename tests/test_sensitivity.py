@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from apack_compile.calibration import collect
-from apack_compile.sensitivity import gradients_of, observe, pictures_beside, query_tokens, split
+from apack_compile.calibration.collect import collect
+from apack_compile.calibration.sensitivity import gradients_of, observe, pictures_beside, query_tokens, split
 
 TOKENS = 48
 

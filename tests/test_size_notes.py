@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
-from apack_compile.accounting import more_than_dense
+from apack_compile.cache.accounting import more_than_dense
 from apack_compile.kernels import native
 
 

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.cache import CompactedCache
-from apack_compile.session import attention_of
-from apack_compile.stored_states import StoredStates
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.stored_states import StoredStates
+from apack_compile.generate.session import attention_of
 
 HEADS, REPEATS, WIDTH, PROMPT = 2, 3, 10, 83
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache import CompactedCache, LayerKind
-from apack_compile.plan import Plan, a_vl_plan, attentionpack_plan
-from apack_compile.preset_options import AttentionPackOptions, AVLOptions
-from apack_compile.tiers import (
+from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.plan.plan import Plan, a_vl_plan, attentionpack_plan
+from apack_compile.plan.preset_options import AttentionPackOptions, AVLOptions
+from apack_compile.plan.tiers import (
     TextEviction,
     TierPlan,
     at_positions,

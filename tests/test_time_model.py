@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apack_compile.codec import Bands
-from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan, uniform_plan
-from apack_compile.plan_choice import choose_groups, shortest_length
-from apack_compile.preset_options import AttentionPackOptions
-from apack_compile.rotary import KeyTurn
-from apack_compile.tiers import TierPlan
-from apack_compile.time_model import (
+from apack_compile.plan.choice import choose_groups, shortest_length
+from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan, uniform_plan
+from apack_compile.plan.preset_options import AttentionPackOptions
+from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.tiers import TierPlan
+from apack_compile.plan.time_model import (
     CPU,
     DEVICES,
     H200,

@@ -4,7 +4,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from apack_compile.token_index import MAX_CROP, Chunk, assign, compact, gather_tokens, positions_of
+from apack_compile.cache.token_index import MAX_CROP, Chunk, assign, gather_tokens, positions_of
+from apack_compile.models.modality import compact
 
 
 @st.composite

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from apack_compile.cache_argument import with_cache
+from apack_compile.cache.layer import CompactedLayer
 from apack_compile.demo.assets import Question
 from apack_compile.demo.prompts import Prompt, build_dialogue, build_prompt, load_pixels, read_answer
-from apack_compile.layer import CompactedLayer
+from apack_compile.models.cache_argument import with_cache
 
 ANSWER_TOKENS = 6
 TIMED_TOKENS = 16

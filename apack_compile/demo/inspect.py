@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from apack_compile.accounting import DENSE_ELEMENT_BYTES
-from apack_compile.importance import tells_apart
-from apack_compile.plan import largest_ratio
-from apack_compile.plan_choice import head_groups_for, typical_plan
-from apack_compile.rotary import BLOCK
-from apack_compile.session import LATENT_ATTENTION, layer_kinds
-from apack_compile.time_model import Load, basis_bytes
+from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES
+from apack_compile.generate.session import LATENT_ATTENTION, layer_kinds
+from apack_compile.plan.choice import head_groups_for, typical_plan
+from apack_compile.plan.importance import tells_apart
+from apack_compile.plan.plan import largest_ratio
+from apack_compile.plan.rotation import BLOCK
+from apack_compile.plan.time_model import Load, basis_bytes
 
 RATIOS = (2, 4, 8, 16)
 TOTALS = (8_192, 32_768)

@@ -13,13 +13,13 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from apack_compile.api import optimize
-from apack_compile.cache_argument import with_cache
+from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.config import AttentionPackConfig
-from apack_compile.layer import MAX_APPEND
-from apack_compile.plan import Plan
+from apack_compile.generate.session import Session, session_of
+from apack_compile.models.cache_argument import with_cache
+from apack_compile.models.wrappers import unwrapped
+from apack_compile.plan.plan import Plan
 from apack_compile.scoring import Row, RowScores, packed_tokens, score
-from apack_compile.session import Session, session_of
-from apack_compile.wrappers import unwrapped
 
 # below lm-eval's own logger, whose level its command line sets
 logger = logging.getLogger("lm_eval.apack")

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from apack_compile.calibration import Running, RunningMoments, Statistics, by_layer
+from apack_compile.calibration.collect import Running, RunningMoments, Statistics, by_layer
 from apack_compile.codec import FLOAT16_MAX
-from apack_compile.coordinates import rotary_frequencies
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
+from apack_compile.models.coordinates import rotary_frequencies
 from apack_compile.passes.buffer_pairs import BufferPair
 from apack_compile.passes.nodes import value_of
 from apack_compile.passes.packed_state import new_tokens, positions
-from apack_compile.plan import FIRST_TOKENS, STREAMS
-from apack_compile.plan_choice import head_groups_for
-from apack_compile.rotary import BLOCK, KeyTurn, deinterleaved_keys, turns_at
+from apack_compile.plan.choice import head_groups_for
+from apack_compile.plan.plan import FIRST_TOKENS, STREAMS
+from apack_compile.plan.rotation import BLOCK, KeyTurn, deinterleaved_keys, turns_at
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -6,8 +6,8 @@ from apack_compile.export.observe import Observed
 from apack_compile.export.state import LOSSLESS, CachePlan
 from apack_compile.passes.buffer_pairs import BufferPair
 from apack_compile.passes.nodes import value_of
-from apack_compile.plan import Plan, budget_plan, largest_ratio
-from apack_compile.plan_check import check_plan
+from apack_compile.plan.check import check_plan
+from apack_compile.plan.plan import Plan, budget_plan, largest_ratio
 
 
 def budget_plans(seen: Observed, caches: Sequence[BufferPair], ratio: float) -> dict[int, CachePlan]:

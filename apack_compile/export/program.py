@@ -12,8 +12,8 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from apack_compile.backend import StrictError
 from apack_compile.config import AttentionPackConfig
+from apack_compile.errors import StrictError
 from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.observe import Call, calls_of, observe
 from apack_compile.export.plans import budget_plans, given_plans
@@ -21,7 +21,7 @@ from apack_compile.export.rewrite import rewrite
 from apack_compile.passes.base import Refusal
 from apack_compile.passes.buffer_pairs import pairs_of
 from apack_compile.passes.nodes import value_of
-from apack_compile.plan import Plan
+from apack_compile.plan.plan import Plan
 
 
 def optimize_program(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from apack_compile.accounting import DENSE_ELEMENT_BYTES, more_than_dense, storage_bytes
+from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, more_than_dense, storage_bytes
 from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
 from apack_compile.kernels.ops import implementations

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from apack_compile.codec import StreamBasis, encode
-from apack_compile.coordinates import TokenCoordinates
 from apack_compile.kernels.layout import to_groups
-from apack_compile.plan import StreamPlan
-from apack_compile.rotary import KeyTurn, turns_of_blocks
+from apack_compile.models.coordinates import TokenCoordinates
+from apack_compile.plan.plan import StreamPlan
+from apack_compile.plan.rotation import KeyTurn, turns_of_blocks
 
 # Where a packed program keeps it: `packed_cache.<layer>` of each cache, `packed_cache.slots_<i>` of each set of slot positions.
 ROOT = "packed_cache"

@@ -9,7 +9,7 @@ import torch
 from torch._inductor import config
 
 import apack_compile
-from apack_compile.inner_compiler import resolve_compile
+from apack_compile.backend.inner_compiler import resolve_compile
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_a_graph_runs_eagerly_without_a_compiler_and_the_log_says_why(mode, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     log = apack_compile.GraphLog()
     options = {"log": log}
-    backend = apack_compile.backend.make_backend(**options)
+    backend = apack_compile.backend.backend.make_backend(**options)
     step = torch.compile(lambda x: x.sin() + 1, backend=backend, mode=mode)
     x = torch.randn(5)
     with pytest.warns(UserWarning, match="neither an accelerator nor a C\\+\\+ compiler") as warned:

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import apack_compile
-from apack_compile.backend import StrictError
-from apack_compile.own_cache import span_of, state_of
-from apack_compile.plan import a_vl_plan, lossless_plan
+from apack_compile.backend.own_cache import span_of, state_of
+from apack_compile.errors import StrictError
+from apack_compile.plan.plan import a_vl_plan, lossless_plan
 
 PROMPT, STEPS = 101, 64
 

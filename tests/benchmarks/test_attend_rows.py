@@ -6,7 +6,7 @@ import torch
 from limit_share import limit_columns
 
 from apack_compile.kernels.attend.reference import attend as reference
-from apack_compile.time_model import Device, Load, packed_limits
+from apack_compile.plan.time_model import Device, Load, packed_limits
 
 SHAPE = attend.SHAPES["SmolLM2-135M"]
 # A byte a second, and nothing else costs anything.

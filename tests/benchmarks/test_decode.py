@@ -11,8 +11,8 @@ from models import Packing
 from typer.testing import CliRunner
 
 import apack_compile
-from apack_compile.backend import make_backend
-from apack_compile.plan_check import check_plan
+from apack_compile.backend.backend import make_backend
+from apack_compile.plan.check import check_plan
 
 SHAPE = "SmolLM2-135M"
 

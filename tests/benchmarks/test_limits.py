@@ -4,7 +4,7 @@ import limits
 import pytest
 from attend import SHAPES
 
-from apack_compile.time_model import H200
+from apack_compile.plan.time_model import H200
 
 
 def test_group_counts_divide_the_kv_heads():

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.basis import fit, moments
-from apack_compile.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.codec import Bands
-from apack_compile.importance import CoarseRule
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
-from apack_compile.layer import MAX_APPEND
-from apack_compile.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan
-from apack_compile.preset_options import AttentionPackOptions
-from apack_compile.rotary import KeyTurn, deinterleaved_keys, turns_at
+from apack_compile.plan.basis import fit, moments
+from apack_compile.plan.importance import CoarseRule
+from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan
+from apack_compile.plan.preset_options import AttentionPackOptions
+from apack_compile.plan.rotation import KeyTurn, deinterleaved_keys, turns_at
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
 WIDTH = HEADS * HEAD_DIM

@@ -20,9 +20,9 @@ from packed_pair import (
     walked_bytes,
 )
 
-from apack_compile.importance import NEWEST, scores_of
-from apack_compile.layer import MAX_APPEND
-from apack_compile.plan import budget_plan
+from apack_compile.cache.layer import MAX_APPEND
+from apack_compile.plan.importance import NEWEST, scores_of
+from apack_compile.plan.plan import budget_plan
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,11 +19,11 @@ from packed_pair import (
     states_of,
 )
 
-from apack_compile import layer as layer_module
-from apack_compile.cache import CompactedCache
-from apack_compile.layer import MAX_APPEND
-from apack_compile.plan import attentionpack_plan
-from apack_compile.preset_options import AttentionPackOptions
+from apack_compile.cache import layer as layer_module
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer import MAX_APPEND
+from apack_compile.plan.plan import attentionpack_plan
+from apack_compile.plan.preset_options import AttentionPackOptions
 
 
 @pytest.mark.parametrize("plan", sorted(PLANS))

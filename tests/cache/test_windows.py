@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from packed_pair import HEAD_DIM
 from windowed_pair import PLANS, WINDOWS, WindowedPair
 
-from apack_compile.layer import MAX_APPEND
-from apack_compile.ring import block_for, ring_slots, whole_blocks
-from apack_compile.rotary import deinterleaved_keys
-from apack_compile.token_index import MAX_CROP
+from apack_compile.cache.layer import MAX_APPEND
+from apack_compile.cache.token_index import MAX_CROP
+from apack_compile.plan.ring import block_for, ring_slots, whole_blocks
+from apack_compile.plan.rotation import deinterleaved_keys
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,9 +7,9 @@ from packed_pair import HEAD_DIM, HEADS, RANK, RANKS, model_plan, states_of
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache import CompactedCache, LayerKind
-from apack_compile.plan import Plan, attentionpack_plan, lossless_plan
-from apack_compile.rotary import KeyTurn
+from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.plan.plan import Plan, attentionpack_plan, lossless_plan
+from apack_compile.plan.rotation import KeyTurn
 
 TURN = torch.tensor([1.0, 0.3, 0.05])
 # Of each layer, by which tokens it sees.

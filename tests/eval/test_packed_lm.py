@@ -159,7 +159,7 @@ def test_contexts_below_min_tokens_get_the_numbers_of_hflm_and_are_counted(model
 
 
 def test_the_default_of_the_device_is_no_reason_to_score_densely(model, monkeypatch):
-    monkeypatch.setattr("apack_compile.session.default_min_tokens", lambda device: 10_000)
+    monkeypatch.setattr("apack_compile.generate.session.default_min_tokens", lambda device: 10_000)
     packed = lm(PackedLM, model, ratio=3, compile="none")
     apack_compile.calibrate(model, CALIBRATION)
     packed.loglikelihood(choices()[:3])

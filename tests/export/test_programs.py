@@ -9,7 +9,7 @@ import torch
 from decoders import UPDATES, Decoder, dense_plan, exported, index_copy, run, slices, token_ids
 
 import apack_compile
-from apack_compile.accounting import storage_bytes
+from apack_compile.cache.accounting import storage_bytes
 
 CHUNKS = (9, *[1] * 40, 6, 2)
 LONG = (300, *[1] * 40)

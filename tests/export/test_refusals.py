@@ -10,10 +10,10 @@ from decoders import KV_HEADS, WIDTH, Decoder, dense_plan, exported, run, setite
 from torch import Tensor, nn
 
 import apack_compile
-from apack_compile.backend import StrictError
-from apack_compile.importance import CoarseRule, feature_count
-from apack_compile.plan import attentionpack_plan, budget_plan, lossless_plan
-from apack_compile.rotary import KeyTurn
+from apack_compile.errors import StrictError
+from apack_compile.plan.importance import CoarseRule, feature_count
+from apack_compile.plan.plan import attentionpack_plan, budget_plan, lossless_plan
+from apack_compile.plan.rotation import KeyTurn
 
 TOKENS, CHUNKS = 64, (9, *[1] * 8, 6)
 

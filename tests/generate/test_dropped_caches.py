@@ -6,8 +6,8 @@ from small import calibrated, llava
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import apack_compile
-from apack_compile.backend import StrictError
-from apack_compile.cache_argument import cache_name
+from apack_compile.errors import StrictError
+from apack_compile.models.cache_argument import cache_name
 
 SMALL = {
     "vocab_size": 96,

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import apack_compile
 from apack_compile import AttentionPackConfig, AttentionPackOptions
-from apack_compile.backend import StrictError
+from apack_compile.errors import StrictError
 
 QUANTIZED = AttentionPackConfig(
     preset="attentionpack", attentionpack=AttentionPackOptions(bits=4, evict=0.25), compile="eager", strict=True

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile import kernels  # noqa: F401
-from apack_compile.basis import fit, moments
 from apack_compile.codec import Bands, StreamBasis, decode, encode
 from apack_compile.kernels.layout import to_groups, to_heads
+from apack_compile.plan.basis import fit, moments
 
 APPEND, UNPACK, ATTEND = torch.ops.apack.append, torch.ops.apack.unpack, torch.ops.apack.attend
 IDENTITY = StreamBasis(torch.empty(0), torch.empty(0), torch.empty(0))

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from apack_compile.basis import fit, fit_steps, moments
 from apack_compile.codec import Bands, StreamBasis
-from apack_compile.coordinates import TokenCoordinates
 from apack_compile.kernels.turns import turned
-from apack_compile.rotary import KeyTurn, turns_of_blocks
+from apack_compile.models.coordinates import TokenCoordinates
+from apack_compile.plan.basis import fit, fit_steps, moments
+from apack_compile.plan.rotation import KeyTurn, turns_of_blocks
 
 BATCH, HEADS, WIDTH, TOKENS = 2, 2, 16, 40
 FIRST, TAIL, BLOCK = 4, 3, 8

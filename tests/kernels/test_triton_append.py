@@ -10,7 +10,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from apack_compile.basis import fit, moments
 from apack_compile.codec import (
     FLOAT16_MAX,
     WIDTHS,
@@ -24,6 +23,7 @@ from apack_compile.codec import (
 from apack_compile.kernels.cuda import append
 from apack_compile.kernels.encode.triton import quantize as quantize_in_triton
 from apack_compile.kernels.layout import to_groups
+from apack_compile.plan.basis import fit, moments
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlms import PAD, TEXT
 
 import apack_compile
-from apack_compile.backend import StrictError
-from apack_compile.cache_argument import NAMES, OWN_NAME, cache_name, cache_of, named_arguments, with_cache
-from apack_compile.session import session_of
+from apack_compile.errors import StrictError
+from apack_compile.generate.session import session_of
+from apack_compile.models.cache_argument import NAMES, OWN_NAME, cache_name, cache_of, named_arguments, with_cache
 
 PROMPT = 47
 

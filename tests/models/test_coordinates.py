@@ -17,16 +17,16 @@ from vlms import prompt as vlm_prompt
 
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
-from apack_compile.backend import StrictError
-from apack_compile.calibration import collect
+from apack_compile.backend.own_cache import OwnCaches
+from apack_compile.calibration.collect import collect
+from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.calibration.sensitivity import observe
 from apack_compile.codec import Bands
-from apack_compile.coordinates import TokenCoordinates, replaced_positions, rotary_modules
-from apack_compile.importance import unturned
-from apack_compile.own_cache import OwnCaches
-from apack_compile.plan import LayerPlan, StreamPlan
-from apack_compile.rotary import find_turn
-from apack_compile.sensitivity import observe
-from apack_compile.session import layer_kinds, session_of
+from apack_compile.errors import StrictError
+from apack_compile.generate.session import layer_kinds, session_of
+from apack_compile.models.coordinates import TokenCoordinates, replaced_positions, rotary_modules
+from apack_compile.plan.importance import unturned
+from apack_compile.plan.plan import LayerPlan, StreamPlan
 
 ROWS = {"one-row": [[40, 50, 60]], "rows-of-other-pictures-padded": [[20, 70], [30, 40, 25, 90]]}
 BLOCK = 16

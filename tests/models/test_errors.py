@@ -23,7 +23,7 @@ from vlms import build, prompt
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.quantize import resolve
+from apack_compile.generate.quantize import resolve
 
 
 @pytest.fixture(scope="module")

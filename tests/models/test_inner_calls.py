@@ -5,7 +5,7 @@ import torch
 from vlms import IMAGE, build, prompt
 
 import apack_compile
-from apack_compile.backend import StrictError
+from apack_compile.errors import StrictError
 
 NOTES = {
     "keyword": [],

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Glm4Config, PreTrai
 
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
-from apack_compile.cache import CompactedCache
-from apack_compile.decode_step import shape_of
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.generate.decode_step import shape_of
 
 SIZES = {
     "vocab_size": 64,

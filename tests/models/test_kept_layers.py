@@ -11,7 +11,7 @@ from matrix.prompts import pixels_for, prompt_for
 from transformers.cache_utils import DynamicIndexedLayer
 
 import apack_compile
-from apack_compile.reporting import ONE_BY_ONE
+from apack_compile.generate.reporting import ONE_BY_ONE
 
 # Cross-attention; recurrent states; convolutions alone; linear states and packed keys in one layer.
 MODELS = ("mllama", "qwen3_5", "lfm2_vl", "inkling_mm_model")

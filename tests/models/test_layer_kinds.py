@@ -11,8 +11,8 @@ from vlms import build as build_vlm
 from vlms import prompt
 
 import apack_compile
-from apack_compile.modality import vision_of
-from apack_compile.reporting import ONE_BY_ONE
+from apack_compile.generate.reporting import ONE_BY_ONE
+from apack_compile.models.modality import vision_of
 
 
 def small(model_type):

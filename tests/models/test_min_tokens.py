@@ -5,8 +5,9 @@ import torch
 from vlms import build, prompt
 
 import apack_compile
-from apack_compile import AttentionPackConfig, session
-from apack_compile.time_model import default_min_tokens
+from apack_compile import AttentionPackConfig
+from apack_compile.generate import session
+from apack_compile.plan.time_model import default_min_tokens
 
 NEW_TOKENS = 5
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from attention_graphs import NEGATIVES, Case, repeat_kv, update
 from torch import nn
 
-from apack_compile.backend import StrictError, attentionpack, make_backend
+from apack_compile.backend.backend import attentionpack, make_backend
+from apack_compile.errors import StrictError
 from apack_compile.passes import GraphRecord
 
 
@@ -87,7 +88,7 @@ import sys, torch
 assert "apack_compile" not in sys.modules
 step = torch.compile(lambda x: x * 2 + 1, backend="attentionpack", options={"inner": "eager"})
 assert step(torch.ones(2)).tolist() == [3.0, 3.0]
-assert "apack_compile.backend" in sys.modules
+assert "apack_compile.backend.backend" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -96,7 +97,7 @@ def test_importing_it_loads_no_optional_backend():
     code = """
 import sys, torch
 before = set(sys.modules)
-import apack_compile.backend
+import apack_compile.backend.backend
 heavy = ("triton", "torchao", "matplotlib", "transformers", "torch._inductor")
 assert not [m for m in set(sys.modules) - before if m.startswith(heavy)]
 """

@@ -9,11 +9,11 @@ from attention_graphs import repeat_kv
 from capture import capture
 from torch import Tensor, nn
 
-from apack_compile.backend import make_backend
+from apack_compile.backend.backend import make_backend
+from apack_compile.generate.reporting import stock_cache_notes
 from apack_compile.passes import CacheUpdate, GraphRecord, Refusal, find_cache_updates
 from apack_compile.passes.effects import written
 from apack_compile.passes.nodes import op_name
-from apack_compile.reporting import stock_cache_notes
 
 TOKENS, WIDTH = 8, 4
 

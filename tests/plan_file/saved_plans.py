@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apack_compile import Plan
-from apack_compile.plan import Provenance
-from apack_compile.plan_file import FORMAT_VERSION, digest
+from apack_compile.plan.file import FORMAT_VERSION, digest
+from apack_compile.plan.plan import Provenance
 
 IMAGE = 9
 RATIO = 3

@@ -14,10 +14,10 @@ from transformers import LlamaForCausalLM
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
 from apack_compile.codec import Bands, StreamBasis
-from apack_compile.importance import CoarseRule
-from apack_compile.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan, lossless_plan
-from apack_compile.plan_file import versions
-from apack_compile.rotary import KeyTurn
+from apack_compile.plan.file import versions
+from apack_compile.plan.importance import CoarseRule
+from apack_compile.plan.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan, lossless_plan
+from apack_compile.plan.rotation import KeyTurn
 
 COUNTS = st.tuples(*[st.integers(0, 2)] * 4).filter(any)
 

@@ -12,8 +12,8 @@ from saved_plans import SIGNATURE, llama, write
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
 from apack_compile.codec import StreamBasis
-from apack_compile.plan import attentionpack_plan
-from apack_compile.plan_file import tensors_of, values_of
+from apack_compile.plan.file import tensors_of, values_of
+from apack_compile.plan.plan import attentionpack_plan
 
 
 def test_a_missing_file_and_a_folder(plan, tmp_path):

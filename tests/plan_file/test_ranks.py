@@ -10,8 +10,9 @@ import pytest
 from saved_plans import assert_equal, llama
 
 import apack_compile
-from apack_compile import Plan, plan_file
-from apack_compile.ranks import Ranks
+from apack_compile import Plan
+from apack_compile.plan import file as plan_file
+from apack_compile.plan.ranks import Ranks
 
 
 def test_two_processes_share_a_model_and_a_plan_file(tmp_path):

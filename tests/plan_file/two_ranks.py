@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
-from apack_compile.ranks import Ranks
+from apack_compile.plan.ranks import Ranks
 
 folder, path = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import apack_compile
-from apack_compile.accounting import DENSE_ELEMENT_BYTES, storage_bytes, unpacked_tensors
-from apack_compile.modality import vision_of
-from apack_compile.reporting import ONE_BY_ONE
+from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, storage_bytes, unpacked_tensors
+from apack_compile.generate.reporting import ONE_BY_ONE
+from apack_compile.models.modality import vision_of
 
 from .building import build, case_of, class_names
 from .outcome import BROKEN_UPSTREAM, DENSE_LAYERS, FAILS, NOT_APPLICABLE, TESTED_ELSEWHERE, WORKS, Outcome

@@ -1,0 +1,1 @@
+"""The transformers Cache with packed layers."""

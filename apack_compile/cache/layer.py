@@ -1,0 +1,517 @@
+"""One layer of the packed cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from apack_compile.cache.drift import Fit, lost_share, refit
+from apack_compile.cache.layer_tiers import LayerTiers
+from apack_compile.cache.shared_index import SharedIndex
+from apack_compile.cache.stored_states import StoredStep
+from apack_compile.cache.token_index import Kept, count_of, extended, flags_at, gather_tokens, kept_slots, positions_of
+from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
+from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, filled_segments, of_segments, to_groups
+from apack_compile.kernels.turns import turned, turns_of_slots
+from apack_compile.models.modality import compact
+from apack_compile.plan.basis import fit, fit_steps, moments
+from apack_compile.plan.importance import NEWEST, least_important, scores_of
+from apack_compile.plan.plan import FITTED_SCOPES, STREAMS
+from apack_compile.plan.rotation import deinterleaved_keys, turns_of_blocks
+
+# A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
+MAX_APPEND = 32
+# Fewer tokens do not tell whether a basis fits.
+MIN_WATCHED = 32
+
+
+class CompactedLayer(CacheLayerMixin):
+    """Keys and values of one layer: first, vision, text and tail segments (docs/architecture.md)."""
+
+    is_compileable = True
+    is_croppable = True
+
+    def __init__(self, layer_idx: int, index: SharedIndex) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.index = index
+        # transformers makes the masks of such layers by their window
+        self.is_sliding = index.window is not None
+        self.dense: list[Tensor] = []
+        self.codes: list[Tensor] = []
+        self.bases: list[Tensor] = []
+        self.bands: list[int] = []
+        self.cursor: Tensor | None = None
+        self.tiers: LayerTiers | None = None
+        # Positions and turns of its own, where the plan tells coarse tokens from fine ones; else empty.
+        self.own_positions: list[Tensor] = []
+        self.own_turns: list[Tensor] = []
+        # Of each stream with a shared basis: how it fitted this prompt, and how it would have where it was refitted.
+        self.fits: dict[int, Fit] = {}
+        self.refitted: dict[int, Fit] = {}
+        # Bases of a sequence while they are fitted anew.
+        self.earlier_bases: list[Tensor] = []
+        # Updates so far: states of a step are what the layer holds until the next one.
+        self.updates = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
+        if torch.compiler.is_dynamo_compiling() and self.is_initialized:
+            key = deinterleaved_keys(key_states, self.index.plan.turn)
+            self.append(key, value_states)
+            return self.unpacked(key, value_states, self.index.capacity)
+        self.updates += 1
+        if not self.is_initialized or self.index.chunk is not None:
+            return self._store(key_states, value_states)
+        key = deinterleaved_keys(key_states, self.index.plan.turn)
+        self.append(key, value_states)
+        step = StoredStep(self, key, value_states, self.index.length or self.index.capacity)
+        # what is kept as it is gets the very attention of a dense cache
+        return step.states() if self.index.is_watched and not self._lossless() else step.decoded
+
+    @property
+    def packed(self) -> int:
+        """First position of the tail."""
+        return int(self.cursor[PACKED])
+
+    @property
+    def origin(self) -> int:
+        """Position of text slot 0 (docs/architecture.md)."""
+        return int(self.cursor[ORIGIN])
+
+    @property
+    def text_slots(self) -> int:
+        """Text slots, free ones included."""
+        return self.codes[-4].shape[2]
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Store a few new tokens `[B, H_kv, n, D]`, keys deinterleaved."""
+        fits = key.shape[2]
+        if self.index.window is not None and fits > 1 and not torch.compiler.is_dynamo_compiling():
+            fits = self._fits_before_slot_0(fits)
+        self._append(key[:, :, :fits], value[:, :, :fits])
+        if fits < key.shape[2]:
+            self.cursor[ORIGIN] += self.text_slots
+            self._append(key[:, :, fits:], value[:, :, fits:])
+
+    def _fits_before_slot_0(self, tokens: int) -> int:
+        """How many of `tokens` new tokens push none into text slot 0 again."""
+        held, packed, origin = self.cursor.tolist()
+        end = origin + self.text_slots
+        return min(tokens, end + self.dense[2].shape[2] - held) if packed < end < self.index.assigned else tokens
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
+        turns = self.turns()
+        turned_back = {"text_turns": turns[-1], "block": self.index.plan.turn.block} if turns else {}
+        torch.ops.apack.append.default(key, value, *self.append_state(), **turned_back)
+
+    def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V `[B, H_kv, tokens, D]` of every token held, the new ones exact; `key` deinterleaved, K as the model has them."""
+        return torch.ops.apack.unpack.default(
+            key, value, *self.state(), tokens, *self.tier_state(), **self.unpack_turn_state()
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
+        query = deinterleaved_keys(query.to(key.dtype), self.index.plan.turn)
+        arguments = query, key, value, mask, None, *self.state(), scale
+        if self.tiers is not None:
+            return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
+        return torch.ops.apack.attend.default(*arguments, **self.turn_state())
+
+    def state(self) -> tuple:
+        """The state arguments of `unpack` and `attend`: of the segments that a step reads."""
+        read = self.read_segments()
+        packed = (of_segments(x, read, each) for x, each in ((self.codes, 4), (self.bases, 6), (self.bands, 8)))
+        return self.dense, *packed, of_segments(self.positions(), read, 1, leading=1), self.cursor
+
+    def read_segments(self) -> list[int]:
+        """Packed segments that a step reads: every tensor of the others would cost a call its time."""
+        return filled_segments(self.codes) if self.tiers is None else list(range(len(self.codes) // 4))
+
+    def positions(self) -> list[Tensor]:
+        """Positions of the slots: int32 `[B, slots]` of first, vision, text."""
+        return self.tiers.positions if self.tiers is not None else self.own_positions or self.index.positions
+
+    def turns(self) -> list[Tensor]:
+        """Turns of the slots of vision and text; empty where keys are not turned back."""
+        return self.own_turns or self.index.turns
+
+    def tier_state(self) -> tuple:
+        """The last arguments of `unpack` and `attend_tiers`; empty without tiers."""
+        return () if self.tiers is None else self.tiers.state(sum(self.bands[4:8]))
+
+    def turn_state(self, turns: list[Tensor] | None = None) -> dict[str, Any]:
+        """The arguments of `attend` that say how packed keys were turned back; empty where they were not."""
+        turns = turns or of_segments(self.turns(), self.read_segments(), 1)
+        return {"turns": turns, "block": self.index.plan.turn.block} if turns else {}
+
+    def unpack_turn_state(self, turns: list[Tensor] | None = None) -> dict[str, Any]:
+        """The same of `unpack`, which also gives keys back in the model's order of components."""
+        turn = self.index.plan.turn
+        pairs = {} if turn is None or not turn.interleaved else {"interleaved_pairs": turn.interleaved_pairs}
+        return {**self.turn_state(turns), **pairs}
+
+    def append_state(self) -> tuple:
+        """The state arguments of `append`."""
+        return self.dense[2:] + self.codes[-4:], self.bases[-6:], self.bands[-8:], self.cursor
+
+    @torch.compiler.disable
+    def _store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Lay a chunk out in segments; K and V as `update` returns them."""
+        key, value = key.detach(), value.detach()
+        fresh = not self.is_initialized
+        if fresh:
+            self.lazy_initialization(key, value)
+        held, packed, origin = self.cursor.tolist()
+        end = held + key.shape[2]
+        given, key = key, deinterleaved_keys(key, self.index.plan.turn)
+        out, offset = ((given, value), 0) if fresh else self._exact(key, value)
+        if self.index.plan.per_request:
+            self.earlier_bases = [] if fresh else self.bases
+            self.lazy_initialization(key, value)
+            parts, used = [states[:, :, :end] for states in out], [0] * len(self.index.plan.segments)
+        else:
+            parts = [self._tail_then(states, i, held, packed) for i, states in enumerate((key, value))]
+            used = self.index.kept or [*(codes.shape[2] for codes in self.codes[:-4:4]), packed - origin]
+        self._lay_out(parts, used, end)
+        self.earlier_bases = []
+        return (out[0][:, :, offset:], out[1][:, :, offset:]) if offset else out
+
+    def recompact(self) -> None:
+        """Pack the tail: lay everything out anew with an empty chunk."""
+        batch, heads, _, key_dim = self.dense[0].shape
+        none = torch.empty(batch, heads, 0, key_dim, dtype=self.dtype, device=self.device)
+        known = None if self.tiers is None else self.tiers.vision_importance(int(self.cursor[HELD]))
+        was_settled = self.tiers is not None and self.tiers.settled
+        self._store(none, none.new_empty(batch, heads, 0, self.dense[1].shape[3]))
+        if was_settled:
+            self.tiers.observe(known)
+            self.rank()
+            self.tiers.settled = True
+
+    def _exact(self, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
+        """What is held, decoded, with the chunk exact at its end; the position from which on `update` returns it."""
+        held = self.cursor + torch.tensor([key.shape[2], 0, 0], device=key.device)
+        length, offset = (self.index.length, 0) if self.index.length else self.get_mask_sizes(key.shape[2])
+        tokens = max(offset + length, int(held[HELD]))
+        positions = self.positions() if self.index.plan.layers_place_tokens else self.index.laid_out
+        state = (self.dense, self.codes, self.bases, self.bands, positions)
+        turns = self.unpack_turn_state(self.own_turns or self.index.laid_out_turns)
+        return torch.ops.apack.unpack.default(key, value, *state, held, tokens, **turns), offset
+
+    def check(self, key: Tensor, value: Tensor) -> None:
+        """Raise ValueError for states that cannot be packed."""
+        for name, states in zip(STREAMS, (key, value), strict=True):
+            states = states.detach() if states.numel() else states.new_zeros(1)
+            largest = torch.maximum(states.amax(), -states.amin())
+            if not torch.isfinite(largest):
+                raise ValueError(f"layer {self.layer_idx}: {name} states hold NaN or Inf; the cache was left as it was")
+            lossy = self.index.plan is not None and not self._lossless()
+            if states.dtype.itemsize > 2 and largest > FLOAT16_MAX and lossy:
+                raise ValueError(
+                    f"layer {self.layer_idx}: {name} states reach {float(largest):.3g}, past float16's {FLOAT16_MAX:.0f}; "
+                    'use preset="lossless", or run the model in bfloat16'
+                )
+
+    def _dense_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of dense tokens: the model's, 16 bits where the plan is lossy."""
+        return dtype if self._lossless() or dtype.itemsize == 2 else torch.float16
+
+    def _lossless(self) -> bool:
+        """Whether the plan keeps tokens as they are."""
+        return self.index.plan is not None and self.index.plan.layers[self.layer_idx].text_key.scope == "as_is"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Empty segments for states `[B, H_kv, n, D]`."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        dense_dtype = self._dense_dtype(self.dtype)
+        tail = self.index.plan.tail_slots
+        self.dense = [
+            states.new_zeros((*states.shape[:2], slots, states.shape[3]), dtype=dense_dtype)
+            for slots in (0, tail)
+            for states in (key_states, value_states)
+        ]
+        plans = self.index.plan.layers[self.layer_idx].streams
+        self.bands = [count for plan in plans for count in plan.bands.counts]
+        self.bases = [tensor for i in range(len(plans)) for tensor in self._initial_basis(i, self.dense[i % 2])]
+        self.codes = []
+        for i, plan in enumerate(plans):
+            x = to_groups((key_states, value_states)[i % 2][:, :, :0], self.index.plan.groups)
+            codes, _ = encode(x, StreamBasis(*self.bases[3 * i : 3 * i + 3]), plan.bands)
+            codes = codes.to(dense_dtype) if plan.scope == "half" else codes
+            self.codes += [codes, x.new_empty((*x.shape[:3],) if plan.token_scale else 0, dtype=torch.float16)]
+        self.cursor = torch.zeros(3, dtype=torch.int64, device=self.device)
+        # Models look at these to see whether a layer is filled; who would read numbers gets an error.
+        self.keys, self.values = (x[:, :, :0].to("meta") for x in (key_states, value_states))
+        if self.index.plan.tiers is not None and self.tiers is None:
+            self.tiers = LayerTiers(self.index.plan.tiers, self.batch_size, self.device)
+        self.is_initialized = True
+
+    def _initial_basis(self, stream: int, states: Tensor) -> StreamBasis:
+        """The basis before any token is packed: the plan's, the identity, or zeros that the first fit replaces."""
+        plan = self.index.plan.layers[self.layer_idx].streams[stream]
+        if plan.scope == "model":
+            return self.index.plan.bases[self.layer_idx][stream]
+        empty = states.new_empty(0, dtype=torch.float32)
+        if plan.scope in ("as_is", "half"):
+            return StreamBasis(empty, empty, empty)
+        batch, groups = 1 if plan.scope == "batch" else states.shape[0], self.index.plan.groups
+        width = states.shape[1] * states.shape[3] // groups
+        rank = plan.bands.components
+        shape = (batch, groups, rank, width)
+        half = {"dtype": torch.float16, "device": states.device}
+        return StreamBasis(
+            torch.zeros(batch, groups, width, **half), torch.zeros(shape, **half), empty.new_ones(shape[:3])
+        )
+
+    def _pack(self, states: Tensor, stream: int, index: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
+        """Codes and token scales of chunk states `[B, H_kv, n, D]` at `index` `[B, N]`, for the slots from `first_slot` on.
+
+        A basis of a sequence or batch is fitted on the way.
+        """
+        plan = self.index.plan.layers[self.layer_idx].streams[stream]
+        tokens = gather_tokens(states, index)
+        if stream % 2 == 0 and self.turns():
+            slots = torch.arange(first_slot, first_slot + tokens.shape[2], device=tokens.device)
+            turns = turns_of_slots(self.turns()[stream // 2], self.index.plan.turn.block, slots)[:, None]
+            tokens = turned(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), turns, back=True)
+        x = to_groups(tokens, self.index.plan.groups)
+        bands = plan.bands
+        if plan.scope in FITTED_SCOPES:
+            sample, real = x, index >= 0
+            if plan.scope == "batch":
+                sample, real = x.transpose(0, 1).flatten(1, 2)[None], real.reshape(1, -1)
+            bands = bands.at_most(sample.shape[2])
+            spectrum = fit(moments(sample, real.to(torch.float32)), bands.components, self._earlier_rows(stream))
+            if bands.components > bands.counts[0]:
+                # a Gaussian's steps clip a sequence's outliers, which costs more than all else
+                spectrum = fit_steps(spectrum, sample, token_scale=False)
+            self.bases[3 * stream : 3 * stream + 3] = spectrum.basis(bands, torch.float16)
+            self.bands[4 * stream : 4 * stream + 4] = bands.counts
+        if plan.scope == "model":
+            self._watch_fit(x, index >= 0, stream)
+        basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
+        codes, scale = encode(x, basis, bands, plan.token_scale)
+        return (codes.to(self.codes[2 * stream].dtype) if plan.scope == "half" else codes), scale
+
+    def _earlier_rows(self, stream: int) -> Tensor | None:
+        """Rows of the stream's basis before this chunk; None where there was none."""
+        rows = self.earlier_bases[3 * stream + 1] if self.earlier_bases else None
+        return rows if rows is not None and bool(rows.any()) else None
+
+    def _watch_fit(self, x: Tensor, real: Tensor, stream: int) -> None:
+        """Measure how well a shared basis codes tokens `[B, G, N, W_g]`; refit a bad one while nothing is stored with it."""
+        plan = self.index.plan.layers[self.layer_idx].streams[stream]
+        if plan.bands.components == 0 or int(real.sum()) < MIN_WATCHED:
+            return
+        basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
+        fitted = Fit(lost_share(x, real, basis, plan.bands, plan.token_scale), plan.expected_error)
+        if fitted.is_bad and self.codes[2 * stream].shape[2] == 0:
+            again = refit(x, real, plan.bands, basis)
+            after = Fit(lost_share(x, real, again, plan.bands, plan.token_scale), plan.expected_error)
+            if after.found < fitted.found:
+                self.bases[3 * stream : 3 * stream + 3] = again
+                self.refitted[stream] = fitted
+                fitted = after
+        self.fits[stream] = fitted
+
+    def _tail_then(self, states: Tensor, stream: int, held: int, packed: int) -> Tensor:
+        """The tail's tokens, in order, then the chunk's."""
+        slots = self.dense[2 + stream].shape[2]
+        ring = torch.arange(packed, held, device=states.device) % max(slots, 1)
+        return torch.cat([self.dense[2 + stream][:, :, ring].to(states.dtype), states], dim=2)
+
+    def _lay_out(self, parts: list[Tensor], used: list[Kept], end: int) -> None:
+        """Put the tokens of `parts` (K, V) where the shared assignment says, behind the `used` slots of each segment."""
+        assignment, tiers = self.index.assignment, self.tiers
+        where = [assignment.vision, assignment.text]
+        if self.index.plan.coarse is not None:
+            where = self._told_apart(parts)
+            self._place(where, used)
+        if tiers is not None and self.index.plan.per_request:
+            alive = tiers.alive(end)
+            where = [torch.where(alive.gather(1, i.clamp_min(0)), i, -1) for i in where]
+        for i, states in enumerate(parts):
+            first = gather_tokens(states, assignment.first).to(self.dense[i].dtype)
+            self.dense[i] = torch.cat([self.dense[i], first], dim=2)
+        for i in range(2 * len(where)):
+            segment = i // 2
+            codes, scale = self._pack(parts[i % 2], i, where[segment], count_of(used[segment]))
+            if self.index.plan.per_request:
+                self.codes[2 * i] = codes
+                continue
+            self.codes[2 * i] = torch.cat([kept_slots(self.codes[2 * i], used[segment], 2), codes], dim=2)
+            if scale.dim() > 1:
+                self.codes[2 * i + 1] = torch.cat([kept_slots(self.codes[2 * i + 1], used[segment], 2), scale], dim=2)
+        start = end - assignment.tail
+        for i, states in enumerate(parts):
+            tail = self.dense[2 + i]
+            ring = torch.arange(start, end, device=tail.device) % max(tail.shape[2], 1)
+            newest = states[:, :, states.shape[2] - assignment.tail :].to(tail.dtype)
+            self.dense[2 + i] = tail.index_copy(2, ring, newest)
+        self.cursor = torch.tensor([end, start, start - self.codes[-4].shape[2]], device=self.device)
+        if tiers is not None:
+            if self.index.plan.per_request:
+                tiers.lay_out(self.index.positions, dict(zip((VISION, TEXT), where, strict=True)), end)
+            else:
+                tiers.add_chunk(
+                    self.index.positions, dict(zip((VISION, TEXT), used, strict=True)), end - parts[0].shape[2], end
+                )
+        self.grow(self.index.spare)
+
+    def _told_apart(self, parts: list[Tensor]) -> list[Tensor]:
+        """Where a chunk's tokens go, chunk indices `[B, slots]` per packed segment; the newest text is fine."""
+        plan, chunk, assignment = self.index.plan, self.index.chunk, self.index.assignment
+        tokens, recent = parts[0].shape[2], assignment.recent - assignment.tail
+        older, newest = assignment.text.split([assignment.text.shape[1] - recent, recent], dim=1)
+        column = torch.arange(tokens, device=older.device)
+        candidates = flags_at(assignment.vision if plan.coarse.modality == "vision" else older, tokens)
+        candidates &= column < tokens - NEWEST
+        coordinates = self.index.coordinates.at((chunk.start + column).expand(len(older), -1))
+        scores = scores_of(parts[0], parts[1], coordinates, plan.turn, plan.coarse.weights[self.layer_idx])
+        coarse = least_important(candidates, scores, plan.coarse.share)
+        if plan.coarse.modality == "vision":
+            return [compact(coarse), compact(flags_at(assignment.vision, tokens) & ~coarse), assignment.text]
+        return [compact(coarse), assignment.vision, torch.cat([compact(flags_at(older, tokens) & ~coarse), newest], 1)]
+
+    def _place(self, where: list[Tensor], used: list[int]) -> None:
+        """Positions and turns of a chunk's tokens, behind those of the `used` slots."""
+        new = [positions_of(i, self.index.chunk.start) for i in (self.index.assignment.first, *where)]
+        if self.own_positions:
+            first, *packed = self.own_positions
+            old = [first, *(p[:, :slots] for p, slots in zip(packed, used, strict=True))]
+            new = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
+        self.own_positions = new
+        self._follow_positions()
+
+    def _follow_positions(self) -> None:
+        """Turns of its own slots as they are now."""
+        turn = self.index.plan.turn
+        if turn is not None:
+            self.own_turns = [turns_of_blocks(p, self.index.coordinates, turn) for p in self.own_positions[1:]]
+
+    def grow(self, slots: int) -> None:
+        """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""
+        if not self.index.plan.per_request:
+            start = self.codes[-4].shape[2] + int(self.cursor[ORIGIN])
+            if self.tiers is not None:
+                self.tiers.grow(start, slots)
+            if self.own_positions:
+                self.own_positions[-1] = extended(self.own_positions[-1], start, slots)
+                self._follow_positions()
+            for i in range(-4, 0):
+                if self.codes[i].dim() > 1:
+                    shape = (*self.codes[i].shape[:2], slots, *self.codes[i].shape[3:])
+                    self.codes[i] = torch.cat([self.codes[i], self.codes[i].new_zeros(shape)], dim=2)
+        self.mark_static()
+
+    def mark_static(self) -> None:
+        """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
+        own = self.tiers.tensors() if self.tiers is not None else ()
+        placed = (*self.own_positions, *self.own_turns)
+        for tensor in (*self.dense, *self.codes, *self.bases, self.cursor, *placed, *own):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        for tensor in placed:
+            if tensor.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for tensor in own:
+            if tensor.dim() > 1 and tensor.shape[1] > 2:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for tensor in (*self.dense[:2], *self.codes):
+            if tensor.dim() > 1 and tensor.shape[2] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+
+    def keep_text(self, kept: Tensor) -> None:
+        """Leave only the text slots `kept` `[N]`, in this order; the newest packed token is in the last one."""
+        self.codes[-4:] = [codes.index_select(2, kept) if codes.dim() > 1 else codes for codes in self.codes[-4:]]
+        self.cursor[ORIGIN] = self.cursor[PACKED] - len(kept)
+
+    def free_slots(self) -> int:
+        """Tokens that can be appended before the layer must grow or be packed anew."""
+        held, packed, origin = self.cursor.tolist()
+        room = self.dense[2].shape[2] - (held - packed)
+        return room if self.index.plan.per_request else room + self.codes[-4].shape[2] - (packed - origin)
+
+    def get_seq_length(self) -> Tensor | int:
+        """Tokens held: 0, or a 0-d tensor (a Python int would recompile at every step) that updates do not change."""
+        return self.cursor[HELD].clone() if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that `update` returns for `query_length` new tokens."""
+        if not self.is_initialized:
+            return query_length, 0
+        if torch.compiler.is_dynamo_compiling() or query_length <= MAX_APPEND:
+            return self.index.capacity, 0
+        held, window = int(self.cursor[HELD]), self.index.window
+        offset = 0 if window is None else max(held - window + 1, 0)
+        return held - offset + query_length, offset
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.dense, self.codes, self.bases, self.bands, self.cursor, self.tiers = [], [], [], [], None, None
+        self.own_positions, self.own_turns = [], []
+        self.fits, self.refitted = {}, {}
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; the cache has checked that they came after the last layout."""
+        held = self.cursor[HELD] - abs(tokens_to_remove)
+        self.cursor[HELD] = held
+        self.cursor[PACKED] = torch.minimum(self.cursor[PACKED], held)
+
+    def batched(self) -> list[list[Tensor]]:
+        """The lists whose tensors have a row per sequence."""
+        own = [] if self.tiers is None else self.tiers.batched()
+        placed = [self.own_positions, self.own_turns]
+        return [self.dense, self.codes, *placed, *own, *([self.bases] if self._own_bases() else [])]
+
+    def _own_bases(self) -> bool:
+        """Whether each row has bases of its own."""
+        return any(stream.scope == "sequence" for stream in self.index.plan.layers[self.layer_idx].streams)
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether tokens were dropped."""
+        return self.tiers is not None and self.tiers.has_evicted
+
+    @torch.no_grad()
+    def settle(self, attention: Tensor, recent: int) -> int:
+        """After a prefill: take importance from `attention` `[B, T]` by position, evict, and rank; newest tokens still croppable."""
+        tiers = self.tiers
+        tiers.observe(attention)
+        self.codes[:4] = tiers.evict_vision(self.codes[:4])
+        recent = self.prune_text(recent)
+        self.rank()
+        tiers.settled = True
+        self.mark_static()
+        return recent
+
+    @torch.no_grad()
+    def rank(self) -> None:
+        """Put the vision tokens in the order of their importance, in place."""
+        self.tiers.rank(self.codes[:4])
+
+    @torch.no_grad()
+    def prune_text(self, recent: int) -> int:
+        """Evict text by the plan's rule, in place where the slots stay as many; newest tokens that can be cropped after it."""
+        if self.tiers.plan.text is None:
+            return recent
+        _, packed, origin = self.cursor.tolist()
+        kept, croppable = self.tiers.prune_text(self.codes[4:], packed)
+        if not self.tiers.settled:
+            slots = kept + self.codes[4].shape[2] - (packed - origin)
+            self.codes[4:] = [c[:, :, :slots].clone() if c.dim() > 1 else c for c in self.codes[4:]]
+            self.tiers.keep_text_slots(slots)
+        self.cursor[ORIGIN] = packed - kept
+        return min(recent, croppable)

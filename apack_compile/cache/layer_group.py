@@ -1,0 +1,212 @@
+"""The packed layers of a cache that see the same tokens: where chunks go, and room for tokens to come, decided once for all of them."""
+
+import torch
+from torch import Tensor
+
+from apack_compile.cache.layer import CompactedLayer
+from apack_compile.cache.shared_index import SharedIndex
+from apack_compile.cache.token_index import (
+    Chunk,
+    assign,
+    extended,
+    kept_slots,
+    positions_of,
+    without_bad_bargains,
+)
+from apack_compile.kernels.layout import ORIGIN
+from apack_compile.plan.ring import block_for, in_order, leading_blocks_dropped, ring_slots, whole_blocks
+from apack_compile.plan.rotation import turns_of_blocks
+
+Flags = tuple[Tensor, Tensor]
+
+
+class LayerGroup:
+    """Layers with one index. window: newest tokens that a query of theirs sees, itself included; None for all."""
+
+    def __init__(self, window: int | None = None) -> None:
+        self.window = window
+        self.index = SharedIndex(window)
+        self.layers: list[CompactedLayer] = []
+
+    @property
+    def held(self) -> int:
+        """Tokens of a row."""
+        return int(self.layers[0].get_seq_length())
+
+    @property
+    def reuses_slots(self) -> bool:
+        """Whether text slots are a ring (ring.py); layers that are packed anew need none."""
+        return self.window is not None and not self.index.plan.per_request
+
+    @property
+    def block(self) -> int:
+        """Text slots that are reused at once."""
+        turn = self.index.plan.turn
+        return block_for(self.window) if turn is None else turn.block
+
+    @property
+    def ring_slots(self) -> int:
+        """Text slots that the window needs."""
+        return ring_slots(self.window, self.index.plan.tail_slots, self.block)
+
+    def lay_out(
+        self, chunk: Flags, held: int, drafted: int, spare: int, width: int, history: Flags | None = None
+    ) -> None:
+        """Assign a chunk's tokens to slots and update the shared positions.
+
+        chunk, history: which tokens are vision and which padding, bool `[B, n]` each; of the chunk, and of all tokens where bases are
+        fitted to them. spare: free text slots for tokens to come. width: of the streams.
+        """
+        index, plan, first = self.index, self.index.plan, self.layers[0]
+        vision, padding = chunk if plan.separates_vision else (torch.zeros_like(chunk[0]), chunk[1])
+        end = held + vision.shape[1]
+        packed, origin = (int(first.cursor[1]), int(first.cursor[2])) if held else (0, 0)
+        old = [vision.new_empty((vision.shape[0], 0), dtype=torch.int32)] * 3
+        index.kept = None
+        if plan.per_request:
+            every_vision, every_padding = history or chunk
+            index.chunk = Chunk(every_vision, every_padding, 0)
+            whole = assign(index.chunk, plan.first_tokens, 0, drafted, self.window)
+            index.assignment = without_bad_bargains(whole, plan, width)
+        else:
+            waiting = held - packed
+            if waiting:
+                none = torch.zeros(vision.shape[0], waiting, dtype=torch.bool, device=vision.device)
+                vision, padding = torch.cat([none, vision], 1), torch.cat([none, padding], 1)
+            index.chunk = Chunk(vision, padding, packed)
+            # a row whose first chunk was short, or mostly padding, still lacks first tokens
+            found = (first.state()[4][0] >= 0).sum(1, keepdim=True) if held else 0
+            if self.window is not None and held >= self.window:
+                found = plan.first_tokens
+            index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots, drafted, self.window)
+            if held and not plan.layers_place_tokens:
+                self._choose_kept(packed, packed - origin, end - index.assignment.recent)
+                slots = zip(index.positions, (index.positions[0].shape[1], *index.kept), strict=True)
+                old = [kept_slots(positions, kept, 1) for positions, kept in slots]
+        assignment = index.assignment
+        start = end - assignment.tail
+        # tokens that no state from an earlier floor on needs may be gone
+        index.floor = max(end - assignment.recent, index.floor if self.window is not None else 0)
+        new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
+        index.laid_out, index.laid_out_turns = index.positions, index.turns
+        index.positions = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
+        index.spare = self._spare(index.positions[2].shape[1], spare)
+        index.assigned = start + index.spare
+        if plan.coarse is not None:
+            index.positions = []
+        elif not plan.per_request and plan.tiers is None:
+            index.positions[2] = extended(index.positions[2], start, index.spare)
+        self.follow_positions()
+
+    def _choose_kept(self, packed: int, used: int, floor: int) -> None:
+        """Slots of vision and text that a chunk leaves: of a window, those that a query at `floor` or later sees, in order."""
+        index = self.index
+        _, vision, text = index.positions
+        index.kept = [vision.shape[1], used]
+        if self.window is not None:
+            keep_from = floor - self.window + 1
+            index.kept = [
+                leading_blocks_dropped(vision, self.block, keep_from),
+                in_order(text, used, self.block, keep_from, packed),
+            ]
+
+    def _spare(self, used: int, spare: int) -> int:
+        """Free text slots behind the used ones: `spare`, or what completes a ring."""
+        if not self.reuses_slots or used + spare < self.ring_slots:
+            return spare
+        return max(self.ring_slots, whole_blocks(used, self.block)) - used
+
+    def follow_positions(self) -> None:
+        """Turns of the slots as they are now."""
+        index = self.index
+        if index.plan.turn is not None:
+            index.turns = [
+                turns_of_blocks(positions, index.coordinates, index.plan.turn) for positions in index.positions[1:]
+            ]
+        self.mark_positions()
+
+    def mark_positions(self) -> None:
+        """As the layers do with their tensors: static addresses, any number of slots."""
+        for position in (*self.index.positions, *self.index.turns):
+            torch._dynamo.mark_static_address(position, guard=False)
+            if position.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(position, 1)
+
+    def missing(self, tokens: int) -> int:
+        """Text slots that `tokens` more tokens lack; where bases are fitted anew, slots of the tail."""
+        if not self.reuses_slots:
+            return tokens - self.layers[0].free_slots()
+        return self.held + tokens - self.index.plan.tail_slots - self.index.assigned
+
+    def reserve(self, tokens: int, spare: int, settled: int) -> None:
+        """Make room in the text slots for `tokens` more tokens: add some, `spare` of them free, or reuse those out of the window.
+
+        settled: tokens of which none will be cropped.
+        """
+        if not self.reuses_slots:
+            if (missing := self.missing(tokens)) > 0:
+                self._grow(max(missing, spare))
+            return
+        while (missing := self.missing(tokens)) > 0:
+            slots = self.layers[0].text_slots
+            if slots < self.ring_slots:
+                wanted = slots + max(missing, spare)
+                whole = max(self.ring_slots, whole_blocks(slots + missing, self.block))
+                self._grow((whole if wanted >= self.ring_slots else wanted) - slots)
+            elif not self._reuse_block(settled):
+                self._straighten()
+                used = self.layers[0].text_slots
+                self._grow(whole_blocks(used + max(self.missing(tokens), spare), self.block) - used)
+        layer = self.layers[0]
+        end = layer.origin + layer.text_slots
+        if self.index.assigned > end and layer.packed >= end:
+            for layer in self.layers:
+                layer.cursor[ORIGIN] += layer.text_slots
+
+    def _grow(self, slots: int) -> None:
+        """Add text slots for the positions to come."""
+        index, layer = self.index, self.layers[0]
+        end = layer.text_slots + layer.origin
+        if not index.plan.layers_place_tokens:
+            index.positions[2] = extended(index.positions[2], end, slots)
+            self.follow_positions()
+        for layer in self.layers:
+            layer.grow(slots)
+        index.assigned = end + slots
+
+    def _reuse_block(self, settled: int) -> bool:
+        """Give the oldest block of text slots to the positions to come, in place; False where one of its tokens may be seen again."""
+        index, text = self.index, self.index.positions[2]
+        slots = text.shape[1]
+        start = (index.assigned - self.layers[0].origin) % slots
+        block = text[:, start : start + self.block]
+        unseen_from = int(block.max()) + self.window
+        if unseen_from > settled:
+            return False
+        block.copy_(torch.arange(index.assigned, index.assigned + self.block, device=block.device))
+        if index.turns:
+            anchor = index.coordinates.at(block[:, :1])
+            index.turns[1][:, start // self.block] = index.plan.turn.at(anchor)[:, 0]
+        index.assigned += self.block
+        index.floor = max(index.floor, unseen_from)
+        return True
+
+    def _straighten(self) -> None:
+        """Put the text slots in the order of their positions, without those that are free or that no query sees."""
+        index, layer = self.index, self.layers[0]
+        packed = layer.packed
+        keep_from = index.floor - self.window + 1
+        kept = in_order(index.positions[2], packed - layer.origin, self.block, keep_from, packed)
+        index.positions[2] = kept_slots(index.positions[2], kept, 1)
+        for layer in self.layers:
+            layer.keep_text(kept)
+        index.assigned = packed
+
+    def crop(self, tokens: int) -> None:
+        """Remove the newest `tokens` tokens; the cache has checked that it can."""
+        for layer in self.layers:
+            layer.crop(tokens)
+        first = self.layers[0]
+        if self.reuses_slots and first.packed < first.origin:
+            for layer in self.layers:
+                layer.cursor[ORIGIN] -= layer.text_slots

@@ -1,0 +1,174 @@
+"""The tiers of one layer: where its packed tokens are, how important they are, and how many of them a step reads."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from apack_compile.cache.token_index import extended
+from apack_compile.kernels.layout import TEXT, VISION
+from apack_compile.plan.tiers import ROUNDING, TierPlan, at_positions, by_importance, kept_text, share_of, to_positions
+
+
+class LayerTiers:
+    """Per layer, because each layer orders and evicts its tokens by its own attention.
+
+    positions: int32 `[B, slots]` of first, vision, text. importance: float32 `[B, slots]` of vision, text (empty where no rule
+    needs it). counts: `read` int32 `[B, 2]`, leading vision slots read in full and read at all, and `seen` int32 `[B, 2]`,
+    vision and text tokens so far. began, end: first position of the newest chunk, and what was counted. settled: importance has been
+    observed since the last layout.
+    """
+
+    def __init__(self, plan: TierPlan, batch: int, device: torch.device) -> None:
+        empty = torch.empty(batch, 0, dtype=torch.int32, device=device)
+        self.plan = plan
+        self.positions = [empty, empty.clone(), empty.clone()]
+        self.importance = [empty.float(), empty.float()]
+        self.counts = [torch.zeros(batch, 2, dtype=torch.int32, device=device) for _ in range(2)]
+        self.began = 0
+        self.end = 0
+        self.settled = False
+        self.has_evicted = False
+
+    @property
+    def read(self) -> Tensor:
+        """Leading vision slots `[B, 2]` read in full, and read at all."""
+        return self.counts[0]
+
+    @property
+    def seen(self) -> Tensor:
+        """Vision and text tokens `[B, 2]` so far, evicted ones included."""
+        return self.counts[1]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [*self.positions, *self.importance, *self.counts]
+
+    def batched(self) -> list[list[Tensor]]:
+        """The lists whose tensors have a row per sequence."""
+        return [self.positions, self.importance, self.counts]
+
+    def state(self, components: int) -> tuple:
+        """The last arguments of `attend_tiers`, for values of so many components."""
+        partial = max(math.ceil(self.plan.partial * components - ROUNDING), 1)
+        return *self.importance, self.read, partial, list(self.plan.ema)
+
+    def alive(self, end: int) -> Tensor:
+        """Bool `[B, end]`: positions that were not evicted; what came after the last layout is."""
+        held = torch.zeros(len(self.read), end + 1, dtype=torch.bool, device=self.read.device)
+        for positions in self.positions:
+            inside = (positions >= 0) & (positions < self.end)
+            held.scatter_(1, torch.where(inside, positions.long(), end), True)
+        held[:, self.end :] = True
+        return held[:, :end]
+
+    def lay_out(self, positions: list[Tensor], where: Mapping[int, Tensor], end: int) -> None:
+        """Follow a layout of everything anew; `where` is -1 for evicted tokens."""
+        self._count(positions, self.end, end)
+        self.began = self.end
+        self.positions = [positions[0].clone(), *(positions[s].masked_fill(where[s] < 0, -1) for s in (VISION, TEXT))]
+        self._unsettle(end)
+
+    def add_chunk(self, positions: list[Tensor], used: Mapping[int, int], began: int, end: int) -> None:
+        """Follow a layout of a chunk behind the `used` slots."""
+        self.counts[1] = self.seen + torch.tensor([0, began - self.end], dtype=torch.int32, device=self.seen.device)
+        self._count(positions, began, end)
+        self.began = began
+        old = [self.positions[0], *(self.positions[s][:, : used[s]] for s in (VISION, TEXT))]
+        self.positions = [torch.cat(pair, 1) for pair in zip(old, positions, strict=True)]
+        self._unsettle(end)
+
+    def _count(self, positions: list[Tensor], began: int, end: int) -> None:
+        new = [(positions[s] >= began) & (positions[s] < end) for s in (VISION, TEXT)]
+        self.counts[1] = self.seen + torch.stack([flags.sum(1, dtype=torch.int32) for flags in new], 1)
+
+    def _unsettle(self, end: int) -> None:
+        self.end = end
+        self.importance = [p.new_zeros(p.shape, dtype=torch.float32) for p in self.positions[1:]]
+        if self.plan.text is None:
+            self.importance[1] = self.importance[1][:, :0]
+        self.counts[0] = torch.full_like(self.read, self.positions[VISION].shape[1])
+        self.settled = False
+
+    def grow(self, start: int, slots: int) -> None:
+        """Add text slots for the positions from `start` on."""
+        self.positions[TEXT] = extended(self.positions[TEXT], start, slots)
+        if self.plan.text is not None:
+            self.importance[1] = torch.nn.functional.pad(self.importance[1], (0, slots))
+
+    def vision_importance(self, tokens: int) -> Tensor:
+        """Importance `[B, tokens]` of vision tokens by position, 0 elsewhere."""
+        return to_positions(self.importance[0], self.positions[VISION], tokens)
+
+    def observe(self, attention: Tensor) -> None:
+        """Take importance from attention `[B, T]` by position."""
+        for i, known in enumerate(self.importance):
+            if known.numel():
+                self.importance[i] = at_positions(attention.float(), self.positions[1 + i])
+
+    def evict_vision(self, codes: list[Tensor]) -> list[Tensor]:
+        """Codes and scales of the vision tokens that stay; positions and importance follow."""
+        if self.plan.kept >= 1 or self.positions[VISION].shape[1] == 0:
+            return codes
+        self.has_evicted = True
+        kept = share_of(self.seen[:, 0], self.plan.kept)
+        order = by_importance(self.importance[0], self.positions[VISION] >= 0)[:, : int(kept.max())]
+        inside = torch.arange(order.shape[1], device=order.device) < kept[:, None]
+        self.positions[VISION] = self.positions[VISION].gather(1, order).masked_fill(~inside, -1)
+        self.importance[0] = self.importance[0].gather(1, order)
+        return [select_slots(c, order) for c in codes]
+
+    def rank(self, codes: list[Tensor]) -> None:
+        """Put the vision slots in the order of their importance, in place; the most important are read."""
+        order = by_importance(self.importance[0], self.positions[VISION] >= 0)
+        for tensor in (*codes, self.positions[VISION], self.importance[0]):
+            if tensor.dim() > 1:
+                tensor.copy_(select_slots(tensor, order))
+        read = (share_of(self.seen[:, 0], share) for share in (self.plan.full, self.plan.attended))
+        self.read.copy_(torch.stack(list(read), 1))
+
+    def attend_all(self) -> None:
+        """Read every vision slot at the next step."""
+        self.read.fill_(self.positions[VISION].shape[1])
+
+    def prune_text(self, codes: list[Tensor], packed: int) -> tuple[int, int]:
+        """Move the kept text tokens, in order of position, to the front, in place: slots used after it, newest ones contiguous.
+
+        A row that keeps fewer leaves the leading slots empty, so that the newest tokens have the same slots in every row.
+        """
+        self.has_evicted = True
+        self.seen[:, 1] += packed - self.end
+        self.end = packed
+        positions, slots = self.positions[TEXT], self.positions[TEXT].shape[1]
+        held = (positions >= 0) & (positions < packed)
+        keep, recent = kept_text(self.importance[1], positions, held, self.seen[:, 1], self.plan.text)
+        count = keep.sum(1)
+        most = int(count.max()) if len(count) else 0
+        last = positions.long().masked_fill(~keep, -1).argsort(dim=1, stable=True)
+        order = torch.cat([last[:, slots - most :], last[:, : slots - most]], 1)
+        for tensor in (*codes, self.importance[1]):
+            if tensor.dim() > 1:
+                tensor.copy_(select_slots(tensor, order))
+        moved = positions.gather(1, order)
+        column = torch.arange(slots, device=order.device)
+        moved = moved.masked_fill(column < most - count[:, None], -1)
+        moved[:, most:] = column[most:] - most + packed
+        positions.copy_(moved)
+        self.importance[1][:, most:] = 0
+        return most, int(recent.min())
+
+    def keep_text_slots(self, slots: int) -> None:
+        """Free the text slots behind the first `slots`."""
+        self.positions[TEXT] = self.positions[TEXT][:, :slots].clone()
+        self.importance[1] = self.importance[1][:, :slots].clone()
+
+
+def select_slots(tensor: Tensor, order: Tensor) -> Tensor:
+    """Slots `[B, n]` of `[B, N]`, `[B, G, N]` or `[B, G, N, bytes]`; an empty scale stays."""
+    if tensor.dim() <= 1:
+        return tensor
+    if tensor.dim() == 2:
+        return tensor.gather(1, order)
+    index = order[:, None] if tensor.dim() == 3 else order[:, None, :, None]
+    return tensor.gather(2, index.expand(*tensor.shape[:2], order.shape[1], *tensor.shape[3:]))

@@ -1,0 +1,1 @@
+"""Statistics of a model's keys and values, and how its keys turn."""

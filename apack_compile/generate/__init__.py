@@ -1,0 +1,1 @@
+"""What optimize puts on a model: its session, generate and the compiled decode step."""

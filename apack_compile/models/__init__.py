@@ -1,0 +1,1 @@
+"""What is known of transformers' models: their cache argument, wrappers around them, where their tokens are."""

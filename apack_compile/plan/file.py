@@ -1,0 +1,257 @@
+"""A plan as one safetensors file (docs/format.md)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from apack_compile.codec import Bands, StreamBasis
+from apack_compile.plan.check import check_plan, uses_bases
+from apack_compile.plan.importance import CoarseRule
+from apack_compile.plan.plan import LayerPlan, Plan, Provenance, StreamPlan
+from apack_compile.plan.ranks import ALONE, Ranks, rank_here
+from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.tiers import TextEviction, TierPlan
+from apack_compile.version import __version__
+
+FORMAT_VERSION = "4"
+# A file that holds one plan of format 4 for each rank of tensor parallelism.
+RANKS_VERSION = "5"
+VERSION_KEY = "apack_plan"
+FREQUENCIES = "turn.frequencies"
+COORDINATES = "turn.coordinates"
+COARSE = "coarse."
+SCALARS = ("tail_slots", "first_tokens", "groups", "separates_vision")
+
+
+def save_plan(plan: Plan, path: str | os.PathLike) -> None:
+    """Write a plan to one file, whole or not at all; raises ValueError for a plan that no cache can use."""
+    check_plan(plan, "plan")
+    path = Path(path)
+    refuse_folder(path)
+    if plan.ranks.count == 1:
+        write(path, FORMAT_VERSION, values_of(plan), tensors_of(plan))
+        return
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        # POSIX alone, as torch.distributed's tensor parallelism
+        import fcntl
+
+        # all ranks save to one file: each adds its part to those that are there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        values, tensors = other_ranks(plan, path)
+        values["ranks"][str(plan.ranks.rank)] = values_of(plan)
+        part = {f"rank{plan.ranks.rank}.{name}": tensor for name, tensor in tensors_of(plan).items()}
+        write(path, RANKS_VERSION, values, tensors | part)
+
+
+def other_ranks(plan: Plan, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a plan file holds of the other ranks; nothing where there is no such file of as many ranks."""
+    nothing: tuple[dict[str, Any], dict[str, Tensor]] = ({"count": plan.ranks.count, "ranks": {}}, {})
+    try:
+        metadata, tensors = read(path, f"path={str(path)!r}")
+        values = json.loads(metadata["plan"])
+    except (FileNotFoundError, ValueError):
+        return nothing
+    if metadata.get("sha256") != digest(metadata["plan"], tensors):
+        return nothing
+    if metadata[VERSION_KEY] != RANKS_VERSION or values.get("count") != plan.ranks.count:
+        return nothing
+    own = f"rank{plan.ranks.rank}."
+    return values, {name: tensor for name, tensor in tensors.items() if not name.startswith(own)}
+
+
+def write(path: Path, version: str, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write one file in place of the old one, whole or not at all."""
+    text = json.dumps(values)
+    metadata = {VERSION_KEY: version, "plan": text, "sha256": digest(text, tensors)}
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary = Path(folder) / "plan"
+        # Written here: safetensors' own save_file makes files that only their owner can read.
+        temporary.write_bytes(save(dict(tensors), metadata))
+        os.replace(temporary, path)
+
+
+def load_plan(path: str | os.PathLike) -> Plan:
+    """Read a plan; raises FileNotFoundError, and ValueError for a file that does not hold a whole, usable plan."""
+    path = Path(path)
+    name = f"path={str(path)!r}"
+    refuse_folder(path)
+    metadata, tensors = read(path, name)
+    expected, found = metadata.get("sha256"), digest(metadata["plan"], tensors)
+    if found != expected:
+        raise ValueError(f"{name}: the checksum is {found}, must be {expected!r}: damaged, or changed by hand")
+    ranks = ALONE
+    try:
+        values = json.loads(metadata["plan"])
+        if metadata[VERSION_KEY] == RANKS_VERSION:
+            ranks, values, tensors = part_here(values, tensors, name)
+        plan = replace(plan_of(values, tensors, str(path)), ranks=ranks)
+    except RanksError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name}: not laid out as plan format {metadata[VERSION_KEY]} says: {error!r}") from error
+    check_plan(plan, name)
+    return plan
+
+
+class RanksError(ValueError):
+    """A plan file that holds nothing for this rank."""
+
+
+def part_here(
+    values: dict[str, Any], tensors: Mapping[str, Tensor], name: str
+) -> tuple[Ranks, dict[str, Any], dict[str, Tensor]]:
+    """This rank, and its part of a file that holds those of all; raises ValueError where it has none."""
+    count, held = values["count"], sorted(map(int, values["ranks"]))
+    if not isinstance(count, int) or count < 2:
+        raise ValueError(f"count is {count!r}, must be an integer >= 2")
+    rank = rank_here(count)
+    if rank is None:
+        raise RanksError(
+            f"{name}: made on {count} ranks of tensor parallelism; load it where as many share a model, after from_pretrained"
+        )
+    if rank not in held:
+        raise RanksError(f"{name}: holds the ranks {held} of {count}, not {rank}; save the plan on every rank")
+    prefix = f"rank{rank}."
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return Ranks(rank, count), values["ranks"][str(rank)], own
+
+
+def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a plan file; raises ValueError for any other file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if VERSION_KEY not in metadata or "plan" not in metadata:
+                raise ValueError(f"{name}: a safetensors file, but not one that Plan.save wrote")
+            if metadata[VERSION_KEY] not in (FORMAT_VERSION, RANKS_VERSION):
+                found = f"plan format {metadata[VERSION_KEY]!r}"
+                raise ValueError(
+                    f"{name}: {found}; apack-compile {__version__} reads formats {FORMAT_VERSION!r} and {RANKS_VERSION!r}"
+                )
+            # Clones: safetensors maps the file, and writing into it would change the bases of a running model.
+            return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{name}: not a whole safetensors file: {error}") from error
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise ValueError for a path that is a folder."""
+    if path.is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder; a plan is one file")
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a plan file says."""
+    found = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def tensors_of(plan: Plan) -> dict[str, Tensor]:
+    """Every tensor of a plan by name, copied: safetensors refuses tensors that share memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named(plan)}
+
+
+def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of every basis, of the turn and of the coarse rule."""
+    if plan.turn is not None:
+        yield FREQUENCIES, plan.turn.frequencies
+        if plan.turn.coordinates is not None:
+            yield COORDINATES, plan.turn.coordinates
+    for layer, weights in plan.coarse.weights.items() if plan.coarse is not None else ():
+        yield f"{COARSE}{layer}", weights
+    for layer, bases in plan.bases.items():
+        for stream, basis in zip(plan.layers[layer].named, bases, strict=True):
+            for name, tensor in basis._asdict().items():
+                yield f"layers.{layer}.{stream}.{name}", tensor
+
+
+def values_of(plan: Plan) -> dict[str, Any]:
+    """All of a plan but its tensors, as JSON has it."""
+    layers = [
+        {"layer": layer}
+        | {name: {**vars(stream), "bands": list(stream.bands.counts)} for name, stream in streams.named.items()}
+        for layer, streams in sorted(plan.layers.items())
+    ]
+    return {
+        **{name: getattr(plan, name) for name in SCALARS},
+        "layers": layers,
+        "tiers": None if plan.tiers is None else asdict(plan.tiers) | {"ema": list(plan.tiers.ema)},
+        "turn": None if plan.turn is None else {"block": plan.turn.block, "interleaved": plan.turn.interleaved},
+        "coarse": None if plan.coarse is None else {"modality": plan.coarse.modality, "share": plan.coarse.share},
+        "signature": list(plan.signature),
+        "calibrated_on": plan.provenance.calibrated_on,
+        "versions": dict(plan.provenance.versions) or versions(),
+    }
+
+
+def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) -> Plan:
+    """The plan of a file's values and tensors; raises KeyError, TypeError or ValueError where they are laid out otherwise."""
+    layers = {
+        entry["layer"]: LayerPlan(**{name: stream_of(stream) for name, stream in entry.items() if name != "layer"})
+        for entry in values["layers"]
+    }
+    bases = {
+        layer: tuple(
+            StreamBasis(*(tensors[f"layers.{layer}.{stream}.{name}"] for name in StreamBasis._fields))
+            for stream in streams.named
+        )
+        for layer, streams in layers.items()
+        if uses_bases(streams)
+    }
+    provenance = Provenance(values["calibrated_on"], values["versions"], path)
+    if not isinstance(provenance.calibrated_on, str | None):
+        raise TypeError(f"calibrated_on is {provenance.calibrated_on!r}, must be a string or null")
+    if set(map(type, (*provenance.versions, *provenance.versions.values()))) != {str}:
+        raise TypeError(f"versions is {provenance.versions!r}, must be an object of strings")
+    scalars = {name: values[name] for name in SCALARS}
+    turn = None
+    if values["turn"] is not None:
+        turn = KeyTurn(tensors[FREQUENCIES], **values["turn"], coordinates=tensors.get(COORDINATES))
+    weights = {int(name.removeprefix(COARSE)): t for name, t in tensors.items() if name.startswith(COARSE)}
+    coarse = None if values["coarse"] is None else CoarseRule(**values["coarse"], weights=weights)
+    plan = Plan(
+        layers,
+        bases=bases,
+        tiers=tiers_of(values["tiers"]),
+        turn=turn,
+        coarse=coarse,
+        signature=tuple(values["signature"]),
+        provenance=provenance,
+        **scalars,
+    )
+    if values_of(plan) != values or set(tensors) != set(dict(named(plan))):
+        raise ValueError("it holds more than a plan, or one layer twice")
+    return plan
+
+
+def tiers_of(values: dict[str, Any] | None) -> TierPlan | None:
+    """Tiers from JSON."""
+    if values is None:
+        return None
+    text = None if values["text"] is None else TextEviction(**values["text"])
+    return TierPlan(**{**values, "ema": tuple(values["ema"]), "text": text})
+
+
+def stream_of(values: dict[str, Any]) -> StreamPlan:
+    """A stream's plan from JSON."""
+    return StreamPlan(**{**values, "bands": Bands(tuple(values["bands"]))})  # type: ignore[arg-type]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a plan is made with; what follows a plus sign names the build alone."""
+    found = {"apack_compile": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {name: str(version).split("+")[0] for name, version in found.items()}

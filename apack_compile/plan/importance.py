@@ -1,0 +1,116 @@
+"""How much a token matters, told from its key and value alone, so that those that matter less get fewer bits.
+
+The gradients of calibration (sensitivity.py) say what disturbing each token would cost. Their energy is regressed, layer by layer, on
+the token's own key and value. A prompt's tokens are then ranked as they are stored, before anything has attended to them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from apack_compile.kernels.turns import turned
+from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.tiers import rank_of
+
+# Tokens are told apart from this ratio and this length on: below, all need their bits, or a segment more costs more than it gives
+# (docs/quality.md).
+LEAST_RATIO, LEAST_TOKENS = 5.0, 1_024
+COARSE_SHARE = 0.75
+# The newest tokens are read because they are near, whatever they are: they are fine, and say nothing about the others.
+NEWEST = 64
+# Components of a stream that the regression sees: it keeps a matrix of all pairs per layer.
+WIDEST = 512
+# Fewer tokens for each weight of the regression do not tell which of them matter.
+TOKENS_A_WEIGHT = 2
+# Of the features' variance; gradients of few queries are noisy.
+RIDGE = 0.01
+
+
+def tells_apart(ratio: float, tokens: int) -> bool:
+    """Whether a plan of this ratio, for prompts of so many tokens, tells coarse tokens from fine ones."""
+    return ratio >= LEAST_RATIO and tokens >= LEAST_TOKENS
+
+
+@dataclass(frozen=True)
+class CoarseRule:
+    """Which tokens of a modality are stored coarsely: the `share` of a prompt's that is expected to matter least.
+
+    weights: per layer, float32 `[F]`: a token's features times these rank it among the others.
+    """
+
+    modality: str
+    share: float
+    weights: Mapping[int, Tensor]
+
+    def to(self, device: torch.device) -> "CoarseRule":
+        """This rule with its weights on a device."""
+        return replace(self, weights={layer: weights.to(device) for layer, weights in self.weights.items()})
+
+
+def features(key: Tensor, value: Tensor) -> Tensor:
+    """Features `[B, T, F]`, float32, of tokens `[B, H_kv, T, D]`: the components, means over some heads where they are many, and norms."""
+    both = [states.float() for states in (key, value)]
+    parts = [
+        states.unflatten(1, (averages(*states.shape[1::2]), -1)).mean(2).transpose(1, 2).flatten(2) for states in both
+    ]
+    return torch.cat([*parts, *(states.norm(dim=-1).mT for states in both)], dim=-1)
+
+
+def averages(heads: int, head_dim: int) -> int:
+    """Into how many means the heads' components go: as many as there are heads, or the most that keep a stream narrow."""
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * head_dim <= WIDEST))
+
+
+def feature_count(heads: int, key_dim: int, value_dim: int) -> int:
+    """Features of a token."""
+    return sum(averages(heads, dim) * dim + heads for dim in (key_dim, value_dim))
+
+
+def scores_of(key: Tensor, value: Tensor, coordinates: Tensor, turn: KeyTurn | None, weights: Tensor) -> Tensor:
+    """Scores `[B, T]` of tokens `[B, H_kv, T, D]` at rotary `coordinates` `[B, T, C]`."""
+    return features(unturned(key, coordinates, turn), value) @ weights
+
+
+def unturned(key: Tensor, coordinates: Tensor, turn: KeyTurn | None) -> Tensor:
+    """Keys `[B, H_kv, T, D]` as they were before they were turned by their `coordinates` `[B, T, C]`, where that is known."""
+    return key if turn is None else turned(key.float(), turn.at(coordinates)[:, None], back=True)
+
+
+class RunningImportance:
+    """Sums of the regression of a layer, float64: features' and their product with the logarithm of the gradients' energy."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.gram = self.cross = self.target = torch.zeros(())
+
+    def add(self, x: Tensor, energy: Tensor) -> None:
+        """Add tokens with features `[N, F]` and gradients' energy `[N]`; those without any are left out."""
+        x, seen = x.double(), energy > 0
+        x, target = x[seen], energy[seen].log()
+        self.count += len(x)
+        self.total = self.total + x.sum(0)
+        self.gram = self.gram + x.mT @ x
+        self.cross = self.cross + x.mT @ target
+        self.target = self.target + target.sum()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether enough tokens were seen."""
+        return self.count > 0 and self.count >= TOKENS_A_WEIGHT * len(self.total)
+
+    def finish(self) -> Tensor:
+        """The ridge regression's weights `[F]`, float32."""
+        mean = self.total / self.count
+        covariance = self.gram / self.count - mean[:, None] * mean
+        scale = covariance.diagonal().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        covariance = covariance / scale / scale[:, None] + RIDGE * torch.eye(len(mean)).to(covariance)
+        cross = (self.cross / self.count - mean * self.target / self.count) / scale
+        return (torch.linalg.solve(covariance, cross) / scale).float()
+
+
+def least_important(candidates: Tensor, scores: Tensor, share: float) -> Tensor:
+    """The `share` of each row's candidates, bool `[B, T]`, with the lowest scores `[B, T]`; rounded down."""
+    place = rank_of(scores.masked_fill(~candidates, float("inf")).argsort(dim=1, stable=True))
+    return candidates & (place < (candidates.sum(1, keepdim=True) * share).long())

@@ -1,0 +1,319 @@
+"""Predicted time of one layer's decode attention, from what a device can read, multiply and unpack in a second.
+
+A step over a packed cache reads bytes; multiplies every token's components with the rows of its head group, `2 * rows * components`
+operations a stream, rows padded to the matrix unit's tile; and turns codes into numbers, up to two integer operations each. On a GPU
+the three overlap, so the tightest one is the limit; a CPU core does one after the other. Relative keys add queries turned and projected
+anew for every block of slots.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from apack_compile.codec import WIDTHS
+from apack_compile.plan.plan import Plan, StreamPlan
+
+# Integer operations per code, by its bits: a float16 needs none, a whole byte is placed, a part of one is also masked.
+UNPACK_OPERATIONS = {16: 0, 8: 1, 4: 2, 2: 2}
+LATENT_BYTES = 2
+MODEL_BASIS_BYTES, OWN_BASIS_BYTES = 4, 2
+# Seconds of a call before any arithmetic (docs/performance.md).
+CPU_CALL = 13e-6
+POSITION_BYTES, TOKEN_SCALE_BYTES = 4, 2
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device does in a second, and what each launch costs.
+
+    bytes_per_second: of a copy, read and written. matrix_operations: multiplications and additions of wide products. unpack_operations:
+    on integers. row_tiles: rows that the matrix unit takes at once, () for any number. narrow_rows: rows that give a product its full
+    rate; n rows give `2 n / (n + narrow_rows)` of it, because both operands are fetched. 0 where rows do not matter. packed_launches,
+    dense_launches: kernels of a step, one after the other, each of `launch_seconds`. dense_bytes_per_second: at which dense attention reads
+    its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of
+    the step that head groups are chosen for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype.
+    overlaps: reading, multiplying and unpacking happen at the same time. widest_basis: channels of the widest basis that kernels multiply
+    at these rates; None for any. short_tokens: of a request whose dense cache is to outweigh a layer's bases; 0 for none.
+    """
+
+    name: str
+    bytes_per_second: float
+    matrix_operations: float
+    unpack_operations: float
+    row_tiles: tuple[int, ...] = ()
+    narrow_rows: int = 0
+    launch_seconds: float = 0.0
+    packed_launches: int = 1
+    dense_launches: int = 1
+    dense_bytes_per_second: float | None = None
+    min_tokens: int = 0
+    planned_tokens: int = 8_192
+    planned_batch: int = 1
+    dense_bytes: int | None = None
+    overlaps: bool = True
+    widest_basis: int | None = None
+    short_tokens: int = 0
+
+    def seconds(self, limits: "Limits") -> float:
+        """The least time of a step with these limits."""
+        return limits.seconds if self.overlaps else limits.in_turn
+
+    def padded(self, rows: int) -> int:
+        """Rows that the matrix unit works on for so many."""
+        if not self.row_tiles:
+            return rows
+        largest = self.row_tiles[-1]
+        return next((tile for tile in self.row_tiles if rows <= tile), -(-rows // largest) * largest)
+
+    def unpackings(self, rows: int) -> int:
+        """How often a token's codes are unpacked: once for every tile of rows."""
+        return -(-rows // self.row_tiles[-1]) if self.row_tiles else 1
+
+    def matrix_seconds(self, rows: int, columns: float) -> float:
+        """Seconds of products that give `columns` sums of one term each to every one of `rows` rows."""
+        tile = self.padded(rows)
+        in_a_tile = min(tile, self.row_tiles[-1]) if self.row_tiles else tile
+        rate = self.matrix_operations * (min(1.0, 2 * in_a_tile / (in_a_tile + self.narrow_rows)))
+        return 2 * tile * columns / rate
+
+
+# Copy and full matrix rate: measured on an H200. Unpacking: 132 processors x 64 integer operations x 1.8 GHz. A narrow product's share
+# assumes that both operands come from shared memory (64 rows of codes, n rows of queries); launches are assumed, as in a CUDA graph.
+# widest_basis: with 4,096 a block has room for 32 tokens, and the kernel issues 3.2 times the instructions (benchmarks/instructions.py).
+# min_tokens: the shortest of the lengths from which ratio 8 is predicted to pay, LLaVA and Gemma at batch 16 (docs/performance.md).
+H200 = Device(
+    "H200",
+    4.3e12,
+    790e12,
+    15e12,
+    (16, 32, 64),
+    64,
+    3e-6,
+    packed_launches=4,
+    dense_launches=2,
+    min_tokens=1_024,
+    planned_tokens=32_768,
+    planned_batch=16,
+    widest_basis=2_048,
+)
+# Measured by `measured_cpu`: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
+# min_tokens: where a step loses 5 %, about 300 tokens, as a power of two (benchmarks/crossover.py, docs/performance.md).
+# dense_bytes: attention over a bfloat16 cache is slower there than over one in float32, not faster.
+CPU = Device(
+    "CPU",
+    75e9,
+    205e9,
+    52e9,
+    launch_seconds=CPU_CALL,
+    dense_launches=0,
+    dense_bytes_per_second=26e9,
+    min_tokens=256,
+    dense_bytes=4,
+    overlaps=False,
+    short_tokens=512,
+)
+OF_TYPE = {"cpu": CPU, "cuda": H200}
+DEVICES = {device.name: device for device in (H200, CPU)}
+
+
+def default_min_tokens(device_type: str) -> int:
+    """Tokens of a row from which a packed cache is about as fast as a dense one, or faster; 0 for a type of device without figures."""
+    return OF_TYPE[device_type].min_tokens if device_type in OF_TYPE else 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one decode step of a layer attends with, and to: heads, tokens of each of `batch` sequences, query tokens.
+
+    element_bytes: of the model's dtype. vision_share: share of the tokens that are vision.
+    """
+
+    query_heads: int
+    heads: int
+    head_dim: int
+    tokens: int
+    batch: int = 1
+    query_tokens: int = 1
+    element_bytes: int = 2
+    vision_share: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """Width of a stream over all KV heads."""
+        return self.heads * self.head_dim
+
+    def rows(self, groups: int) -> int:
+        """Query rows that share a head group's latents."""
+        return self.query_heads // groups * self.query_tokens
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds of one step: of its bytes, its matrix work, its unpacking, and of turning queries, which comes before."""
+
+    bytes: float
+    matrix: float
+    unpack: float
+    turning: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The time of a step where the three overlap: turning, then the tightest of them."""
+        return self.turning + max(self.bytes, self.matrix, self.unpack)
+
+    @property
+    def in_turn(self) -> float:
+        """The time of a step where nothing overlaps."""
+        return self.turning + self.bytes + self.matrix + self.unpack
+
+    @property
+    def tightest(self) -> str:
+        """Name of the largest of all four."""
+        return max(("bytes", "matrix", "unpack", "turning"), key=partial(getattr, self))
+
+
+def basis_bytes(stream: StreamPlan, load: Load, groups: int) -> int:
+    """Bytes of one basis of a stream for all head groups: of all requests, or of one sequence."""
+    size, components = MODEL_BASIS_BYTES if stream.scope == "model" else OWN_BASIS_BYTES, stream.bands.components
+    return groups * (load.width // groups * (components + 1) + components) * size
+
+
+@dataclass
+class _Work:
+    """Running sums of a step: bytes, seconds of the matrix unit, integer operations."""
+
+    device: Device
+    bytes: float = 0.0
+    matrix: float = 0.0
+    unpack: float = 0.0
+
+    def dense(self, load: Load, tokens: float, element_bytes: int) -> None:
+        """Keys and values of so many tokens, each head attended by its own rows."""
+        self.bytes += 2 * tokens * load.width * element_bytes
+        self.matrix += 2 * self.device.matrix_seconds(load.rows(load.heads), load.width * tokens)
+
+    def packed(self, load: Load, groups: int, stream: StreamPlan, read: float, part: float, tokens: float) -> None:
+        """Codes of one stream: `read` of the tokens whole, `part` of the components of the others."""
+        rows = load.rows(groups)
+        leading = stream.bands.at_most(round(part * stream.bands.components))
+        for bands, share in ((stream.bands, read), (leading, 1 - read)):
+            self.bytes += tokens * share * groups * bands.token_bytes
+            self.matrix += self.device.matrix_seconds(rows, groups * bands.components * tokens * share)
+            codes = sum(count * UNPACK_OPERATIONS[bits] for count, bits in zip(bands.counts, WIDTHS, strict=True))
+            self.unpack += codes * groups * tokens * share * self.device.unpackings(rows)
+        self.bytes += tokens * groups * TOKEN_SCALE_BYTES if stream.token_scale else 0
+
+    def basis(self, load: Load, groups: int, stream: StreamPlan) -> None:
+        """A stream's basis, read once or once a sequence, and the product of all query rows with it."""
+        components = stream.bands.components
+        own = stream.scope == "sequence"
+        self.bytes += (load.batch if own else 1) * basis_bytes(stream, load, groups)
+        rows = load.rows(load.heads) * (1 if own else load.batch)
+        products = load.head_dim * components * load.heads * (load.batch if own else 1)
+        self.matrix += self.device.matrix_seconds(rows, products)
+
+
+def dense_limits(load: Load, device: Device) -> Limits:
+    """Limits of attention over a dense cache in the model's dtype."""
+    work = _Work(device)
+    work.dense(load, load.batch * load.tokens, load.element_bytes)
+    return Limits(work.bytes / (device.dense_bytes_per_second or device.bytes_per_second), work.matrix, 0.0)
+
+
+def packed_limits(plan: Plan, layer: int, load: Load, device: Device, materialised: bool = True) -> Limits:
+    """Limits of attention over one layer of a packed cache.
+
+    materialised: turned queries' latents are products of their own, written and read once; else each tile makes its own.
+    """
+    work, streams = _Work(device), plan.layers[layer].streams
+    stored = max(load.tokens - plan.first_tokens - plan.tail_slots, 0)
+    tiers, turning = plan.tiers, 0.0
+    for i, (segment, share) in enumerate(plan.shares(load.vision_share).items()):
+        tokens, vision = load.batch * stored * share, segment == "vision"
+        if not tokens:
+            continue
+        if tiers is not None and vision:
+            tokens *= min(tiers.kept, tiers.attended)
+        work.bytes += tokens * POSITION_BYTES
+        for name, stream in zip(("key", "value"), streams[2 * i : 2 * i + 2], strict=True):
+            if stream.scope in ("as_is", "half"):
+                half = _Work(device)
+                half.dense(load, tokens, load.element_bytes if stream.scope == "as_is" else 2)
+                work.bytes, work.matrix = work.bytes + half.bytes / 2, work.matrix + half.matrix / 2
+                continue
+            tiered = tiers is not None and vision and name == "value"
+            read, part = (tiers.full, tiers.partial) if tiered else (1.0, 1.0)
+            work.packed(load, plan.groups, stream, read, part, tokens)
+            work.basis(load, plan.groups, stream)
+            if name == "key" and plan.turn is not None:
+                turning += _turn(work, plan, load, stream.bands.components, tokens, materialised)
+    work.dense(load, load.batch * (load.tokens - stored), load.element_bytes)
+    seconds = work.bytes / device.bytes_per_second, work.matrix, work.unpack / device.unpack_operations
+    return Limits(*seconds, turning)
+
+
+def _turn(work: _Work, plan: Plan, load: Load, components: int, tokens: float, materialised: bool) -> float:
+    """Add what a segment's relative keys cost to the pass over it; seconds of the products before the pass."""
+    device, blocks = work.device, tokens / plan.turn.block
+    work.bytes += 8 * blocks * len(plan.turn.frequencies)
+    rows, products = load.rows(load.heads), blocks * load.heads * load.head_dim * components
+    if not materialised:
+        work.matrix += device.matrix_seconds(rows, products)
+        return 0.0
+    latents = LATENT_BYTES * blocks * load.query_heads * load.query_tokens * components
+    work.bytes += latents
+    # the rows of all blocks are one product, so that no tile is padded
+    full = 2 * rows * products / device.matrix_operations
+    return max(full, latents / device.bytes_per_second) + device.launch_seconds
+
+
+def dense_seconds(load: Load, device: Device) -> float:
+    """Predicted time of attention over a dense cache."""
+    return device.seconds(dense_limits(load, device)) + device.dense_launches * device.launch_seconds
+
+
+def packed_seconds(plan: Plan, layer: int, load: Load, device: Device, materialised: bool = True) -> float:
+    """Predicted time of attention over one layer of a packed cache."""
+    limits = packed_limits(plan, layer, load, device, materialised)
+    return device.seconds(limits) + device.packed_launches * device.launch_seconds
+
+
+def predicted_speedup(plan: Plan, load: Load, device: Device, materialised: bool = True) -> float:
+    """Time over a dense cache, divided by the time over a packed one, all layers of the plan together."""
+    packed = sum(packed_seconds(plan, layer, load, device, materialised) for layer in plan.layers)
+    return len(plan.layers) * dense_seconds(load, device) / packed
+
+
+def measured_cpu(seconds: float = 1.0) -> Device:
+    """The running machine's CPU, with as many threads as torch has; takes about `seconds`."""
+    source, target = torch.zeros(2**25), torch.empty(2**25)
+    # wide, so that threads seldom wait for each other
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    codes, numbers = torch.ones(2**17, dtype=torch.uint8), torch.empty(2**17)
+    query, (key, value) = torch.randn(1, 16, 1, 128), torch.randn(2, 1, 16, 8_192, 128)
+    calls = {
+        2 * source.nbytes: partial(target.copy_, source),
+        2 * 1024**3: partial(torch.mm, left, right),
+        # placed and masked, as codes of less than a byte are
+        2 * codes.numel(): partial(numbers.copy_, codes),
+        2 * key.nbytes: partial(torch.nn.functional.scaled_dot_product_attention, query, key, value),
+    }
+    rates = []
+    for work, call in calls.items():
+        call()
+        best, end = float("inf"), time.perf_counter() + seconds / len(calls)
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - start)
+        rates.append(work / best)
+    copied, multiplied, unpacked, read = rates
+    return replace(
+        CPU,
+        bytes_per_second=copied,
+        matrix_operations=multiplied,
+        unpack_operations=unpacked,
+        dense_bytes_per_second=read,
+    )
