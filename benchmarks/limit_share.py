@@ -4,15 +4,14 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from choices import DEVICES, measured_cpu
 from harness import Row
 
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.time_model import (
-    DEVICES,
     Device,
     Load,
     dense_limits,
-    measured_cpu,
     packed_limits,
     predicted_speedup,
 )

@@ -16,12 +16,12 @@ from typing import Annotated
 import torch
 import typer
 from attend import SHAPES, Shape, synthetic_plan
+from choices import DEVICES, Option, choose_groups, option_of, shortest_length
 from harness import Row, print_table, write_json
 
-from apack_compile.plan.choice import Option, choose_groups, option_of, shortest_length
 from apack_compile.plan.plan import LayerPlan, Plan
 from apack_compile.plan.rotation import BLOCK, KeyTurn
-from apack_compile.plan.time_model import DEVICES, Device, Load, dense_limits, packed_seconds
+from apack_compile.plan.time_model import Device, Load, dense_limits, packed_seconds
 
 KEY_BLOCKS = (0, 32, 64, 128, 256)
 # Objective of the plan at ratio 8, over that of one basis and blocks of 32 (results/harm-smollm2.json): of one basis for all heads

@@ -1,11 +1,7 @@
 """What a pass is, how passes run over a graph, and the record they leave."""
 
 import dataclasses
-import functools
-import hashlib
-import inspect
 import json
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,12 +48,10 @@ class Refusal:
 
 
 class Pass(ABC):
-    """A rewrite of a graph. Subclasses are frozen dataclasses; their fields are the configuration that `key` covers."""
+    """A rewrite of a graph. Subclasses are frozen dataclasses; their fields are its configuration."""
 
     # A pass that only cleans up after others leaves a graph alone that they did not change.
     only_after_change: ClassVar[bool] = False
-    # Further modules of this project whose source decides what the pass does.
-    uses: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -71,20 +65,12 @@ class Pass(ABC):
     def rewrite(self, graph: fx.Graph, matches: Sequence[Any]) -> int:
         """Rewrite the matches; how many were."""
 
-    def key(self) -> str:
-        """A hash of the pass's source and its configuration: equal keys rewrite equally."""
-        source = _source_of((type(self).__module__, __name__, *self.uses))
-        fields: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
-        configuration = json.dumps([self.name, fields], sort_keys=True, default=repr)
-        return hashlib.sha256((source + configuration).encode()).hexdigest()
-
 
 @dataclass(frozen=True)
 class PassRecord:
     """What one pass did to one graph."""
 
     name: str
-    key: str
     count: int
     matches: tuple[MatchRecord, ...]
 
@@ -131,7 +117,7 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], dump_dir: str | Path 
     records: list[PassRecord] = []
     for step, current in enumerate(passes):
         if current.only_after_change and not any(r.count for r in records):
-            records.append(PassRecord(current.name, current.key(), 0, ()))
+            records.append(PassRecord(current.name, 0, ()))
             continue
         _dump(gm, folder, f"{step}_{current.name}_before.txt")
         found = current.match(gm.graph)
@@ -142,16 +128,11 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], dump_dir: str | Path 
             gm.graph.lint()
             gm.recompile()
         _dump(gm, folder, f"{step}_{current.name}_after.txt")
-        records.append(PassRecord(current.name, current.key(), count, matches))
+        records.append(PassRecord(current.name, count, matches))
     record = GraphRecord(tuple(records))
     if folder is not None:
         (folder / "record.json").write_text(json.dumps(record.to_dict(), indent=1) + "\n")
     return record
-
-
-@functools.cache
-def _source_of(modules: tuple[str, ...]) -> str:
-    return "".join(inspect.getsource(sys.modules[module]) for module in modules)
 
 
 def _new_folder(parent: Path) -> Path:

@@ -6,7 +6,7 @@ brought the new tokens in. These caches are listed and stay as they are; only a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import fx
 
@@ -256,11 +256,6 @@ def _back(place: _Place) -> _Place | None:
 @dataclass(frozen=True)
 class FindCacheUpdates(Pass):
     """List the stock caches of a graph; rewrites nothing."""
-
-    uses: ClassVar[tuple[str, ...]] = tuple(
-        f"apack_compile.passes.{name}"
-        for name in ("attention", "effects", "layout", "memory", "nodes", "origin", "scores", "update_kinds", "views")
-    )
 
     def match(self, graph: fx.Graph) -> list[CacheUpdate | Refusal]:
         """The graph's cache updates and refusals."""

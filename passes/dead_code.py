@@ -30,7 +30,6 @@ class RemoveDeadCode(Pass):
     """
 
     only_after_change: ClassVar[bool] = True
-    uses: ClassVar[tuple[str, ...]] = ("apack_compile.passes.effects", "apack_compile.passes.nodes")
 
     def match(self, graph: fx.Graph) -> list[DeadNode]:
         """Dead nodes, users before what they use."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,22 +17,6 @@ from apack_compile.passes.sites import AttentionSite, find_sites
 @dataclass(frozen=True)
 class FuseAttend(Pass):
     """Attend over the packed cache where the graph unpacks it first."""
-
-    uses: ClassVar[tuple[str, ...]] = tuple(
-        f"apack_compile.passes.{name}"
-        for name in (
-            "attention",
-            "components",
-            "effects",
-            "layout",
-            "masks",
-            "memory",
-            "nodes",
-            "origin",
-            "scores",
-            "sites",
-        )
-    )
 
     def match(self, graph: fx.Graph) -> list[AttentionSite | Refusal]:
         """The graph's attention sites and refusals."""

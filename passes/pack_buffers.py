@@ -7,7 +7,6 @@ comes in through further graph inputs: packing anew changes no graph.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import fx
@@ -20,21 +19,6 @@ from apack_compile.passes.dead_code import erase_dead
 from apack_compile.passes.nodes import kind, shape, value_of
 from apack_compile.passes.packed_state import StateNodes, attended, put_unpack
 from apack_compile.passes.update_kinds import KINDS, target_of
-
-USES = (
-    *(
-        "ahead",
-        "attention",
-        "buffer_pairs",
-        "buffer_writes",
-        "cache_updates",
-        "components",
-        "dead_code",
-        "effects",
-        "layout",
-    ),
-    *("memory", "nodes", "origin", "packed_state", "positions", "scores", "sites", "update_kinds", "views"),
-)
 
 
 @dataclass(frozen=True)
@@ -56,8 +40,6 @@ class PackBuffers(Pass):
 
     layout: StateLayout = StateLayout()
     bands: tuple[tuple[int, ...], ...] = ()
-
-    uses: ClassVar[tuple[str, ...]] = tuple(f"apack_compile.passes.{name}" for name in USES)
 
     def match(self, graph: fx.Graph) -> list[BufferPair | Refusal]:
         """The graph's pairs, and what is refused."""

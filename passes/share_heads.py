@@ -7,7 +7,7 @@ dtype decides which kernel serves, and the one for shared heads may be slower: l
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import fx
 
@@ -35,10 +35,6 @@ class RepeatedHeads:
 @dataclass(frozen=True)
 class ShareHeads(Pass):
     """Drop head repetition before attention on a CPU."""
-
-    uses: ClassVar[tuple[str, ...]] = tuple(
-        f"apack_compile.passes.{name}" for name in ("attention", "memory", "nodes", "origin")
-    )
 
     def match(self, graph: fx.Graph) -> list[RepeatedHeads]:
         """The attentions over repeated heads."""

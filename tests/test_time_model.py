@@ -3,24 +3,20 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_plans import plan_with
 
 from apack_compile.codec import Bands
-from apack_compile.plan.choice import choose_groups, shortest_length
-from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan, uniform_plan
+from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan
 from apack_compile.plan.preset_options import AttentionPackOptions
-from apack_compile.plan.rotation import KeyTurn
 from apack_compile.plan.tiers import TierPlan
 from apack_compile.plan.time_model import (
     CPU,
-    DEVICES,
     H200,
     Device,
     Load,
     dense_limits,
-    measured_cpu,
     packed_limits,
     packed_seconds,
     predicted_speedup,
@@ -29,15 +25,6 @@ from apack_compile.plan.time_model import (
 # One of everything a second, and products in tiles of 16 or 32 rows at full rate: limits are plain counts.
 UNIT = Device("unit", 1.0, 1.0, 1.0, (16, 32))
 QWEN = Load(28, 4, 128, tokens=32_768, batch=16)
-
-
-def plan_with(key: Bands, value: Bands, groups: int = 1, block: int = 0, pairs: int = 4, scope: str = "model") -> Plan:
-    """Text streams of these bands, nothing dense but what is not counted here."""
-    streams = [StreamPlan(scope, bands, scope == "model") for bands in (key, value)]
-    turn = KeyTurn(torch.zeros(pairs), block) if block else None
-    return replace(
-        uniform_plan([0], LayerPlan(*streams, *streams), tail_slots=0), first_tokens=0, groups=groups, turn=turn
-    )
 
 
 def test_dense_reads_every_key_and_value_and_pads_the_rows_of_a_kv_head():
@@ -95,10 +82,6 @@ def test_turned_queries_are_products_before_the_pass_and_latents_written_and_rea
     assert turned.turning == max(2 * 12 * 8 * 16 * blocks, latents)
     assert turned.bytes - plain.bytes == latents + blocks * 2 * 4 * 4
     assert turned.matrix == plain.matrix
-    fused = packed_limits(plan_with(*bands, block=32), 0, load, UNIT, materialised=False)
-    # in a tile's own product the 3 rows of a KV head are padded
-    assert fused.matrix - plain.matrix == 2 * 16 * 8 * 4 * 16 * blocks
-    assert fused.turning == 0
 
 
 def test_dense_tokens_of_a_plan_are_read_dense():
@@ -188,52 +171,3 @@ def test_many_heads_with_one_basis_pay_in_matrix_work_and_bases():
     # one sequence has to read the bases for itself
     assert packed_limits(wide, 0, alone, H200).tightest == "bytes"
     assert predicted_speedup(narrow, alone, H200) > 1.5 * predicted_speedup(wide, alone, H200)
-
-
-def erring(plan: Plan, error: float) -> Plan:
-    """The plan with this expected error in every stream."""
-    return replace(
-        plan,
-        layers={i: LayerPlan(*(replace(s, expected_error=error) for s in p.streams)) for i, p in plan.layers.items()},
-    )
-
-
-def test_the_choice_loses_least_among_the_fast_enough():
-    bands = Bands((0, 0, 64, 224))
-    relative, coarse, plain = (
-        erring(plan_with(bands, bands, block=block, pairs=64), error)
-        for block, error in ((32, 0.1), (256, 0.2), (0, 0.3))
-    )
-    plans = (plain, relative, coarse)
-    speeds = [predicted_speedup(plan, QWEN, H200) for plan in (relative, coarse, plain)]
-    assert speeds == sorted(speeds)
-    for plan, speed in zip((relative, coarse, plain), speeds, strict=True):
-        assert choose_groups(plans, QWEN, H200, speed).plan is plan
-    unreachable = choose_groups(plans, QWEN, H200, 1e6)
-    assert unreachable.plan is plain
-    assert (unreachable.speedup, unreachable.error) == (speeds[2], pytest.approx(0.3))
-    assert choose_groups(plans, QWEN, H200, 0.1).key_block == 32
-
-
-def test_the_choice_refuses_nothing_to_choose_from_and_impossible_wishes():
-    with pytest.raises(ValueError, match="plans"):
-        choose_groups([], QWEN, H200, 2.0)
-    with pytest.raises(ValueError, match="speedup=0"):
-        choose_groups([lossless_plan([0])], QWEN, H200, 0)
-
-
-def test_packing_pays_from_a_length_on():
-    plan = plan_with(Bands((0, 0, 64, 224)), Bands((0, 0, 64, 224)))
-    load = replace(QWEN, batch=1)
-    shortest = shortest_length(lambda tokens: plan, load, H200)
-    assert predicted_speedup(plan, replace(load, tokens=shortest), H200) >= 1
-    assert predicted_speedup(plan, replace(load, tokens=shortest // 2), H200) < 1
-    later = shortest_length(lambda tokens: lossless_plan([0]) if tokens == 4 * shortest else plan, load, H200)
-    assert later == 8 * shortest
-    assert shortest_length(lambda tokens: lossless_plan([0]), load, H200) is None
-
-
-def test_the_running_cpu_can_be_measured():
-    device = measured_cpu(0.01)
-    assert device.name == CPU.name and DEVICES["CPU"] is CPU
-    assert min(device.bytes_per_second, device.matrix_operations, device.unpack_operations) > 1e6

@@ -121,7 +121,7 @@ def attentionpack(
         found = packing.match(gm.graph)
         pairs = pairs_of(found)
         matches = tuple(match.record() for match in found)
-        record = GraphRecord((*record.passes, PassRecord(packing.name, packing.key(), len(pairs), matches)))
+        record = GraphRecord((*record.passes, PassRecord(packing.name, len(pairs), matches)))
     for tell in (on_graph, None if chosen.log is None else chosen.log.graphs.append):
         if tell is not None:
             tell(record)

@@ -6,11 +6,8 @@ the three overlap, so the tightest one is the limit; a CPU core does one after t
 anew for every block of slots.
 """
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-
-import torch
 
 from apack_compile.codec import WIDTHS
 from apack_compile.plan.plan import Plan, StreamPlan
@@ -98,7 +95,7 @@ H200 = Device(
     planned_batch=16,
     widest_basis=2_048,
 )
-# Measured by `measured_cpu`: 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
+# Measured (`measured_cpu` of benchmarks/choices.py): 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
 # min_tokens: where a step loses 5 %, about 300 tokens, as a power of two (benchmarks/crossover.py, docs/performance.md).
 # dense_bytes: attention over a bfloat16 cache is slower there than over one in float32, not faster.
 CPU = Device(
@@ -115,7 +112,6 @@ CPU = Device(
     short_tokens=512,
 )
 OF_TYPE = {"cpu": CPU, "cuda": H200}
-DEVICES = {device.name: device for device in (H200, CPU)}
 
 
 def default_min_tokens(device_type: str) -> int:
@@ -222,11 +218,8 @@ def dense_limits(load: Load, device: Device) -> Limits:
     return Limits(work.bytes / (device.dense_bytes_per_second or device.bytes_per_second), work.matrix, 0.0)
 
 
-def packed_limits(plan: Plan, layer: int, load: Load, device: Device, materialised: bool = True) -> Limits:
-    """Limits of attention over one layer of a packed cache.
-
-    materialised: turned queries' latents are products of their own, written and read once; else each tile makes its own.
-    """
+def packed_limits(plan: Plan, layer: int, load: Load, device: Device) -> Limits:
+    """Limits of attention over one layer of a packed cache; turned queries' latents are products of their own, written and read once."""
     work, streams = _Work(device), plan.layers[layer].streams
     stored = max(load.tokens - plan.first_tokens - plan.tail_slots, 0)
     tiers, turning = plan.tiers, 0.0
@@ -248,20 +241,17 @@ def packed_limits(plan: Plan, layer: int, load: Load, device: Device, materialis
             work.packed(load, plan.groups, stream, read, part, tokens)
             work.basis(load, plan.groups, stream)
             if name == "key" and plan.turn is not None:
-                turning += _turn(work, plan, load, stream.bands.components, tokens, materialised)
+                turning += _turn(work, plan, load, stream.bands.components, tokens)
     work.dense(load, load.batch * (load.tokens - stored), load.element_bytes)
     seconds = work.bytes / device.bytes_per_second, work.matrix, work.unpack / device.unpack_operations
     return Limits(*seconds, turning)
 
 
-def _turn(work: _Work, plan: Plan, load: Load, components: int, tokens: float, materialised: bool) -> float:
+def _turn(work: _Work, plan: Plan, load: Load, components: int, tokens: float) -> float:
     """Add what a segment's relative keys cost to the pass over it; seconds of the products before the pass."""
     device, blocks = work.device, tokens / plan.turn.block
     work.bytes += 8 * blocks * len(plan.turn.frequencies)
     rows, products = load.rows(load.heads), blocks * load.heads * load.head_dim * components
-    if not materialised:
-        work.matrix += device.matrix_seconds(rows, products)
-        return 0.0
     latents = LATENT_BYTES * blocks * load.query_heads * load.query_tokens * components
     work.bytes += latents
     # the rows of all blocks are one product, so that no tile is padded
@@ -274,46 +264,13 @@ def dense_seconds(load: Load, device: Device) -> float:
     return device.seconds(dense_limits(load, device)) + device.dense_launches * device.launch_seconds
 
 
-def packed_seconds(plan: Plan, layer: int, load: Load, device: Device, materialised: bool = True) -> float:
+def packed_seconds(plan: Plan, layer: int, load: Load, device: Device) -> float:
     """Predicted time of attention over one layer of a packed cache."""
-    limits = packed_limits(plan, layer, load, device, materialised)
+    limits = packed_limits(plan, layer, load, device)
     return device.seconds(limits) + device.packed_launches * device.launch_seconds
 
 
-def predicted_speedup(plan: Plan, load: Load, device: Device, materialised: bool = True) -> float:
+def predicted_speedup(plan: Plan, load: Load, device: Device) -> float:
     """Time over a dense cache, divided by the time over a packed one, all layers of the plan together."""
-    packed = sum(packed_seconds(plan, layer, load, device, materialised) for layer in plan.layers)
+    packed = sum(packed_seconds(plan, layer, load, device) for layer in plan.layers)
     return len(plan.layers) * dense_seconds(load, device) / packed
-
-
-def measured_cpu(seconds: float = 1.0) -> Device:
-    """The running machine's CPU, with as many threads as torch has; takes about `seconds`."""
-    source, target = torch.zeros(2**25), torch.empty(2**25)
-    # wide, so that threads seldom wait for each other
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    codes, numbers = torch.ones(2**17, dtype=torch.uint8), torch.empty(2**17)
-    query, (key, value) = torch.randn(1, 16, 1, 128), torch.randn(2, 1, 16, 8_192, 128)
-    calls = {
-        2 * source.nbytes: partial(target.copy_, source),
-        2 * 1024**3: partial(torch.mm, left, right),
-        # placed and masked, as codes of less than a byte are
-        2 * codes.numel(): partial(numbers.copy_, codes),
-        2 * key.nbytes: partial(torch.nn.functional.scaled_dot_product_attention, query, key, value),
-    }
-    rates = []
-    for work, call in calls.items():
-        call()
-        best, end = float("inf"), time.perf_counter() + seconds / len(calls)
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - start)
-        rates.append(work / best)
-    copied, multiplied, unpacked, read = rates
-    return replace(
-        CPU,
-        bytes_per_second=copied,
-        matrix_operations=multiplied,
-        unpack_operations=unpacked,
-        dense_bytes_per_second=read,
-    )

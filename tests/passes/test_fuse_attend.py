@@ -230,11 +230,6 @@ def test_the_new_node_keeps_shape_and_origin_of_the_old():
     assert "scaled_dot_product_attention" in node.meta["stack_trace"]
 
 
-def test_the_key_covers_the_source_and_the_name_and_is_stable():
-    assert FuseAttend().key() == FuseAttend().key()
-    assert FuseAttend().key() != RemoveDeadCode().key()
-
-
 def test_dumps_show_the_graph_before_and_after(tmp_path):
     captured = capture(Case().function(), *Case().inputs())
     run_passes(captured.gm, PASSES, tmp_path)
