@@ -17,7 +17,7 @@ STAMP = $(VENV)/.apack-installed
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -P -m pytest -n 2 --dist worksteal
 TESTS ?= tests
 
-.PHONY: install demo test test-models test-oldest test-matrix matrix-column lint format wheel-test clean
+.PHONY: install demo test test-models test-oldest test-matrix matrix-column lint format docs wheel-test clean
 
 install: $(STAMP)
 
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml setup.py requirements-assets.txt $(wildcard kernels/csr
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 15), "Python 3.11 to 3.14 is needed"'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet $(EXTRA_PINS) -e ".[quant,demo,dev]"
+	$(PIP) install --quiet $(EXTRA_PINS) -e ".[quant,demo,dev,docs]"
 	$(PIP) install --quiet --no-deps -r requirements-assets.txt
 	touch $@
 
@@ -70,6 +70,10 @@ lint: install
 format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The pages in build/site; a broken link, a missing page or an unknown name is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -P -m mkdocs build
 
 wheel-test: install
 	VENV=$(abspath $(VENV)) bash .ci/wheel-test

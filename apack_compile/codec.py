@@ -19,7 +19,7 @@ GAUSSIAN_STEP = {16: 1.0, 8: 0.0308, 4: 0.335, 2: 0.996}
 # Relative squared error at that step; 0 bits is a dropped component.
 GAUSSIAN_DISTORTION = {16: 1e-7, 8: 1e-4, 4: 0.0115, 2: 0.119, 0: 1.0}
 # A token's scale is taken this much higher than its coefficients ask for: on tokens unlike the calibration's, clipping costs more than a
-# coarser step (docs/quality.md).
+# coarser step (docs/notes/quality.md).
 HEADROOM = {16: 1.0, 8: 1.4, 4: 1.2, 2: 1.1}
 FLOAT16_MAX = 65504.0
 MIN_TOKEN_SCALE = 2.0**-14

@@ -7,7 +7,7 @@ The bands of a ratio are `budget_plan`'s over typical variances (`typical_varian
 codes are random: time does not depend on them. From ratio 5 and 1,024 tokens on, three quarters of the tokens are coarse, as in a real
 plan: a segment more.
 Head groups are as many as `optimize` chooses on the device, unless `--groups` says otherwise; they trade quality for arithmetic
-(docs/performance.md).
+(docs/notes/performance.md).
 
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
 bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's

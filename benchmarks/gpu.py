@@ -21,7 +21,7 @@ from targets import LLAVA, QWEN, verdicts, with_time_per_token
 BUDGET = 530.0
 TESTS = HERE.parent / "tests" / "kernels"
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-# Head groups and key block of a ratio's plan, by shape, as the time model chooses them for an H200 (docs/performance.md).
+# Head groups and key block of a ratio's plan, by shape, as the time model chooses them for an H200 (docs/notes/performance.md).
 CHOICES = {QWEN: ("1", "256"), LLAVA: ("16", "32"), "SmolLM2-135M": ("1", "0"), "Gemma3-4B": ("1", "64")}
 # Of a model that reads half a million tokens: prefill takes most of a step's time.
 LONG_PROMPT_LAYERS = "2"

@@ -28,10 +28,10 @@ from apack_compile.plan.importance import (
 from apack_compile.plan.plan import FIRST_TOKENS, MODALITIES, StreamStatistics
 from apack_compile.plan.rotation import KeyTurn, deinterleaved_keys, rotary_start
 
-# Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/quality.md).
+# Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/notes/quality.md).
 SAMPLE_TOKENS = 2_048
 # Gradients know a stream's sensitivity roughly, and large disturbances do not cost what small ones promise: its total counts with
-# this power (docs/quality.md).
+# this power (docs/notes/quality.md).
 SENSITIVITY_POWER = 0.5
 # The sensitivity of single components is drawn towards their mean as if this many queries had seen them all alike.
 PRIOR_QUERIES = 32

@@ -1,4 +1,4 @@
-"""Evaluation of packed models with lm-eval (docs/evaluation.md); importing it registers the model `apack`."""
+"""Evaluation of packed models with lm-eval (docs/guides/evaluation.md); importing it registers the model `apack`."""
 
 try:
     from apack_compile.eval.packed_lm import PackedLM

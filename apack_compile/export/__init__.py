@@ -1,1 +1,1 @@
-"""Packed KV caches in exported programs and plain graph modules (docs/export.md)."""
+"""Packed KV caches in exported programs and plain graph modules (docs/guides/export.md)."""

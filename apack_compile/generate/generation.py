@@ -1,4 +1,4 @@
-"""The generate of an optimized model, and what it refuses (docs/generate.md)."""
+"""The generate of an optimized model, and what it refuses (docs/guides/generate.md)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from apack_compile.plan.rotation import KeyTurn
 from apack_compile.plan.tiers import rank_of
 
 # Tokens are told apart from this ratio and this length on: below, all need their bits, or a segment more costs more than it gives
-# (docs/quality.md).
+# (docs/notes/quality.md).
 LEAST_RATIO, LEAST_TOKENS = 5.0, 1_024
 COARSE_SHARE = 0.75
 # The newest tokens are read because they are near, whatever they are: they are fine, and say nothing about the others.

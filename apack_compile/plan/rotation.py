@@ -13,7 +13,7 @@ from torch import Tensor
 from apack_compile.kernels.turns import deinterleaved
 from apack_compile.models.coordinates import TokenCoordinates
 
-# Slots that share an anchor by default. Fewer serve the basis better, and cost a query more turns (docs/quality.md).
+# Slots that share an anchor by default. Fewer serve the basis better, and cost a query more turns (docs/notes/quality.md).
 BLOCK = 64
 # More than any model has; a plan file that claims more is damaged, and would take memory for each.
 MAX_COORDINATES = 8

@@ -16,7 +16,7 @@ from apack_compile.plan.plan import Plan, StreamPlan
 UNPACK_OPERATIONS = {16: 0, 8: 1, 4: 2, 2: 2}
 LATENT_BYTES = 2
 MODEL_BASIS_BYTES, OWN_BASIS_BYTES = 4, 2
-# Seconds of a call before any arithmetic (docs/performance.md).
+# Seconds of a call before any arithmetic (docs/notes/performance.md).
 CPU_CALL = 13e-6
 POSITION_BYTES, TOKEN_SCALE_BYTES = 4, 2
 
@@ -79,7 +79,7 @@ class Device:
 # Copy and full matrix rate: measured on an H200. Unpacking: 132 processors x 64 integer operations x 1.8 GHz. A narrow product's share
 # assumes that both operands come from shared memory (64 rows of codes, n rows of queries); launches are assumed, as in a CUDA graph.
 # widest_basis: with 4,096 a block has room for 32 tokens, and the kernel issues 3.2 times the instructions (benchmarks/instructions.py).
-# min_tokens: the shortest of the lengths from which ratio 8 is predicted to pay, LLaVA and Gemma at batch 16 (docs/performance.md).
+# min_tokens: the shortest of the lengths from which ratio 8 is predicted to pay, LLaVA and Gemma at batch 16 (docs/notes/performance.md).
 H200 = Device(
     "H200",
     4.3e12,
@@ -96,7 +96,7 @@ H200 = Device(
     widest_basis=2_048,
 )
 # Measured (`measured_cpu` of benchmarks/choices.py): 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
-# min_tokens: where a step loses 5 %, about 300 tokens, as a power of two (benchmarks/crossover.py, docs/performance.md).
+# min_tokens: where a step loses 5 %, about 300 tokens, as a power of two (benchmarks/crossover.py, docs/notes/performance.md).
 # dense_bytes: attention over a bfloat16 cache is slower there than over one in float32, not faster.
 CPU = Device(
     "CPU",

@@ -1,11 +1,11 @@
-"""The example of docs/own_cache.md runs as it stands there."""
+"""The example of docs/guides/own_cache.md runs as it stands there."""
 
 import re
 from pathlib import Path
 
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "own_cache.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "own_cache.md"
 
 
 def test_the_example_packs_its_buffers(capsys):

@@ -223,7 +223,7 @@ def test_bad_arguments_are_named(model, rows, chunk, message):
 
 
 def test_perplexity_as_the_documentation_has_it(model):
-    page = Path(__file__).parents[2] / "docs" / "evaluation.md"
+    page = Path(__file__).parents[2] / "docs" / "guides" / "evaluation.md"
     if not page.is_file():
         pytest.skip("runs in a checkout only")
     (code,) = (block for block in page.read_text().split("```python\n") if "import Row" in block)

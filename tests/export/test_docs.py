@@ -1,11 +1,11 @@
-"""The example of docs/export.md runs as it stands: each of its parts in a process of its own."""
+"""The example of docs/guides/export.md runs as it stands: each of its parts in a process of its own."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "export.md"
 
 
 def test_the_example_runs_in_two_processes(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Ways to generate, what becomes of each with a packed cache, and the table of docs/generate.md made from them."""
+"""Ways to generate, what becomes of each with a packed cache, and the table of docs/guides/generate.md made from them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

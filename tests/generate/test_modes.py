@@ -1,4 +1,4 @@
-"""Every way to generate does what docs/generate.md says."""
+"""Every way to generate does what docs/guides/generate.md says."""
 
 from pathlib import Path
 
@@ -211,5 +211,5 @@ def test_a_drafted_picture_token_stays_text():
 
 
 def test_the_table_of_the_documentation_is_this_one():
-    document = Path(__file__).parents[2] / "docs" / "generate.md"
+    document = Path(__file__).parents[2] / "docs" / "guides" / "generate.md"
     assert table() in document.read_text()

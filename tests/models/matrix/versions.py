@@ -17,8 +17,8 @@ RUNS = Path(__file__).with_name("versions.json")
 PAGE = Path(__file__).parents[3] / "docs" / "support.md"
 TITLE = "## Versions\n"
 HEAD = """
-The tests that depend on torch and transformers most (`MATRIX_TESTS` in the Makefile), run by `make test-matrix` with the
-oldest, the default and the newest versions, each in an environment of its own. "Files": how many of them were run.
+The tests that depend on torch and transformers most (`MATRIX_TESTS` in the Makefile), run by `make test-matrix` with
+the oldest, the default and the newest versions, each in an environment of its own. "Files": how many of them were run.
 
 | Column | Python | torch | transformers | Run on | Files | Passed | Failed | Skipped |
 |---|---|---|---|---|---|---|---|---|

@@ -1,0 +1,103 @@
+"""What every page keeps to: lengths, links, and figures that are those of the result files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = [
+    path
+    for folder in ("apack_compile", "passes", "kernels", "benchmarks", "tests")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".h", ".cpp")
+]
+pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="runs in a checkout only")
+
+
+def prose(page: Path) -> list[str]:
+    """Lines of a page that are neither table, code, picture nor heading."""
+    outside = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [line for line in outside.splitlines() if not line.startswith(("|", "    ", "![", "#"))]
+
+
+def of(name: str) -> list[dict]:
+    """Rows of a results file."""
+    return json.loads((RESULTS / name).read_text())["rows"]
+
+
+def the_one(rows: list[dict], **wanted: object) -> dict:
+    """The row with these values."""
+    (row,) = (row for row in rows if all(row.get(name) == value for name, value in wanted.items()))
+    return row
+
+
+def test_the_readme_fits_in_120_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "architecture.md"], ids=str)
+def test_prose_ends_at_120_columns(page):
+    assert [line for line in prose(page) if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
+def test_links_outside_of_the_site_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+    assert links
+    assert [link for link in links if not (page.parent / link).is_file()] == []
+
+
+def test_every_page_that_is_named_exists():
+    named = {
+        (str(path.relative_to(ROOT)), name)
+        for path in (*PAGES, *CODE, ROOT / "Makefile")
+        for name in re.findall(r"(?<![\w/])docs/[\w/]+\.md", path.read_text())
+    }
+    assert named
+    assert sorted((path, name) for path, name in named if not (ROOT / name).is_file()) == []
+
+
+def test_the_files_to_open_for_a_change_exist():
+    named = set(re.findall(r"`(\w+\.(?:py|h|cpp))`", (ROOT / "docs" / "contributing.md").read_text()))
+    assert len(named) > 5
+    assert sorted(named - {path.name for path in CODE}) == []
+
+
+def test_the_readme_has_the_figures_of_the_result_files():
+    page = (ROOT / "README.md").read_text()
+    sentences = " ".join(page.split())
+    text = [row for row in of("quality-text.json") if row["bench"] == "text" and row["tokens"] == 6144]
+    speeds = {
+        4: the_one(of("attend-cpu-head-groups.json"), shape="SmolLM2-135M", plan="ratio=4", tokens=8192, groups=1),
+        8: the_one(of("attend-cpu.json"), shape="SmolLM2-135M", plan="ratio=8", tokens=8192, dtype="float32"),
+    }
+    for ratio in (4, 8, 16):
+        row = the_one(text, system="apack-compile", setting=f"ratio {ratio}")
+        speed = f"{speeds[ratio]['speedup_vs_dense']:.1f}" if ratio in speeds else "not measured"
+        size, smaller, kl = row["sequence_bytes"] / 1e6, row["held_ratio"], row["kl"]
+        assert f"| `ratio={ratio}` | {size:.1f} MB | {smaller:.2f} | {kl:.2g} | {speed} |" in page
+        if ratio in speeds:
+            assert f"{row['model_bytes'] / 1e6:.1f} MB at ratio {ratio}" in sentences
+    dense = the_one(text, system="dense", setting="model in bfloat16")
+    assert f"| {dense['sequence_bytes'] / 1e6:.1f} MB | 1 | {dense['kl']:.4f} |" in page
+    for name, speed in (("decode-cpu.json", "1.12 times"), ("decode-not-compiled-cpu.json", "0.90 of the dense")):
+        measured = the_one(of(name), shape="SmolLM2-135M, real")["speedup_vs_dense"]
+        assert speed in sentences and speed.startswith(f"{measured:.2f}")
+
+
+def test_the_performance_page_has_the_attention_speeds_of_the_result_file():
+    page, rows = (ROOT / "docs" / "performance.md").read_text(), of("attend-cpu.json")
+    for row in (row for row in rows if row["tokens"] == 8192 and row["dtype"] == "float32"):
+        same = {"shape": row["shape"], "plan": row["plan"]}
+        speeds = [
+            the_one(rows, **same, tokens=tokens, dtype=dtype)["speedup_vs_dense"]
+            for tokens in (8192, 512)
+            for dtype in ("float32", "bfloat16")
+        ]
+        name = f"`{row['plan']}`" if "=" in row["plan"] else row["plan"].replace("attentionpack", "`attentionpack`")
+        cells = " | ".join(f"{speed:.2f}" for speed in speeds)
+        assert f"| {row['shape']} | {name} | {row['groups']} | {cells} |" in page
