@@ -10,8 +10,7 @@ DEFAULT = EXTRA_PINS=transformers==5.24.0
 # What depends on torch and transformers most: a few minutes.
 MATRIX_TESTS = tests/test_supported_versions.py tests/test_sensitivity.py tests/models/test_cache_argument.py \
 	tests/models/test_errors.py tests/models/test_compile.py tests/generate/test_modes.py tests/generate/test_drafts.py \
-	tests/cache tests/backend/test_own_cache.py tests/export/test_transformers.py tests/kernels/test_operations.py \
-	tests/kernels/test_attend_op.py
+	tests/cache tests/backend/test_own_cache.py tests/export/test_transformers.py tests/kernels/test_operations.py
 STAMP = $(VENV)/.apack-installed
 # Two workers with one thread each beat one worker with two threads on small models.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -P -m pytest -n 2 --dist worksteal

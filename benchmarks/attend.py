@@ -248,7 +248,7 @@ def measured(
     trial = interleaved(calls, seconds / 4, device)
     best = min(trial, key=lambda spelling: trial[spelling].median)
     ours = {
-        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, None, *packed.state, None, **turns),
+        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, *packed.state, None, **turns),
         "dense": calls[best],
     }
     if device == "cuda":

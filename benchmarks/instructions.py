@@ -36,7 +36,7 @@ def compiled(shape: Shape, ratio: float | None, groups: int, key_block: int) -> 
     turns = turns_of(packed, plan.turn) if plan.turn is not None else {}
     found: list[Compiled] = []
     watch(found.append)
-    attend(query, new, new, None, None, *packed.state, None, **turns)
+    attend(query, new, new, None, *packed.state, None, **turns)
     return [kernel for kernel in found if kernel.name == KERNEL]
 
 

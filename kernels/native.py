@@ -16,7 +16,7 @@ from torch import Tensor
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 # kernels/csrc/arguments.h: Attend, Segment, Append, Encode, Unpack
-ATTEND = Struct("=13qd12qq2dq2d10q12q")
+ATTEND = Struct("=13qd10qq2dq2d10q12q")
 SEGMENT = Struct("=2q16q16q")
 APPEND = Struct("=7q6d27q27q4q")
 ENCODE = Struct("=9q6d16q")
@@ -31,16 +31,6 @@ SIZES = {
     "encode": ENCODE.size,
     "unpack": UNPACK.size,
 }
-# kernels/csrc/torch_abi.h: Torch
-TORCH_FUNCTIONS = (
-    "aoti_torch_library_init_impl", "torch_library_impl", "torch_call_dispatcher", "torch_list_size", "torch_list_get_item",
-    "torch_delete_list", "aoti_torch_delete_tensor_object", "aoti_torch_get_data_ptr", "aoti_torch_get_dim",
-    "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype", "aoti_torch_is_contiguous",
-    "aoti_torch_empty_strided", "torch_get_num_threads", "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16",
-    "aoti_torch_dtype_float16", "aoti_torch_dtype_uint8", "aoti_torch_dtype_bool", "aoti_torch_dtype_int32",
-    "aoti_torch_dtype_int64", "aoti_torch_device_type_cpu",
-)  # fmt: skip
-LAST_ERROR = "torch_exception_get_what_without_backtrace"
 # kernels/csrc/threads.h: OpenMp
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
 # the last words of a Source whose tokens are kept as they are
@@ -86,14 +76,6 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
 
 COMPILED, STATUS = load_library(find_library())
 INSTRUCTION_SET = COMPILED.apack_instruction_set() if COMPILED is not None else 0
-
-
-def register_attend() -> bool:
-    """Make `apack::attend` on CPUs the compiled operation itself; False where this PyTorch lacks a function that it needs."""
-    found = functions_of_pytorch((*TORCH_FUNCTIONS, LAST_ERROR))
-    if None in found[:-1]:
-        return False
-    return COMPILED.apack_register((ctypes.c_void_p * len(found))(*found)) == 0
 
 
 def turns_of(turns: Tensor | None, block: int, copies: list[Tensor]) -> tuple[int, ...]:

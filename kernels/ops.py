@@ -26,7 +26,7 @@ OPTIONAL_TIERS = (
 )
 TURNS = "*, Tensor[]? turns=None, int block=0"
 TIERS = "Tensor(a!) vision_importance, Tensor(b!) text_importance, Tensor tiers, int partial, float[] ema"
-ATTEND = f"Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, {STATE}, float? scale"
+ATTEND = f"Tensor query, Tensor key, Tensor value, Tensor? mask, {STATE}, float? scale"
 
 LIBRARY.define(
     "append(Tensor key, Tensor value, Tensor(a!)[] stores, Tensor[] bases, int[] bands, Tensor(b!) cursor, "
@@ -55,12 +55,8 @@ if native.COMPILED is not None:
     LIBRARY.impl("append", append_cpu.append, "CPU")
     LIBRARY.impl("append_at", partial(append_at, append_cpu.append), "CPU")
     LIBRARY.impl("unpack", unpack_cpu.unpack, "CPU")
+    LIBRARY.impl("attend", attend_cpu.attend, "CPU")
     LIBRARY.impl("attend_tiers", attend_cpu.attend, "CPU")
-    # What `attend` hands on where it is called by the dispatcher itself: tensors that are not as a cache has them.
-    LIBRARY.define(f"attend_any({ATTEND}, {TURNS}) -> Tensor", tags=TAGS)
-    LIBRARY.impl("attend_any", attend_cpu.attend, "CPU")
-    if not native.register_attend():
-        LIBRARY.impl("attend", attend_cpu.attend, "CPU")
 LIBRARY.impl("append", cuda.append, "CUDA")
 LIBRARY.impl("append_at", partial(append_at, cuda.append), "CUDA")
 LIBRARY.impl("attend", cuda.attend, "CUDA")

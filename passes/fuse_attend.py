@@ -51,7 +51,7 @@ def _attend(graph: fx.Graph, site: AttentionSite, query: fx.Node) -> fx.Node:
     mask = one_mask(graph, site.attention.masks)
     if site.grouped:
         query, mask = (graph.call_method("flatten", (node, 1, 2)) for node in (query, mask))
-    given |= {"query": query, "mask": mask, "bias": None, "scale": site.attention.scale}
+    given |= {"query": query, "mask": mask, "scale": site.attention.scale}
     attend = torch.ops.apack.attend_tiers if given["tiers"] is not None else torch.ops.apack.attend
     # Cache state goes over by name: unpack and attend call it the same.
     named = {a.name: a.kwarg_only for a in attend.default._schema.arguments}

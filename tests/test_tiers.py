@@ -189,7 +189,7 @@ def test_attend_tiers_declares_what_it_does(preset):
     new = torch.randn(2, HEADS, 1, HEAD_DIM, generator=generator, dtype=torch.float64)
     cache.update(new, new, 0)
     query = torch.randn(2, HEADS * 2, 1, HEAD_DIM, generator=generator, dtype=torch.float64)
-    state = (query, new, new, None, None, *layer.state(), None, *layer.tier_state())
+    state = (query, new, new, None, *layer.state(), None, *layer.tier_state())
     torch.library.opcheck(torch.ops.apack.attend_tiers.default, state)
 
 

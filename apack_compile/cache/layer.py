@@ -117,7 +117,7 @@ class CompactedLayer(CacheLayerMixin):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
         query = deinterleaved_keys(query.to(key.dtype), self.index.plan.turn)
-        arguments = query, key, value, mask, None, *self.state(), scale
+        arguments = query, key, value, mask, *self.state(), scale
         if self.tiers is not None:
             return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
         return torch.ops.apack.attend.default(*arguments, **self.turn_state())

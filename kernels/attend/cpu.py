@@ -19,7 +19,6 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    bias: Tensor | None,
     dense: list[Tensor],
     codes: list[Tensor],
     bases: list[Tensor],
@@ -46,7 +45,7 @@ def attend(
     turned_as_is = bool(turns) and any(x.dtype != torch.uint8 for x in codes[::4])
     if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM or turned_as_is:
         return reference(
-            query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
+            query, key, value, mask, dense, codes, bases, bands, positions, cursor, scale,
             vision_importance, text_importance, tiers, partial, ema, turns, block,
         )  # fmt: skip
     state, _copies = packed_state(dense, codes, bases, bands, positions, cursor)
@@ -68,10 +67,6 @@ def attend(
         mask = (mask if is_bool else mask.float()).contiguous()
         steps = (s if n > 1 else 0 for n, s in zip(mask.shape[:3], mask.stride()[:3], strict=True))
         masked = (mask.data_ptr(), is_bool, *steps, mask.shape[3])
-    biased: tuple[int, int] = (0, 0)
-    if bias is not None:
-        bias = bias.float().contiguous()
-        biased = (bias.data_ptr(), bias.shape[1])
     importance: tuple[float, ...] = (0, 0.0, 0.0, 0, 0.0, 0.0)
     if tiers is not None:
         check_segments(codes, bases, bands, positions, tiers=tiers)
@@ -82,7 +77,7 @@ def attend(
         torch.get_num_threads(), batch, heads, query_heads, rows, new_tokens, head_dim, value_dim,
         query.data_ptr(), DTYPES[kinds[0]], *strides[0][:3],
         head_dim**-0.5 if scale is None else scale,
-        out.data_ptr(), cursor.data_ptr(), *masked, *biased, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
+        out.data_ptr(), cursor.data_ptr(), *masked, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
         key.data_ptr(), value.data_ptr(), DTYPES[kinds[1]], *strides[1][:3], DTYPES[kinds[2]], *strides[2][:3],
         *turns_of_segments(turns, len(positions) - 1, block, copies),
     )  # fmt: skip

@@ -30,7 +30,6 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    bias: Tensor | None,
     dense: list[Tensor],
     codes: list[Tensor],
     bases: list[Tensor],
@@ -82,7 +81,7 @@ def attend(
     occupied = torch.cat([o for _, o in where], dim=1)
 
     score = torch.cat(scores, dim=-1).reshape(batch, query.shape[1], rows, -1)
-    score = _masked(score, mask, bias, position, occupied, new_tokens, cursor)
+    score = _masked(score, mask, position, occupied, new_tokens, cursor)
     weights = _softmax(score).reshape(batch, heads, -1, score.shape[-1])
     parts = weights.split([s.shape[-1] for s in scores], dim=-1)
     for segment, known in ((VISION, vision_importance), (TEXT, text_importance)):
@@ -166,13 +165,12 @@ def _kept_heads(stream: PackedStream, heads: int, dtype: torch.dtype) -> Tensor:
 def _masked(
     score: Tensor,
     mask: Tensor | None,
-    bias: Tensor | None,
     position: Tensor,
     occupied: Tensor,
     new_tokens: int,
     cursor: Tensor,
 ) -> Tensor:
-    """Scores `[B, H, rows, S]` with mask and bias, both by position, and -inf at empty slots."""
+    """Scores `[B, H, rows, S]` with the mask by position, and -inf at empty slots."""
     batch, rows = score.shape[0], score.shape[2]
     if mask is None:
         if rows == new_tokens:
@@ -188,9 +186,6 @@ def _masked(
             occupied = occupied & by_slot
         else:
             score = score + by_slot.to(score.dtype)
-    if bias is not None:
-        by_slot = bias.gather(-1, position.clamp(0, bias.shape[-1] - 1))
-        score = score + by_slot.to(score.dtype)[:, None, None]
     return score.masked_fill(~occupied, float("-inf"))
 
 

@@ -76,7 +76,6 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    bias: Tensor | None,
     dense: list[Tensor],
     codes: list[Tensor],
     bases: list[Tensor],
@@ -98,7 +97,7 @@ def attend(
     if not serves(query, packed, turns or (), block):
         # fmt: off
         return reference.attend(
-            query, key, value, mask, bias, dense, codes, bases, bands, positions, cursor, scale,
+            query, key, value, mask, dense, codes, bases, bands, positions, cursor, scale,
             vision_importance, text_importance, tiers, partial, ema, turns, block,
         )
     # fmt: on
@@ -109,7 +108,7 @@ def attend(
         # the kernels' scores are in base 2
         scale = LOG2E.value * (query.shape[-1] ** -0.5 if scale is None else scale)
         call.project(scale)
-        call.attend(mask, bias, scale, partial)
+        call.attend(mask, scale, partial)
         out = call.merge()
         for segment in sorted(wanted):
             call.update_importance(segment, importance[segment], *ema[2 * segment - 2 : 2 * segment])
@@ -313,7 +312,7 @@ class _Call:
             CHANNELS=_channels(self.head_dim),
         )
 
-    def attend(self, mask: Tensor | None, bias: Tensor | None, scale: float, partial: int) -> None:
+    def attend(self, mask: Tensor | None, scale: float, partial: int) -> None:
         """Scores, softmax and latent outputs of every split: all segments in the first launch, values left over in further ones."""
         launch, packed = self.launch, self.packed
         spans = {segment: self._passes(segment) for segment in packed}
@@ -345,7 +344,7 @@ class _Call:
                 *segments,
                 *map(self._rows, SEGMENTS),
                 results,
-                masks_of(mask, bias),
+                masks_of(mask),
                 self.sizes,
                 self.cursor,
                 self.tiers,

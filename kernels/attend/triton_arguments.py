@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Mask (uint8 or float) with strides of batch, head, row and token, bias with strides of batch and token; columns of both."""
+    """Mask (uint8 or float) with strides of batch, head, row and token, and its columns."""
 
     mask: Tensor | None
     batch: int
@@ -63,10 +63,6 @@ class Masks(NamedTuple):
     row: int
     token: int
     columns: int
-    bias: Tensor | None
-    bias_batch: int
-    bias_token: int
-    bias_columns: int
 
 
 class Share(NamedTuple):
@@ -165,15 +161,14 @@ def reads_halves(stream: PackedStream | None) -> bool:
     return stream is not None and stream.bands.token_bytes % 2 == 0 and stream.codes.data_ptr() % 2 == 0
 
 
-def masks_of(mask: Tensor | None, bias: Tensor | None) -> Masks:
-    """Mask and bias for the kernel; where an extent is 1, its stride is 0."""
+def masks_of(mask: Tensor | None) -> Masks:
+    """A mask for the kernel; where an extent is 1, its stride is 0."""
     masked: tuple = (None, 0, 0, 0, 0, 0)
     if mask is not None:
         strides = [0 if extent == 1 else stride for extent, stride in zip(mask.shape[:3], mask.stride(), strict=False)]
         given = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         masked = (given, *strides, mask.stride(3), mask.shape[3])
-    biased: tuple = (None, 0, 0, 0) if bias is None else (bias, *bias.stride(), bias.shape[1])
-    return Masks(*masked, *biased)
+    return Masks(*masked)
 
 
 def alignment(dense: Sequence[Strided]) -> int:

@@ -8,7 +8,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def masked(score, position, occupied, row, row_ok, b, masks, head_rows, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Scores with mask and bias by position; -inf where nothing may be attended. MASK: 0 none, 1 bool, 2 float."""
+    """Scores with the mask by position; -inf where nothing may be attended. MASK: 0 none, 1 bool, 2 float."""
     keep = occupied
     if MASK > 0:
         column = tl.minimum(tl.maximum(position, 0), masks.columns - 1)
@@ -23,10 +23,6 @@ def masked(score, position, occupied, row, row_ok, b, masks, head_rows, MASK: tl
             keep = keep & (given != 0)
         else:
             score += given.to(tl.float32) * LOG2E
-    if masks.bias is not None:
-        column = tl.minimum(tl.maximum(position, 0), masks.bias_columns - 1)
-        added = tl.load(masks.bias + b * masks.bias_batch + column * masks.bias_token)
-        score += added.to(tl.float32)[:, None] * LOG2E
     return tl.where(keep, score, float("-inf"))
 
 

@@ -77,8 +77,6 @@ struct Attend {
     const int64_t *cursor;
     const void *mask;
     int64_t mask_is_bool, mask_strides[3], mask_length;
-    const float *bias;
-    int64_t bias_length;
     const int32_t *tiers;
     int64_t partial;
     Importance importance[2];

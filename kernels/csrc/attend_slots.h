@@ -25,7 +25,7 @@ inline float mask_at(const Attend &a, int64_t b, int64_t head, int64_t row, int6
 
 inline bool mask_is_shared(const Attend &a) { return !a.mask_strides[1] && !a.mask_strides[2]; }
 
-// Slots [begin, begin + BLOCK) of a segment: which are read, and what mask and bias add to all heads' scores.
+// Slots [begin, begin + BLOCK) of a segment: which are read, and what the mask adds to all heads' scores.
 __attribute__((noinline)) void find_slots(const Work &w, int segment, int64_t b, int begin) {
     const Attend &a = *w.a;
     int64_t at = b * round_up(w.used[segment], BLOCK) + begin;
@@ -45,13 +45,12 @@ __attribute__((noinline)) void find_slots(const Work &w, int segment, int64_t b,
         holds[t] = position[t] >= 0 ? 1.0f : 0.0f;
         added[t] = 0;
     }
-    if (!a.bias && !(a.mask && mask_is_shared(a))) return;
+    if (!a.mask || !mask_is_shared(a)) return;
     for (int t = 0; t < end; ++t) {
         if (position[t] < 0) continue;
         bool hidden = false;
-        if (a.mask && mask_is_shared(a)) added[t] = mask_at(a, b, 0, 0, position[t], hidden);
+        added[t] = mask_at(a, b, 0, 0, position[t], hidden);
         if (hidden) holds[t] = 0;
-        else if (a.bias) added[t] += a.bias[b * a.bias_length + (position[t] < a.bias_length ? position[t] : a.bias_length - 1)];
     }
 }
 

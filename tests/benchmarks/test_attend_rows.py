@@ -31,7 +31,7 @@ def test_the_operation_takes_the_states_that_are_timed(ratio, groups, key_block,
     turns = {} if plan.turn is None else attend.turns_of(packed, plan.turn)
     query = torch.randn(2, SHAPE.query_heads, 1, SHAPE.head_dim)
     new = torch.randn(2, 2, SHAPE.heads, 1, SHAPE.head_dim)
-    out = reference(query, *new, None, None, *packed.state, None, **turns)
+    out = reference(query, *new, None, *packed.state, None, **turns)
     assert out.shape == query.shape and out.isfinite().all()
 
 

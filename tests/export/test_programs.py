@@ -122,7 +122,7 @@ def test_attention_is_given_no_segment_that_is_never_filled(packed_at_4):
     attends = [node for node in packed_at_4.graph.nodes if node.target is torch.ops.apack.attend.default]
     assert len(attends) == len(apack_compile.report(packed_at_4).packed)
     for node in attends:
-        _, codes, bases, bands, positions = node.args[5:10]
+        _, codes, bases, bands, positions = node.args[4:9]
         assert [len(codes), len(bases), len(bands), len(positions)] == [4, 6, 8, 2]
 
 

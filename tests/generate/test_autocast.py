@@ -103,7 +103,6 @@ def test_states_are_packed_as_outside_of_autocast():
                 query,
                 *(x[:, :, -1:].contiguous() for x in (key, value)),
                 None,
-                None,
                 *layer.state(),
                 0.3,
                 **layer.turn_state(),

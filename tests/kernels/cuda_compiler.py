@@ -55,7 +55,7 @@ def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False,
             [0.2] * 4,
         )
     turns = {"turns": [turns_of(x.shape[1], block, head_dim) for x in given[4][1:]], "block": block} if block else {}
-    attend(query, new, new, mask, None, *given, None, *more, **turns)
+    attend(query, new, new, mask, *given, None, *more, **turns)
 
 
 def append_with(bands, heads, head_dim, dtype, block=0):

@@ -142,7 +142,7 @@ def test_a_nan_that_is_read_shows():
 
 
 def test_strides_do_not_matter():
-    case = Case(batch=2, vision=40, tiers=True, mask="float", bias=True, block=32)
+    case = Case(batch=2, vision=40, tiers=True, mask="float", block=32)
     plain, strided = build(case), build(case)
 
     def spread(x):
@@ -166,7 +166,7 @@ def test_strides_do_not_matter():
 def test_tensors_that_took_the_place_of_others_are_read():
     call, other = (without_garbage(build(replace(Case(), seed=seed))) for seed in (0, 1))
     before = cpu.attend(*call.arguments)
-    call.arguments[6] = other.arguments[6]
+    call.arguments[5] = other.arguments[5]
     after = cpu.attend(*call.arguments)
     assert torch.equal(after, cpu.attend(*call.copy().arguments))
     assert not torch.equal(after, before)
@@ -198,7 +198,7 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
     bands = tuple(odd[(seed + i) % 6] for i in range(4))
     case = Case(
         batch=2, head_dim=sizes[0], value_dim=sizes[1], vision=65, text=67, tail=3, empty=0.0, bands=bands, tiers=True,
-        mask="float", bias=True, seed=seed, scope=("model", "sequence")[seed % 2], dtype=(torch.float32, torch.bfloat16)[seed // 3],
+        mask="float", seed=seed, scope=("model", "sequence")[seed % 2], dtype=(torch.float32, torch.bfloat16)[seed // 3],
         block=(0, 16, 64)[seed % 3],
     )  # fmt: skip
     assert_reads_nothing_past_the_end(case)

@@ -139,7 +139,7 @@ def assert_close_as(own: Tensor, exact: Tensor, plain: Tensor | None, largest: f
 def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(device, shape, data):
     state = filled(shape)
     n, tokens = state.key.shape[2], state.held
-    share, grouped, mask, bias, scale, launch = 2, False, None, None, None, "usual"
+    share, grouped, mask, scale, launch = 2, False, None, None, "usual"
     if data is not None:
         tokens += data.draw(st.integers(0, 3))
         share, grouped = data.draw(st.sampled_from((1, 2, 3))), data.draw(st.booleans())
@@ -148,18 +148,14 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
     query = torch.randn(shape.batch, heads, rows, shape.head_dim, generator=state.generator).to(shape.dtype)
     if data is not None:
         mask = data.draw(masks(state, tokens, (shape.batch, heads, rows)))
-        if data.draw(st.booleans()):
-            bias = torch.randn(shape.batch, tokens, generator=state.generator)
-            bias[:, ::5] = float("-inf")
     exact = reference.attend(
-        query.double(), state.key.double(), state.value.double(), mask, bias, *state.stored, scale, **state.turned
+        query.double(), state.key.double(), state.value.double(), mask, *state.stored, scale, **state.turned
     )
     key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
     allowed, added = allowed_by(state, tokens, rows), torch.zeros(())
     if mask is not None:
         allowed = allowed_by(state, tokens, -1)[:, :, :1]
         allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, added + mask)
-    added = added if bias is None else added + bias[:, None, None]
     plain = attention(query, key, value, allowed, added.to(shape.dtype), scale)
     given_state = moved(
         littered(replace(state, key=odd_strides(state.key), value=odd_strides(state.value)), shape), device
@@ -172,7 +168,6 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
             given_state.key,
             given_state.value,
             None if mask is None else mask.to(device),
-            None if bias is None else bias.to(device),
             *given_state.stored,
             scale,
             **given_state.turned,
@@ -198,7 +193,7 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
     ema = [0.25, 0.75, 1.0, 0.5]
     expected_known = [x.double() for x in known]
     exact = reference.attend(
-        query.double(), state.key.double(), state.value.double(), None, None, *state.stored, None, *expected_known, tiers, partial, ema,
+        query.double(), state.key.double(), state.value.double(), None, *state.stored, None, *expected_known, tiers, partial, ema,
         **state.turned,
     )  # fmt: skip
     given_state, own_known = moved(littered(state, shape), device), [x.to(device) for x in known]
@@ -206,7 +201,7 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
         for name, number in LAUNCHES[data.draw(st.sampled_from(tuple(LAUNCHES)))].items():
             patch.setattr(triton_launch, name, number)
         own = attend(
-            query.to(device), given_state.key, given_state.value, None, None, *given_state.stored, None, *own_known,
+            query.to(device), given_state.key, given_state.value, None, *given_state.stored, None, *own_known,
             tiers.to(device), partial, ema, **given_state.turned,
         )  # fmt: skip
     largest = float(
@@ -272,11 +267,11 @@ def test_many_heads_share_one_wide_basis(device):
     shape = Shape(batch=1, heads=8, head_dim=128, laid_out=150, chunks=(1,), bands=wide, dtype=torch.bfloat16)
     state = filled(shape)
     query = torch.randn(1, 56, 1, 128, generator=state.generator).to(shape.dtype)
-    exact = reference.attend(query.double(), state.key.double(), state.value.double(), None, None, *state.stored, None)
+    exact = reference.attend(query.double(), state.key.double(), state.value.double(), None, *state.stored, None)
     key, value = UNPACK(state.key, state.value, *state.stored, state.held)
     plain = attention(query, key, value, allowed_by(state, state.held, 1), 0.0, None)
     there = moved(littered(state, shape), device)
-    own = attend(query.to(device), there.key, there.value, None, None, *there.stored, None)
+    own = attend(query.to(device), there.key, there.value, None, *there.stored, None)
     assert_close_as(own.cpu(), exact, plain, float(value.abs().max()))
 
 
@@ -285,11 +280,9 @@ def test_float16_latents_neither_overflow_nor_vanish(device, factor):
     shape = Shape(dtype=torch.bfloat16, bands=((2, 3, 3, 2),) * 4, laid_out=80)
     state = filled(shape)
     query = torch.randn(2, 4, 1, 5, generator=state.generator).to(shape.dtype) * factor
-    exact = reference.attend(
-        query.double(), state.key.double(), state.value.double(), None, None, *state.stored, 1 / factor
-    )
+    exact = reference.attend(query.double(), state.key.double(), state.value.double(), None, *state.stored, 1 / factor)
     there = moved(state, device)
-    own = attend(query.to(device), there.key, there.value, None, None, *there.stored, 1 / factor)
+    own = attend(query.to(device), there.key, there.value, None, *there.stored, 1 / factor)
     value = UNPACK(state.key, state.value, *state.stored, state.held)[1]
     assert_close_as(own.cpu(), exact, None, float(value.abs().max()))
 
@@ -297,7 +290,7 @@ def test_float16_latents_neither_overflow_nor_vanish(device, factor):
 def test_float64_goes_to_the_reference(device):
     state = moved(filled(Shape()), device)
     query = torch.randn(2, 4, 1, 5, dtype=torch.float64, device=device)
-    arguments = (query, state.key, state.value, None, None, *state.stored, None)
+    arguments = (query, state.key, state.value, None, *state.stored, None)
     assert torch.equal(attend(*arguments), reference.attend(*arguments))
 
 

@@ -22,8 +22,8 @@ KEY, VALUE, DENSE, CODES, BASES, BANDS, POSITIONS, CURSOR, TOKENS = range(9)
 
 def arguments_of(case: Case, spare: int = 3) -> tuple[list, dict]:
     """Arguments of unpack, in order, and turns by name; room for `spare` tokens more than are held."""
-    call = build(replace(case, mask="none", bias=False, tiers=False))
-    _, key, value, _, _, *state, _ = call.arguments
+    call = build(replace(case, mask="none", tiers=False))
+    _, key, value, _, *state, _ = call.arguments
     return [key, value, *state, int(state[CURSOR - DENSE][0]) + spare], call.turns
 
 
