@@ -8,29 +8,14 @@ import ctypes
 from collections.abc import Sequence
 from operator import is_
 from pathlib import Path
-from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.structs import MAX_PACKED, STRUCTURES, places
+
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-# kernels/csrc/arguments.h: Attend, Segment, Append, Encode, Unpack
-ATTEND = Struct("=13qd10qq2dq2d10q12q")
-SEGMENT = Struct("=2q16q16q")
-APPEND = Struct("=7q6d27q27q4q")
-ENCODE = Struct("=9q6d16q")
-UNPACK = Struct("=6q14q12qq")
-# packed segments that there is room for
-MAX_PACKED = 3
-# bytes of what is passed, as the library is asked for them
-SIZES = {
-    "attend": ATTEND.size,
-    "state": (2 + MAX_PACKED) * SEGMENT.size,
-    "append": APPEND.size,
-    "encode": ENCODE.size,
-    "unpack": UNPACK.size,
-}
 # kernels/csrc/threads.h: OpenMp
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
 # the last words of a Source whose tokens are kept as they are
@@ -65,10 +50,10 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
         return None, "not built"
     try:
         library = ctypes.CDLL(str(path))
-        sizes = tuple(getattr(library, f"apack_{name}_bytes")() for name in SIZES)
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         return None, f"not loadable: {error}"
-    if sizes != tuple(SIZES.values()) or not hasattr(library, "apack_use_openmp"):
+    expected = {name: at for kind in STRUCTURES for name, at in places(kind).items()}
+    if not hasattr(library, "apack_place") or any(library.apack_place(n.encode()) != at for n, at in expected.items()):
         return None, "built from other sources: install again"
     threads = "" if use_openmp(library) else ", one thread: this PyTorch has no OpenMP"
     return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}{threads}"

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.layout import check_segments
-from apack_compile.kernels.native import DTYPES, MAX_PACKED, NO_BASIS, SEGMENT, Kept
+from apack_compile.kernels.native import DTYPES, NO_BASIS, Kept
+from apack_compile.kernels.structs import MAX_PACKED, SEGMENT
 
 NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
 

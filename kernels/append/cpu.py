@@ -5,7 +5,8 @@ from torch import Tensor
 
 from apack_compile.kernels.append.reference import append as reference
 from apack_compile.kernels.encode.cpu import QUANTIZER
-from apack_compile.kernels.native import APPEND, COMPILED, DTYPES, INSTRUCTION_SET, NO_BASIS, Kept, turns_of
+from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET, NO_BASIS, Kept, turns_of
+from apack_compile.kernels.structs import APPEND
 
 NO_STREAM = (0, 0, 0, 0, 0, 1, *NO_BASIS)
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from apack_compile.kernels.attend.reference import attend as reference
 from apack_compile.kernels.layout import check_segments
-from apack_compile.kernels.native import ATTEND, COMPILED, DTYPES, INSTRUCTION_SET, turns_of_segments
+from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET, turns_of_segments
 from apack_compile.kernels.state import packed_state, with_rows
+from apack_compile.kernels.structs import ATTEND
 
 # a head's row must fit into a tile, kernels/csrc/attend.h
 MAX_HEAD_DIM = 2_048

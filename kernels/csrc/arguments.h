@@ -1,4 +1,4 @@
-// What Python passes: every field takes eight bytes, in this order (kernels/native.py, kernels/attend/cpu.py).
+// What Python passes: every field takes eight bytes, in this order (kernels/structs.py, places.cpp).
 #pragma once
 
 #include <stdint.h>

@@ -1,7 +1,6 @@
 // The functions that Python calls, for the processor at hand.
 #include <stdint.h>
 
-#include "arguments.h"
 #include "threads.h"
 
 #if defined(__x86_64__)
@@ -44,13 +43,6 @@ int64_t apack_instruction_set() {
 #endif
     return 0;
 }
-
-// Bytes of the arguments, so that Python can tell whether it lays them out alike.
-int64_t apack_attend_bytes() { return sizeof(Attend); }
-int64_t apack_state_bytes() { return sizeof(State); }
-int64_t apack_append_bytes() { return sizeof(Append); }
-int64_t apack_encode_bytes() { return sizeof(Encode); }
-int64_t apack_unpack_bytes() { return sizeof(Unpack); }
 
 // 0, or 1 where memory ran out.
 int64_t apack_attend(const void *arguments, const void *state, int64_t set) { return FOR_SET(apack_attend, set, arguments, state); }

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from apack_compile.codec import FLOAT16_MAX, GAUSSIAN_STEP, HEADROOM, MIN_TOKEN_SCALE, WIDTHS, Bands, StreamBasis
-from apack_compile.kernels.native import COMPILED, DTYPES, ENCODE, INSTRUCTION_SET
+from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET
 from apack_compile.kernels.state import with_rows
+from apack_compile.kernels.structs import ENCODE
 
 # `Quantizer` of kernels/csrc/arguments.h
 QUANTIZER = (*(GAUSSIAN_STEP[bits] * HEADROOM[bits] for bits in WIDTHS), MIN_TOKEN_SCALE, FLOAT16_MAX)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET, UNPACK, turns_of_segments
+from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET, turns_of_segments
 from apack_compile.kernels.state import packed_state, with_rows
+from apack_compile.kernels.structs import UNPACK
 from apack_compile.kernels.turns import check_pairs
 from apack_compile.kernels.unpack.reference import unpack as reference
 

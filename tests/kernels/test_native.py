@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from apack_compile.codec import Bands, StreamBasis
-from apack_compile.kernels import native, ops
+from apack_compile.kernels import native, ops, structs
 from apack_compile.kernels.encode import cpu as encode_cpu
 
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
@@ -36,11 +36,39 @@ def test_a_missing_or_broken_library_is_said_to_be_so(tmp_path: Path):
     assert library is None and why.startswith("not loadable: ")
 
 
+@pytest.mark.parametrize("kind", structs.STRUCTURES, ids=lambda kind: kind.__name__)
+def test_every_field_is_where_the_library_has_it(kind):
+    if native.COMPILED is None:
+        pytest.skip(native.STATUS)
+    offsets = {name: getattr(kind, name).offset for name, *_ in kind._fields_}
+    assert {name: native.COMPILED.apack_place(f"{kind.__name__}.{name}".encode()) for name in offsets} == offsets
+    assert native.COMPILED.apack_place(kind.__name__.encode()) == ctypes.sizeof(kind) == structs.packer(kind).size
+    assert native.COMPILED.apack_place(f"{kind.__name__}.no_such_field".encode()) == -1
+
+
+def numbers(value) -> list:
+    """The numbers in a structure or an array, in order."""
+    if isinstance(value, ctypes.Structure):
+        return [x for name, *_ in value._fields_ for x in numbers(getattr(value, name))]
+    return [x for y in value for x in numbers(y)] if isinstance(value, ctypes.Array) else [value]
+
+
+@pytest.mark.parametrize("kind", structs.STRUCTURES, ids=lambda kind: kind.__name__)
+def test_a_field_is_packed_where_it_is(kind):
+    packer = structs.packer(kind)
+    values = list(range(1, 1 + packer.size // 8))
+    assert numbers(kind.from_buffer_copy(packer.pack(*values))) == values
+
+
 def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     path = native.find_library()
     if path is None:
         pytest.skip(native.STATUS)
-    monkeypatch.setitem(native.SIZES, "append", native.SEGMENT.size)
+
+    class Turns(ctypes.Structure):
+        _fields_ = [structs.Turns._fields_[i] for i in (0, 2, 1, 3)]
+
+    monkeypatch.setattr(native, "STRUCTURES", (Turns,))
     assert native.load_library(path) == (None, "built from other sources: install again")
 
 
