@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import apack_compile  # noqa: F401  (registers the operations)
-from apack_compile.codec import GAUSSIAN_STEP, Bands
+from apack_compile.kernels.format import GAUSSIAN_STEP, Bands
 from apack_compile.kernels.layout import filled_segments, of_segments
 from apack_compile.kernels.ops import implementations
 from apack_compile.models.coordinates import TokenCoordinates

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apack_compile.codec import Bands, StreamBasis
+from apack_compile.kernels.format import Bands, StreamBasis
 
 # cursor[HELD]: tokens held; cursor[PACKED]: first position of the tail; position p packs into text slot p - cursor[ORIGIN].
 HELD, PACKED, ORIGIN = 0, 1, 2

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from apack_compile.autocast import without_autocast
 from apack_compile.kernels import cuda, native
 from apack_compile.kernels.append import cpu as append_cpu
 from apack_compile.kernels.append.reference import append
 from apack_compile.kernels.append_at.reference import append_at
 from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.attend.reference import attend
+from apack_compile.kernels.autocast import without_autocast
 from apack_compile.kernels.unpack import cpu as unpack_cpu
 from apack_compile.kernels.unpack.reference import unpack
 

@@ -5,7 +5,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache, LayerKind
-from apack_compile.codec import StreamBasis
+from apack_compile.kernels.format import StreamBasis
 from apack_compile.plan.basis import fit, fit_steps, moments
 from apack_compile.plan.plan import StreamStatistics, budget_plan
 

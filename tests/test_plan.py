@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache, LayerKind
-from apack_compile.codec import GAUSSIAN_DISTORTION, WIDTHS, Bands
+from apack_compile.kernels.format import GAUSSIAN_DISTORTION, WIDTHS, Bands
 from apack_compile.plan.plan import (
     BAND_GRAIN,
     FIRST_TOKENS,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_plans import plan_with
 
-from apack_compile.codec import Bands
+from apack_compile.kernels.format import Bands
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan
 from apack_compile.plan.preset_options import AttentionPackOptions
 from apack_compile.plan.tiers import TierPlan

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from apack_compile.autocast import without_autocast
 from apack_compile.cache.accounting import cache_report
 from apack_compile.cache.kept_layers import CROSS_ATTENTION, cannot_crop, has_linear_states, kept_layer, map_rows
 from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
@@ -20,6 +19,7 @@ from apack_compile.cache.packed_layers import packed_layer
 from apack_compile.cache.shared_index import SharedIndex
 from apack_compile.cache.watch import Watch, WatchedKeys
 from apack_compile.errors import StrictError
+from apack_compile.kernels.autocast import without_autocast
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.inference_mode import outside_inference_mode
 from apack_compile.plan.plan import Plan, spare_slots

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apack_compile.codec import Bands, StreamBasis, decode, encode
+from apack_compile.kernels.encode import encode
+from apack_compile.kernels.format import Bands, StreamBasis, decode
 from apack_compile.plan.basis import fit, fit_steps, mixed, moments
 
 # A prompt may lose this many times what the calibration's tokens lose, and this share more, before its basis is refitted.

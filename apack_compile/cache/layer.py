@@ -11,7 +11,8 @@ from apack_compile.cache.layer_tiers import LayerTiers
 from apack_compile.cache.shared_index import SharedIndex
 from apack_compile.cache.stored_states import StoredStep
 from apack_compile.cache.token_index import Kept, count_of, extended, flags_at, gather_tokens, kept_slots, positions_of
-from apack_compile.codec import FLOAT16_MAX, StreamBasis, encode
+from apack_compile.kernels.encode import encode
+from apack_compile.kernels.format import FLOAT16_MAX, StreamBasis
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, filled_segments, of_segments, to_groups
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.models.modality import compact

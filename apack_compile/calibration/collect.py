@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apack_compile.autocast import without_autocast
 from apack_compile.calibration.sensitivity import Observation, observe
+from apack_compile.kernels.autocast import without_autocast
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of

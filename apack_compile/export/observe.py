@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from apack_compile.calibration.collect import Running, RunningMoments, Statistics, by_layer
-from apack_compile.codec import FLOAT16_MAX
+from apack_compile.kernels.format import FLOAT16_MAX
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.models.coordinates import rotary_frequencies

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from apack_compile.codec import StreamBasis, encode
+from apack_compile.kernels.encode import encode
+from apack_compile.kernels.format import StreamBasis
 from apack_compile.kernels.layout import to_groups
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.plan import StreamPlan

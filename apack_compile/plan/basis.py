@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apack_compile.codec import GAUSSIAN_STEP, WIDTHS, Bands, StreamBasis
+from apack_compile.kernels.format import GAUSSIAN_STEP, WIDTHS, Bands, StreamBasis
 
 # Above this width an eigendecomposition of the covariance costs more than a few products with a block, from random rows; above half of
 # it, from an earlier basis (benchmarks/subspace.py).

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from apack_compile.codec import Bands, StreamBasis
+from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.importance import CoarseRule, feature_count
 from apack_compile.plan.plan import FITTED_SCOPES, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.preset_options import MIN_TAIL_SLOTS

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from apack_compile.codec import Bands, StreamBasis
+from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.check import check_plan, uses_bases
 from apack_compile.plan.importance import CoarseRule
 from apack_compile.plan.plan import LayerPlan, Plan, Provenance, StreamPlan

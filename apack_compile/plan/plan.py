@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from apack_compile.codec import GAUSSIAN_DISTORTION, Bands, StreamBasis
+from apack_compile.kernels.format import GAUSSIAN_DISTORTION, Bands, StreamBasis
 from apack_compile.plan.basis import BAND_GRAIN, Spectrum
 from apack_compile.plan.importance import NEWEST, CoarseRule
 from apack_compile.plan.preset_options import AttentionPackOptions, AVLOptions

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apack_compile.autocast import without_autocast
+from apack_compile.kernels.autocast import without_autocast
 
 # Shares are rounded up, but 0.3 * 10 is 3.
 ROUNDING = 1e-9

@@ -9,7 +9,7 @@ anew for every block of slots.
 from dataclasses import dataclass
 from functools import partial
 
-from apack_compile.codec import WIDTHS
+from apack_compile.kernels.format import WIDTHS
 from apack_compile.plan.plan import Plan, StreamPlan
 
 # Integer operations per code, by its bits: a float16 needs none, a whole byte is placed, a part of one is also masked.

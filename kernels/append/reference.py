@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from apack_compile.codec import encode
+from apack_compile.kernels.encode import encode
 from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, PackedStream, packed_streams, to_groups
 from apack_compile.kernels.turns import turned, turns_of_slots
 

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from apack_compile.codec import Bands
 from apack_compile.kernels.append import reference
 from apack_compile.kernels.attend.triton_latent import folded_rows
 from apack_compile.kernels.encode.triton import block_of, quantize_token, token_scale
+from apack_compile.kernels.format import Bands
 from apack_compile.kernels.layout import PackedStream, packed_streams
 from apack_compile.kernels.triton_bands import first_component, key_layout
 from apack_compile.kernels.triton_turns import pairs_of, partner_of, turned_back

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from apack_compile.codec import centered_levels
+from apack_compile.kernels.format import centered_levels
 from apack_compile.kernels.layout import (
     HELD,
     TEXT,

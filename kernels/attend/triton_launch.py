@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from apack_compile.codec import Bands
+from apack_compile.kernels.format import Bands
 from apack_compile.kernels.triton_bands import (
     channel_tile,
     channel_tiles,

@@ -94,7 +94,7 @@ struct Side {
     Source packed;
 };
 
-// unit: deviations that a step is of a Gaussian at a token scale of one, by band width (apack_compile/codec.py, token_scales).
+// unit: deviations that a step is of a Gaussian at a token scale of one, by band width (kernels/format.py, token_scales).
 struct Quantizer {
     double unit[4], least_scale, greatest_half;
 };

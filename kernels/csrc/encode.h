@@ -1,4 +1,4 @@
-// Tokens to codes and token scales (apack_compile/codec.py, `encode`, is the specification).
+// Tokens to codes and token scales (kernels/format.py, `quantize`, is the specification).
 #pragma once
 
 #include "codes.h"

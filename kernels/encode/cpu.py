@@ -1,9 +1,17 @@
-"""`codec.encode` on CPUs: addresses and strides for the compiled function (kernels/csrc/encode.h)."""
+"""`encode` on CPUs: addresses and strides for the compiled function (kernels/csrc/encode.h)."""
 
 import torch
 from torch import Tensor
 
-from apack_compile.codec import FLOAT16_MAX, GAUSSIAN_STEP, HEADROOM, MIN_TOKEN_SCALE, WIDTHS, Bands, StreamBasis
+from apack_compile.kernels.format import (
+    FLOAT16_MAX,
+    GAUSSIAN_STEP,
+    HEADROOM,
+    MIN_TOKEN_SCALE,
+    WIDTHS,
+    Bands,
+    StreamBasis,
+)
 from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET
 from apack_compile.kernels.state import with_rows
 from apack_compile.kernels.structs import ENCODE
@@ -18,7 +26,7 @@ def serves(x: Tensor, basis: StreamBasis) -> bool:
 
 
 def encode(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool) -> tuple[Tensor, Tensor]:
-    """As `codec.encode`, in float32 inside. Raises MemoryError when there is no memory for scratch space."""
+    """As `encode`, in float32 inside. Raises MemoryError when there is no memory for scratch space."""
     x = with_rows(x)
     batch, groups, tokens, width = x.shape
     codes = x.new_empty((batch, groups, tokens, bands.token_bytes), dtype=torch.uint8)

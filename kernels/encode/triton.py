@@ -1,11 +1,11 @@
-"""Coefficients to codes in one pass, in Triton: the second half of `codec.encode`, which it must equal."""
+"""Coefficients to codes in one pass, in Triton: the second half of `encode`, which it must equal."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from apack_compile.codec import GAUSSIAN_STEP, HEADROOM, MIN_TOKEN_SCALE, WIDTHS, Bands
+from apack_compile.kernels.format import GAUSSIAN_STEP, HEADROOM, MIN_TOKEN_SCALE, WIDTHS, Bands
 from apack_compile.kernels.triton_bands import (
     FLOAT16_MAX,
     first_byte,
@@ -25,7 +25,7 @@ UNIT_STEPS = tl.constexpr(tuple(GAUSSIAN_STEP[bits] * HEADROOM[bits] for bits in
 
 @triton.jit
 def token_scale(coefficients, step, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
-    """Root mean square of a token's coefficients over their deviation, as `codec.token_scales`."""
+    """Root mean square of a token's coefficients over their deviation, as `format.token_scales`."""
     rank: tl.constexpr = first_component(LAYOUT, 4)
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, rank, BLOCK):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from apack_compile.codec import decode
+from apack_compile.kernels.format import decode
 from apack_compile.kernels.layout import (
     HELD,
     check_segments,

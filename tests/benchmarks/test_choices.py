@@ -6,7 +6,7 @@ import pytest
 from choices import DEVICES, choose_groups, measured_cpu, shortest_length
 from small_plans import plan_with
 
-from apack_compile.codec import Bands
+from apack_compile.kernels.format import Bands
 from apack_compile.plan.plan import LayerPlan, Plan, lossless_plan
 from apack_compile.plan.time_model import CPU, H200, Load, predicted_speedup
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache, LayerKind
 from apack_compile.cache.layer import MAX_APPEND
-from apack_compile.codec import Bands
+from apack_compile.kernels.format import Bands
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.plan.basis import fit, moments

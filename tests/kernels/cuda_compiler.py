@@ -9,10 +9,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from hopper import described, watch
 
-from apack_compile.codec import Bands
 from apack_compile.kernels.append.triton import append
 from apack_compile.kernels.attend.triton import attend
 from apack_compile.kernels.encode.triton import quantize
+from apack_compile.kernels.format import Bands
 
 
 def state(bands, heads, groups, head_dim, dtype, batch=2, sequences=1, scaled=True, slots=(512, 256)):

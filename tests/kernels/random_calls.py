@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apack_compile.codec import Bands
+from apack_compile.kernels.format import Bands
 
 
 @dataclass(frozen=True)

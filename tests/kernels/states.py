@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile import kernels  # noqa: F401
-from apack_compile.codec import Bands, StreamBasis, decode, encode
+from apack_compile.kernels.encode import encode
+from apack_compile.kernels.format import Bands, StreamBasis, decode
 from apack_compile.kernels.layout import to_groups, to_heads
 from apack_compile.plan.basis import fit, moments
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apack_compile.codec import Bands, StreamBasis
+from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.kernels.turns import turned
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.basis import fit, fit_steps, moments

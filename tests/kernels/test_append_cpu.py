@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apack_compile.codec import Bands, StreamBasis, decode
 from apack_compile.kernels import native
 from apack_compile.kernels.append import cpu
 from apack_compile.kernels.append.reference import append as reference
+from apack_compile.kernels.format import Bands, StreamBasis, decode
 
 pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
 

@@ -8,10 +8,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apack_compile import codec
-from apack_compile.codec import FLOAT16_MAX, WIDTHS, Bands, StreamBasis
 from apack_compile.kernels import native
-from apack_compile.kernels.encode import cpu
+from apack_compile.kernels.encode import cpu, encode
+from apack_compile.kernels.format import (
+    FLOAT16_MAX,
+    WIDTHS,
+    Bands,
+    StreamBasis,
+    centered_levels,
+    project,
+    quantize,
+    token_scales,
+)
 
 pytestmark = [
     pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}"),
@@ -56,15 +64,15 @@ def build(case: Case) -> tuple[Tensor, StreamBasis, Bands]:
 def assert_nearest_levels(x: Tensor, basis: StreamBasis, bands: Bands, codes: Tensor, scale: Tensor) -> None:
     """What `codes` stand for, against the coefficients in float64."""
     exact = StreamBasis(*(tensor.double() for tensor in basis))
-    levels = codec.project(x.double(), exact) / exact.step[:, :, None]
+    levels = project(x.double(), exact) / exact.step[:, :, None]
     # of a sum of W products in float32, with a margin of 4 (Higham and Mary, 2019)
     rounding = (x.double().square().sum(-1) + exact.mean.square().sum(-1)[:, :, None]).sqrt()[..., None]
     rounding = 4 * EPSILON * x.shape[-1] ** 0.5 * rounding / exact.step[:, :, None]
     if scale.numel():
-        wanted = codec.token_scales(codec.project(x.double(), exact), exact.step, bands)
+        wanted = token_scales(project(x.double(), exact), exact.step, bands)
         assert ((scale.double() - wanted.double()).abs() <= wanted.double() * 2.0**-10).all()
         levels, rounding = (y / scale.double()[..., None] for y in (levels, rounding))
-    found = codec.centered_levels(codes, bands, torch.float64)
+    found = centered_levels(codes, bands, torch.float64)
     bits = torch.tensor(bands.widths, dtype=torch.float64)
     reach = torch.where(bits < 16, (2.0**bits - 1) / 2, FLOAT16_MAX)
     clipped = torch.minimum(torch.maximum(levels, -reach), reach)
@@ -104,7 +112,7 @@ def test_each_code_is_the_nearest_level(instructions, monkeypatch):
     def check(case: Case) -> None:
         x, basis, bands = build(case)
         codes, scale = encode_over_nan(x, basis, bands, case.token_scale)
-        wanted_codes, wanted_scale = codec.quantize(codec.project(x, basis), basis.step, bands, case.token_scale)
+        wanted_codes, wanted_scale = quantize(project(x, basis), basis.step, bands, case.token_scale)
         assert codes.shape == wanted_codes.shape and codes.dtype == torch.uint8
         assert scale.shape == wanted_scale.shape and scale.dtype == torch.float16
         assert_nearest_levels(x, basis, bands, codes, scale)
@@ -146,11 +154,11 @@ def test_encode_is_compiled_for_what_it_serves(monkeypatch):
     called = []
     compiled = cpu.encode
     monkeypatch.setattr(cpu, "encode", lambda *arguments: called.append(1) or compiled(*arguments))
-    codec.encode(x, basis, bands, True)
+    encode(x, basis, bands, True)
     assert called
-    codec.encode(x.double(), basis, bands, True)
+    encode(x.double(), basis, bands, True)
     assert len(called) == 1
     monkeypatch.setattr(cpu, "COMPILED", None)
-    codes, scale = codec.encode(x, basis, bands, True)
+    codes, scale = encode(x, basis, bands, True)
     assert len(called) == 1
     assert_nearest_levels(x, basis, bands, codes, scale)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from apack_compile.codec import Bands, StreamBasis
 from apack_compile.kernels import native, ops, structs
 from apack_compile.kernels.encode import cpu as encode_cpu
+from apack_compile.kernels.format import Bands, StreamBasis
 
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from apack_compile.codec import (
+from apack_compile.kernels.cuda import append
+from apack_compile.kernels.encode.triton import quantize as quantize_in_triton
+from apack_compile.kernels.format import (
     FLOAT16_MAX,
     WIDTHS,
     Bands,
@@ -20,8 +22,6 @@ from apack_compile.codec import (
     quantize,
     token_scales,
 )
-from apack_compile.kernels.cuda import append
-from apack_compile.kernels.encode.triton import quantize as quantize_in_triton
 from apack_compile.kernels.layout import to_groups
 from apack_compile.plan.basis import fit, moments
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from apack_compile.codec import Bands
 from apack_compile.kernels.attend import reference, triton_launch
 from apack_compile.kernels.attend.triton import attend, serves
+from apack_compile.kernels.format import Bands
 from apack_compile.kernels.layout import TEXT, VISION, packed_streams
 
 pytestmark = pytest.mark.usefixtures("poisoned")

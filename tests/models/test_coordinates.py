@@ -21,9 +21,9 @@ from apack_compile.backend.own_cache import OwnCaches
 from apack_compile.calibration.collect import collect
 from apack_compile.calibration.find_rotation import find_turn
 from apack_compile.calibration.sensitivity import observe
-from apack_compile.codec import Bands
 from apack_compile.errors import StrictError
 from apack_compile.generate.session import layer_kinds, session_of
+from apack_compile.kernels.format import Bands
 from apack_compile.models.coordinates import TokenCoordinates, replaced_positions, rotary_modules
 from apack_compile.plan.importance import unturned
 from apack_compile.plan.plan import LayerPlan, StreamPlan

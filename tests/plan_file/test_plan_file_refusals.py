@@ -11,7 +11,7 @@ from saved_plans import SIGNATURE, llama, write
 
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
-from apack_compile.codec import StreamBasis
+from apack_compile.kernels.format import StreamBasis
 from apack_compile.plan.file import tensors_of, values_of
 from apack_compile.plan.plan import attentionpack_plan
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from apack_compile.codec import Bands
+from apack_compile.kernels.format import Bands
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, uniform_plan
 from apack_compile.plan.rotation import KeyTurn
 

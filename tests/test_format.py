@@ -1,19 +1,18 @@
-"""Properties of the codec and of the basis fit."""
+"""Properties of the format and of the basis fit."""
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from apack_compile.codec import (
+from apack_compile.kernels.encode import encode
+from apack_compile.kernels.format import (
     FLOAT16_MAX,
     WIDTHS,
     Bands,
     StreamBasis,
     band_bytes,
     decode,
-    encode,
-    error_bound,
     pack_levels,
     project,
     unpack_levels,
@@ -23,6 +22,27 @@ from apack_compile.plan.basis import BAND_GRAIN, fit, fit_steps, hadamard, mixed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("gaussian", "constant", "zero", "zero variance", "outlier", "rank one")
+
+
+def error_bound(x: torch.Tensor, basis: StreamBasis, bands: Bands, token_scale: bool = False) -> torch.Tensor:
+    """Largest norm `[B, G, N]` of `decode(encode(x)) - x` that the format allows, float64.
+
+    Half a step per integer component inside its range, the clipped excess outside it, half a unit in the last place of the
+    float16 band, and the energy of the dropped components. Assumes orthonormal decoder rows. Rounded up: a token of zeros reaches it.
+    """
+    exact = StreamBasis(*(tensor.double() for tensor in basis))
+    centered = x.double() - exact.mean[:, :, None]
+    coefficients = centered @ exact.decoder.mT
+    dropped = (centered.square().sum(-1) - coefficients.square().sum(-1)).clamp_min(0)
+    unit = exact.step[:, :, None].expand_as(coefficients)
+    if token_scale and bands.components:
+        unit = unit * encode(x, basis, bands, True)[1].double()[..., None]
+    bits = torch.tensor(bands.widths, device=x.device)
+    reach = torch.where(bits == 16, FLOAT16_MAX, (2.0**bits - 1) / 2) * unit
+    rounding = torch.where(bits == 16, coefficients.abs() * 2.0**-11 + unit * 2.0**-25, unit / 2)
+    excess = (coefficients.abs() - reach).clamp_min(0)
+    upwards = 1 + torch.finfo(torch.float64).eps * x.shape[-1]
+    return upwards * ((rounding + excess).square().sum(-1) + dropped).sqrt()
 
 
 def tokens_like(kind: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

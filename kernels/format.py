@@ -124,30 +124,6 @@ def token_scales(coefficients: Tensor, step: Tensor, bands: Bands) -> Tensor:
     return normalized.square().mean(-1).sqrt().clamp(MIN_TOKEN_SCALE, FLOAT16_MAX).to(torch.float16)
 
 
-def encode(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool = False) -> tuple[Tensor, Tensor]:
-    """Codes `[B, G, N, bytes]` (uint8) and token scales `[B, G, N]` (float16, or empty) of tokens `[B, G, N, W_g]`.
-
-    With the identity basis the tokens themselves are returned.
-    """
-    if basis.mean.numel() == 0:
-        return x, x.new_empty(0, dtype=torch.float16)
-    if x.shape[2] == 0:
-        scales = (*x.shape[:2], 0) if token_scale and bands.components else 0
-        codes = x.new_empty((*x.shape[:3], bands.token_bytes), dtype=torch.uint8)
-        return codes, x.new_empty(scales, dtype=torch.float16)
-    if x.device.type == "cpu":
-        from apack_compile.kernels.encode import cpu
-
-        if cpu.serves(x, basis):
-            return cpu.encode(x, basis, bands, token_scale)
-    coefficients = project(x, basis)
-    if coefficients.is_cuda and coefficients.dtype == torch.float32:
-        from apack_compile.kernels.encode.triton import quantize as quantize_on_cuda
-
-        return quantize_on_cuda(coefficients, basis.step, bands, token_scale)
-    return quantize(coefficients, basis.step, bands, token_scale)
-
-
 def quantize(coefficients: Tensor, step: Tensor, bands: Bands, token_scale: bool) -> tuple[Tensor, Tensor]:
     """Codes and token scales, as `encode` returns them, of coefficients `[B, G, N, r]`."""
     step = step.to(coefficients.dtype)
@@ -185,24 +161,3 @@ def decode(
     work = torch.promote_types(dtype, torch.float32)
     coefficients = coefficients_of(codes, scale, basis, bands, work)
     return (coefficients @ basis.decoder.to(work) + basis.mean.to(work)[:, :, None]).to(dtype)
-
-
-def error_bound(x: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool = False) -> Tensor:
-    """Largest norm `[B, G, N]` of `decode(encode(x)) - x` that the format allows, float64.
-
-    Half a step per integer component inside its range, the clipped excess outside it, half a unit in the last place of the
-    float16 band, and the energy of the dropped components. Assumes orthonormal decoder rows. Rounded up: a token of zeros reaches it.
-    """
-    exact = StreamBasis(*(tensor.double() for tensor in basis))
-    centered = x.double() - exact.mean[:, :, None]
-    coefficients = centered @ exact.decoder.mT
-    dropped = (centered.square().sum(-1) - coefficients.square().sum(-1)).clamp_min(0)
-    unit = exact.step[:, :, None].expand_as(coefficients)
-    if token_scale and bands.components:
-        unit = unit * encode(x, basis, bands, True)[1].double()[..., None]
-    bits = torch.tensor(bands.widths, device=x.device)
-    reach = torch.where(bits == 16, FLOAT16_MAX, (2.0**bits - 1) / 2) * unit
-    rounding = torch.where(bits == 16, coefficients.abs() * 2.0**-11 + unit * 2.0**-25, unit / 2)
-    excess = (coefficients.abs() - reach).clamp_min(0)
-    upwards = 1 + torch.finfo(torch.float64).eps * x.shape[-1]
-    return upwards * ((rounding + excess).square().sum(-1) + dropped).sqrt()
