@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 from apack_compile.backend.graph_log import GraphLog
 from apack_compile.backend.graph_report import GraphReport, build_graph_report
 from apack_compile.backend.inner_compiler import resolve_compile
-from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.cache import CompactedCache, LayerKind
 from apack_compile.calibration.inputs import checked_inputs
 from apack_compile.config import AttentionPackConfig
 from apack_compile.export.program import optimize_program
@@ -158,7 +158,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str
 def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
     """The plan that an optimized model uses for a prompt of `tokens` tokens, `vision_share` of them vision.
 
-    Where some layers have a window, that of the layers that see every token; where all have, that of those with the first one.
+    Where layers have windows, it holds a plan for the layers of each, for that window's tokens and the same share (`Plan.windows`).
     Raises ValueError for a bad argument or a model that is not optimized, RuntimeError where calibration is still to come.
     """
     model = unwrapped(model)
@@ -168,7 +168,7 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
         raise ValueError(f"tokens={tokens!r} must be an integer >= 1")
     if not isinstance(vision_share, (int, float)) or isinstance(vision_share, bool) or not 0 <= vision_share <= 1:
         raise ValueError(f"vision_share={vision_share!r} must be a number from 0 to 1")
-    return session.plan_for(tokens, float(vision_share), next(iter(session.by_window)))
+    return session.whole_plan(tokens, float(vision_share))
 
 
 def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> CompactedCache:
@@ -233,9 +233,8 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
         reasons = "; ".join(dict.fromkeys(str(kind.reason) for kind in kinds))
         raise ValueError(f"model: none of its {len(kinds)} layers can be packed ({reasons})")
     signature = signature_of(model)
-    packed = [kind.layer for kind in kinds if kind.reason is None]
     if plan is not None:
-        _check_plan_fits(plan, signature, packed, ranks_of(model))
+        _check_plan_fits(plan, signature, kinds, ranks_of(model))
         plan = plan.to(computing_device(model))
     elif config.ratio is not None:
         check_ratio(config.ratio, config.head_groups or 1, model)
@@ -243,7 +242,7 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
     return Session(config, kinds, signature, inner, reason, plan, adapters=adapters_of(model), ranks=ranks_of(model))
 
 
-def _check_plan_fits(plan: Plan, signature: tuple, packed: list[int], ranks: Ranks) -> None:
+def _check_plan_fits(plan: Plan, signature: tuple, kinds: list[LayerKind], ranks: Ranks) -> None:
     """Raise ValueError for a plan that is not one for this model."""
     check_plan(plan, "plan")
     if plan.ranks != ranks:
@@ -252,8 +251,20 @@ def _check_plan_fits(plan: Plan, signature: tuple, packed: list[int], ranks: Ran
         )
     if plan.signature != signature:
         raise ValueError(f"plan: made for {describe(plan.signature)}; the model has {describe(signature)}")
-    if sorted(plan.layers) != packed:
-        raise ValueError(f"plan: packs the layers {sorted(plan.layers)}; of this model {packed} are packed")
+    packed = [kind.layer for kind in kinds if kind.reason is None]
+    if plan.every_layer != packed:
+        raise ValueError(f"plan: packs the layers {plan.every_layer}; of this model {packed} are packed")
+    for kind in (kind for kind in kinds if kind.reason is None):
+        part = plan.of_layer(kind.layer)
+        if part.window not in (None, kind.window):
+            raise ValueError(
+                f"plan: made for a window of {part.window} in layer {kind.layer}; the model's is {kind.window or 'without end'}"
+            )
+        if kind.window is not None and part.layers_place_tokens:
+            raise ValueError(
+                f"plan: orders the tokens of layer {kind.layer} by importance, but the layer has a window of {kind.window}; make the "
+                "plan with this model"
+            )
 
 
 def _install(model: nn.Module, session: Session) -> None:

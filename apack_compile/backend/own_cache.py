@@ -67,7 +67,8 @@ class Packed:
 class OwnCaches:
     """The packed state of every pair of static buffers that the graphs of one `torch.compile` write.
 
-    ratio: 16-bit bytes of the buffers over packed bytes. plan: a saved plan, whose i-th layer serves the i-th pair of a graph; else
+    ratio: 16-bit bytes of the buffers over packed bytes. plan: a saved plan, whose i-th layer serves the i-th pair of a graph (of a
+    plan with those of several windows, the layers that see every token); else
     the first sequence in buffers of about this length gives one, which later sequences share. options: those of the torch.compile.
     """
 
@@ -84,7 +85,8 @@ class OwnCaches:
             )
         self.options = options
         self.ratio = ratio
-        self.plan = plan
+        # static buffers of layers with a window slide, and stay dense
+        self.plan = None if plan is None else replace(plan, windows={})
         self.plans: dict[tuple, Plan] = {}
         self.last: dict[str, Any] | None = None
         self.held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

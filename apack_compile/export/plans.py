@@ -32,20 +32,21 @@ def budget_plans(seen: Observed, caches: Sequence[BufferPair], ratio: float) -> 
 def given_plans(plan: Plan, caches: Sequence[BufferPair], total: int) -> dict[int, CachePlan]:
     """A plan's layers by cache number, of `total` caches that the program has; raises ValueError for a plan that does not fit."""
     check_plan(plan, "plan")
-    if plan.per_request:
+    parts = plan.by_window.values()
+    if any(part.per_request for part in parts):
         raise ValueError(
             "plan: fits bases to each cache; a program needs a plan whose bases are shared, as ratio=N makes it"
         )
-    if plan.layers_place_tokens:
+    if any(part.layers_place_tokens for part in parts):
         raise ValueError("plan: orders or separates tokens by importance; make it with AttentionPackConfig(coarse=())")
-    if plan.has_coordinates:
+    if any(part.has_coordinates for part in parts):
         raise ValueError(
             "plan: its keys turn by several coordinates of a token, and a program does not say where its tokens are; "
             "make it with AttentionPackConfig(key_block=0)"
         )
-    if len(plan.layers) != total:
-        raise ValueError(f"plan: packs {len(plan.layers)} layers; the program has {total} caches")
-    layers, plans = sorted(plan.layers), {}
+    layers, plans = plan.every_layer, {}
+    if len(layers) != total:
+        raise ValueError(f"plan: packs {len(layers)} layers; the program has {total} caches")
     for cache in caches:
         _, heads, _, width = cache.key.size
         found = (heads, width, str(value_of(cache.key.state).dtype))
@@ -53,7 +54,8 @@ def given_plans(plan: Plan, caches: Sequence[BufferPair], total: int) -> dict[in
             raise ValueError(
                 f"plan: made for (KV heads, head_dim, dtype) {plan.signature[1:]}; {cache.name} has {found}"
             )
-        plans[cache.number] = cache_plan(plan, layers[cache.number])
+        layer = layers[cache.number]
+        plans[cache.number] = cache_plan(plan.of_layer(layer), layer)
     return plans
 
 

@@ -18,6 +18,7 @@ from apack_compile.passes import GraphRecord
 from apack_compile.plan.file import versions
 from apack_compile.plan.importance import LEAST_RATIO
 from apack_compile.plan.plan import FIRST_TOKENS
+from apack_compile.plan.rotation import KeyTurn
 
 # A graph of a single layer does not name it.
 ONE_BY_ONE = "decode is compiled layer by layer: every site was rewritten, no graph names its layer"
@@ -134,7 +135,11 @@ def keys_of(session: Any) -> str:
     """How keys are packed: turned back or as they come, and why; empty where there is no choice or it is still open."""
     if session.plan is None:
         return by_window(session.turn_reasons) if session.ratio is not None else ""
-    turn = session.plan.turn
+    return by_window({window: turn_of(part.turn) for window, part in session.plan.by_window.items()})
+
+
+def turn_of(turn: KeyTurn | None) -> str:
+    """How a plan's keys are packed."""
     if turn is None:
         return "stored as they are, says the plan"
     said = f"turned back to the start of their {turn.block} slots"
@@ -152,7 +157,8 @@ def by_window(said: Mapping[int | None, str]) -> str:
 def head_groups_of(session: Any) -> str:
     """How many groups of heads share bases, and why; empty where no bases were calibrated."""
     if session.plan is not None:
-        return f"{session.plan.groups}, says the plan"
+        counts = {window: f"{part.groups}, says the plan" for window, part in session.plan.by_window.items()}
+        return by_window(counts)
     return "" if session.ratio is None or session.groups is None else f"{session.groups.count}; {session.groups.reason}"
 
 

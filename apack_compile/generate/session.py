@@ -148,6 +148,8 @@ class Session:
     def turn(self) -> KeyTurn | None:
         """How keys turn by several coordinates, where those of some layers do; else how those of the first do."""
         turns = list(self.turns.values())
+        if self.plan is not None:
+            turns = [part.turn for part in self.plan.by_window.values()]
         return next((turn for turn in turns if turn is not None and turn.coordinates is not None), (*turns, None)[0])
 
     @property
@@ -170,13 +172,13 @@ class Session:
 
     def plan_for(self, tokens: int, vision_share: float, window: int | None = None) -> Plan:
         """The plan for a prompt of so many tokens, this share of them vision, of the layers with this window."""
-        if self.plan is not None:
-            return self.plan
         layers = self.by_window[window]
+        if self.plan is not None:
+            return self.plan.of_layer(layers[0])
         if self.config.preset == "lossless":
-            return self.signed(lossless_plan(layers))
+            return self.signed(lossless_plan(layers), window)
         if self.config.preset is not None:
-            return self.signed(self._preset_plan(layers, window))
+            return self.signed(self._preset_plan(layers, window), window)
         if self.statistics is None:
             raise RuntimeError(
                 f"ratio={self.ratio:g}: no calibrated statistics yet; call apack_compile.calibrate(model, inputs) first. (A first request "
@@ -191,8 +193,16 @@ class Session:
                 statistics = {layer: self.statistics[layer] for layer in layers}
                 plan = budget_plan(statistics, self.ratio, *key, turn=self.turns[window], rules=rules, window=window)
                 plan = plan if self.device is None else plan.to(self.device)
-                self.plans[window, *key] = self.signed(plan, self.calibrated_on)
+                self.plans[window, *key] = self.signed(plan, window, self.calibrated_on)
             return self.plans[window, *key]
+
+    def whole_plan(self, tokens: int, vision_share: float) -> Plan:
+        """The plan for a prompt of so many tokens, this share of them vision, with those of the layers of all windows."""
+        if self.plan is not None:
+            return self.plan
+        with self.lock:
+            first, *others = (self.plan_for(tokens, vision_share, window) for window in self.by_window)
+        return replace(first, windows={part.window: part for part in others}) if others else first
 
     def _preset_plan(self, layers: list[int], window: int | None) -> Plan:
         """The plan of a published preset, for some of the layers; those with a window have no tiers."""
@@ -204,11 +214,10 @@ class Session:
             plan = attentionpack_plan(layers, ranks, config.tail_slots, config.attentionpack)
         return plan if window is None else replace(plan, tiers=None)
 
-    def signed(self, plan: Plan, calibrated_on: str | None = None) -> Plan:
-        """A plan that says which model it is for and where it comes from."""
-        return replace(
-            plan, signature=self.signature, ranks=self.ranks, provenance=Provenance(calibrated_on, versions())
-        )
+    def signed(self, plan: Plan, window: int | None, calibrated_on: str | None = None) -> Plan:
+        """A plan that says which model and which of its layers it is for, and where it comes from."""
+        provenance = Provenance(calibrated_on, versions())
+        return replace(plan, signature=self.signature, ranks=self.ranks, window=window, provenance=provenance)
 
     def follow(self, model: nn.Module) -> None:
         """Take over the model's dtype and device as they are now; raises ValueError where a given plan was made for another dtype."""
@@ -400,10 +409,10 @@ def layer_kinds(model: nn.Module) -> list[LayerKind]:
 
 def planned_kinds(kinds: list[LayerKind], plan: Plan) -> list[LayerKind]:
     """Kinds of layers with a given plan: those with a window are packed where it has them."""
-    left = "the plan given has no streams for it"
+    left = "the plan given has no streams for it; plan_for gives one with those of all layers"
     return [
         replace(kind, reason=f"{kind.layer_type}: {left}", compileable=False)
-        if kind.window is not None and kind.layer not in plan.layers
+        if kind.window is not None and kind.layer not in plan.every_layer
         else kind
         for kind in kinds
     ]
@@ -581,7 +590,7 @@ def is_checkpointing(part: nn.Module) -> bool:
 def watch_rotary(model: nn.Module) -> None:
     """Where keys turn by several coordinates, see what rotary embeddings are given, from now on."""
     session = session_of(model)
-    turn = None if session is None else session.turn if session.plan is None else session.plan.turn
+    turn = None if session is None else session.turn
     if session is None or turn is None or turn.coordinates is None or session.rotary_hooks:
         return
     session.rotary_hooks = tuple(

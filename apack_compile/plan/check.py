@@ -75,9 +75,36 @@ def claims(plan: Plan) -> Iterator[Claim]:
         dims = {i: [plan.groups * b.mean.shape[-1] // heads for b in bases[-2:]] for i, bases in plan.bases.items()}
         yield from coarse_claims(plan.coarse, {i: feature_count(heads, *both) for i, both in sorted(dims.items())})
     if plan.turn is not None:
-        yield from turn_claims(plan.turn, about_model[2])
+        yield from turn_claims(plan.turn, head_dim_limit(plan))
         yield Claim(plan.tiers is None, "turn", "given", "null where there are tiers: they move tokens between blocks")
         yield Claim(scopes <= {"model"}, "turn", "given", "null unless all bases are model-scoped")
+    yield from window_claims(plan)
+
+
+def window_claims(plan: Plan) -> Iterator[Claim]:
+    """What must hold of a plan's window, and of the plans of layers with other windows."""
+    known = plan.window is None or (is_count(plan.window) and plan.window > 0)
+    yield Claim(known, "window", plan.window, "an integer >= 1, or None")
+    for name in ("tiers", "coarse"):
+        alone = plan.window is None or getattr(plan, name) is None
+        yield Claim(alone, name, "given", f"null where there is a window, here of {plan.window}")
+    taken = set(plan.layers)
+    for window, part in plan.windows.items():
+        about = f"window {window}"
+        yield Claim(isinstance(part, Plan), about, type(part).__name__, "a Plan")
+        for claim in claims(part):
+            yield claim._replace(about=f"{about} {claim.about}")
+        own = part.window == window and window not in (None, plan.window)
+        yield Claim(own, f"{about} window", part.window, f"{window}, and not that of the other layers")
+        yield Claim(
+            not part.windows, f"{about} windows", list(part.windows), "empty: one plan has those of all windows"
+        )
+        for name in ("signature", "ranks"):
+            found, expected = getattr(part, name), getattr(plan, name)
+            yield Claim(found == expected, f"{about} {name}", found, f"that of the other layers, {expected}")
+        twice = sorted(taken.intersection(part.layers))
+        yield Claim(not twice, f"{about} layers", twice, "layers of no other window")
+        taken.update(part.layers)
 
 
 def coarse_claims(rule: CoarseRule, features: dict[int, int]) -> Iterator[Claim]:
@@ -93,6 +120,13 @@ def coarse_claims(rule: CoarseRule, features: dict[int, int]) -> Iterator[Claim]
         yield Claim(weights.dtype == torch.float32, f"{about} dtype", weights.dtype, "torch.float32")
         yield Claim(weights.shape == (features[layer],), f"{about} shape", shape_of(weights), f"({features[layer]},)")
         yield Claim(bool(weights.isfinite().all()), about, "NaN or Inf somewhere", "finite")
+
+
+def head_dim_limit(plan: Plan) -> int:
+    """What the head_dim of a plan's keys is or, where its layers are not shaped as the signature says, may be at most."""
+    _, heads, head_dim, _ = plan.signature
+    widths = [bases[-2].mean.shape[-1] for bases in plan.bases.values()]
+    return head_dim if set(widths) <= {heads * head_dim // plan.groups} else min(widths)
 
 
 def turn_claims(turn: KeyTurn, head_dim: int) -> Iterator[Claim]:

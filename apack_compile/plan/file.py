@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -24,9 +24,9 @@ from apack_compile.plan.rotation import KeyTurn
 from apack_compile.plan.tiers import TextEviction, TierPlan
 from apack_compile.version import __version__
 
-FORMAT_VERSION = "4"
-# A file that holds one plan of format 4 for each rank of tensor parallelism.
-RANKS_VERSION = "5"
+FORMAT_VERSION = "6"
+# Of one plan, and of one for each rank of tensor parallelism; both without windows.
+EARLIER_VERSIONS = ("4", "5")
 VERSION_KEY = "apack_plan"
 FREQUENCIES = "turn.frequencies"
 COORDINATES = "turn.coordinates"
@@ -40,7 +40,7 @@ def save_plan(plan: Plan, path: str | os.PathLike) -> None:
     path = Path(path)
     refuse_folder(path)
     if plan.ranks.count == 1:
-        write(path, FORMAT_VERSION, values_of(plan), tensors_of(plan))
+        write(path, values_of(plan), tensors_of(plan))
         return
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         # POSIX alone, as torch.distributed's tensor parallelism
@@ -51,7 +51,7 @@ def save_plan(plan: Plan, path: str | os.PathLike) -> None:
         values, tensors = other_ranks(plan, path)
         values["ranks"][str(plan.ranks.rank)] = values_of(plan)
         part = {f"rank{plan.ranks.rank}.{name}": tensor for name, tensor in tensors_of(plan).items()}
-        write(path, RANKS_VERSION, values, tensors | part)
+        write(path, values, tensors | part)
 
 
 def other_ranks(plan: Plan, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -64,16 +64,16 @@ def other_ranks(plan: Plan, path: Path) -> tuple[dict[str, Any], dict[str, Tenso
         return nothing
     if metadata.get("sha256") != digest(metadata["plan"], tensors):
         return nothing
-    if metadata[VERSION_KEY] != RANKS_VERSION or values.get("count") != plan.ranks.count:
+    if metadata[VERSION_KEY] != FORMAT_VERSION or values.get("count") != plan.ranks.count:
         return nothing
     own = f"rank{plan.ranks.rank}."
     return values, {name: tensor for name, tensor in tensors.items() if not name.startswith(own)}
 
 
-def write(path: Path, version: str, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write(path: Path, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write one file in place of the old one, whole or not at all."""
     text = json.dumps(values)
-    metadata = {VERSION_KEY: version, "plan": text, "sha256": digest(text, tensors)}
+    metadata = {VERSION_KEY: FORMAT_VERSION, "plan": text, "sha256": digest(text, tensors)}
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / "plan"
         # Written here: safetensors' own save_file makes files that only their owner can read.
@@ -93,9 +93,11 @@ def load_plan(path: str | os.PathLike) -> Plan:
     ranks = ALONE
     try:
         values = json.loads(metadata["plan"])
-        if metadata[VERSION_KEY] == RANKS_VERSION:
+        if "ranks" in values:
             ranks, values, tensors = part_here(values, tensors, name)
-        plan = replace(plan_of(values, tensors, str(path)), ranks=ranks)
+        if metadata[VERSION_KEY] in EARLIER_VERSIONS:
+            values |= {"window": None, "windows": {}}
+        plan = plan_of(values, tensors, Source(str(path), ranks))
     except RanksError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -122,9 +124,12 @@ def part_here(
         )
     if rank not in held:
         raise RanksError(f"{name}: holds the ranks {held} of {count}, not {rank}; save the plan on every rank")
-    prefix = f"rank{rank}."
-    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    return Ranks(rank, count), values["ranks"][str(rank)], own
+    return Ranks(rank, count), values["ranks"][str(rank)], below(f"rank{rank}.", tensors)
+
+
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, named without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -134,10 +139,10 @@ def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if VERSION_KEY not in metadata or "plan" not in metadata:
                 raise ValueError(f"{name}: a safetensors file, but not one that Plan.save wrote")
-            if metadata[VERSION_KEY] not in (FORMAT_VERSION, RANKS_VERSION):
-                found = f"plan format {metadata[VERSION_KEY]!r}"
+            if metadata[VERSION_KEY] not in (*EARLIER_VERSIONS, FORMAT_VERSION):
+                known = ", ".join((*EARLIER_VERSIONS, FORMAT_VERSION))
                 raise ValueError(
-                    f"{name}: {found}; apack-compile {__version__} reads formats {FORMAT_VERSION!r} and {RANKS_VERSION!r}"
+                    f"{name}: plan format {metadata[VERSION_KEY]!r}; apack-compile {__version__} reads the formats {known}"
                 )
             # Clones: safetensors maps the file, and writing into it would change the bases of a running model.
             return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
@@ -166,7 +171,7 @@ def tensors_of(plan: Plan) -> dict[str, Tensor]:
 
 
 def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of every basis, of the turn and of the coarse rule."""
+    """Names and tensors of every basis, of the turn and of the coarse rule; of the layers with other windows too."""
     if plan.turn is not None:
         yield FREQUENCIES, plan.turn.frequencies
         if plan.turn.coordinates is not None:
@@ -177,6 +182,9 @@ def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
         for stream, basis in zip(plan.layers[layer].named, bases, strict=True):
             for name, tensor in basis._asdict().items():
                 yield f"layers.{layer}.{stream}.{name}", tensor
+    for window, part in plan.windows.items():
+        for name, tensor in named(part):
+            yield f"window{window}.{name}", tensor
 
 
 def values_of(plan: Plan) -> dict[str, Any]:
@@ -192,13 +200,22 @@ def values_of(plan: Plan) -> dict[str, Any]:
         "tiers": None if plan.tiers is None else asdict(plan.tiers) | {"ema": list(plan.tiers.ema)},
         "turn": None if plan.turn is None else {"block": plan.turn.block, "interleaved": plan.turn.interleaved},
         "coarse": None if plan.coarse is None else {"modality": plan.coarse.modality, "share": plan.coarse.share},
+        "window": plan.window,
+        "windows": {str(window): values_of(part) for window, part in plan.windows.items()},
         "signature": list(plan.signature),
         "calibrated_on": plan.provenance.calibrated_on,
         "versions": dict(plan.provenance.versions) or versions(),
     }
 
 
-def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) -> Plan:
+class Source(NamedTuple):
+    """What a file's plans have in common: its path, and the ranks that they are for."""
+
+    path: str
+    ranks: Ranks
+
+
+def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], source: Source) -> Plan:
     """The plan of a file's values and tensors; raises KeyError, TypeError or ValueError where they are laid out otherwise."""
     layers = {
         entry["layer"]: LayerPlan(**{name: stream_of(stream) for name, stream in entry.items() if name != "layer"})
@@ -212,7 +229,7 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
         for layer, streams in layers.items()
         if uses_bases(streams)
     }
-    provenance = Provenance(values["calibrated_on"], values["versions"], path)
+    provenance = Provenance(values["calibrated_on"], values["versions"], source.path)
     if not isinstance(provenance.calibrated_on, str | None):
         raise TypeError(f"calibrated_on is {provenance.calibrated_on!r}, must be a string or null")
     if set(map(type, (*provenance.versions, *provenance.versions.values()))) != {str}:
@@ -223,6 +240,10 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
         turn = KeyTurn(tensors[FREQUENCIES], **values["turn"], coordinates=tensors.get(COORDINATES))
     weights = {int(name.removeprefix(COARSE)): t for name, t in tensors.items() if name.startswith(COARSE)}
     coarse = None if values["coarse"] is None else CoarseRule(**values["coarse"], weights=weights)
+    windows = {
+        int(window): plan_of(part, below(f"window{window}.", tensors), source)
+        for window, part in values["windows"].items()
+    }
     plan = Plan(
         layers,
         bases=bases,
@@ -231,6 +252,9 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], path: str) ->
         coarse=coarse,
         signature=tuple(values["signature"]),
         provenance=provenance,
+        ranks=source.ranks,
+        window=values["window"],
+        windows=windows,
         **scalars,
     )
     if values_of(plan) != values or set(tensors) != set(dict(named(plan))):

@@ -84,7 +84,9 @@ class Plan:
     at the start kept dense. groups: head groups. bases: of the streams of each model-scoped layer, in their order.
     signature: layers, KV heads, head_dim and dtype of the model it is for. tiers: what a step reads; None for all. turn: how packed
     keys were turned back; None for keys stored as they come. coarse: which tokens the coarse segment holds; None for none.
-    ranks: of tensor parallelism, which it was made on; the signature's KV heads are that rank's.
+    ranks: of tensor parallelism, which it was made on; the signature's KV heads are that rank's. window: newest tokens that a
+    query of these layers sees, itself included; None for all, or where a file of an earlier format does not say. windows: plans of
+    the layers with other windows, by window.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -99,6 +101,22 @@ class Plan:
     turn: KeyTurn | None = None
     coarse: CoarseRule | None = None
     ranks: Ranks = ALONE
+    window: int | None = None
+    windows: Mapping[int, "Plan"] = field(default_factory=dict)
+
+    @property
+    def by_window(self) -> dict[int | None, "Plan"]:
+        """This plan and those of the layers with other windows."""
+        return {self.window: self, **self.windows}
+
+    @property
+    def every_layer(self) -> list[int]:
+        """The layers of all windows, in order."""
+        return sorted(layer for part in self.by_window.values() for layer in part.layers)
+
+    def of_layer(self, layer: int) -> "Plan":
+        """The plan that has a layer."""
+        return next(part for part in self.by_window.values() if layer in part.layers)
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -151,7 +169,8 @@ class Plan:
         moved = {i: tuple(StreamBasis(*(t.to(device) for t in b)) for b in bases) for i, bases in self.bases.items()}
         turn = None if self.turn is None else self.turn.to(device)
         coarse = None if self.coarse is None else self.coarse.to(device)
-        return replace(self, bases=moved, turn=turn, coarse=coarse)
+        windows = {window: part.to(device) for window, part in self.windows.items()}
+        return replace(self, bases=moved, turn=turn, coarse=coarse, windows=windows)
 
 
 StreamRanks = int | Sequence[int]

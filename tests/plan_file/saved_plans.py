@@ -6,7 +6,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from apack_compile import Plan
 from apack_compile.plan.file import FORMAT_VERSION, digest
@@ -42,7 +52,8 @@ def prompt(seed: int, vision: int = 90) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(found: Plan, expected: Plan) -> None:
-    others = {"bases": {}, "provenance": Provenance(), "turn": None, "coarse": None}
+    others = {"bases": {}, "provenance": Provenance(), "turn": None, "coarse": None, "windows": {}}
+    assert list(found.windows) == list(expected.windows)
     assert replace(found, **others) == replace(expected, **others)
     assert (found.coarse is None) == (expected.coarse is None)
     if expected.coarse is not None:
@@ -54,6 +65,8 @@ def assert_equal(found: Plan, expected: Plan) -> None:
         assert (found.turn.block, found.turn.interleaved) == (expected.turn.block, expected.turn.interleaved)
         assert torch.equal(found.turn.frequencies, expected.turn.frequencies)
         assert (found.turn.coordinates is None) == (expected.turn.coordinates is None)
+    for window, part in expected.windows.items():
+        assert_equal(found.windows[window], part)
     assert found.provenance.calibrated_on == expected.provenance.calibrated_on
     assert set(found.bases) == set(expected.bases)
     for layer, bases in expected.bases.items():
@@ -74,4 +87,47 @@ def decoded(model: LlamaForCausalLM, tokens: int = 16) -> tuple[torch.Tensor, to
     out = model.generate(
         **prompt(7), max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
+    return out.sequences, torch.stack(out.logits)
+
+
+WINDOW = 20
+WINDOWED = {
+    "one full": lambda sizes: Gemma3ForCausalLM(Gemma3TextConfig(**sizes, layer_types=MIXED)),
+    "all sliding": lambda sizes: MistralForCausalLM(MistralConfig(**sizes)),
+    # sliding layers have another head_dim, and other frequencies
+    "wide sliding": lambda sizes: Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **{**sizes, "head_dim": 24}, global_head_dim=16, layer_types=MIXED, num_kv_shared_layers=0, **PER_LAYER
+        )
+    ),
+}
+MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
+PER_LAYER = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 64}
+
+
+def windowed(kind: str, **changes) -> PreTrainedModel:
+    """A model whose layers have windows of 20 tokens, all or all but one."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        # so that sampled tokens differ where logits do
+        "initializer_range": 0.2,
+    }
+    model = WINDOWED[kind]({**sizes, **changes}).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def sampled(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sampled tokens, past the end of a window, and the logits they were chosen by."""
+    torch.manual_seed(0)
+    ids = torch.randint(2, 64, (1, 3 * WINDOW), generator=torch.Generator().manual_seed(1))
+    out = model.generate(ids, max_new_tokens=2 * WINDOW, return_dict_in_generate=True, output_logits=True)
     return out.sequences, torch.stack(out.logits)

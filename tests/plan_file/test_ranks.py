@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from saved_plans import assert_equal, llama
+from saved_plans import assert_equal, llama, windowed
 
 import apack_compile
 from apack_compile import Plan
@@ -15,8 +15,10 @@ from apack_compile.plan import file as plan_file
 from apack_compile.plan.ranks import Ranks
 
 
-def test_two_processes_share_a_model_and_a_plan_file(tmp_path):
-    llama().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("kind", ("full", "one full"))
+def test_two_processes_share_a_model_and_a_plan_file(kind, tmp_path):
+    model = llama() if kind == "full" else windowed(kind)
+    model.save_pretrained(tmp_path / "model")
     path = tmp_path / "plan"
     script = Path(__file__).with_name("two_ranks.py")
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -34,10 +34,11 @@ loaded = Plan.load(path)
 assert loaded.ranks == made.ranks
 assert all(
     torch.equal(found.decoder, wanted.decoder)
-    for layer, bases in loaded.bases.items()
-    for found, wanted in zip(bases, made.bases[layer], strict=True)
+    for layer in made.every_layer
+    for found, wanted in zip(loaded.of_layer(layer).bases[layer], made.of_layer(layer).bases[layer], strict=True)
 )
 apack_compile.optimize(model, plan=loaded, compile="none")
 assert torch.equal(greedy(), expected)
-assert f"rank {rank} of 2" in apack_compile.report(model).setting
+report = apack_compile.report(model)
+assert f"rank {rank} of 2" in report.setting and {line.status for line in report.layers} == {"packed"}
 torch.distributed.destroy_process_group()
