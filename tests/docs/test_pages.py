@@ -1,10 +1,13 @@
 """What every page keeps to: lengths, links, and figures that are those of the result files."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from apack_compile import AttentionPackConfig, AttentionPackOptions, AVLOptions
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,6 +68,19 @@ def test_the_files_to_open_for_a_change_exist():
     named = set(re.findall(r"`(\w+\.(?:py|h|cpp))`", (ROOT / "docs" / "contributing.md").read_text()))
     assert len(named) > 5
     assert sorted(named - {path.name for path in CODE}) == []
+
+
+@pytest.mark.parametrize("options", [AttentionPackConfig, AttentionPackOptions, AVLOptions])
+def test_the_reference_has_every_option_and_its_default(options):
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
+    section = page.partition(f"::: apack_compile.{options.__name__}\n")[2].partition(":::")[0]
+    shown = dict(re.findall(r"^\| `(\w+)`(?:, `\w+`)* \| (.*?) \|", section, re.MULTILINE))
+    fields = {field.name: field.default for field in dataclasses.fields(options)}
+    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)))) == set(fields)
+    plain = {name: value for name, value in fields.items() if isinstance(value, (int, float)) and name in shown}
+    assert {name: shown[name] for name in plain} == {
+        name: f"{value:g}" if value is not False else "False" for name, value in plain.items()
+    }
 
 
 def test_the_readme_has_the_figures_of_the_result_files():
