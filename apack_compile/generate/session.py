@@ -1,5 +1,6 @@
 """What `optimize` keeps on a model."""
 
+import hashlib
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from apack_compile.plan.plan import (
     largest_ratio,
     lossless_plan,
 )
-from apack_compile.plan.ranks import ALONE, Ranks, heads_here
+from apack_compile.plan.ranks import ALONE, Ranks, agreed_id, heads_here
 from apack_compile.plan.ring import block_for
 from apack_compile.plan.rotation import KeyTurn
 from apack_compile.plan.time_model import default_min_tokens
@@ -65,6 +66,7 @@ TAKEN_OVER = (
     "turn_reasons",
     "groups",
     "calibrated_on",
+    "calibration_id",
     "without_gradients",
     "adapters",
     "outdated",
@@ -90,6 +92,8 @@ class Session:
     turn_reasons: dict[int | None, str] = field(default_factory=dict)
     groups: Groups | None = None
     calibrated_on: str | None = None
+    # The same on all ranks of tensor parallelism.
+    calibration_id: str | None = None
     # The model's adapters when its bases were calibrated, or a plan was given.
     adapters: tuple = ()
     ranks: Ranks = ALONE
@@ -193,7 +197,7 @@ class Session:
                 statistics = {layer: self.statistics[layer] for layer in layers}
                 plan = budget_plan(statistics, self.ratio, *key, turn=self.turns[window], rules=rules, window=window)
                 plan = plan if self.device is None else plan.to(self.device)
-                self.plans[window, *key] = self.signed(plan, window, self.calibrated_on)
+                self.plans[window, *key] = self.signed(plan, window, self.calibrated_on, key)
             return self.plans[window, *key]
 
     def whole_plan(self, tokens: int, vision_share: float) -> Plan:
@@ -214,9 +218,13 @@ class Session:
             plan = attentionpack_plan(layers, ranks, config.tail_slots, config.attentionpack)
         return plan if window is None else replace(plan, tiers=None)
 
-    def signed(self, plan: Plan, window: int | None, calibrated_on: str | None = None) -> Plan:
+    def signed(self, plan: Plan, window: int | None, calibrated_on: str | None = None, made_for: tuple = ()) -> Plan:
         """A plan that says which model and which of its layers it is for, and where it comes from."""
-        provenance = Provenance(calibrated_on, versions())
+        plan_id = None
+        if self.ranks.count > 1:
+            which = (self.calibration_id, self.config.to_json(), self.signature[-1], window, *made_for)
+            plan_id = hashlib.sha256(repr(which).encode()).hexdigest()[:16]
+        provenance = Provenance(calibrated_on, versions(), plan_id=plan_id)
         return replace(plan, signature=self.signature, ranks=self.ranks, window=window, provenance=provenance)
 
     def follow(self, model: nn.Module) -> None:
@@ -252,6 +260,7 @@ class Session:
                 window: self._find_turn(model, window, layers, batches[0]) if batches else (None, "")
                 for window, layers in self.by_window.items()
             }
+            calibration_id = agreed_id(model)
             turns = {window: turn for window, (turn, _) in found.items()}
             by_layer = {layer: turns[window] for window, layers in self.by_window.items() for layer in layers}
             chosen: list[Groups] = []
@@ -275,6 +284,7 @@ class Session:
                 ranked=self.config.coarse,
                 groups=chosen[0],
                 calibrated_on=source,
+                calibration_id=calibration_id,
                 outdated=None,
                 adapters=adapters_of(model),
                 plans={},

@@ -55,7 +55,7 @@ def save_plan(plan: Plan, path: str | os.PathLike) -> None:
 
 
 def other_ranks(plan: Plan, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a plan file holds of the other ranks; nothing where there is no such file of as many ranks."""
+    """What a plan file holds of this plan for other ranks; nothing where there is none of as many ranks."""
     nothing: tuple[dict[str, Any], dict[str, Tensor]] = ({"count": plan.ranks.count, "ranks": {}}, {})
     try:
         metadata, tensors = read(path, f"path={str(path)!r}")
@@ -66,8 +66,15 @@ def other_ranks(plan: Plan, path: Path) -> tuple[dict[str, Any], dict[str, Tenso
         return nothing
     if metadata[VERSION_KEY] != FORMAT_VERSION or values.get("count") != plan.ranks.count:
         return nothing
-    own = f"rank{plan.ranks.rank}."
-    return values, {name: tensor for name, tensor in tensors.items() if not name.startswith(own)}
+    own, wanted = str(plan.ranks.rank), ids_of(values_of(plan))
+    ranks = {rank: part for rank, part in values["ranks"].items() if rank != own and ids_of(part) == wanted}
+    kept = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0].removeprefix("rank") in ranks}
+    return {"count": plan.ranks.count, "ranks": ranks}, kept
+
+
+def ids_of(values: Mapping[str, Any]) -> list[str | None]:
+    """Which plans a rank's part of a file is of: of the layers of each window."""
+    return [values["plan_id"], *(part["plan_id"] for part in values["windows"].values())]
 
 
 def write(path: Path, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -96,7 +103,7 @@ def load_plan(path: str | os.PathLike) -> Plan:
         if "ranks" in values:
             ranks, values, tensors = part_here(values, tensors, name)
         if metadata[VERSION_KEY] in EARLIER_VERSIONS:
-            values |= {"window": None, "windows": {}}
+            values |= {"window": None, "windows": {}, "plan_id": None}
         plan = plan_of(values, tensors, Source(str(path), ranks))
     except RanksError:
         raise
@@ -205,6 +212,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
         "signature": list(plan.signature),
         "calibrated_on": plan.provenance.calibrated_on,
         "versions": dict(plan.provenance.versions) or versions(),
+        "plan_id": plan.provenance.plan_id,
     }
 
 
@@ -229,9 +237,10 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], source: Sourc
         for layer, streams in layers.items()
         if uses_bases(streams)
     }
-    provenance = Provenance(values["calibrated_on"], values["versions"], source.path)
-    if not isinstance(provenance.calibrated_on, str | None):
-        raise TypeError(f"calibrated_on is {provenance.calibrated_on!r}, must be a string or null")
+    provenance = Provenance(values["calibrated_on"], values["versions"], source.path, values["plan_id"])
+    for name in ("calibrated_on", "plan_id"):
+        if not isinstance(values[name], str | None):
+            raise TypeError(f"{name} is {values[name]!r}, must be a string or null")
     if set(map(type, (*provenance.versions, *provenance.versions.values()))) != {str}:
         raise TypeError(f"versions is {provenance.versions!r}, must be an object of strings")
     scalars = {name: values[name] for name in SCALARS}

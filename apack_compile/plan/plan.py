@@ -69,11 +69,15 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a plan comes from: what its bases were calibrated on, the versions that made it, the file it was loaded from."""
+    """Where a plan comes from: what its bases were calibrated on, the versions that made it, the file it was loaded from.
+
+    plan_id: the same for the parts of one plan on all ranks of tensor parallelism, another for every other plan; None for one rank.
+    """
 
     calibrated_on: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     path: str | None = None
+    plan_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,8 @@ class Plan:
     def save(self, path: str | os.PathLike) -> None:
         """Write this plan to one file, whole or not at all; raises ValueError for a plan that no cache can use.
 
-        Under tensor parallelism every rank saves its plan to the same file, which then holds those of all.
+        Under tensor parallelism every rank saves its plan to the same file, which then holds those of all; parts of another plan in it
+        go. Between two plans, wait until all ranks have saved the first.
         """
         from apack_compile.plan.file import save_plan
 

@@ -1,9 +1,11 @@
 """Which part of a model a process has under transformers' tensor parallelism (`tp_plan="auto"`)."""
 
+import secrets
 from dataclasses import dataclass
 
 import torch.distributed
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -24,10 +26,22 @@ ALONE = Ranks()
 def ranks_of(model: nn.Module) -> Ranks:
     """The rank that a model was loaded for."""
     count, mesh = getattr(model, "_tp_size", None) or 1, getattr(model, "_device_mesh", None)
-    if count == 1 or mesh is None:
-        return ALONE
-    named = "tp" in (mesh.mesh_dim_names or ())
-    return Ranks(mesh.get_local_rank("tp" if named else None), count)
+    return ALONE if count == 1 or mesh is None else Ranks(mesh.get_local_rank(_dimension_of(mesh)), count)
+
+
+def agreed_id(model: nn.Module) -> str | None:
+    """A random name that the ranks of a model agree on: all of them must call this. None for a model of one rank."""
+    if ranks_of(model).count == 1:
+        return None
+    mesh = model._device_mesh
+    drawn = torch.tensor([secrets.randbits(62)], device=model.device)
+    torch.distributed.broadcast(drawn, group=mesh.get_group(_dimension_of(mesh)), group_src=0)
+    return f"{int(drawn):016x}"
+
+
+def _dimension_of(mesh: DeviceMesh) -> str | None:
+    """The dimension of a mesh whose ranks share a model; None where it has no other."""
+    return "tp" if "tp" in (mesh.mesh_dim_names or ()) else None
 
 
 def rank_here(count: int) -> int | None:

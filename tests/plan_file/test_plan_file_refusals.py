@@ -143,6 +143,8 @@ def stream_change(**changes):
         (lambda values: values.update(versions=[]), "not laid out"),
         (lambda values: values.update(versions={"torch": 2}), "versions is .*object of strings"),
         (lambda values: values.update(calibrated_on=3), "calibrated_on is 3"),
+        (lambda values: values.update(plan_id=3), "plan_id is 3"),
+        (lambda values: values.pop("plan_id"), "KeyError"),
     ],
 )
 def test_values_that_make_no_plan_are_refused(plan, tmp_path, change, message):

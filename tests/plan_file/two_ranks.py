@@ -41,4 +41,21 @@ apack_compile.optimize(model, plan=loaded, compile="none")
 assert torch.equal(greedy(), expected)
 report = apack_compile.report(model)
 assert f"rank {rank} of 2" in report.setting and {line.status for line in report.layers} == {"packed"}
+
+apack_compile.optimize(model, AttentionPackConfig(ratio=3, compile="none"))
+apack_compile.calibrate(model, {"input_ids": ids})
+plans = [made, *(apack_compile.plan_for(model, tokens) for tokens in (300, 5_000))]
+ids_here = [part.provenance.plan_id for plan in plans for part in plan.by_window.values()]
+ids_of_both = [None, None]
+torch.distributed.all_gather_object(ids_of_both, ids_here)
+assert ids_of_both[0] == ids_of_both[1] and None not in ids_here, ids_of_both
+assert len({plan.provenance.plan_id for plan in plans}) == 3, "plans of two calibrations, and of two lengths"
+if rank == 0:
+    plans[1].save(path)
+torch.distributed.barrier()
+try:
+    found = Plan.load(path).provenance.plan_id
+except ValueError as error:
+    found = str(error)
+assert found == plans[1].provenance.plan_id if rank == 0 else "holds the ranks [0] of 2, not 1" in found, found
 torch.distributed.destroy_process_group()
