@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import apack_compile.kernels  # noqa: F401
 from apack_compile import AttentionPackConfig, AttentionPackOptions, AVLOptions
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +44,7 @@ def test_the_readme_fits_in_120_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "architecture.md"], ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_prose_ends_at_120_columns(page):
     assert [line for line in prose(page) if len(line) > 120] == []
 
@@ -81,6 +83,16 @@ def test_the_reference_has_every_option_and_its_default(options):
     assert {name: shown[name] for name in plain} == {
         name: f"{value:g}" if value is not False else "False" for name, value in plain.items()
     }
+
+
+def test_the_reference_has_every_argument_of_every_operation():
+    page = (ROOT / "docs" / "reference" / "operations.md").read_text()
+    shown = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
+    for name in re.findall(r"^    apack::(\w+)\(", page, re.MULTILINE):
+        schema = getattr(torch.ops.apack, name).default._schema
+        assert {argument.name for argument in schema.arguments} <= shown | {"block"}
+        whole = " ".join(re.search(rf"^    (apack::{name}\(.*?)\n(?!     )", page, re.DOTALL | re.MULTILINE)[1].split())
+        assert "... as attend" in whole or whole == str(schema)
 
 
 def test_the_readme_has_the_figures_of_the_result_files():
