@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_prose_ends_at_120_columns(page):
 
 @pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
 def test_links_outside_of_the_site_lead_somewhere(page):
-    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+    links = re.findall(r"""(?:\]\(|src=")(?!https?://|#)([^)#"]+)""", page.read_text())
     assert links
     assert [link for link in links if not (page.parent / link).is_file()] == []
 
@@ -110,6 +111,9 @@ def test_the_readme_has_the_figures_of_the_result_files():
         assert f"| `ratio={ratio}` | {size:.1f} MB | {smaller:.2f} | {kl:.2g} | {speed} |" in page
         if ratio in speeds:
             assert f"{row['model_bytes'] / 1e6:.1f} MB at ratio {ratio}" in sentences
+    types = (ROOT / "docs" / "support.md").read_text()
+    count, works = re.search(r"^(\d+) types: (\d+) works", types, re.MULTILINE).groups()
+    assert f"Of {count} image-text-to-text model types, {works} work, and one works with some layers dense" in sentences
     dense = the_one(text, system="dense", setting="model in bfloat16")
     assert f"| {dense['sequence_bytes'] / 1e6:.1f} MB | 1 | {dense['kl']:.4f} |" in page
     for name, speed in (("decode-cpu.json", "1.12 times"), ("decode-not-compiled-cpu.json", "0.90 of the dense")):
@@ -117,7 +121,7 @@ def test_the_readme_has_the_figures_of_the_result_files():
         assert speed in sentences and speed.startswith(f"{measured:.2f}")
 
 
-def test_the_performance_page_has_the_attention_speeds_of_the_result_file():
+def test_the_performance_page_has_the_figures_of_the_result_files():
     page, rows = (ROOT / "docs" / "performance.md").read_text(), of("attend-cpu.json")
     for row in (row for row in rows if row["tokens"] == 8192 and row["dtype"] == "float32"):
         same = {"shape": row["shape"], "plan": row["plan"]}
@@ -129,3 +133,32 @@ def test_the_performance_page_has_the_attention_speeds_of_the_result_file():
         name = f"`{row['plan']}`" if "=" in row["plan"] else row["plan"].replace("attentionpack", "`attentionpack`")
         cells = " | ".join(f"{speed:.2f}" for speed in speeds)
         assert f"| {row['shape']} | {name} | {row['groups']} | {cells} |" in page
+    for shape, ratio in product({row["shape"] for row in rows}, (4, 8)):
+        line = re.search(rf"^\| {shape} \| 4 (\|.*)\n\| \| 8 (\|.*)", page, re.MULTILINE)[1 if ratio == 4 else 2]
+        shown = {2**i: float(cell.strip(" *")) for i, cell in enumerate(line.split("|")[1:-1]) if cell.strip()}
+        groups = [r for r in of("attend-cpu-head-groups.json") if r["shape"] == shape and r["plan"] == f"ratio={ratio}"]
+        measured = {row["groups"]: row["speedup_vs_dense"] for row in groups if row["tokens"] == 8192}
+        assert shown == {count: round(measured[count], 2) for count in shown}
+    for name, compiled in (("decode-cpu.json", "yes"), ("decode-not-compiled-cpu.json", "no")):
+        row = the_one(of(name), shape="SmolLM2-135M, real")
+        shown = f"| SmolLM2-135M | 2,048 | {compiled} | {row['ratio']:.1f} | {row['speedup_vs_dense']:.2f} |"
+        assert shown in page
+
+
+def test_the_guide_to_quality_has_the_figures_of_the_result_files():
+    page = (ROOT / "docs" / "guides" / "quality.md").read_text()
+    text = [row for row in of("quality-text.json") if row["bench"] == "text"]
+    pictures = [row for row in of("quality-vision.json") if row["bench"] == "vision" and row["pictures"] == 16]
+    shown: dict[int, list[list[float]]] = {}
+    for ratio, cells in re.findall(r"^\| `ratio=(\d+)` \| ([\d.]+ \|.*) \|$", page, re.MULTILINE):
+        shown.setdefault(int(ratio), []).append([float(cell.strip(" %")) for cell in cells.split("|")])
+
+    def figures(rows: list[dict], ratio: int, share: str, **wanted: object) -> list[float]:
+        row = the_one(rows, system="apack-compile", setting=f"ratio {ratio}", **wanted)
+        return [row["held_ratio"], row["kl"], 100 * row[share]]
+
+    for ratio in (2, 4, 6, 8, 16):
+        by_text = [figure for tokens in (6144, 2048) for figure in figures(text, ratio, "top1_equal", tokens=tokens)]
+        assert shown[ratio][0] == pytest.approx(by_text, rel=0.05, abs=5e-6)
+    for ratio in (4, 6, 8, 16):
+        assert shown[ratio][1][:3] == pytest.approx(figures(pictures, ratio, "answers_equal"), rel=0.05)
