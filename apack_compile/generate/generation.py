@@ -17,7 +17,7 @@ from apack_compile.models.cache_argument import NAMES, OWN_NAME, cache_of, with_
 from apack_compile.models.continuous_batching import refuse_continuous_batching
 from apack_compile.models.modality import padding_of, vision_of
 from apack_compile.models.offload import computing_device
-from apack_compile.models.wrappers import own_cache_of_adapter, prepares_otherwise
+from apack_compile.models.wrappers import PreparedInputs, own_cache_of_adapter, prepares_otherwise
 
 
 def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ def say_what_was_left_out(session: Session, cache: CompactedCache, out: Any, pro
         session.tell(cache, f"the cache holds {held} of {produced} tokens: the model went on without it")
 
 
-def keeping_the_cache(prepare: Callable) -> Callable:
+def keeping_the_cache(prepare: Callable) -> PreparedInputs:
     """`prepare_inputs_for_generation` of a model that drops its cache to read all tokens anew: the cache is emptied and passed on.
 
     Phi-3 does so where a sequence outgrows `original_max_position_embeddings`: its rotary frequencies change there.
@@ -122,7 +122,7 @@ def keeping_the_cache(prepare: Callable) -> Callable:
             cache.reset()
         return with_cache(model, inputs, cache)
 
-    return prepared
+    return PreparedInputs(prepared)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What stands around a transformers model, and the adapters in it."""
 
+from collections.abc import Callable
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -33,10 +35,25 @@ def inner_model(model: Any) -> str:
     return "" if found is None else f"; pass its .{found[0]}, a {type(found[1]).__name__}"
 
 
+class PreparedInputs:
+    """What optimize puts in the place of a class's `prepare_inputs_for_generation`; of a type that no other function on a model has."""
+
+    def __init__(self, function: Callable) -> None:
+        # for generate, which looks at the arguments
+        update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
 def prepares_otherwise(model: nn.Module) -> bool:
-    """Whether another's function prepares the inputs of a model's steps; PEFT leaves the model's own behind, bound to it."""
+    """Whether a user's or another's function prepares the inputs of a model's steps; PEFT leaves the model's own behind, bound to it."""
     replaced = vars(model).get("prepare_inputs_for_generation")
-    return replaced is not None and getattr(replaced, "__self__", None) is not model
+    if replaced is None or getattr(replaced, "__self__", None) is not model:
+        return replaced is not None
+    function = getattr(replaced, "__func__", None)
+    return function is not type(model).prepare_inputs_for_generation and not isinstance(function, PreparedInputs)
 
 
 def own_cache_of_adapter(model: nn.Module) -> str | None:

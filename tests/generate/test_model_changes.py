@@ -1,7 +1,9 @@
 """What users do with a model after it was optimized: moves, copies, new weights, other modes of autograd."""
 
 import copy
+import functools
 import io
+import types
 
 import pytest
 import torch
@@ -174,18 +176,43 @@ def test_a_forward_that_the_user_compiled_gives_the_same_tokens_or_a_note(settin
     assert torch.equal(again, tokens) or (noted and backend == "eager")
 
 
-def test_a_function_that_prepares_inputs_is_the_users_during_and_after_optimize():
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["function", "bound to the model", "around the one that is there", "partial"])
+def test_a_function_that_prepares_inputs_is_the_users_during_and_after_optimize(how, when):
     model, inputs, calls = llava(), picture([60, 20]), []
+    dense = greedy(model, inputs, 4)
+    if when == "after":
+        apack_compile.optimize(model, preset="lossless", compile="none")
+    there = model.prepare_inputs_for_generation
 
     def prepare(*args, **kwargs):
         calls.append(args)
         return type(model).prepare_inputs_for_generation(model, *args, **kwargs)
 
-    dense = greedy(model, inputs, 4)
-    model.prepare_inputs_for_generation = prepare
-    apack_compile.optimize(model, preset="lossless", compile="none")
-    assert torch.equal(greedy(model, inputs, 4), dense) and calls
-    assert vars(apack_compile.restore(model))["prepare_inputs_for_generation"] is prepare
+    @functools.wraps(there)
+    def around(self, *args, **kwargs):
+        calls.append(args)
+        return there(*args, **kwargs)
+
+    users = {
+        "function": prepare,
+        "bound to the model": types.MethodType(lambda self, *args, **kwargs: prepare(*args, **kwargs), model),
+        "around the one that is there": types.MethodType(around, model),
+        "partial": functools.partial(prepare),
+    }[how]
+    model.prepare_inputs_for_generation = users
+    for compile in ("none", "eager"):
+        apack_compile.optimize(model, preset="lossless", compile=compile)
+        calls.clear()
+        assert torch.equal(greedy(model, inputs, 4), dense) and calls
+        assert vars(model)["prepare_inputs_for_generation"] is users
+        notes = apack_compile.report(model).notes
+        assert any("prepare_inputs_for_generation was replaced" in note for note in notes)
+    assert vars(apack_compile.restore(model))["prepare_inputs_for_generation"] is users
+    assert torch.equal(greedy(model, inputs, 4), dense)
+    del model.prepare_inputs_for_generation
+    apack_compile.optimize(model, preset="lossless", compile="eager")
+    assert torch.equal(greedy(model, inputs, 4), dense) and apack_compile.report(model).graphs
 
 
 def test_a_plan_is_not_noted_for_weights_loaded_before_it():
