@@ -7,6 +7,7 @@ from transformers import BatchEncoding, BatchFeature, LlamaConfig, LlamaForCausa
 
 import apack_compile
 from apack_compile.calibration.inputs import checked_inputs
+from apack_compile.checks import counted
 
 VOCABULARY, IMAGE = 96, 200
 IDS = torch.randint(3, 90, (2, 120), generator=torch.Generator().manual_seed(0))
@@ -122,3 +123,16 @@ class Narrow(LlamaForCausalLM):
 def test_an_argument_that_the_model_does_not_take_is_named(model):
     with pytest.raises(ValueError, match=r"^inputs: pixels: Narrow\.forward has no such argument"):
         checked_inputs(Narrow(model.config), {"input_ids": IDS, "pixels": IDS})
+
+
+def test_one_input_is_not_called_inputs(model):
+    short = {"input_ids": torch.tensor([[3, 4]])}
+    for inputs, said in ((short, "1 calibration input"), ([short] * 2, "2 calibration inputs")):
+        with pytest.raises(ValueError, match=rf"inputs: no usable token in {said} \("):
+            apack_compile.calibrate(model, inputs)
+    assert [counted(number, "layer") for number in (0, 1, 2, 1_024)] == [
+        "0 layers",
+        "1 layer",
+        "2 layers",
+        "1,024 layers",
+    ]

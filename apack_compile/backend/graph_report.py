@@ -6,6 +6,7 @@ from typing import Any
 
 from apack_compile.backend.graph_log import GraphLog
 from apack_compile.cache.accounting import more_than_dense
+from apack_compile.checks import counted
 from apack_compile.passes import GraphRecord, MatchRecord
 
 HOW_TO_PACK = (
@@ -41,13 +42,14 @@ class GraphReport:
 
     def __str__(self) -> str:
         compiled = "; ".join(self.compilers) or "nothing was compiled yet"
-        lines = [f'apack-compile: torch.compile(backend="attentionpack"), {self.graphs} graphs: {compiled}']
+        graphs = counted(self.graphs, "graph")
+        lines = [f'apack-compile: torch.compile(backend="attentionpack"), {graphs}: {compiled}']
         lines.append(f"{'graph':>5}  {'layer':<32} {'what':<28} {'status':<12} reason")
         lines += [f"{n.graph:>5}  {n.layer:<32} {n.what:<28} {n.status:<12} {n.reason}" for n in self.lines]
         if self.bytes:
             held = self.bytes
             lines.append(
-                f"packed buffers: {held['layers']} layers of {held['capacity']} slots, {held['tokens']} tokens held; "
+                f"packed buffers: {counted(held['layers'], 'layer')} of {held['capacity']} slots, {held['tokens']} tokens held; "
                 f"{held['buffer_bytes']:,} bytes before ({held['dense_bytes']:,} in 16 bits), {held['packed_bytes']:,} now "
                 f"({held['ratio']:.2f}x of 16 bits), {held['released_bytes']:,} given back, {held['model_bytes']:,} of shared bases"
             )

@@ -18,6 +18,7 @@ from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES
 from apack_compile.cache.cache import CompactedCache, LayerKind, Planner
 from apack_compile.cache.layer import CompactedLayer
 from apack_compile.calibration.collect import Running, RunningMoments, Statistics, by_layer
+from apack_compile.checks import counted
 from apack_compile.kernels.layout import HELD, to_groups
 from apack_compile.passes.pack_buffers import StateLayout
 from apack_compile.plan.choice import head_groups_for
@@ -283,8 +284,8 @@ def renumbered(plan: Plan, held: Sequence[Pair]) -> Plan:
     found = (len(held), key.shape[1], key.shape[3], str(key.dtype))
     if found != (len(plan.layers), heads, head_dim, dtype):
         raise ValueError(
-            f"own_cache: plan is for {len(plan.layers)} layers, {heads} KV heads x {head_dim}, {dtype}; the graph has "
-            f"{found[0]} pairs of buffers, {found[1]} KV heads x {found[2]}, {found[3]}"
+            f"own_cache: plan is for {counted(len(plan.layers), 'layer')}, {heads} KV heads x {head_dim}, {dtype}; the graph has "
+            f"{counted(found[0], 'pair')} of buffers, {found[1]} KV heads x {found[2]}, {found[3]}"
         )
     numbers = {layer: i for i, layer in enumerate(sorted(plan.layers))}
     coarse = plan.coarse and replace(plan.coarse, weights={numbers[i]: w for i, w in plan.coarse.weights.items()})

@@ -18,6 +18,7 @@ from apack_compile.cache.layer_group import Flags, LayerGroup
 from apack_compile.cache.packed_layers import packed_layer
 from apack_compile.cache.shared_index import SharedIndex
 from apack_compile.cache.watch import Watch, WatchedKeys
+from apack_compile.checks import counted
 from apack_compile.errors import StrictError
 from apack_compile.kernels.autocast import without_autocast
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
@@ -528,8 +529,8 @@ class CompactedCache(Cache):
         stuck = [i for i, layer in enumerate(self.layers) if cannot_crop(layer)]
         if stuck and tokens_to_remove:
             raise ValueError(
-                f"crop: cannot remove {-tokens_to_remove} tokens; the linear states of layers {', '.join(map(str, stuck))} cannot "
-                "go back"
+                f"crop: cannot remove {counted(-tokens_to_remove, 'token')}; the linear states of layers "
+                f"{', '.join(map(str, stuck))} cannot go back"
             )
         for group in self.groups if self.is_filled else ():
             group.crop(tokens_to_remove)

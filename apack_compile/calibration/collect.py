@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.calibration.sensitivity import Observation, observe
+from apack_compile.checks import counted
 from apack_compile.kernels.autocast import without_autocast
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
@@ -137,7 +138,7 @@ def collect(
         add_importance(importance, only_layers(seen, ranked), model.config, batch, turn, coarse)
     if not running:
         raise ValueError(
-            f"inputs: {len(batches)} calibration inputs hold no usable token (only padding or first tokens)"
+            f"inputs: no usable token in {counted(len(batches), 'calibration input')} (only padding or first tokens)"
         )
     for layer in layers:
         for stream in range(2):

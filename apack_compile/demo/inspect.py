@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES
+from apack_compile.checks import counted
 from apack_compile.generate.session import LATENT_ATTENTION, layer_kinds
 from apack_compile.plan.choice import head_groups_for, typical_plan
 from apack_compile.plan.importance import tells_apart
@@ -56,7 +57,7 @@ def inspect_lines(path: Path | None) -> list[str]:
         )
     pictures = getattr(model.config, "vision_config", None) is not None
     return [
-        f"{name}: {type(model).__name__}, {len(layers)} layers",
+        f"{name}: {type(model).__name__}, {counted(len(layers), 'layer')}",
         f"{'layers':<20} {'kind':<20} {'KV heads':>8} {'W of K':>7} {'W of V':>7} {'tokens kept':>12}  stored",
         *_group_lines(layers),
         "",

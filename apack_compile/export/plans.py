@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from apack_compile.checks import counted
 from apack_compile.export.observe import Observed
 from apack_compile.export.state import LOSSLESS, CachePlan
 from apack_compile.passes.buffer_pairs import BufferPair
@@ -46,7 +47,7 @@ def given_plans(plan: Plan, caches: Sequence[BufferPair], total: int) -> dict[in
         )
     layers, plans = plan.every_layer, {}
     if len(layers) != total:
-        raise ValueError(f"plan: packs {len(layers)} layers; the program has {total} caches")
+        raise ValueError(f"plan: packs {counted(len(layers), 'layer')}; the program has {counted(total, 'cache')}")
     for cache in caches:
         _, heads, _, width = cache.key.size
         found = (heads, width, str(value_of(cache.key.state).dtype))

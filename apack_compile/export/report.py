@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, more_than_dense, storage_bytes
+from apack_compile.checks import counted
 from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
 from apack_compile.kernels.ops import implementations
@@ -59,7 +60,7 @@ class ProgramReport:
 
     def __str__(self) -> str:
         lines = [
-            f"apack-compile: {len(self.packed)} caches packed, {len(self.left)} dense",
+            f"apack-compile: {counted(len(self.packed), 'cache')} packed, {len(self.left)} dense",
             f"{self.dense_bytes:,} bytes dense (16-bit), {self.sequence_bytes:,} packed ({self.ratio:.2f}x), "
             f"{self.model_bytes:,} of bases",
         ]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, more_than_dense
+from apack_compile.checks import counted
 from apack_compile.generate.decode_step import why_not_compiled
 from apack_compile.generate.quantize import plain_layers, quantized_layers, told
 from apack_compile.kernels.ops import implementations
@@ -201,8 +202,9 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     """What a reader of the report must know."""
     notes = [] if session.unused is None else [f"the last generate used no packed cache: {session.unused}"]
     if session.dense_passes:
+        passes = "1 forward pass" if session.dense_passes == 1 else f"{session.dense_passes} forward passes"
         notes.append(
-            f"{session.dense_passes} forward passes since the last one with a packed cache had none: their results are the dense model's; "
+            f"{passes} since the last one with a packed cache had none: the results are the dense model's; "
             "pass the model a cache from new_cache(model)"
         )
     notes += [] if session.outdated is None else [session.outdated]
@@ -262,7 +264,7 @@ def stock_cache_notes(graphs: Sequence[GraphRecord]) -> list[str]:
     for update in (update for graph in graphs for update in graph.cache_updates):
         kind = update.details.get("kind")
         notes[f"updated by {kind}, bytes unchanged" if kind else f"left as it is: {update.reason}"] += 1
-    return [f"stock cache {what} ({count} streams)" for what, count in notes.items()]
+    return [f"stock cache {what} ({counted(count, 'stream')})" for what, count in notes.items()]
 
 
 def version_notes(made_with: Mapping[str, str]) -> list[str]:

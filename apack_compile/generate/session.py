@@ -20,6 +20,7 @@ from apack_compile.cache.kept_layers import CROSS_ATTENTION, kept_layer
 from apack_compile.cache.packed_layers import PACKED_LAYERS, can_compile
 from apack_compile.calibration.collect import Observation, Statistics, collect
 from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.checks import counted
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.errors import StrictError
 from apack_compile.generate.decode_step import DecodeSteps
@@ -172,7 +173,7 @@ class Session:
         least = self.min_tokens(device)
         if prompt is None or prompt + new_tokens >= least:
             return None
-        return f"prompt of {prompt} and {new_tokens} new tokens; packed from min_tokens={least} on"
+        return f"prompt of {prompt} and {counted(new_tokens, 'new token')}; packed from min_tokens={least} on"
 
     def plan_for(self, tokens: int, vision_share: float, window: int | None = None) -> Plan:
         """The plan for a prompt of so many tokens, this share of them vision, of the layers with this window."""
@@ -662,4 +663,4 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
 def describe(signature: tuple) -> str:
     """A signature in words."""
     layers, heads, head_dim, dtype = signature
-    return f"{layers} layers, {heads} KV heads x {head_dim}, {dtype}"
+    return f"{counted(layers, 'layer')}, {counted(heads, 'KV head')} x {head_dim}, {dtype}"
