@@ -17,18 +17,24 @@ DEFAULT_RATIO = 4.0
 class AttentionPackConfig:
     """What `optimize` does to a model.
 
-    ratio: dense bytes over packed bytes, a finite number > 1 (bases shared by all requests). preset: "lossless",
-    "attentionpack" or "a-vl". One of ratio and preset; neither means ratio 4. key_block: with a ratio, packed keys are turned
-    back to the start of their block of so many slots; fewer serve quality, more serve speed, 0 keeps keys as they come. On CUDA
-    attention is fast for powers of two from 16 up, and is the reference for others.
-    head_groups: with a ratio, KV heads share a basis in so many groups; one serves quality, more serve speed where there are
-    many heads; None: the fewest that are predicted to decode about as fast as a dense cache (plan/choice.py). coarse: from a ratio
-    of 5 and 1,024 tokens on, the modalities whose tokens get more or fewer bits by how much they are expected to matter, "text",
-    "vision", both or none. min_tokens: a generate call whose prompt and new tokens are fewer, in a row of the batch, keeps
-    transformers' own cache; None: the device's default with a ratio (plan/time_model.py), 0 with a preset.
-    For attentionpack: `ranks` per modality and stream, for all layers or a list with one per packed layer; `tail_slots` newest
-    tokens stay dense until they are packed anew; the rest in `attentionpack`. For a-vl: `a_vl`. compile: how decode is compiled.
-    strict: raise when a site that reads the packed cache is not rewritten. Raises ValueError naming the argument.
+    Give ratio or preset; neither means ratio 4. Raises ValueError naming the argument.
+
+    - ratio: bytes of a dense 16-bit cache over bytes of the packed one, a finite number > 1. Bases that all requests share are not counted.
+    - preset: "lossless", "attentionpack" or "a-vl".
+    - key_block: with a ratio, keys are rotated back to the start of their block of so many slots. Fewer give better quality and
+      slower attention; 0 leaves keys rotated. On CUDA, powers of two from 16 up have a fast kernel, others the reference.
+    - head_groups: with a ratio, into how many groups the KV heads are split that share a basis. 1 gives the best quality; more is
+      faster on models with many heads. None: the fewest that are predicted to be about as fast as a dense cache.
+    - coarse: from a ratio of 5 and 1,024 tokens on, of which kinds ("text", "vision") tokens that are expected to matter less get
+      fewer bits.
+    - min_tokens: a generate call whose prompt and new tokens are fewer, in a row of the batch, keeps transformers' own cache.
+      None: the device's default with a ratio, 0 with a preset.
+    - ranks, tail_slots, attentionpack: for that preset, components kept per modality and stream (for all layers, or a list with
+      one per packed layer), newest tokens that stay dense until they are packed, and its other options.
+    - a_vl: options of that preset.
+    - quantize: short name of a torchao weight quantization.
+    - compile: how decode steps are compiled.
+    - strict: raise where attention that reads the packed cache is not rewritten.
     """
 
     ratio: float | None = None
