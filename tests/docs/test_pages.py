@@ -162,3 +162,9 @@ def test_the_guide_to_quality_has_the_figures_of_the_result_files():
         assert shown[ratio][0] == pytest.approx(by_text, rel=0.05, abs=5e-6)
     for ratio in (4, 6, 8, 16):
         assert shown[ratio][1][:3] == pytest.approx(figures(pictures, ratio, "answers_equal"), rel=0.05)
+    for ratio in (4, 6, 8):
+        demo = json.loads((RESULTS / f"demo-16-pictures-ratio-{ratio}.json").read_text())
+        sizes = f"{demo['dense_bytes'] / 1e6:.1f} MB | {demo['sequence_bytes'] / 1e6:.1f} MB"
+        counts = (demo[name] * demo["questions"] for name in ("answers_equal", "accuracy_dense", "accuracy_packed"))
+        answers = " | ".join(f"{count:.0f} of {demo['questions']}" for count in counts)
+        assert f"| `--ratio {ratio}` | {demo['ratio']:.2f} | {sizes} | {answers} |" in page
