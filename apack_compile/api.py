@@ -1,5 +1,6 @@
 """optimize, restore, calibrate, plan_for, new_cache, report."""
 
+import math
 import types
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
 from apack_compile.generate.decode_step import DecodeSteps
 from apack_compile.generate.generation import compiled_call, generate, keeping_the_cache
+from apack_compile.generate.preset_windows import without_small_windows
 from apack_compile.generate.quantize import quantize_language_model
 from apack_compile.generate.reporting import Report, build_report
 from apack_compile.generate.session import (
@@ -30,6 +32,7 @@ from apack_compile.generate.session import (
     describe,
     end_forward,
     generating_parts,
+    kv_heads,
     layer_kinds,
     note_new_weights,
     planned_kinds,
@@ -229,6 +232,10 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
     if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
         raise ValueError("model: weights are on the meta device; load them first")
     kinds = layer_kinds(model) if plan is None else planned_kinds(layer_kinds(model), plan)
+    can_be_packed = [kind.layer for kind in kinds if kind.reason is None]
+    if config.preset == "attentionpack" and plan is None:
+        widths = {layer: math.prod(kv_heads(model, layer)) for layer in can_be_packed}
+        kinds = without_small_windows(kinds, config, widths)
     if not any(kind.reason is None for kind in kinds):
         reasons = "; ".join(dict.fromkeys(str(kind.reason) for kind in kinds))
         raise ValueError(f"model: none of its {len(kinds)} layers can be packed ({reasons})")
@@ -239,7 +246,8 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
     elif config.ratio is not None:
         check_ratio(config.ratio, config.head_groups or 1, model)
     inner, reason = resolve_compile(config.compile, computing_device(model).type)
-    return Session(config, kinds, signature, inner, reason, plan, adapters=adapters_of(model), ranks=ranks_of(model))
+    adapters, ranks = adapters_of(model), ranks_of(model)
+    return Session(config, kinds, signature, inner, reason, can_be_packed, plan, adapters=adapters, ranks=ranks)
 
 
 def _check_plan_fits(plan: Plan, signature: tuple, kinds: list[LayerKind], ranks: Ranks) -> None:

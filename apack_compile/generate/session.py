@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -24,6 +24,7 @@ from apack_compile.checks import counted
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.errors import StrictError
 from apack_compile.generate.decode_step import DecodeSteps
+from apack_compile.generate.preset_windows import ranks_of, tail_for
 from apack_compile.models.cache_argument import cache_of, named_arguments, takes_cache
 from apack_compile.models.continuous_batching import refuse_paged_cache
 from apack_compile.models.coordinates import positions_given, rotary_modules
@@ -83,6 +84,8 @@ class Session:
     signature: tuple
     inner: str | None
     inner_reason: str
+    # Layers that are packed, and those that a preset does not pack because their window is too small.
+    can_be_packed: list[int]
     plan: Plan | None = None
     statistics: Statistics | None = None
     rules: Mapping[str, CoarseRule] = field(default_factory=dict)
@@ -215,8 +218,8 @@ class Session:
         if config.preset == "a-vl":
             plan = a_vl_plan(layers, config.a_vl)
         else:
-            ranks = {name: ranks_of(given, self.packed, layers, name) for name, given in config.ranks.items()}
-            plan = attentionpack_plan(layers, ranks, config.tail_slots, config.attentionpack)
+            ranks = {name: ranks_of(given, self.can_be_packed, layers, name) for name, given in config.ranks.items()}
+            plan = attentionpack_plan(layers, ranks, tail_for(config.tail_slots, window), config.attentionpack)
         return plan if window is None else replace(plan, tiers=None)
 
     def signed(self, plan: Plan, window: int | None, calibrated_on: str | None = None, made_for: tuple = ()) -> Plan:
@@ -462,24 +465,21 @@ def window_of(layer: Any) -> int | None:
     return getattr(layer, "sliding_window", None) if type(layer) in PACKED_LAYERS else None
 
 
-def ranks_of(given: int | Sequence[int], packed: list[int], layers: list[int], name: str) -> int | list[int]:
-    """Of one rank for all packed layers, or a rank for each, those of some layers; raises ValueError where they are not as many."""
-    if isinstance(given, int):
-        return given
-    if len(given) != len(packed):
-        raise ValueError(f"ranks: {name} has {len(given)} ranks, but {len(packed)} layers are packed")
-    return [given[packed.index(layer)] for layer in layers]
-
-
 def signature_of(model: nn.Module) -> tuple:
     """What a cache must agree on with a model: layers, dtype, and this rank's KV heads and head_dim of the first full-attention layer."""
     config = model.config.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None) or []
     full = types.index(FULL_ATTENTION) if FULL_ATTENTION in types else 0
-    layer = config.per_layer_config[full] if config.is_heterogeneous else config
-    heads = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", None)
-    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-    return (config.num_hidden_layers, heads_here(model, heads, head_dim), head_dim, str(model.dtype))
+    return (config.num_hidden_layers, *kv_heads(model, full), str(model.dtype))
+
+
+def kv_heads(model: nn.Module, layer: int) -> tuple[int, int]:
+    """This rank's KV heads of a layer, and their head_dim."""
+    config = model.config.get_text_config(decoder=True)
+    own = config.per_layer_config[layer] if config.is_heterogeneous else config
+    heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_attention_heads", None)
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    return heads_here(model, heads, head_dim), head_dim
 
 
 def attention_shapes(model: nn.Module, seen: Observation) -> Shapes:
