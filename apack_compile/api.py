@@ -75,17 +75,21 @@ def optimize(
     min_tokens: int | None = None,
     calibration_inputs: Any = None,
 ) -> Any:
-    """Make `model.generate` use a packed KV cache; returns the same model. Of a program, return one whose KV cache buffers are packed.
+    """Make `model.generate` use a packed KV cache, and return the same model. Of a program, return one with packed cache buffers.
 
-    Pass a config, or its fields; or, instead of ratio and preset, a plan that serves every prompt. A generate call of fewer than
-    `min_tokens` tokens (prompt and new ones) keeps transformers' own cache. `quantize` is a torchao config
-    or its short name ("int8wo"). A second call replaces the first, except for what was calibrated: that belongs to the model, its
-    key_block and head_groups. A call that raises (ValueError, ImportError) leaves it as it was. Of a PEFT model, and of one that
-    torch.compile gave, the model inside is optimized; so do the other functions here.
+    For a model, give a config, or its fields, or a plan instead of ratio and preset: it is then used for every prompt.
 
-    A program is a torch.export.ExportedProgram or fx.GraphModule. It takes ratio with calibration_inputs, or a plan, and strict:
-    calibration_inputs is one call of it or a list of them, in order, each a tuple of arguments or a dictionary of named ones.
-    The program stays as it is; the new one shares its weights. Raises StrictError where strict is set and a cache stays dense.
+    - `ratio`, `preset`, `compile`, `strict`, `min_tokens`: fields of `AttentionPackConfig`.
+    - `quantize`: a torchao config, or its short name such as "int8wo", for the weights of the language model's linear layers.
+    - A second call replaces the first, except for what was calibrated: that belongs to the model, its key_block and head_groups.
+    - A call that raises (ValueError, ImportError) leaves the model as it was.
+    - Of a PEFT model, and of one that torch.compile gave, the model inside is optimized. The other functions do the same.
+
+    A program is a torch.export.ExportedProgram or fx.GraphModule. It takes ratio with calibration_inputs, or a plan, and strict.
+
+    - `calibration_inputs`: one call of it, or a list of calls in order; each is a tuple of arguments or a dictionary of named ones.
+    - The program does not change; the new one shares its weights.
+    - Raises StrictError where strict is set and a cache stays dense.
     """
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         _check_program_choice(
@@ -125,7 +129,7 @@ def optimize(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `optimize` (quantized weights stay quantized); returns the same model. Raises ValueError for what is no model."""
+    """Undo `optimize` and return the same model; quantized weights stay quantized. Raises ValueError if `model` is no nn.Module."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: {type(model).__name__} is no torch.nn.Module; pass the model that optimize was given")
     given, model = model, unwrapped(model)
@@ -141,10 +145,10 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> nn.Module:
-    """Fit the bases that all requests share on model inputs (one dictionary or several); returns the model.
+    """Fit the bases that all requests share to inputs of the model, one dictionary or several; returns the model.
 
     A dictionary has torch tensors on the model's device: input_ids `[B, T]`, or inputs_embeds `[B, T, hidden]`, and what goes with them.
-    Raises ValueError when the model is not optimized, was optimized with a plan, or for inputs that it cannot read or that hold
+    Raises ValueError when the model is not optimized or was optimized with a plan, and for inputs that it cannot read or that have
     no usable token.
     """
     given, model = model, unwrapped(model)
@@ -191,10 +195,10 @@ def report(model: GraphLog) -> GraphReport: ...
 @overload
 def report(model: nn.Module | ExportedProgram) -> Any: ...
 def report(model: nn.Module | ExportedProgram | GraphLog) -> Report | ProgramReport | GraphReport:
-    """What was rewritten, what was not and why, and the bytes held; prints as a table.
+    """What was rewritten, what was not and why, and the stored bytes; prints as a table.
 
-    model: an optimized model (its Report), a program (its ProgramReport); for a `torch.compile` of any other, the GraphLog that was
-    given as its option `log`.
+    Of an optimized model, its Report; of a program, its ProgramReport. For a `torch.compile` of any other module, pass the
+    GraphLog that was given as its option `log`.
     """
     if isinstance(model, GraphLog):
         return build_graph_report(model)
