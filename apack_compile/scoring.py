@@ -181,8 +181,11 @@ class _Batch:
             return
         tokens = min(self.cache.croppable, len(span[0]))
         self.cache.crop(-tokens)
+        # what is read again stays
+        self.cache.deactivate_past_recording()
         self.mask = self.mask[:, :-tokens]
         self.forward(padded([row[-tokens:] for row in span], computing_device(self.model), "right"), newest_logits=1)
+        self.cache.activate_past_recording()
 
 
 def has_learned_prompt(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """The packed cache: a transformers `Cache` whose layers store compressed tokens."""
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from apack_compile.cache.accounting import cache_report
-from apack_compile.cache.kept_layers import CROSS_ATTENTION, cannot_crop, has_linear_states, kept_layer, map_rows
+from apack_compile.cache.kept_layers import CROSS_ATTENTION, has_linear_states, kept_layer, map_rows, why_not_cropped
 from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
 from apack_compile.cache.layer_group import Flags, LayerGroup
 from apack_compile.cache.packed_layers import packed_layer
@@ -21,6 +22,7 @@ from apack_compile.cache.watch import Watch, WatchedKeys
 from apack_compile.checks import counted
 from apack_compile.errors import StrictError
 from apack_compile.kernels.autocast import without_autocast
+from apack_compile.kernels.layout import HELD
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.inference_mode import outside_inference_mode
 from apack_compile.plan.plan import Plan, spare_slots
@@ -86,6 +88,7 @@ class CompactedCache(Cache):
         self._incoming: tuple[Tensor | None, Tensor | None] = (None, None)
         # Of the chunk being stored.
         self._padding: Tensor | None = None
+        self._drafted, self._newest_row = 0, 0
         self.is_told = False
         # What the pass that runs gave its rotary embedding: `[C, B, n]` or `[B, n]`.
         self._shown: Tensor | None = None
@@ -203,7 +206,7 @@ class CompactedCache(Cache):
             self._roll_back()
             raise
         if layer.tiers is not None and layer.index.chunk is not None and layer.index.is_watched:
-            out = WatchedKeys.of(out[0], Watch(self, layer, key.shape[2], self._padding)), out[1]
+            out = WatchedKeys.of(out[0], Watch(self, layer, key.shape[2], self._newest_row, self._padding)), out[1]
         if layer is packed[-1]:
             self._note_fits(packed)
             self._undo = self._padding = None
@@ -260,12 +263,21 @@ class CompactedCache(Cache):
         self._incoming, self._padding, self._shown, self.is_told = (None, None), padding, None, False
         self._undo = None
         held = self.groups[0].held
-        appends = held > 0 and tokens <= MAX_APPEND and not (vision is not None and bool(vision.any()))
+        has_pictures = vision is not None and bool(vision.any())
+        appends = held > 0 and tokens <= MAX_APPEND and not has_pictures
+        self._drafted = self._drafted_of(held, held + tokens)
+        is_draft = held > 0 and self._drafted >= tokens and not has_pictures
+        # the first token of a draft is one that stays
+        self._newest_row = 0 if is_draft else tokens - 1 - (self._drafted if self._drafted < tokens else 0)
         if appends:
             self.reserve(tokens)
+        elif is_draft:
+            with self._changing():
+                self._refresh(held)
         self._remember(appends)
         for group in self.groups:
             group.index.length = None if self.is_compileable else held + tokens
+            group.index.is_draft = is_draft
             if appends:
                 group.index.end_chunk()
         if appends:
@@ -275,6 +287,19 @@ class CompactedCache(Cache):
         if self.planner is not None:
             self.plan_for_prompt(vision, padding)
         self._plan_chunk((vision, padding), shown, held, key.shape[1] * key.shape[3])
+
+    def _drafted_of(self, held: int, end: int) -> int:
+        """How many of the newest of `end` tokens may be cropped again, whatever their number, once a chunk from `held` on is stored."""
+        # while its past is recorded, what an empty cache is given is a prompt, unless generate says where that ends
+        recorded = self._settled if held else None
+        known = [position for position in (recorded, self.prompt_end) if position is not None]
+        return max(end - max(known), 0) if known else 0
+
+    def _settled_of(self, held: int, floor: int) -> int:
+        """Of `held` tokens, the first that may be cropped again, with `floor` the first that can be."""
+        if self._settled is None:
+            return held
+        return min(max(self._settled, self.prompt_end or 0, floor), held)
 
     def _note_unannounced(self, tokens: int) -> None:
         """Say that nothing told which of a chunk's tokens are vision or padding; raises StrictError when strict."""
@@ -300,7 +325,7 @@ class CompactedCache(Cache):
         vision, padding = chunk
         tokens = vision.shape[1]
         end = held + tokens
-        drafted = 0 if self.prompt_end is None else min(tokens, end - self.prompt_end)
+        drafted = self._drafted_of(held, end)
         self._extend_coordinates(shown, padding, held)
         self._extend_history(chunk, held)
         if not all(plan.separates_vision for plan in self.plans) and bool(vision.any()):
@@ -367,8 +392,7 @@ class CompactedCache(Cache):
             self._pack_tails(held)
         for group in self.groups:
             if not group.index.plan.per_request:
-                settled = held if self._settled is None else min(max(self._settled, group.index.floor), held)
-                group.reserve(tokens, self._spare(held), settled)
+                group.reserve(tokens, self._spare(held), self._settled_of(held, group.index.floor))
 
     def _pack_tails(self, held: int) -> None:
         """Lay out what is held anew, where bases are fitted to it."""
@@ -394,18 +418,23 @@ class CompactedCache(Cache):
                 if plan.revisits and index.steps % plan.refresh_every == 0:
                     layer.tiers.attend_all()
             if plan.text is not None and done and done % plan.text.every == 0:
-                recent = min(layer.prune_text(held - index.floor) for layer in packed)
-                index.floor = max(index.floor, held - recent)
+                settled = self._settled_of(held, index.floor)
+                index.floor = max(index.floor, *(layer.prune_text(settled) for layer in packed))
 
     @torch.compiler.disable
     @outside_inference_mode
     @without_autocast
     def settle(self, layer: CompactedLayer, attention: Tensor) -> None:
-        """Give a layer the attention `[B, T]` that the newest prompt token pays to every position: it evicts and ranks by it."""
-        index = layer.index
-        held = int(layer.cursor[0])
+        """Give a layer the attention `[B, T]` that the newest prompt token pays to every position: it evicts and ranks by it.
+
+        Of a chunk that is all draft it is the attention of the first token, and nothing is evicted.
+        """
+        index, held = layer.index, int(layer.cursor[HELD])
         with self._changing():
-            index.floor = max(index.floor, held - layer.settle(attention, held - index.floor))
+            if index.is_draft and layer.tiers.earlier:
+                layer.observe_draft(attention)
+                return
+            index.floor = max(index.floor, layer.settle(attention, max(held - self._drafted, index.floor)))
             index.steps, index.refreshed_at = 0, -1
 
     def unsettled(self) -> list[int]:
@@ -514,35 +543,63 @@ class CompactedCache(Cache):
         self._broken = self.running = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens; raises ValueError past those that a prefill keeps croppable."""
+        """Remove the newest `-tokens_to_remove` tokens; raises ValueError, the cache unchanged, for more than `croppable`."""
+        tokens_to_remove = operator.index(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop: tokens_to_remove is {tokens_to_remove}; pass a negative number of tokens to remove"
             )
-        if self.is_filled:
+        if self._undo is not None:
+            self.recover()
+        self.check_whole()
+        if -tokens_to_remove > self.croppable:
             held = self.groups[0].held
-            if held + tokens_to_remove < self.floor:
-                raise ValueError(
-                    f"crop: cannot remove {-tokens_to_remove} of {held} tokens; only the newest {held - self.floor} "
-                    "can go, the others are packed for good"
-                )
-        stuck = [i for i, layer in enumerate(self.layers) if cannot_crop(layer)]
-        if stuck and tokens_to_remove:
+            why = "" if held == self.croppable else ", the others are packed for good"
+            if why and self._settled is None:
+                why += "; call activate_past_recording() on the cache before the tokens that may have to go"
             raise ValueError(
-                f"crop: cannot remove {counted(-tokens_to_remove, 'token')}; the linear states of layers "
-                f"{', '.join(map(str, stuck))} cannot go back"
+                f"crop: cannot remove {-tokens_to_remove} of {held} tokens; only the newest {self.croppable} can go{why}"
             )
+        if tokens_to_remove:
+            self._check_kept_layers(-tokens_to_remove)
         for group in self.groups if self.is_filled else ():
             group.crop(tokens_to_remove)
         self._settled = None if self._settled is None else self.groups[0].held
         for layer in self.layers:
-            if not isinstance(layer, CompactedLayer):
+            # transformers' windows raise where nothing is removed, too
+            if not isinstance(layer, CompactedLayer) and (tokens_to_remove or why_not_cropped(layer) is None):
                 layer.crop(tokens_to_remove)
 
+    def _check_kept_layers(self, tokens: int) -> None:
+        """Raise ValueError where a layer that is not packed cannot give up its newest tokens."""
+        stuck: dict[str, list[int]] = {}
+        for i, layer in enumerate(self.layers):
+            if (why := why_not_cropped(layer)) is not None:
+                stuck.setdefault(why, []).append(i)
+        for why, layers in stuck.items():
+            raise ValueError(
+                f"crop: cannot remove {counted(tokens, 'token')}; the {why} of layers {', '.join(map(str, layers))} cannot go back"
+            )
+
     def activate_past_recording(self) -> None:
-        """From now on, any number of the newest tokens can be cropped: what is before them is known to stay at each crop."""
+        """From now on any number of new text tokens can be cropped, and none of them is evicted, until a crop leaves them.
+
+        Of what `generate` is given as a prompt the newest 32 can, as ever.
+        """
         super().activate_past_recording()
         self._settled = self.groups[0].held
+
+    def deactivate_past_recording(self) -> None:
+        """The tokens that it holds, and those to come, are known to stay."""
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+        self._settled = None
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether `activate_past_recording` was called."""
+        return self._settled is not None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch in the order `beam_idx` `[B]`, in place, so that compiled graphs keep their addresses."""

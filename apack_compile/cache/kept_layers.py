@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 CROSS_ATTENTION = "cross_attention"
 RowChange = Callable[[Tensor], Tensor]
@@ -90,9 +90,16 @@ def has_linear_states(layer: Any) -> bool:
     )
 
 
-def cannot_crop(layer: Any) -> bool:
-    """Whether a layer cannot give up its newest tokens: recurrent states are sums, and convolutions keep their last inputs alone."""
-    return isinstance(layer, LinearAttentionLayer) and (
+def why_not_cropped(layer: Any) -> str | None:
+    """Why a layer cannot give up its newest tokens; None where it can.
+
+    Recurrent states are sums, convolutions keep their last inputs alone, and a window its last tokens.
+    """
+    if isinstance(layer, LinearAttentionLayer) and (
         any(layer.is_recurrent_states_initialized.values())
         or (any(layer.is_conv_states_initialized.values()) and not layer.record_past)
-    )
+    ):
+        return "linear states"
+    if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
+        return "full window" if layer.get_seq_length() >= layer.sliding_window else None
+    return None

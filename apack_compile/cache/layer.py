@@ -119,9 +119,26 @@ class CompactedLayer(CacheLayerMixin):
         """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
         query = deinterleaved_keys(query.to(key.dtype), self.index.plan.turn)
         arguments = query, key, value, mask, *self.state(), scale
+        if self.tiers is not None and self.index.is_draft and key.shape[2] > 1:
+            return self._attend_of_draft(*arguments)
         if self.tiers is not None:
             return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
         return torch.ops.apack.attend.default(*arguments, **self.turn_state())
+
+    def _attend_of_draft(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *state: Any) -> Tensor:
+        """The same of several drafted tokens: the first one stays, and its attention alone counts for the importance."""
+        tokens, (*held, cursor, scale) = key.shape[2], state
+        # heads may come as rows
+        first = query.unflatten(2, (-1, tokens))[:, :, :, 0]
+        seen = mask if mask is None or mask.shape[2] == 1 else mask.unflatten(2, (-1, tokens))[:, :, :, 0]
+        before = [known.clone() for known in self.tiers.importance]
+        out = torch.ops.apack.attend_tiers.default(query, key, value, mask, *state, *self.tier_state())
+        for known, old in zip(self.tiers.importance, before, strict=True):
+            known.copy_(old)
+        earlier = cursor - torch.tensor([tokens - 1, 0, 0], device=cursor.device)
+        one = first, key[:, :, :1], value[:, :, :1], seen, *held, earlier, scale
+        torch.ops.apack.attend_tiers.default(*one, *self.tier_state())
+        return out
 
     def state(self) -> tuple:
         """The state arguments of `unpack` and `attend`: of the segments that a step reads."""
@@ -470,6 +487,8 @@ class CompactedLayer(CacheLayerMixin):
         held = self.cursor[HELD] - abs(tokens_to_remove)
         self.cursor[HELD] = held
         self.cursor[PACKED] = torch.minimum(self.cursor[PACKED], held)
+        if self.tiers is not None:
+            self.tiers.crop(int(held))
 
     def batched(self) -> list[list[Tensor]]:
         """The lists whose tensors have a row per sequence."""
@@ -487,16 +506,27 @@ class CompactedLayer(CacheLayerMixin):
         return self.tiers is not None and self.tiers.has_evicted
 
     @torch.no_grad()
-    def settle(self, attention: Tensor, recent: int) -> int:
-        """After a prefill: take importance from `attention` `[B, T]` by position, evict, and rank; newest tokens still croppable."""
+    def settle(self, attention: Tensor, settled: int) -> int:
+        """After a prefill: take importance from `attention` `[B, T]` by position, evict, and rank; first position still croppable.
+
+        settled: first position of the tokens that may be cropped again, of which none is evicted.
+        """
         tiers = self.tiers
         tiers.observe(attention)
         self.codes[:4] = tiers.evict_vision(self.codes[:4])
-        recent = self.prune_text(recent)
+        floor = self.prune_text(settled)
         self.rank()
         tiers.settled = True
         self.mark_static()
-        return recent
+        return floor
+
+    @torch.no_grad()
+    def observe_draft(self, attention: Tensor) -> None:
+        """After a chunk that is all draft: add its first token's `attention` `[B, T]` to the importance before it, and rank."""
+        self.tiers.observe_draft(attention)
+        self.rank()
+        self.tiers.settled = True
+        self.mark_static()
 
     @torch.no_grad()
     def rank(self) -> None:
@@ -504,15 +534,16 @@ class CompactedLayer(CacheLayerMixin):
         self.tiers.rank(self.codes[:4])
 
     @torch.no_grad()
-    def prune_text(self, recent: int) -> int:
-        """Evict text by the plan's rule, in place where the slots stay as many; newest tokens that can be cropped after it."""
+    def prune_text(self, settled: int) -> int:
+        """Evict text before position `settled`, in place where the slots stay as many; first position that can be cropped after it."""
         if self.tiers.plan.text is None:
-            return recent
+            return 0
         _, packed, origin = self.cursor.tolist()
-        kept, croppable = self.tiers.prune_text(self.codes[4:], packed)
+        end = min(packed, settled)
+        kept, croppable = self.tiers.prune_text(self.codes[4:], end - origin, end)
         if not self.tiers.settled:
-            slots = kept + self.codes[4].shape[2] - (packed - origin)
+            slots = kept + self.codes[4].shape[2] - (end - origin)
             self.codes[4:] = [c[:, :, :slots].clone() if c.dim() > 1 else c for c in self.codes[4:]]
             self.tiers.keep_text_slots(slots)
-        self.cursor[ORIGIN] = packed - kept
-        return min(recent, croppable)
+        self.cursor[ORIGIN] = end - kept
+        return end - croppable

@@ -68,6 +68,7 @@ class LayerGroup:
             index.chunk = Chunk(every_vision, every_padding, 0)
             whole = assign(index.chunk, plan.first_tokens, 0, drafted, self.window)
             index.assignment = without_bad_bargains(whole, plan, width)
+            floor = self._floor_after(end, drafted)
         else:
             waiting = held - packed
             if waiting:
@@ -79,14 +80,14 @@ class LayerGroup:
             if self.window is not None and held >= self.window:
                 found = plan.first_tokens
             index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots, drafted, self.window)
+            floor = self._floor_after(end, drafted)
             if held and not plan.layers_place_tokens:
-                self._choose_kept(packed, packed - origin, end - index.assignment.recent)
+                self._choose_kept(packed, packed - origin, floor)
                 slots = zip(index.positions, (index.positions[0].shape[1], *index.kept), strict=True)
                 old = [kept_slots(positions, kept, 1) for positions, kept in slots]
         assignment = index.assignment
         start = end - assignment.tail
-        # tokens that no state from an earlier floor on needs may be gone
-        index.floor = max(end - assignment.recent, index.floor if self.window is not None else 0)
+        index.floor = floor
         new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
         index.laid_out, index.laid_out_turns = index.positions, index.turns
         index.positions = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
@@ -98,6 +99,15 @@ class LayerGroup:
             index.positions[2] = extended(index.positions[2], start, index.spare)
         self.follow_positions()
 
+    def _floor_after(self, end: int, drafted: int) -> int:
+        """First position that can be cropped once the chunk up to `end` is laid out."""
+        index, recent = self.index, self.index.assignment.recent
+        # a chunk that is all newest text has the slots behind those of the text before it, which can still be cropped
+        goes_on = recent == index.chunk.vision.shape[1]
+        # tokens that no state from an earlier floor on needs may be gone
+        earlier = index.floor if goes_on or self.window is not None else 0
+        return max(end - (max(recent, drafted) if goes_on else recent), earlier)
+
     def _choose_kept(self, packed: int, used: int, floor: int) -> None:
         """Slots of vision and text that a chunk leaves: of a window, those that a query at `floor` or later sees, in order."""
         index = self.index
@@ -106,7 +116,7 @@ class LayerGroup:
         if self.window is not None:
             keep_from = floor - self.window + 1
             index.kept = [
-                leading_blocks_dropped(vision, self.block, keep_from),
+                leading_blocks_dropped(vision, self.block, keep_from, packed),
                 in_order(text, used, self.block, keep_from, packed),
             ]
 

@@ -17,7 +17,7 @@ class LayerTiers:
     positions: int32 `[B, slots]` of first, vision, text. importance: float32 `[B, slots]` of vision, text (empty where no rule
     needs it). counts: `read` int32 `[B, 2]`, leading vision slots read in full and read at all, and `seen` int32 `[B, 2]`,
     vision and text tokens so far. began, end: first position of the newest chunk, and what was counted. settled: importance has been
-    observed since the last layout.
+    observed since the last layout; earlier: by position, what it was before that, until it is observed again.
     """
 
     def __init__(self, plan: TierPlan, batch: int, device: torch.device) -> None:
@@ -29,6 +29,7 @@ class LayerTiers:
         self.began = 0
         self.end = 0
         self.settled = False
+        self.earlier: list[Tensor] = []
         self.has_evicted = False
 
     @property
@@ -65,6 +66,7 @@ class LayerTiers:
 
     def lay_out(self, positions: list[Tensor], where: Mapping[int, Tensor], end: int) -> None:
         """Follow a layout of everything anew; `where` is -1 for evicted tokens."""
+        self._remember_importance()
         self._count(positions, self.end, end)
         self.began = self.end
         self.positions = [positions[0].clone(), *(positions[s].masked_fill(where[s] < 0, -1) for s in (VISION, TEXT))]
@@ -72,6 +74,7 @@ class LayerTiers:
 
     def add_chunk(self, positions: list[Tensor], used: Mapping[int, int], began: int, end: int) -> None:
         """Follow a layout of a chunk behind the `used` slots."""
+        self._remember_importance()
         self.counts[1] = self.seen + torch.tensor([0, began - self.end], dtype=torch.int32, device=self.seen.device)
         self._count(positions, began, end)
         self.began = began
@@ -82,6 +85,10 @@ class LayerTiers:
     def _count(self, positions: list[Tensor], began: int, end: int) -> None:
         new = [(positions[s] >= began) & (positions[s] < end) for s in (VISION, TEXT)]
         self.counts[1] = self.seen + torch.stack([flags.sum(1, dtype=torch.int32) for flags in new], 1)
+
+    def _remember_importance(self) -> None:
+        pairs = zip(self.importance, self.positions[1:], strict=True)
+        self.earlier = [to_positions(x, p, int(p.max()) + 1) if x.numel() else x for x, p in pairs if self.settled]
 
     def _unsettle(self, end: int) -> None:
         self.end = end
@@ -106,6 +113,26 @@ class LayerTiers:
         for i, known in enumerate(self.importance):
             if known.numel():
                 self.importance[i] = at_positions(attention.float(), self.positions[1 + i])
+        self.earlier = []
+
+    def observe_draft(self, attention: Tensor) -> None:
+        """Go on from the importance before a drafted chunk with the attention `[B, T]` of its first token."""
+        for i, known in enumerate(self.importance):
+            if known.numel():
+                keep, add = self.plan.ema[2 * i : 2 * i + 2]
+                # what a token pays itself says nothing yet
+                by_position, earlier = add * attention[:, : self.began].float(), self.earlier[i][:, : self.began]
+                by_position[:, : earlier.shape[1]] += keep * earlier
+                self.importance[i] = at_positions(by_position, self.positions[1 + i])
+        self.earlier = []
+
+    def crop(self, held: int) -> None:
+        """Forget the tokens from position `held` on, which are text in every row."""
+        if held < self.end:
+            self.seen[:, 1] -= self.end - held
+            self.end = held
+        if self.importance[1].numel():
+            self.importance[1].masked_fill_(self.positions[TEXT] >= held, 0.0)
 
     def evict_vision(self, codes: list[Tensor]) -> list[Tensor]:
         """Codes and scales of the vision tokens that stay; positions and importance follow."""
@@ -132,30 +159,32 @@ class LayerTiers:
         """Read every vision slot at the next step."""
         self.read.fill_(self.positions[VISION].shape[1])
 
-    def prune_text(self, codes: list[Tensor], packed: int) -> tuple[int, int]:
-        """Move the kept text tokens, in order of position, to the front, in place: slots used after it, newest ones contiguous.
+    def prune_text(self, codes: list[Tensor], used: int, end: int) -> tuple[int, int]:
+        """Of the text tokens before position `end`, in the first `used` slots, move the kept ones to the front, in place.
 
-        A row that keeps fewer leaves the leading slots empty, so that the newest tokens have the same slots in every row.
+        Gives the slots that they have then, in order of position, and how many of the newest are contiguous. Slots of later positions
+        follow. A row that keeps fewer leaves the leading slots empty, so that the newest tokens have the same slots in every row.
         """
         self.has_evicted = True
-        self.seen[:, 1] += packed - self.end
-        self.end = packed
+        self.seen[:, 1] += end - self.end
+        self.end = end
         positions, slots = self.positions[TEXT], self.positions[TEXT].shape[1]
-        held = (positions >= 0) & (positions < packed)
-        keep, recent = kept_text(self.importance[1], positions, held, self.seen[:, 1], self.plan.text)
+        older = positions[:, :used]
+        keep, recent = kept_text(self.importance[1][:, :used], older, older >= 0, self.seen[:, 1], self.plan.text)
         count = keep.sum(1)
         most = int(count.max()) if len(count) else 0
-        last = positions.long().masked_fill(~keep, -1).argsort(dim=1, stable=True)
-        order = torch.cat([last[:, slots - most :], last[:, : slots - most]], 1)
+        last = older.long().masked_fill(~keep, -1).argsort(dim=1, stable=True)
+        later = torch.arange(used, slots, device=last.device).expand(len(last), -1)
+        order = torch.cat([last[:, used - most :], later, last[:, : used - most]], 1)
         for tensor in (*codes, self.importance[1]):
             if tensor.dim() > 1:
                 tensor.copy_(select_slots(tensor, order))
         moved = positions.gather(1, order)
         column = torch.arange(slots, device=order.device)
         moved = moved.masked_fill(column < most - count[:, None], -1)
-        moved[:, most:] = column[most:] - most + packed
+        moved[:, most:] = column[most:] - most + end
         positions.copy_(moved)
-        self.importance[1][:, most:] = 0
+        self.importance[1][:, slots - (used - most) :] = 0
         return most, int(recent.min())
 
     def keep_text_slots(self, slots: int) -> None:

@@ -18,7 +18,7 @@ class SharedIndex:
     keys are turned back; empty where they are not. coordinates: of the tokens, by which keys turn. laid_out, laid_out_turns: what
     layers have which the chunk being stored has not reached. kept: slots of vision and text that the chunk being stored leaves, in
     their new order; None where these are all that are used. chunk, assignment: of the chunk being stored; None while tokens are
-    only appended.
+    only appended. is_draft: whether all tokens of the chunk that came last may be cropped again.
     """
 
     def __init__(self, window: int | None = None) -> None:
@@ -40,6 +40,7 @@ class SharedIndex:
         self.steps = 0
         self.refreshed_at = -1
         self.is_watched = False
+        self.is_draft = False
 
     def end_chunk(self) -> None:
         """The layers have stored the chunk, or it is only appended."""

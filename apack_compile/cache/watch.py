@@ -36,11 +36,15 @@ STILL_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Watch:
-    """Who wants to see the attention of a chunk of so many tokens, the padding among them bool `[B, tokens]`; None for none."""
+    """Who wants to see the attention of a chunk of so many tokens, and of which of its rows: the last real one up to `newest`.
+
+    padding: bool `[B, tokens]`, the padding among them; None for none.
+    """
 
     cache: "CompactedCache"
     layer: "CompactedLayer"
     tokens: int
+    newest: int
     padding: Tensor | None
 
     def attend(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -66,11 +70,11 @@ class Watch:
         return out
 
     def _newest(self, query: Tensor) -> Tensor:
-        """Row `[B]` of each sequence's last real token."""
-        rows = query.shape[2]
-        if self.padding is None or self.padding.shape[1] != rows:
-            return torch.full((query.shape[0],), rows - 1, device=query.device)
-        return (rows - 1 - (~self.padding).flip(1).to(torch.uint8).argmax(1)).to(query.device)
+        """Row `[B]` of each sequence's last real token, drafted ones left out."""
+        if self.padding is None or self.padding.shape[1] != query.shape[2]:
+            return torch.full((query.shape[0],), self.newest, device=query.device)
+        real = ~self.padding[:, : self.newest + 1]
+        return (self.newest - real.flip(1).to(torch.uint8).argmax(1)).to(query.device)
 
     def _without_evicted(self, named: dict[str, Any]) -> Tensor | None:
         """The mask without evicted positions; None where none was evicted."""

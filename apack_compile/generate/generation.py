@@ -63,7 +63,7 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
         cache.note(
             "the model's prepare_inputs_for_generation was replaced (as PEFT's prompt learning does): decode steps run eagerly"
         )
-    drafts = bool(getattr(options.config, "is_assistant", False))
+    drafts, recorded = bool(getattr(options.config, "is_assistant", False)), cache.is_recording
     if drafts:
         cache.activate_past_recording()
     if session.inner is None or why_not_compiled(model) is not None:
@@ -83,6 +83,9 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
         raise
     finally:
         cache.prompt_end = None
+        if not (drafts or recorded):
+            # assisted decoding asks for it, and is over
+            cache.deactivate_past_recording()
     say_what_was_left_out(session, cache, out if plain is GenerationMixin.generate else None, prompt)
     if cache.is_filled:
         session.remember(cache)

@@ -31,10 +31,10 @@ def whole_blocks(slots: int, block: int) -> int:
     return -(-slots // block) * block
 
 
-def leading_blocks_dropped(positions: Tensor, block: int, keep_from: int) -> Tensor:
-    """Slots `[N']` of `[B, N]` positions without the leading blocks that hold no position from `keep_from` on."""
+def leading_blocks_dropped(positions: Tensor, block: int, keep_from: int, packed: int) -> Tensor:
+    """Slots `[N']` of `[B, N]` positions without the leading blocks that hold none from `keep_from` to `packed`."""
     slots = torch.arange(positions.shape[1], device=positions.device)
-    needed = (positions >= keep_from).any(0).nonzero()
+    needed = ((positions >= keep_from) & (positions < packed)).any(0).nonzero()
     first = int(needed[0]) // block * block if len(needed) else len(slots)
     return slots[first:]
 
@@ -51,5 +51,6 @@ def in_order(positions: Tensor, head: int, block: int, keep_from: int, packed: i
     blocks = held[:, taken:].any(0)
     padded = torch.nn.functional.pad(blocks, (0, -len(blocks) % block)).unflatten(0, (-1, block)).any(1)
     older = older[padded.repeat_interleave(block)[: len(older)]]
-    newest = leading_blocks_dropped(positions[:, :head], block, keep_from) if len(older) == 0 else newer
+    # where the newest token is in the last block, blocks given away are the leading ones
+    newest = leading_blocks_dropped(positions[:, :head], block, keep_from, packed) if len(older) == 0 else newer
     return torch.cat([older, newest])
