@@ -19,7 +19,7 @@ from apack_compile.config import AttentionPackConfig
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
 from apack_compile.generate.decode_step import DecodeSteps
-from apack_compile.generate.generation import compiled_call, generate, keeping_the_cache
+from apack_compile.generate.generation import compiled_call, generate, is_packed_generate, keeping_the_cache
 from apack_compile.generate.preset_windows import without_small_windows
 from apack_compile.generate.quantize import quantize_language_model
 from apack_compile.generate.reporting import Report, build_report
@@ -53,7 +53,6 @@ from apack_compile.plan.ranks import Ranks, ranks_of
 # What optimize, and generate after it, put on a model.
 OWN_ATTRIBUTES = (
     ATTRIBUTE,
-    "generate",
     "get_compiled_call",
     *ENTRANCES,
     "prepare_inputs_for_generation",
@@ -141,6 +140,9 @@ def restore(model: nn.Module) -> nn.Module:
             for name in OWN_ATTRIBUTES:
                 if name != "prepare_inputs_for_generation" or not prepares_otherwise(part):
                     vars(part).pop(name, None)
+        if is_packed_generate(vars(model).get("generate")):
+            del vars(model)["generate"]
+            vars(model).update(session.replaced)
     return given
 
 
@@ -300,6 +302,7 @@ def _install(model: nn.Module, session: Session) -> None:
         prepare = getattr(type(part), "prepare_inputs_for_generation", None)
         if prepare is not None and not prepares_otherwise(part):
             vars(part)["prepare_inputs_for_generation"] = types.MethodType(keeping_the_cache(prepare), part)
+    session.replaced = {name: vars(model)[name] for name in ("generate",) if name in vars(model)}
     vars(model)[ATTRIBUTE] = session
     vars(model)["generate"] = types.MethodType(generate, model)
     watch_rotary(model)

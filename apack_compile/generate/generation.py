@@ -23,8 +23,16 @@ from apack_compile.models.wrappers import PreparedInputs, own_cache_of_adapter, 
 def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """transformers' generate with a packed cache, unless the caller chose another cache or none."""
     session = session_of(model)
+    if session is None:
+        # called by a user's function that was put around it before restore
+        return type(model).generate(model, *args, **kwargs)
     with session.own_passes():
         return _generate(model, session, args, kwargs)
+
+
+def is_packed_generate(function: Any) -> bool:
+    """Whether something on a model is what optimize puts there as its generate."""
+    return getattr(function, "__func__", None) is generate
 
 
 def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -207,6 +207,11 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
             f"{passes} since the last one with a packed cache had none: the results are the dense model's; "
             "pass the model a cache from new_cache(model)"
         )
+    if session.replaced:
+        notes.append(
+            "optimize replaced a generate that a user had put on this model: that one is not called until restore; put it there "
+            "after optimize"
+        )
     notes += [] if session.outdated is None else [session.outdated]
     eager = sorted({kind.layer_type for kind in session.kinds if not kind.compileable})
     if eager:

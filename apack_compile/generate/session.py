@@ -111,6 +111,8 @@ class Session:
     last_held: tuple[dict[str, Any], list[str]] | None = None
     # Forward passes of the model without a packed cache, since the last one with it.
     dense_passes: int = 0
+    # A user's functions in whose place optimize put its own.
+    replaced: dict[str, Any] = field(default_factory=dict)
     # Why the last generate used no packed cache.
     unused: str | None = None
     # Where the bases are to be.

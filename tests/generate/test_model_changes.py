@@ -215,6 +215,34 @@ def test_a_function_that_prepares_inputs_is_the_users_during_and_after_optimize(
     assert torch.equal(greedy(model, inputs, 4), dense) and apack_compile.report(model).graphs
 
 
+def test_a_users_generate_comes_back_and_the_report_says_that_it_is_not_called():
+    model, inputs, calls = llava(), picture([60, 20]), []
+    dense = greedy(model, inputs, 4)
+
+    def around(function):
+        def users(*args, **kwargs):
+            calls.append(kwargs)
+            return function(*args, **kwargs)
+
+        return users
+
+    note = "optimize replaced a generate that a user had put on this model"
+    model.generate = before = around(model.generate)
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    assert torch.equal(greedy(model, inputs, 4), dense) and not calls
+    assert any(found.startswith(note) for found in apack_compile.report(model).notes)
+    assert vars(apack_compile.restore(model))["generate"] is before
+    del model.generate
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    model.generate = after = around(model.generate)
+    assert torch.equal(greedy(model, inputs, 4), dense) and calls
+    held = apack_compile.report(model)
+    assert held.bytes["tokens"] and not any(found.startswith(note) for found in held.notes)
+    # it calls what optimize had put there
+    assert vars(apack_compile.restore(model))["generate"] is after
+    assert torch.equal(greedy(model, inputs, 4), dense)
+
+
 def test_a_plan_is_not_noted_for_weights_loaded_before_it():
     model = calibrated(llava(), ratio=4)
     plan = apack_compile.plan_for(model, 300)
