@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import apack_compile  # noqa: F401  (registers the operations)
-from apack_compile.kernels.format import GAUSSIAN_STEP, Bands
-from apack_compile.kernels.layout import filled_segments, of_segments
+from apack_compile.kernels.format import GAUSSIAN_STEP, Bands, StreamBasis
 from apack_compile.kernels.ops import implementations
+from apack_compile.kernels.state import KIND_NAMES, TEXT, DenseSegment, PackedState, PackedStream, Segment
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.basis import Spectrum
 from apack_compile.plan.choice import head_groups_for, typical_variance
@@ -111,16 +111,15 @@ def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, 
 
 @dataclass(frozen=True)
 class Packed:
-    """One layer's state as `attend` takes it, the bands of its streams in the operations' order, and the bytes that a step reads."""
+    """One layer's state, the bands of its streams in the operations' order, and the bytes that a step reads."""
 
-    state: tuple
+    state: PackedState
     bands: tuple[Bands, ...]
 
     @property
     def bytes_read(self) -> int:
         """Bytes of all tensors but the free slots'."""
-        dense, codes, bases, _, positions, _ = self.state
-        return sum(x.numel() * x.element_size() for x in (*dense, *codes, *bases, *positions))
+        return sum(x.nbytes for x in (*own_tensors(self.state), *bases_of(self.state)))
 
 
 def packed_state(
@@ -137,27 +136,33 @@ def packed_state(
         torch.randn(batch, shape.heads, n, shape.head_dim, device=device, dtype=dtype)
         for n in (FIRST_TOKENS, FIRST_TOKENS, plan.tail_slots, plan.tail_slots)
     ]
-    codes: list[Tensor] = []
-    bases: list[Tensor] = []
-    bands: list[int] = []
-    streams = plan.layers[0].streams
-    for i, stream in enumerate(streams):
-        codes += packed_codes(stream, batch, groups, slots[i // 2], held[i // 2], device)
+    streams = []
+    for i, stream in enumerate(plan.layers[0].streams):
         per_sequence = stream.scope == "sequence"
         kind = torch.float16 if per_sequence else torch.float32
         size = (batch if per_sequence else 1, groups)
-        bases.append(torch.randn(*size, width, device=device).to(kind))
-        bases.append((torch.randn(*size, stream.bands.components, width, device=device) / width**0.5).to(kind))
-        bases.append(torch.rand(*size, stream.bands.components, device=device) + 0.5)
-        bands += stream.bands.counts
-    read = filled_segments(codes)
-    codes, bases, bands = (of_segments(x, read, each) for x, each in ((codes, 4), (bases, 6), (bands, 8)))
+        basis = StreamBasis(
+            torch.randn(*size, width, device=device).to(kind),
+            (torch.randn(*size, stream.bands.components, width, device=device) / width**0.5).to(kind),
+            torch.rand(*size, stream.bands.components, device=device) + 0.5,
+        )
+        codes = packed_codes(stream, batch, groups, slots[i // 2], held[i // 2], device)
+        streams.append(PackedStream(*codes, basis, stream.bands))
     position = torch.arange(FIRST_TOKENS + sum(slots), dtype=torch.int32, device=device).expand(batch, -1)
-    positions = [x.contiguous() for x in position.split([FIRST_TOKENS, *slots], dim=1)]
-    positions = of_segments(positions, read, 1, leading=1)
+    first_positions, *positions = (x.contiguous() for x in position.split([FIRST_TOKENS, *slots], dim=1))
+    turn = None if plan.turn is None else plan.turn.to(torch.device(device))
+    kinds = map(KIND_NAMES.index, plan.segments)
+    segments = [
+        Segment(kind, key, value, where, None if turn is None else turns_of(where, turn))
+        for kind, key, value, where in zip(kinds, streams[::2], streams[1::2], positions, strict=True)
+        if kind == TEXT or where.shape[1]
+    ]
     # the newest token is the query's own
     cursor = torch.tensor([tokens + 1, FIRST_TOKENS + stored, FIRST_TOKENS], device=device)
-    return Packed((dense, codes, bases, bands, positions, cursor), tuple(stream.bands for stream in streams))
+    first, tail = DenseSegment(*dense[:2]), DenseSegment(*dense[2:])
+    block = 0 if turn is None else turn.block
+    state = PackedState(tuple(segments), first, first_positions, tail, cursor, block)
+    return Packed(state, tuple(stream.bands for stream in streams))
 
 
 def packed_codes(stream: StreamPlan, batch: int, groups: int, slots: int, stored: int, device: str) -> list[Tensor]:
@@ -243,12 +248,12 @@ def measured(
     query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)
     key, value = torch.randn(2, batch, shape.heads, tokens + 1, shape.head_dim, device=device, dtype=dtype)
     new = [x[:, :, -1:].clone() for x in (key, value)]
-    turns = {} if plan.turn is None else turns_of(packed, plan.turn.to(torch.device(device)))
+    state, layout = packed.state.flatten()
     calls = working(dense_calls(shape, query, key, value))
     trial = interleaved(calls, seconds / 4, device)
     best = min(trial, key=lambda spelling: trial[spelling].median)
     ours = {
-        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, *packed.state, None, **turns),
+        "packed": lambda: torch.ops.apack.attend.default(query, *new, None, state, layout, None),
         "dense": calls[best],
     }
     if device == "cuda":
@@ -262,7 +267,7 @@ def measured(
         "tokens": tokens,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
-        "ratio": 2 * 2 * batch * shape.heads * shape.head_dim * tokens / (sum(held_bytes(packed.state))),
+        "ratio": 2 * 2 * batch * shape.heads * shape.head_dim * tokens / held_bytes(packed.state),
         "groups": groups,
         "key_block": 0 if plan.turn is None else plan.turn.block,
         "bands_key": named_bands(packed.bands[-2]),
@@ -297,19 +302,27 @@ def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:
     return replace(plan, turn=KeyTurn(shape.frequencies, key_block)) if key_block else plan
 
 
-def turns_of(packed: Packed, turn: KeyTurn) -> dict[str, Any]:
-    """Turns of the packed segments' blocks, as `attend` takes them."""
-    turns = [
-        turns_of_blocks(x, TokenCoordinates.starting_at(x.new_zeros(len(x), 1)), turn) for x in packed.state[4][1:]
-    ]
-    return {"turns": turns, "block": turn.block}
+def turns_of(positions: Tensor, turn: KeyTurn) -> Tensor:
+    """Turns of the blocks of slots with these positions `[B, slots]`."""
+    return turns_of_blocks(positions, TokenCoordinates.starting_at(positions.new_zeros(len(positions), 1)), turn)
 
 
-def held_bytes(state: tuple) -> list[int]:
+def own_tensors(state: PackedState) -> list[Tensor]:
+    """Dense tokens, codes, token scales and positions."""
+    ends = [state.first.key, state.first.value, state.tail.key, state.tail.value, state.first_positions]
+    streams = [stream for segment in state.segments for stream in (segment.key, segment.value)]
+    packed = [x for stream in streams for x in (stream.codes, stream.scale)]
+    return [*ends, *packed, *(segment.positions for segment in state.segments)]
+
+
+def bases_of(state: PackedState) -> list[Tensor]:
+    """Bases of all streams."""
+    return [x for segment in state.segments for stream in (segment.key, segment.value) for x in stream.basis]
+
+
+def held_bytes(state: PackedState) -> int:
     """Bytes of a layer's own tensors: bases only where they are a sequence's."""
-    dense, codes, bases, _, positions, _ = state
-    own = [x for x in bases if x.dtype == torch.float16]
-    return [x.numel() * x.element_size() for x in (*dense, *codes, *own, *positions)]
+    return sum(x.nbytes for x in (*own_tensors(state), *(x for x in bases_of(state) if x.dtype == torch.float16)))
 
 
 def main(

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import triton
 import typer
-from attend import SHAPES, Shape, default_groups, named_bands, packed_state, turns_of
+from attend import SHAPES, Shape, default_groups, named_bands, packed_state
 from harness import Row, print_table, write_json
 from hopper import Compiled, watch
 from limits import load_of, plan_of
@@ -33,10 +33,9 @@ def compiled(shape: Shape, ratio: float | None, groups: int, key_block: int) -> 
     packed = packed_state(plan, shape, groups, COMPILED_TOKENS, 1, torch.bfloat16, "cpu")
     query = torch.zeros(1, shape.query_heads, 1, shape.head_dim, dtype=torch.bfloat16)
     new = torch.zeros(1, shape.heads, 1, shape.head_dim, dtype=torch.bfloat16)
-    turns = turns_of(packed, plan.turn) if plan.turn is not None else {}
     found: list[Compiled] = []
     watch(found.append)
-    attend(query, new, new, None, *packed.state, None, **turns)
+    attend(query, new, new, None, *packed.state.flatten(), None)
     return [kernel for kernel in found if kernel.name == KERNEL]
 
 

@@ -44,8 +44,8 @@ def row(key_rank: int, value_rank: int, published: float) -> Row:
     """Bytes and ratios of one line of the table."""
     cache = filled_cache(key_rank, value_rank)
     layer, held = cache.packed_layers[0], cache.report()
-    decoders = layer.bases[1::3]
-    paper_bytes = storage_bytes([*layer.dense[:2], *layer.codes, *decoders])
+    decoders = [stream.basis.decoder for stream in layer.streams]
+    paper_bytes = storage_bytes([layer.first.key, layer.first.value, *layer.packed_tensors(), *decoders])
     ratio = held["dense_bytes"] / paper_bytes
     return {
         "rank_key": key_rank,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import typer
-from attend import SHAPES, default_groups, packed_state, synthetic_plan, turns_of, with_relative_keys
+from attend import SHAPES, default_groups, packed_state, synthetic_plan, with_relative_keys
 from harness import Row, interleaved, print_table, write_json
 
 from apack_compile.kernels.ops import implementations
@@ -34,11 +34,11 @@ def measured(name: str, tokens: int, dtype: torch.dtype, key_block: int, seconds
     plan = with_relative_keys(synthetic_plan(shape, groups, RATIO, tokens), shape, key_block)
     packed = packed_state(plan, shape, groups, tokens, 1, dtype, "cpu")
     new = torch.randn(2, 1, shape.heads, 1, shape.head_dim).to(dtype)
-    turns = {} if plan.turn is None else turns_of(packed, plan.turn)
+    state = packed.state.flatten()
     width = shape.heads * shape.head_dim // groups
     calls = {
-        "operation": lambda: UNPACK(*new, *packed.state, tokens + 1, **turns),
-        "reference": lambda: reference(*new, *packed.state, tokens + 1, **turns),
+        "operation": lambda: UNPACK(*new, *state, tokens + 1),
+        "reference": lambda: reference(*new, *state, tokens + 1),
         "products": products(groups, width, tokens, [bands.components for bands in packed.bands[-2:]]),
     }
     timing = interleaved(calls, seconds)

@@ -3,15 +3,15 @@
 from typing import Any
 
 
-def append(*arguments: Any, **turns: Any) -> None:
+def append(*arguments: Any, **options: Any) -> None:
     """`apack::append` in Triton."""
     from apack_compile.kernels.append.triton import append as in_triton
 
-    return in_triton(*arguments, **turns)
+    return in_triton(*arguments, **options)
 
 
-def attend(*arguments: Any, **turns: Any) -> Any:
+def attend(*arguments: Any, **options: Any) -> Any:
     """`apack::attend` and `apack::attend_tiers` in Triton."""
     from apack_compile.kernels.attend.triton import attend as in_triton
 
-    return in_triton(*arguments, **turns)
+    return in_triton(*arguments, **options)

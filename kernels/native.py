@@ -6,21 +6,15 @@ the CPU, and the report says so. The functions take addresses only: nothing in t
 
 import ctypes
 from collections.abc import Sequence
-from operator import is_
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from apack_compile.kernels.structs import MAX_PACKED, STRUCTURES, places
+from apack_compile.kernels.structs import STRUCTURES, places
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 # kernels/csrc/threads.h: OpenMp
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
-# the last words of a Source whose tokens are kept as they are
-NO_BASIS = (0,) * 10
-NOT_TURNED = (0, 0, 0, 0)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
@@ -61,51 +55,3 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
 
 COMPILED, STATUS = load_library(find_library())
 INSTRUCTION_SET = COMPILED.apack_instruction_set() if COMPILED is not None else 0
-
-
-def turns_of(turns: Tensor | None, block: int, copies: list[Tensor]) -> tuple[int, ...]:
-    """`Turns` of kernels/csrc/arguments.h; a copy that must outlive the call is noted."""
-    if turns is None:
-        return NOT_TURNED
-    if turns.dtype != torch.float32 or not turns.is_contiguous():
-        turns = turns.float().contiguous()
-        copies.append(turns)
-    _, blocks, _, pairs = turns.shape
-    return turns.data_ptr(), blocks, pairs, block
-
-
-def turns_of_segments(
-    turns: Sequence[Tensor] | None, segments: int, block: int, copies: list[Tensor]
-) -> tuple[int, ...]:
-    """`Turns` of every packed segment; raises ValueError where there are some, but not one for each."""
-    if not turns:
-        return NOT_TURNED * MAX_PACKED
-    if len(turns) != segments:
-        raise ValueError(f"turns: {len(turns)} entries must be one for each of {segments} packed segments, or none")
-    words = (word for by in turns for word in turns_of(by, block, copies))
-    return *words, *NOT_TURNED * (MAX_PACKED - segments)
-
-
-class Kept:
-    """What the compiled operations were told of tensors that stay the same from step to step; a copy of it forgets them.
-
-    It lives on a layer's cursor and holds on to the tensors, so the addresses in `state` are theirs as long as it matches.
-    """
-
-    __slots__ = ("bands", "state", "tensors")
-
-    def __init__(self, tensors: tuple[Tensor, ...] = (), bands: Sequence[int] = (), state: Any = None) -> None:
-        self.tensors = tensors
-        self.bands = list(bands)
-        self.state = state
-
-    def matches(self, tensors: tuple[Tensor, ...], bands: list[int]) -> bool:
-        """Whether these are the very tensors."""
-        kept = self.tensors
-        return len(kept) == len(tensors) and all(map(is_, kept, tensors)) and self.bands == bands
-
-    def __deepcopy__(self, memo: dict) -> "Kept":
-        return Kept()
-
-    def __reduce__(self) -> tuple:
-        return Kept, ()

@@ -20,32 +20,28 @@ from apack_compile.kernels.unpack.reference import unpack
 
 LIBRARY = torch.library.Library("apack", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag,)
-STATE = "Tensor[] dense, Tensor[] codes, Tensor[] bases, int[] bands, Tensor[] positions, Tensor cursor"
+STATE = "Tensor[] state, int[] layout"
+TIERS = "Tensor(a!) vision_importance, Tensor(b!) text_importance, Tensor tiers, int partial, float[] ema"
 OPTIONAL_TIERS = (
     "Tensor? vision_importance=None, Tensor? text_importance=None, Tensor? tiers=None, int partial=0, float[]? ema=None"
 )
-TURNS = "*, Tensor[]? turns=None, int block=0"
-TIERS = "Tensor(a!) vision_importance, Tensor(b!) text_importance, Tensor tiers, int partial, float[] ema"
-ATTEND = f"Tensor query, Tensor key, Tensor value, Tensor? mask, {STATE}, float? scale"
+QUERY = "Tensor query, Tensor key, Tensor value, Tensor? mask"
 
+# What exported programs call has defaults for state and layout: so older programs load, and their first call says what they are.
 LIBRARY.define(
-    "append(Tensor key, Tensor value, Tensor(a!)[] stores, Tensor[] bases, int[] bands, Tensor(b!) cursor, "
-    "*, Tensor? text_turns=None, int block=0) -> ()",
+    "append(Tensor key, Tensor value, Tensor(a!)[] stores, Tensor[] bases, int[] layout=[]) -> ()", tags=TAGS
+)
+LIBRARY.define(
+    "append_at(Tensor key, Tensor value, Tensor index, Tensor(a!)[] first, Tensor(b!)[] stores, Tensor[] bases, int[] layout=[]) -> ()",
     tags=TAGS,
 )
 LIBRARY.define(
-    "append_at(Tensor key, Tensor value, Tensor index, Tensor(a!)[] first, Tensor(b!)[] stores, Tensor[] bases, int[] bands, "
-    "Tensor(c!) cursor, *, Tensor? text_turns=None, int block=0) -> ()",
+    f"unpack(Tensor key, Tensor value, {STATE}, SymInt tokens, {OPTIONAL_TIERS}) -> (Tensor, Tensor)",
     tags=TAGS,
 )
-LIBRARY.define(
-    f"unpack(Tensor key, Tensor value, {STATE}, SymInt tokens, {OPTIONAL_TIERS}, {TURNS}, int interleaved_pairs=0) "
-    "-> (Tensor, Tensor)",
-    tags=TAGS,
-)
-LIBRARY.define(f"attend({ATTEND}, {TURNS}) -> Tensor", tags=TAGS)
+LIBRARY.define(f"attend({QUERY}, Tensor[]? state=None, int[] layout=[], float? scale=None) -> Tensor", tags=TAGS)
 # An operation of its own: one that writes, and is given nothing to write to, does not get through Inductor.
-LIBRARY.define(f"attend_tiers({ATTEND}, {TIERS}) -> Tensor", tags=TAGS)
+LIBRARY.define(f"attend_tiers({QUERY}, {STATE}, float? scale, {TIERS}) -> Tensor", tags=TAGS)
 LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("append_at", partial(append_at, append), "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
@@ -80,19 +76,13 @@ def implementations(device: str, dtype: torch.dtype) -> dict[str, str]:
 
 
 @torch.library.register_fake("apack::append", lib=LIBRARY)
-def _append_fake(key, value, stores, bases, bands, cursor, **turns) -> None:
-    return None
-
-
 @torch.library.register_fake("apack::append_at", lib=LIBRARY)
-def _append_at_fake(key, value, index, first, stores, bases, bands, cursor, **turns) -> None:
+def _append_fake(*arguments, **options) -> None:
     return None
 
 
 @torch.library.register_fake("apack::unpack", lib=LIBRARY)
-def _unpack_fake(
-    key, value, dense, codes, bases, bands, positions, cursor, tokens, *tiers, **turns
-) -> tuple[Tensor, Tensor]:
+def _unpack_fake(key, value, state, layout, tokens, *tiers, **options) -> tuple[Tensor, Tensor]:
     return (
         key.new_empty((key.shape[0], key.shape[1], tokens, key.shape[3])),
         value.new_empty((value.shape[0], value.shape[1], tokens, value.shape[3])),
@@ -101,5 +91,5 @@ def _unpack_fake(
 
 @torch.library.register_fake("apack::attend", lib=LIBRARY)
 @torch.library.register_fake("apack::attend_tiers", lib=LIBRARY)
-def _attend_fake(query, key, value, *state_and_tiers, **turns) -> Tensor:
+def _attend_fake(query, key, value, *state_and_tiers, **options) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

@@ -1,86 +1,248 @@
-"""A layer's tensors as `State` of kernels/csrc/arguments.h, for the compiled operations that read it."""
+"""A layer's packed state by name, and as the flat lists that the operations are given (docs/format.md, "State").
+
+No other file knows the order of these lists.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.layout import check_segments
-from apack_compile.kernels.native import DTYPES, NO_BASIS, Kept
-from apack_compile.kernels.structs import MAX_PACKED, SEGMENT
+from apack_compile.kernels.format import Bands, StreamBasis
 
-NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
+LAYOUT_VERSION = 1
+# Kinds of packed segments, in the order in which a state has them; text is the last one of every state.
+COARSE, VISION, TEXT = 0, 1, 2
+KIND_NAMES = ("coarse", "vision", "text")
+
+# Integers of a layout before those of its segments, and of a segment: its kind, bands of key and value.
+HEAD, SEGMENT = 3, 9
+# Tensors of a state before those of its segments, and of a segment without rotations.
+CURSOR, FIRST_TENSORS, SEGMENT_TENSORS = 0, 6, 11
 
 
-def with_rows(x: Tensor) -> Tensor:
-    """The same values with rows that are contiguous, in a dtype that the compiled operation reads."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
-    return x if x.dtype in DTYPES else x.float()
+@dataclass(frozen=True)
+class PackedStream:
+    """One stream of a packed segment: codes `[B, G, N, bytes]`, token scale `[B, G, N]` or empty, basis and bands."""
+
+    codes: Tensor
+    scale: Tensor
+    basis: StreamBasis
+    bands: Bands
+
+    @property
+    def groups(self) -> int:
+        """Head groups."""
+        return self.codes.shape[1]
+
+    @property
+    def as_is(self) -> bool:
+        """Whether tokens are kept untransformed, in the model's dtype."""
+        return self.codes.dtype != torch.uint8
+
+    def with_tokens(self, change: Callable[[Tensor], Tensor]) -> "PackedStream":
+        """The same stream with codes and, where there are some, token scales changed."""
+        scale = change(self.scale) if self.scale.dim() > 1 else self.scale
+        return replace(self, codes=change(self.codes), scale=scale)
 
 
-def packed_state(
-    dense: list[Tensor],
-    codes: list[Tensor],
-    bases: list[Tensor],
-    bands: list[int],
-    positions: list[Tensor],
-    cursor: Tensor,
-) -> tuple[bytes, object]:
-    """`State` of kernels/csrc/arguments.h, and what keeps its addresses valid.
+@dataclass(frozen=True)
+class Segment:
+    """Packed tokens of one kind; positions: int32 `[B, N]`, -1 for an empty slot.
 
-    A layer's tensors stay the same for many steps, so its state is kept with its cursor as long as they are the very same ones.
+    rotations: float32 `[B, blocks, 2, P]`, by which the keys of each block of slots were turned back; None for keys as they come.
     """
-    tensors = (*dense, *codes, *bases, *positions)
-    kept = getattr(cursor, "_apack_state", None)
-    if kept is not None and kept.matches(tensors, bands):
-        return kept.state, kept
-    check_segments(codes, bases, bands, positions)
-    copies: list[Tensor] = []
-    segments = [dense_segment(dense[0], dense[1], positions[0], copies)]
-    for i, where in enumerate(positions[1:]):
-        keys, values = (packed_source(codes, bases, bands, j, copies) for j in (2 * i, 2 * i + 1))
-        segments.append(SEGMENT.pack(codes[4 * i].shape[2], plain(where, copies).data_ptr(), *keys, *values))
-    segments += [NO_SEGMENT] * (1 + MAX_PACKED - len(positions))
-    segments.append(dense_segment(dense[2], dense[3], None, copies))
-    state = b"".join(segments)
-    if not copies:
-        cursor._apack_state = Kept(tensors, bands, state)  # type: ignore[attr-defined]
-    return state, (tensors, copies)
+
+    kind: int
+    key: PackedStream
+    value: PackedStream
+    positions: Tensor
+    rotations: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        """Slots, empty ones included."""
+        return self.key.codes.shape[2]
 
 
-def plain(x: Tensor, copies: list[Tensor]) -> Tensor:
-    """A contiguous tensor; a copy is noted, because it must outlive the call and cannot serve another one."""
-    if not x.is_contiguous():
-        x = x.contiguous()
-        copies.append(x)
-    return x
+@dataclass(frozen=True)
+class DenseSegment:
+    """Tokens as they are, `[B, H_kv, slots, D]` each."""
+
+    key: Tensor
+    value: Tensor
+
+    @property
+    def slots(self) -> int:
+        """Slots, empty ones included."""
+        return self.key.shape[2]
 
 
-def dense_segment(key: Tensor, value: Tensor, positions: Tensor | None, copies: list[Tensor]) -> bytes:
-    """Segment of heads as they are, `[B, H_kv, slots, D]` each."""
-    where = 0 if positions is None else plain(positions, copies).data_ptr()
-    return SEGMENT.pack(key.shape[2], where, *as_is_source(key, copies), *as_is_source(value, copies))
+@dataclass(frozen=True)
+class Layout:
+    """What the tensors of a state do not say: kinds of the packed segments, bands of their keys and values.
+
+    block: slots that share a rotation, 0 for keys as they come. interleaved_pairs: 0, or the P of keys that the model has with pairs
+    2 i and 2 i + 1.
+    """
+
+    kinds: tuple[int, ...]
+    bands: tuple[tuple[Bands, Bands], ...]
+    block: int = 0
+    interleaved_pairs: int = 0
+
+    def flatten(self) -> list[int]:
+        """As the operations are given it."""
+        words = [LAYOUT_VERSION, self.block, self.interleaved_pairs]
+        for kind, (key, value) in zip(self.kinds, self.bands, strict=True):
+            words += [kind, *key.counts, *value.counts]
+        return words
+
+    @classmethod
+    def parse(cls, words: Sequence[int]) -> "Layout":
+        """The layout of `flatten`; raises ValueError for another version and for what is no layout."""
+        check_version(words)
+        count, rest = divmod(len(words) - HEAD, SEGMENT)
+        if rest or not 1 <= count <= len(KIND_NAMES):
+            allowed = [HEAD + SEGMENT * n for n in range(1, len(KIND_NAMES) + 1)]
+            raise ValueError(
+                f"layout: {len(words)} integers must be one of {allowed}, for one to three packed segments"
+            )
+        parts = [words[start : start + SEGMENT] for start in range(HEAD, len(words), SEGMENT)]
+        kinds = tuple(part[0] for part in parts)
+        if not set(kinds) <= {COARSE, VISION, TEXT} or list(kinds) != sorted(set(kinds)) or kinds[-1] != TEXT:
+            raise ValueError(
+                f"layout: kinds {kinds} must be some of 0 (coarse), 1 (vision) and 2 (text), in order, with text"
+            )
+        bands = tuple((bands_of(part[1:5]), bands_of(part[5:9])) for part in parts)
+        return cls(kinds, bands, words[1], words[2])
+
+    def tensor_names(self) -> list[str]:
+        """A name for each tensor of a state of this layout, in order."""
+        names = ["cursor", "first_key", "first_value", "first_positions", "tail_key", "tail_value"]
+        parts = [
+            f"{stream}_{part}" for stream in ("key", "value") for part in ("codes", "scale", "mean", "decoder", "step")
+        ]
+        parts += ["positions", *(["rotations"] if self.block else [])]
+        return names + [f"{KIND_NAMES[kind]}_{part}" for kind in self.kinds for part in parts]
 
 
-def as_is_source(x: Tensor, copies: list[Tensor]) -> tuple[int, ...]:
-    """Source of tokens as they are: `[B, G, slots, W_g]`."""
-    readable = with_rows(x)
-    if readable is not x:
-        copies.append(readable)
-    return (readable.data_ptr(), DTYPES[readable.dtype], *readable.stride()[:3], x.shape[1], *NO_BASIS)
+@dataclass(frozen=True)
+class PackedState:
+    """The state of one layer. first_positions: int32 `[B, slots]`; cursor: int64 `[3]` (kernels/layout.py)."""
+
+    segments: tuple[Segment, ...]
+    first: DenseSegment
+    first_positions: Tensor
+    tail: DenseSegment
+    cursor: Tensor
+    block: int = 0
+    interleaved_pairs: int = 0
+
+    @property
+    def text(self) -> Segment:
+        """The segment that takes what leaves the tail."""
+        return self.segments[-1]
+
+    @property
+    def layout(self) -> Layout:
+        """What the tensors do not say."""
+        kinds = tuple(segment.kind for segment in self.segments)
+        bands = tuple((segment.key.bands, segment.value.bands) for segment in self.segments)
+        return Layout(kinds, bands, self.block, self.interleaved_pairs)
+
+    def flatten(self) -> tuple[list[Tensor], list[int]]:
+        """`state` and `layout` of the operations."""
+        first, tail = self.first, self.tail
+        state = [self.cursor, first.key, first.value, self.first_positions, tail.key, tail.value]
+        layout = [LAYOUT_VERSION, self.block, self.interleaved_pairs]
+        for segment in self.segments:
+            key, value = segment.key, segment.value
+            state += [key.codes, key.scale, *key.basis, value.codes, value.scale, *value.basis, segment.positions]
+            if segment.rotations is not None:
+                state.append(segment.rotations)
+            layout += [segment.kind, *key.bands.counts, *value.bands.counts]
+        return state, layout
+
+    @classmethod
+    def parse(cls, state: Sequence[Tensor] | None, layout: Sequence[int]) -> "PackedState":
+        """The state of `flatten`; raises ValueError for lists that are not of one."""
+        found = Layout.parse(layout)
+        state, each = state or (), SEGMENT_TENSORS + (found.block > 0)
+        wanted = FIRST_TENSORS + each * len(found.kinds)
+        if len(state) != wanted:
+            raise ValueError(
+                f"state: {len(state)} tensors must be {wanted}: {FIRST_TENSORS}, and {each} for each of {len(found.kinds)} packed segments"
+            )
+        cursor, first_key, first_value, positions, tail_key, tail_value = state[:FIRST_TENSORS]
+        segments = []
+        for i, (kind, (key_bands, value_bands)) in enumerate(zip(found.kinds, found.bands, strict=True)):
+            part = state[FIRST_TENSORS + each * i : FIRST_TENSORS + each * (i + 1)]
+            key = PackedStream(part[0], part[1], StreamBasis(*part[2:5]), key_bands)
+            value = PackedStream(part[5], part[6], StreamBasis(*part[7:10]), value_bands)
+            segments.append(Segment(kind, key, value, part[10], part[11] if found.block else None))
+        first, tail = DenseSegment(first_key, first_value), DenseSegment(tail_key, tail_value)
+        return cls(tuple(segments), first, positions, tail, cursor, found.block, found.interleaved_pairs)
+
+    def to_append(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """`stores`, `bases` and `layout` of append: what it writes, what it reads, and the layout of the text segment."""
+        key, value, rotations = self.text.key, self.text.value, self.text.rotations
+        stores = [self.cursor, self.tail.key, self.tail.value, key.codes, key.scale, value.codes, value.scale]
+        bases = [*key.basis, *value.basis, *([] if rotations is None else [rotations])]
+        layout = [LAYOUT_VERSION, self.block, self.interleaved_pairs, TEXT, *key.bands.counts, *value.bands.counts]
+        return stores, bases, layout
 
 
-def packed_source(
-    codes: list[Tensor], bases: list[Tensor], bands: list[int], stream: int, copies: list[Tensor]
-) -> tuple[int, ...]:
-    """Source of one stream of the flat lists."""
-    x, token_scale = codes[2 * stream : 2 * stream + 2]
-    if x.dtype != torch.uint8:
-        return as_is_source(x, copies)
-    mean, decoder, step = (plain(t, copies) for t in bases[3 * stream : 3 * stream + 3])
-    x = plain(x, copies)
-    scale = plain(token_scale, copies).data_ptr() if token_scale.numel() else 0
-    pointers = (mean.data_ptr(), decoder.data_ptr(), step.data_ptr())
-    return (
-        x.data_ptr(), DTYPES[x.dtype], *x.stride()[:3], x.shape[1],
-        scale, *pointers, DTYPES[mean.dtype], mean.shape[0], *bands[4 * stream : 4 * stream + 4],
-    )  # fmt: skip
+@dataclass(frozen=True)
+class AppendState:
+    """What append is given: the tail, and the text streams that take what leaves it."""
+
+    cursor: Tensor
+    tail: DenseSegment
+    key: PackedStream
+    value: PackedStream
+    rotations: Tensor | None
+    block: int
+
+    @classmethod
+    def parse(cls, stores: Sequence[Tensor], bases: Sequence[Tensor], layout: Sequence[int]) -> "AppendState":
+        """The state of `PackedState.to_append`; raises ValueError for lists that are not of one."""
+        found = Layout.parse(layout)
+        if found.kinds != (TEXT,):
+            raise ValueError(f"layout: kinds {found.kinds} must be (2,), text alone")
+        for name, given, wanted in (("stores", stores, 7), ("bases", bases, 6 + (found.block > 0))):
+            if len(given) != wanted:
+                raise ValueError(f"{name}: {len(given)} tensors must be {wanted}")
+        ((key_bands, value_bands),) = found.bands
+        key = PackedStream(stores[3], stores[4], StreamBasis(*bases[:3]), key_bands)
+        value = PackedStream(stores[5], stores[6], StreamBasis(*bases[3:6]), value_bands)
+        tail, rotations = DenseSegment(stores[1], stores[2]), bases[6] if found.block else None
+        return cls(stores[CURSOR], tail, key, value, rotations, found.block)
+
+
+def bands_of(counts: Sequence[int]) -> Bands:
+    """Bands of components in 16, 8, 4 and 2 bits."""
+    n16, n8, n4, n2 = counts
+    return Bands((n16, n8, n4, n2))
+
+
+def check_version(layout: Sequence[int]) -> None:
+    """Raise ValueError for a layout that this version does not read."""
+    if not layout:
+        raise ValueError(
+            "layout: missing: the program was saved by an apack-compile 0.1.0 whose state had none yet, version 0 of it; make it anew "
+            f"with optimize, from the program that it was made of (this apack-compile reads version {LAYOUT_VERSION})"
+        )
+    if layout[0] != LAYOUT_VERSION:
+        raise ValueError(
+            f"layout: version {layout[0]} must be {LAYOUT_VERSION}, which this apack-compile reads; make the program anew with optimize, "
+            "from the program that it was made of, or install the apack-compile that saved it"
+        )
+
+
+def check_tiers(state: PackedState) -> None:
+    """Raise ValueError for a state that cannot have tiers."""
+    kinds = [KIND_NAMES[segment.kind] for segment in state.segments]
+    if kinds != ["vision", "text"]:
+        raise ValueError(f"layout: packed segments {', '.join(kinds)} must be vision and text, which have tiers")

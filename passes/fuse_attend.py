@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from apack_compile.kernels.state import Layout
 from apack_compile.passes.base import Pass, Refusal
 from apack_compile.passes.components import deinterleaved_node
 from apack_compile.passes.masks import one_mask
@@ -43,7 +44,7 @@ def _attend(graph: fx.Graph, site: AttentionSite, query: fx.Node) -> fx.Node:
     """The `apack::attend` of a site, at the graph's insertion point."""
     given = bind(site.unpack, default_overload(site.unpack))
     # The packed cache has its keys in halves; unpack interleaves them again, attend takes a query in halves too.
-    query = deinterleaved_node(graph, query, given["interleaved_pairs"])
+    query = deinterleaved_node(graph, query, Layout.parse(given["layout"]).interleaved_pairs)
     # Inside of autocast, query and result may have other dtypes than the cache.
     cached, result = (value_of(node).dtype for node in (site.attention.key, site.node))
     if value_of(site.attention.query).dtype != cached:
@@ -54,9 +55,7 @@ def _attend(graph: fx.Graph, site: AttentionSite, query: fx.Node) -> fx.Node:
     given |= {"query": query, "mask": mask, "scale": site.attention.scale}
     attend = torch.ops.apack.attend_tiers if given["tiers"] is not None else torch.ops.apack.attend
     # Cache state goes over by name: unpack and attend call it the same.
-    named = {a.name: a.kwarg_only for a in attend.default._schema.arguments}
-    arguments = tuple(given[name] for name, by_name in named.items() if not by_name)
-    options = {name: given[name] for name, by_name in named.items() if by_name and given[name] is not None}
-    out = graph.call_function(attend.default, arguments, options)
+    arguments = tuple(given[argument.name] for argument in attend.default._schema.arguments)
+    out = graph.call_function(attend.default, arguments)
     out = graph.call_method("to", (out, result)) if result != cached else out
     return graph.call_method("unflatten", (out, 1, (-1, site.groups))) if site.grouped else out

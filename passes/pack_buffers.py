@@ -12,34 +12,24 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from apack_compile.kernels.state import Layout, PackedState
 from apack_compile.passes.ahead import why_not_ahead
 from apack_compile.passes.base import Pass, Refusal
 from apack_compile.passes.buffer_pairs import BufferPair, Rules, find_pairs
 from apack_compile.passes.dead_code import erase_dead
 from apack_compile.passes.nodes import kind, shape, value_of
-from apack_compile.passes.packed_state import StateNodes, attended, put_unpack
+from apack_compile.passes.packed_state import TEXT_ONLY, attended, put_unpack, state_nodes
 from apack_compile.passes.update_kinds import KINDS, target_of
 
 
 @dataclass(frozen=True)
-class StateLayout:
-    """The tensors of a packed layer: whether keys are turned back, `block` slots at a time; interleaved_pairs: as `unpack` has them."""
-
-    turns: bool = False
-    block: int = 0
-    interleaved_pairs: int = 0
-
-    def counts(self, segments: int) -> tuple[int, int, int, int, int, int]:
-        """Tensors of dense, codes, bases, positions, cursor and turns, in the order in which a graph takes them; segments: packed ones."""
-        return 4, 4 * segments, 6 * segments, 1 + segments, 1, segments if self.turns else 0
-
-
-@dataclass(frozen=True)
 class PackBuffers(Pass):
-    """Put append and unpack in the place of pairs of static buffers; bands: of each pair, in the graph's order, once known."""
+    """Put append and unpack in the place of pairs of static buffers.
 
-    layout: StateLayout = StateLayout()
-    bands: tuple[tuple[int, ...], ...] = ()
+    layouts: of each pair's state, in the graph's order, as the operations are given them, once known.
+    """
+
+    layouts: tuple[tuple[int, ...], ...] = ()
 
     def match(self, graph: fx.Graph) -> list[BufferPair | Refusal]:
         """The graph's pairs, and what is refused."""
@@ -55,23 +45,19 @@ class PackBuffers(Pass):
             graph.erase_node(state)
         return len(matches)
 
-    def _inputs(self, graph: fx.Graph, number: int, like: torch.Tensor) -> StateNodes:
+    def _inputs(self, graph: fx.Graph, number: int, like: torch.Tensor) -> PackedState:
         """New graph inputs for the state of one layer, behind the last input."""
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-        groups: list[list[fx.Node]] = []
-        bands = list(self.bands[number]) if self.bands else [0] * 8
-        kinds = ("dense", "codes", "bases", "positions", "cursor", "turns")
-        for label, count in zip(kinds, self.layout.counts(len(bands) // 8), strict=True):
-            groups.append([])
-            for i in range(count):
-                with graph.inserting_after(last):
-                    last = graph.placeholder(f"packed_{number}_{label}_{i}")
-                # Its own memory, which is all that is asked of it.
-                last.meta["val"] = like.new_empty(0)
-                groups[-1].append(last)
-        dense, codes, bases, positions, (cursor,), turns = groups
-        turning = (self.layout.block, self.layout.interleaved_pairs)
-        return StateNodes(dense, codes, bases, bands, positions, cursor, turns, *turning)
+
+        def added(name: str) -> fx.Node:
+            nonlocal last
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"packed_{number}_{name}")
+            # Its own memory, which is all that is asked of it.
+            last.meta["val"] = like.new_empty(0)
+            return last
+
+        return state_nodes(Layout.parse(self.layouts[number]) if self.layouts else TEXT_ONLY, added)
 
 
 def _why_not_own(state: fx.Node) -> str | None:

@@ -1,13 +1,15 @@
 """Append and unpack in the place of a pair of static buffers, and whether `FuseAttend` would make attend of it."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from apack_compile.kernels.format import Bands
+from apack_compile.kernels.state import TEXT, Layout, PackedState
 from apack_compile.passes.base import Refusal
 from apack_compile.passes.buffer_pairs import BufferPair, BufferStream, Dims, pairs_of, refused
 from apack_compile.passes.buffer_writes import Span
@@ -17,49 +19,44 @@ from apack_compile.passes.nodes import shape, value_of
 from apack_compile.passes.origin import unpacks_read
 from apack_compile.passes.sites import AttentionSite, find_sites
 
-
-@dataclass(frozen=True)
-class StateNodes:
-    """The packed state of one layer as the operations take it (docs/architecture.md); turns: none where keys are kept as they come."""
-
-    dense: list[fx.Node]
-    codes: list[fx.Node]
-    bases: list[fx.Node]
-    bands: list[int]
-    positions: list[fx.Node]
-    cursor: fx.Node
-    turns: list[fx.Node]
-    block: int = 0
-    interleaved_pairs: int = 0
-
-    def calls(self, graph: fx.Graph, key: fx.Node, value: fx.Node, index: fx.Node | None) -> tuple[fx.Node, fx.Node]:
-        """Append of new tokens, at the positions `index` or behind those held, and unpack."""
-        key = deinterleaved_node(graph, key, self.interleaved_pairs)
-        stores, coded = self.dense[2:] + self.codes[-4:], (self.bases[-6:], self.bands[-8:], self.cursor)
-        turned = {"text_turns": self.turns[-1], "block": self.block} if self.turns else {}
-        if index is None:
-            append = graph.call_function(torch.ops.apack.append.default, (key, value, stores, *coded), turned)
-        else:
-            arguments = (key, value, index, self.dense[:2], stores, *coded)
-            append = graph.call_function(torch.ops.apack.append_at.default, arguments, turned)
-        # FuseAttend takes unpack away: how many tokens it gives is never asked for
-        state = (self.dense, self.codes, self.bases, self.bands, self.positions, self.cursor, 0)
-        turned = {"turns": self.turns, "block": self.block} if self.turns else {}
-        turned |= {"interleaved_pairs": self.interleaved_pairs} if self.interleaved_pairs else {}
-        return append, graph.call_function(torch.ops.apack.unpack.default, (key, value, *state), turned)
+# What stands for a state whose bands are not known yet.
+TEXT_ONLY = Layout((TEXT,), ((Bands(), Bands()),))
 
 
-def put_unpack(graph: fx.Graph, pair: BufferPair, state: StateNodes, at_positions: bool) -> fx.Node:
+def state_nodes(layout: Layout, node_of: Callable[[str], fx.Node]) -> PackedState:
+    """A state of nodes: `node_of` makes that of each tensor, by its name, in the operations' order."""
+    nodes: Any = [node_of(name) for name in layout.tensor_names()]
+    return PackedState.parse(nodes, layout.flatten())
+
+
+def calls(
+    graph: fx.Graph, state: PackedState, key: fx.Node, value: fx.Node, index: fx.Node | None
+) -> tuple[fx.Node, fx.Node]:
+    """Append of new tokens to a state of nodes, at the positions `index` or behind those held, and unpack."""
+    key = deinterleaved_node(graph, key, state.interleaved_pairs)
+    stores, bases, layout = state.to_append()
+    if index is None:
+        append = graph.call_function(torch.ops.apack.append.default, (key, value, stores, bases, layout))
+    else:
+        arguments = (key, value, index, [state.first.key, state.first.value], stores, bases, layout)
+        append = graph.call_function(torch.ops.apack.append_at.default, arguments)
+    # FuseAttend takes unpack away: how many tokens it gives is never asked for
+    return append, graph.call_function(torch.ops.apack.unpack.default, (key, value, *state.flatten(), 0))
+
+
+def put_unpack(graph: fx.Graph, pair: BufferPair, state: PackedState, at_positions: bool) -> fx.Node:
     """Append and unpack in the place of a pair's writes; its unpack. What read the buffers reads what is unpacked.
 
-    at_positions: append where the graph says and check that, not behind the tokens held. `state` stands before the later write.
+    state: nodes in the place of tensors, before the later write. at_positions: append where the graph says and check that, not behind
+    the tokens held.
     """
     streams = (pair.key, pair.value)
     with graph.inserting_after(pair.node):
         anchor = graph.call_function(operator.add, (0, 0))
     with graph.inserting_before(anchor):
         key, value = new_tokens(graph, pair)
-        append, unpack = state.calls(graph, key, value, positions(graph, pair.key, key) if at_positions else None)
+        index = positions(graph, pair.key, key) if at_positions else None
+        append, unpack = calls(graph, state, key, value, index)
         tokens = [graph.call_function(operator.getitem, (unpack, i)) for i in range(2)]
         for node in (append, unpack, *tokens):
             node.meta |= {name: found for name, found in pair.node.meta.items() if name == "nn_module_stack"}
@@ -138,7 +135,8 @@ def _why_not_attended(graph: fx.Graph, pairs: Iterable[BufferPair]) -> dict[int,
             # its own memory, which is all that is asked of it
             held = trial.placeholder(f"packed_{pair.number}")
         held.meta["val"] = value_of(pair.key.state).new_empty(0)
-        state = StateNodes([held] * 4, [held] * 4, [held] * 6, [0] * 8, [held] * 2, held, [])
+        nodes: Any = [held] * len(TEXT_ONLY.tensor_names())
+        state = PackedState.parse(nodes, TEXT_ONLY.flatten())
         unpacks[put_unpack(trial, _in_copy(pair, copies), state, at_positions=False)] = pair.number
     return why_not_fused(find_sites(trial), unpacks)
 

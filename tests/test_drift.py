@@ -37,7 +37,7 @@ def filled(plan, kind, tokens=600):
     cache.update(key, value, 0)
     layer = cache.layers[0]
     none = key[:, :, :0]
-    unpacked = torch.ops.apack.unpack(none, none, *layer.state(), tokens)
+    unpacked = torch.ops.apack.unpack(none, none, *layer.state().flatten(), tokens)
     errors = [
         float((got - x).square().sum() / (x - x.mean(2, True)).square().sum())
         for got, x in zip(unpacked, (key, value), strict=True)
@@ -49,7 +49,7 @@ def test_tokens_like_the_calibration_keep_the_shared_basis(plan):
     cache, errors = filled(plan, 0)
     layer = cache.layers[0]
     assert cache.notes == [] and layer.refitted == {}
-    assert layer.bases[7].data_ptr() == plan.bases[0][2].decoder.data_ptr()
+    assert layer.streams[2].basis.decoder.data_ptr() == plan.bases[0][2].decoder.data_ptr()
     report = cache.report()
     assert report["captured"] == pytest.approx(1 - max(errors), abs=0.02)
 
@@ -59,9 +59,11 @@ def test_other_tokens_are_refitted_and_pay_for_it(plan, monkeypatch):
     layer = cache.layers[0]
     assert "2 of 4 shared bases did not fit" in cache.notes[0]
     assert set(layer.refitted) == {2, 3} and all(fit.is_bad for fit in layer.refitted.values())
-    assert not torch.equal(layer.bases[7], plan.bases[0][2].decoder)
+    assert not torch.equal(layer.streams[2].basis.decoder, plan.bases[0][2].decoder)
     like, _ = filled(plan, 0)
-    assert cache.report()["sequence_bytes"] > like.report()["sequence_bytes"] + 2 * layer.bases[7].nbytes
+    assert (
+        cache.report()["sequence_bytes"] > like.report()["sequence_bytes"] + 2 * layer.streams[2].basis.decoder.nbytes
+    )
     assert max(errors) < 3 * max(fit.expected for fit in layer.fits.values())
     monkeypatch.setattr("apack_compile.cache.layer.refit", lambda *args: StreamBasis(*plan.bases[0][2]))
     unhelped, worse = filled(plan, 1)

@@ -159,7 +159,7 @@ def held_by(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> li
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache)
     assert cache.index.plan.turn.block == BLOCK
-    return [layer.codes[4:6] for layer in cache.packed_layers]
+    return [layer.packed_tensors()[4:6] for layer in cache.packed_layers]
 
 
 def test_left_padding_does_not_change_what_is_stored():

@@ -154,7 +154,7 @@ def test_several_tokens_without_a_mask_see_one_another():
 def test_values_of_another_cache_are_its_own():
     query = torch.randn(2, HEADS * REPEATS, 1, WIDTH)
     (_, key, _), (other, _, value) = step_of(1), step_of(1)
-    other.packed_layers[0].dense[1] += 1
+    other.packed_layers[0].first.value.add_(1)
     out = sdpa(query, key, value, enable_gqa=True)
     assert torch.equal(out, sdpa(query, key.decoded, value.decoded, enable_gqa=True))
 

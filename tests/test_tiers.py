@@ -129,10 +129,10 @@ def test_positions_survive_random_refreshes(batch, tokens, refreshes, seed):
     none = key[:, :, :0]
 
     def unpacked():
-        return torch.ops.apack.unpack(none, none, *layer.state(), tokens, *layer.tier_state())
+        return torch.ops.apack.unpack(none, none, *layer.state().flatten(), tokens, *layer.tier_state())
 
     before = unpacked()
-    addresses = [t.data_ptr() for t in (*layer.codes[:4], *layer.tiers.tensors()[1:2])]
+    addresses = [t.data_ptr() for t in (*layer.packed_tensors()[:4], *layer.tiers.tensors()[1:2])]
     cache.settle(layer, attention_of(cache, generator, batch, tokens))
     for _ in range(refreshes):
         layer.tiers.importance[0].copy_(torch.rand(layer.tiers.importance[0].shape, generator=generator))
@@ -141,7 +141,7 @@ def test_positions_survive_random_refreshes(batch, tokens, refreshes, seed):
         assert (found.diff(dim=1) <= 0).all()
     for got, expected in zip(unpacked(), before, strict=True):
         assert torch.equal(got, expected)
-    assert [t.data_ptr() for t in layer.codes[:4]] == addresses[:4]
+    assert [t.data_ptr() for t in layer.packed_tensors()[:4]] == addresses[:4]
 
 
 @pytest.mark.parametrize("batch", (1, 4))
@@ -189,7 +189,7 @@ def test_attend_tiers_declares_what_it_does(preset):
     new = torch.randn(2, HEADS, 1, HEAD_DIM, generator=generator, dtype=torch.float64)
     cache.update(new, new, 0)
     query = torch.randn(2, HEADS * 2, 1, HEAD_DIM, generator=generator, dtype=torch.float64)
-    state = (query, new, new, None, *layer.state(), None, *layer.tier_state())
+    state = (query, new, new, None, *layer.state().flatten(), None, *layer.tier_state())
     torch.library.opcheck(torch.ops.apack.attend_tiers.default, state)
 
 

@@ -117,7 +117,7 @@ def attentionpack(
     pairs: list[BufferPair] = []
     if chosen.own_cache:
         caches = _own_caches(options, chosen)
-        packing = PackBuffers(caches.layout)
+        packing = PackBuffers()
         found = packing.match(gm.graph)
         pairs = pairs_of(found)
         matches = tuple(match.record() for match in found)

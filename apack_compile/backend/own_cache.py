@@ -20,7 +20,6 @@ from apack_compile.cache.layer import CompactedLayer
 from apack_compile.calibration.collect import Running, RunningMoments, Statistics, by_layer
 from apack_compile.checks import counted
 from apack_compile.kernels.layout import HELD, to_groups
-from apack_compile.passes.pack_buffers import StateLayout
 from apack_compile.plan.choice import head_groups_for
 from apack_compile.plan.file import versions
 from apack_compile.plan.plan import FIRST_TOKENS, Plan, Provenance, budget_key, budget_plan
@@ -54,13 +53,13 @@ class BufferCache(CompactedCache):
 class Packed:
     """What stands for one pair of buffers: a layer of a packed cache, and the buffers' versions when they were released.
 
-    state: the layer's tensors in the order of `StateLayout`; what is written later is written into them.
+    state, layout: as the operations are given them (kernels/state.py); what is written later is written into these tensors.
     """
 
     cache: BufferCache
     layer: CompactedLayer
     state: tuple[Tensor, ...]
-    bands: tuple[int, ...]
+    layout: tuple[int, ...]
     versions: tuple[int, int]
     released: int
 
@@ -91,12 +90,6 @@ class OwnCaches:
         self.plans: dict[tuple, Plan] = {}
         self.last: dict[str, Any] | None = None
         self.held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    @property
-    def layout(self) -> StateLayout:
-        """The tensors that a graph takes for one pair."""
-        turn = None if self.plan is None else self.plan.turn
-        return StateLayout() if turn is None else StateLayout(True, turn.block, turn.interleaved_pairs)
 
     def before(
         self, pairs: Sequence[Pair], layouts: Sequence[Layouts], positions: Sequence[Tensor]
@@ -167,7 +160,8 @@ class OwnCaches:
         found = []
         for pair, layer in zip(pairs, cache.packed_layers, strict=True):
             released = sum(release(buffer) for buffer in pair)
-            packed = Packed(cache, layer, *state_of(layer), versions_of(pair), released)
+            state, layout = layer.state().flatten()
+            packed = Packed(cache, layer, tuple(state), tuple(layout), versions_of(pair), released)
             self.held[pair[0]] = self.held[pair[1]] = packed
             found.append(packed)
         self.last = self._live_report()
@@ -207,7 +201,10 @@ class OwnCaches:
         caches = list(dict.fromkeys(packed.cache for packed in live))
         bytes_of = [cache.report() for cache in caches]
         elements = sum(
-            layer.batch_size * cache.max_tokens * layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
+            layer.batch_size
+            * cache.max_tokens
+            * layer.num_heads
+            * sum(states.shape[3] for states in (layer.first.key, layer.first.value))
             for cache in caches
             for layer in cache.packed_layers
         )
@@ -235,13 +232,6 @@ def versions_of(pair: Pair) -> tuple[int, int]:
 def states_of(pair: Pair, layouts: Layouts) -> Pair:
     """Keys and values in the buffers of a pair, `[B, H_kv, T, D]`."""
     return pair[0].permute(layouts[0]), pair[1].permute(layouts[1])
-
-
-def state_of(layer: CompactedLayer) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """A layer's tensors, in the order of `StateLayout`, and its bands."""
-    dense, codes, bases, bands, positions, cursor = layer.state()
-    turns = layer.turn_state().get("turns", ())
-    return (*dense, *codes, *bases, *positions, cursor, *turns), tuple(bands)
 
 
 def span_of(positions: Sequence[Tensor]) -> tuple[int, int]:

@@ -54,10 +54,10 @@ class OwnCacheGraph:
             if self.dense is None:
                 self.dense = self.compile(self._copy())
             return self.dense(*args)
-        bands = tuple(packed.bands for packed in found)
-        if bands not in self.packed:
-            self.packed[bands] = self._packed_form(bands)
-        kept, run = self.packed[bands]
+        layouts = tuple(packed.layout for packed in found)
+        if layouts not in self.packed:
+            self.packed[layouts] = self._packed_form(layouts)
+        kept, run = self.packed[layouts]
         return run(*(args[i] for i in kept), *itertools.chain.from_iterable(packed.state for packed in found))
 
     def _copy(self) -> fx.GraphModule:
@@ -66,10 +66,10 @@ class OwnCacheGraph:
         graph.output(graph.graph_copy(self.gm.graph, {}))
         return fx.GraphModule(self.gm, graph)
 
-    def _packed_form(self, bands: tuple[tuple[int, ...], ...]) -> tuple[list[int], Callable[..., Any]]:
-        """The packed form for these bands, and which of the graph's own inputs it takes."""
+    def _packed_form(self, layouts: tuple[tuple[int, ...], ...]) -> tuple[list[int], Callable[..., Any]]:
+        """The packed form for states of these layouts, and which of the graph's own inputs it takes."""
         gm = self._copy()
-        passes = (PackBuffers(self.caches.layout, bands), FuseAttend(), RemoveDeadCode())
+        passes = (PackBuffers(layouts), FuseAttend(), RemoveDeadCode())
         record = run_passes(gm, passes, self.dump_dir)
         assert not record.left, record.left
         left = {node.name for node in gm.graph.nodes if node.op == "placeholder"}

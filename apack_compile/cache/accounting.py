@@ -91,11 +91,13 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
     tokens = 0
     for layer in packed:
         tokens = layer.batch_size * int(layer.get_seq_length())
-        widths = layer.num_heads * sum(states.shape[3] for states in layer.dense[:2])
+        widths = layer.num_heads * sum(states.shape[3] for states in (layer.first.key, layer.first.value))
         dense += layer.batch_size * seen_tokens(layer) * widths * DENSE_ELEMENT_BYTES
-        parts["packed tokens and free slots"] += layer.codes
-        parts["first and newest tokens, dense"] += layer.dense
-        parts["bases of these sequences"] += [t for t in layer.bases if t.untyped_storage().data_ptr() not in shared]
+        parts["packed tokens and free slots"] += layer.packed_tensors()
+        parts["first and newest tokens, dense"] += layer.dense_tensors()
+        parts["bases of these sequences"] += [
+            t for t in layer.basis_tensors() if t.untyped_storage().data_ptr() not in shared
+        ]
         parts["positions, turns and tiers"] += [
             layer.cursor,
             *layer.own_positions,

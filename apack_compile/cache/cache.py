@@ -243,7 +243,7 @@ class CompactedCache(Cache):
             for name, got, want in (
                 ("batch size", key.shape[0], layer.batch_size),
                 ("number of KV heads", key.shape[1], layer.num_heads),
-                ("head_dim", key.shape[3], layer.dense[0].shape[3]),
+                ("head_dim", key.shape[3], layer.first.key.shape[3]),
                 ("dtype", key.dtype, layer.dtype),
                 ("device", key.device, layer.device),
             ):
@@ -398,7 +398,7 @@ class CompactedCache(Cache):
         """Lay out what is held anew, where bases are fitted to it."""
         first = self.packed_layers[0]
         none = torch.zeros(first.batch_size, 0, dtype=torch.bool, device=first.device)
-        self._plan_chunk((none, none), None, held, first.num_heads * first.dense[0].shape[3])
+        self._plan_chunk((none, none), None, held, first.num_heads * first.first.key.shape[3])
         for layer in self.packed_layers:
             layer.recompact()
         for group in self.groups:
@@ -456,7 +456,11 @@ class CompactedCache(Cache):
         saved = [(holder, snapshot(holder)) for holder in holders]
         indices = [(group.index, snapshot(group.index)) for group in self.groups]
         history, planner = self.history, self.planner
-        written = [t for layer in self.packed_layers for t in (*layer.dense[2:], layer.cursor)] if appends else []
+        written = (
+            [t for layer in self.packed_layers for t in (layer.tail.key, layer.tail.value, layer.cursor)]
+            if appends
+            else []
+        )
         before = [tensor.clone() for tensor in written]
 
         def undo() -> None:
@@ -621,15 +625,13 @@ class CompactedCache(Cache):
         packed = [layer for layer in self.packed_layers if layer.is_initialized]
         if not packed:
             return
-        for tensors in (
-            *(tensors for group in self.groups for tensors in (group.index.positions, group.index.turns)),
-            *(tensors for layer in packed for tensors in layer.batched()),
-        ):
-            tensors[:] = [change(tensor) if tensor.dim() > 1 else tensor for tensor in tensors]
+        for group in self.groups:
+            for tensors in (group.index.positions, group.index.turns):
+                tensors[:] = map(change, tensors)
         if self.history is not None:
             self.history = tuple(change(flags) for flags in self.history)
         for layer in packed:
-            layer.batch_size = layer.dense[0].shape[0]
+            layer.change_rows(change)
             layer.mark_static()
         changed: dict[int, TokenCoordinates] = {}
         for group in self.groups:

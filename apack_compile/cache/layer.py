@@ -1,6 +1,7 @@
 """One layer of the packed cache."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from apack_compile.cache.stored_states import StoredStep
 from apack_compile.cache.token_index import Kept, count_of, extended, flags_at, gather_tokens, kept_slots, positions_of
 from apack_compile.kernels.encode import encode
 from apack_compile.kernels.format import FLOAT16_MAX, StreamBasis
-from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, TEXT, VISION, filled_segments, of_segments, to_groups
+from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, to_groups
+from apack_compile.kernels.state import KIND_NAMES, TEXT, VISION, DenseSegment, PackedState, PackedStream, Segment
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.models.modality import compact
 from apack_compile.plan.basis import fit, fit_steps, moments
@@ -39,10 +41,11 @@ class CompactedLayer(CacheLayerMixin):
         self.index = index
         # transformers makes the masks of such layers by their window
         self.is_sliding = index.window is not None
-        self.dense: list[Tensor] = []
-        self.codes: list[Tensor] = []
-        self.bases: list[Tensor] = []
-        self.bands: list[int] = []
+        self.first: DenseSegment | None = None
+        self.tail: DenseSegment | None = None
+        # Keys and values of each packed segment, as the plan has them, and these segments' kinds.
+        self.streams: list[PackedStream] = []
+        self.kinds: tuple[int, ...] = ()
         self.cursor: Tensor | None = None
         self.tiers: LayerTiers | None = None
         # Positions and turns of its own, where the plan tells coarse tokens from fine ones; else empty.
@@ -52,7 +55,7 @@ class CompactedLayer(CacheLayerMixin):
         self.fits: dict[int, Fit] = {}
         self.refitted: dict[int, Fit] = {}
         # Bases of a sequence while they are fitted anew.
-        self.earlier_bases: list[Tensor] = []
+        self.earlier_bases: list[StreamBasis] = []
         # Updates so far: states of a step are what the layer holds until the next one.
         self.updates = 0
 
@@ -86,7 +89,7 @@ class CompactedLayer(CacheLayerMixin):
     @property
     def text_slots(self) -> int:
         """Text slots, free ones included."""
-        return self.codes[-4].shape[2]
+        return self.streams[-1].codes.shape[2]
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Store a few new tokens `[B, H_kv, n, D]`, keys deinterleaved."""
@@ -102,53 +105,70 @@ class CompactedLayer(CacheLayerMixin):
         """How many of `tokens` new tokens push none into text slot 0 again."""
         held, packed, origin = self.cursor.tolist()
         end = origin + self.text_slots
-        return min(tokens, end + self.dense[2].shape[2] - held) if packed < end < self.index.assigned else tokens
+        return min(tokens, end + self.tail.slots - held) if packed < end < self.index.assigned else tokens
 
     def _append(self, key: Tensor, value: Tensor) -> None:
-        turns = self.turns()
-        turned_back = {"text_turns": turns[-1], "block": self.index.plan.turn.block} if turns else {}
-        torch.ops.apack.append.default(key, value, *self.append_state(), **turned_back)
+        text = self._state(self.positions(), self.turns(), self.cursor, [len(self.kinds) - 1])
+        torch.ops.apack.append.default(key, value, *text.to_append())
 
     def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """K and V `[B, H_kv, tokens, D]` of every token held, the new ones exact; `key` deinterleaved, K as the model has them."""
-        return torch.ops.apack.unpack.default(
-            key, value, *self.state(), tokens, *self.tier_state(), **self.unpack_turn_state()
-        )
+        return torch.ops.apack.unpack.default(key, value, *self.state().flatten(), tokens, *self.tier_state())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
         query = deinterleaved_keys(query.to(key.dtype), self.index.plan.turn)
-        arguments = query, key, value, mask, *self.state(), scale
+        state = self.state()
         if self.tiers is not None and self.index.is_draft and key.shape[2] > 1:
-            return self._attend_of_draft(*arguments)
+            return self._attend_of_draft(query, key, value, mask, state, scale)
+        arguments = query, key, value, mask, *state.flatten(), scale
         if self.tiers is not None:
             return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
-        return torch.ops.apack.attend.default(*arguments, **self.turn_state())
+        return torch.ops.apack.attend.default(*arguments)
 
-    def _attend_of_draft(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *state: Any) -> Tensor:
+    def _attend_of_draft(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, state: PackedState, scale: float
+    ) -> Tensor:
         """The same of several drafted tokens: the first one stays, and its attention alone counts for the importance."""
-        tokens, (*held, cursor, scale) = key.shape[2], state
+        tokens = key.shape[2]
         # heads may come as rows
         first = query.unflatten(2, (-1, tokens))[:, :, :, 0]
         seen = mask if mask is None or mask.shape[2] == 1 else mask.unflatten(2, (-1, tokens))[:, :, :, 0]
         before = [known.clone() for known in self.tiers.importance]
-        out = torch.ops.apack.attend_tiers.default(query, key, value, mask, *state, *self.tier_state())
+        given = query, key, value, mask, *state.flatten(), scale
+        out = torch.ops.apack.attend_tiers.default(*given, *self.tier_state())
         for known, old in zip(self.tiers.importance, before, strict=True):
             known.copy_(old)
-        earlier = cursor - torch.tensor([tokens - 1, 0, 0], device=cursor.device)
-        one = first, key[:, :, :1], value[:, :, :1], seen, *held, earlier, scale
+        earlier = replace(state, cursor=state.cursor - torch.tensor([tokens - 1, 0, 0], device=state.cursor.device))
+        one = first, key[:, :, :1], value[:, :, :1], seen, *earlier.flatten(), scale
         torch.ops.apack.attend_tiers.default(*one, *self.tier_state())
         return out
 
-    def state(self) -> tuple:
-        """The state arguments of `unpack` and `attend`: of the segments that a step reads."""
-        read = self.read_segments()
-        packed = (of_segments(x, read, each) for x, each in ((self.codes, 4), (self.bases, 6), (self.bands, 8)))
-        return self.dense, *packed, of_segments(self.positions(), read, 1, leading=1), self.cursor
+    def state(self) -> PackedState:
+        """What a step reads, for the operations: every tensor of a segment without slots would cost a call its time."""
+        pairs = list(zip(self.streams[::2], self.streams[1::2], strict=True))
+        last = len(pairs) - 1
+        read = [i for i, (key, _) in enumerate(pairs) if i == last or self.tiers is not None or key.codes.shape[2]]
+        return self._state(self.positions(), self.turns(), self.cursor, read)
 
-    def read_segments(self) -> list[int]:
-        """Packed segments that a step reads: every tensor of the others would cost a call its time."""
-        return filled_segments(self.codes) if self.tiers is None else list(range(len(self.codes) // 4))
+    def _state(
+        self, positions: list[Tensor], turns: list[Tensor], cursor: Tensor, segments: Sequence[int]
+    ) -> PackedState:
+        """The state of these packed segments, with first and tail; turns: empty for keys as they come."""
+        turn = self.index.plan.turn
+        packed = [
+            Segment(
+                self.kinds[i],
+                self.streams[2 * i],
+                self.streams[2 * i + 1],
+                positions[1 + i],
+                turns[i] if turns else None,
+            )
+            for i in segments
+        ]
+        block = turn.block if turns else 0
+        pairs = 0 if turn is None else turn.interleaved_pairs
+        return PackedState(tuple(packed), self.first, positions[0], self.tail, cursor, block, pairs)
 
     def positions(self) -> list[Tensor]:
         """Positions of the slots: int32 `[B, slots]` of first, vision, text."""
@@ -160,22 +180,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def tier_state(self) -> tuple:
         """The last arguments of `unpack` and `attend_tiers`; empty without tiers."""
-        return () if self.tiers is None else self.tiers.state(sum(self.bands[4:8]))
-
-    def turn_state(self, turns: list[Tensor] | None = None) -> dict[str, Any]:
-        """The arguments of `attend` that say how packed keys were turned back; empty where they were not."""
-        turns = turns or of_segments(self.turns(), self.read_segments(), 1)
-        return {"turns": turns, "block": self.index.plan.turn.block} if turns else {}
-
-    def unpack_turn_state(self, turns: list[Tensor] | None = None) -> dict[str, Any]:
-        """The same of `unpack`, which also gives keys back in the model's order of components."""
-        turn = self.index.plan.turn
-        pairs = {} if turn is None or not turn.interleaved else {"interleaved_pairs": turn.interleaved_pairs}
-        return {**self.turn_state(turns), **pairs}
-
-    def append_state(self) -> tuple:
-        """The state arguments of `append`."""
-        return self.dense[2:] + self.codes[-4:], self.bases[-6:], self.bands[-8:], self.cursor
+        return () if self.tiers is None else self.tiers.state(self.streams[1].bands.components)
 
     @torch.compiler.disable
     def _store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,23 +194,23 @@ class CompactedLayer(CacheLayerMixin):
         given, key = key, deinterleaved_keys(key, self.index.plan.turn)
         out, offset = ((given, value), 0) if fresh else self._exact(key, value)
         if self.index.plan.per_request:
-            self.earlier_bases = [] if fresh else self.bases
+            self.earlier_bases = [] if fresh else [stream.basis for stream in self.streams]
             self.lazy_initialization(key, value)
             parts, used = [states[:, :, :end] for states in out], [0] * len(self.index.plan.segments)
         else:
             parts = [self._tail_then(states, i, held, packed) for i, states in enumerate((key, value))]
-            used = self.index.kept or [*(codes.shape[2] for codes in self.codes[:-4:4]), packed - origin]
+            used = self.index.kept or [*(key.codes.shape[2] for key in self.streams[:-2:2]), packed - origin]
         self._lay_out(parts, used, end)
         self.earlier_bases = []
         return (out[0][:, :, offset:], out[1][:, :, offset:]) if offset else out
 
     def recompact(self) -> None:
         """Pack the tail: lay everything out anew with an empty chunk."""
-        batch, heads, _, key_dim = self.dense[0].shape
+        batch, heads, _, key_dim = self.first.key.shape
         none = torch.empty(batch, heads, 0, key_dim, dtype=self.dtype, device=self.device)
         known = None if self.tiers is None else self.tiers.vision_importance(int(self.cursor[HELD]))
         was_settled = self.tiers is not None and self.tiers.settled
-        self._store(none, none.new_empty(batch, heads, 0, self.dense[1].shape[3]))
+        self._store(none, none.new_empty(batch, heads, 0, self.first.value.shape[3]))
         if was_settled:
             self.tiers.observe(known)
             self.rank()
@@ -217,9 +222,9 @@ class CompactedLayer(CacheLayerMixin):
         length, offset = (self.index.length, 0) if self.index.length else self.get_mask_sizes(key.shape[2])
         tokens = max(offset + length, int(held[HELD]))
         positions = self.positions() if self.index.plan.layers_place_tokens else self.index.laid_out
-        state = (self.dense, self.codes, self.bases, self.bands, positions)
-        turns = self.unpack_turn_state(self.own_turns or self.index.laid_out_turns)
-        return torch.ops.apack.unpack.default(key, value, *state, held, tokens, **turns), offset
+        turns = self.own_turns or self.index.laid_out_turns
+        state = self._state(positions, turns, held, range(len(self.kinds)))
+        return torch.ops.apack.unpack.default(key, value, *state.flatten(), tokens), offset
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise ValueError for states that cannot be packed."""
@@ -249,20 +254,20 @@ class CompactedLayer(CacheLayerMixin):
         self.batch_size, self.num_heads = key_states.shape[:2]
         dense_dtype = self._dense_dtype(self.dtype)
         tail = self.index.plan.tail_slots
-        self.dense = [
-            states.new_zeros((*states.shape[:2], slots, states.shape[3]), dtype=dense_dtype)
+        given = key_states, value_states
+        self.first, self.tail = (
+            DenseSegment(*(x.new_zeros((*x.shape[:2], slots, x.shape[3]), dtype=dense_dtype) for x in given))
             for slots in (0, tail)
-            for states in (key_states, value_states)
-        ]
-        plans = self.index.plan.layers[self.layer_idx].streams
-        self.bands = [count for plan in plans for count in plan.bands.counts]
-        self.bases = [tensor for i in range(len(plans)) for tensor in self._initial_basis(i, self.dense[i % 2])]
-        self.codes = []
-        for i, plan in enumerate(plans):
-            x = to_groups((key_states, value_states)[i % 2][:, :, :0], self.index.plan.groups)
-            codes, _ = encode(x, StreamBasis(*self.bases[3 * i : 3 * i + 3]), plan.bands)
+        )
+        self.kinds = tuple(map(KIND_NAMES.index, self.index.plan.segments))
+        self.streams = []
+        for i, plan in enumerate(self.index.plan.layers[self.layer_idx].streams):
+            x = to_groups(given[i % 2][:, :, :0], self.index.plan.groups)
+            basis = self._initial_basis(i, given[i % 2])
+            codes, _ = encode(x, basis, plan.bands)
             codes = codes.to(dense_dtype) if plan.scope == "half" else codes
-            self.codes += [codes, x.new_empty((*x.shape[:3],) if plan.token_scale else 0, dtype=torch.float16)]
+            scale = x.new_empty((*x.shape[:3],) if plan.token_scale else 0, dtype=torch.float16)
+            self.streams.append(PackedStream(codes, scale, basis, plan.bands))
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.device)
         # Models look at these to see whether a layer is filled; who would read numbers gets an error.
         self.keys, self.values = (x[:, :, :0].to("meta") for x in (key_states, value_states))
@@ -309,17 +314,17 @@ class CompactedLayer(CacheLayerMixin):
             if bands.components > bands.counts[0]:
                 # a Gaussian's steps clip a sequence's outliers, which costs more than all else
                 spectrum = fit_steps(spectrum, sample, token_scale=False)
-            self.bases[3 * stream : 3 * stream + 3] = spectrum.basis(bands, torch.float16)
-            self.bands[4 * stream : 4 * stream + 4] = bands.counts
+            self.streams[stream] = replace(
+                self.streams[stream], basis=spectrum.basis(bands, torch.float16), bands=bands
+            )
         if plan.scope == "model":
             self._watch_fit(x, index >= 0, stream)
-        basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
-        codes, scale = encode(x, basis, bands, plan.token_scale)
-        return (codes.to(self.codes[2 * stream].dtype) if plan.scope == "half" else codes), scale
+        codes, scale = encode(x, self.streams[stream].basis, bands, plan.token_scale)
+        return (codes.to(self.streams[stream].codes.dtype) if plan.scope == "half" else codes), scale
 
     def _earlier_rows(self, stream: int) -> Tensor | None:
         """Rows of the stream's basis before this chunk; None where there was none."""
-        rows = self.earlier_bases[3 * stream + 1] if self.earlier_bases else None
+        rows = self.earlier_bases[stream].decoder if self.earlier_bases else None
         return rows if rows is not None and bool(rows.any()) else None
 
     def _watch_fit(self, x: Tensor, real: Tensor, stream: int) -> None:
@@ -327,22 +332,22 @@ class CompactedLayer(CacheLayerMixin):
         plan = self.index.plan.layers[self.layer_idx].streams[stream]
         if plan.bands.components == 0 or int(real.sum()) < MIN_WATCHED:
             return
-        basis = StreamBasis(*self.bases[3 * stream : 3 * stream + 3])
+        basis = self.streams[stream].basis
         fitted = Fit(lost_share(x, real, basis, plan.bands, plan.token_scale), plan.expected_error)
-        if fitted.is_bad and self.codes[2 * stream].shape[2] == 0:
+        if fitted.is_bad and self.streams[stream].codes.shape[2] == 0:
             again = refit(x, real, plan.bands, basis)
             after = Fit(lost_share(x, real, again, plan.bands, plan.token_scale), plan.expected_error)
             if after.found < fitted.found:
-                self.bases[3 * stream : 3 * stream + 3] = again
+                self.streams[stream] = replace(self.streams[stream], basis=again)
                 self.refitted[stream] = fitted
                 fitted = after
         self.fits[stream] = fitted
 
     def _tail_then(self, states: Tensor, stream: int, held: int, packed: int) -> Tensor:
         """The tail's tokens, in order, then the chunk's."""
-        slots = self.dense[2 + stream].shape[2]
-        ring = torch.arange(packed, held, device=states.device) % max(slots, 1)
-        return torch.cat([self.dense[2 + stream][:, :, ring].to(states.dtype), states], dim=2)
+        tail = (self.tail.key, self.tail.value)[stream]
+        ring = torch.arange(packed, held, device=states.device) % max(self.tail.slots, 1)
+        return torch.cat([tail[:, :, ring].to(states.dtype), states], dim=2)
 
     def _lay_out(self, parts: list[Tensor], used: list[Kept], end: int) -> None:
         """Put the tokens of `parts` (K, V) where the shared assignment says, behind the `used` slots of each segment."""
@@ -354,25 +359,24 @@ class CompactedLayer(CacheLayerMixin):
         if tiers is not None and self.index.plan.per_request:
             alive = tiers.alive(end)
             where = [torch.where(alive.gather(1, i.clamp_min(0)), i, -1) for i in where]
-        for i, states in enumerate(parts):
-            first = gather_tokens(states, assignment.first).to(self.dense[i].dtype)
-            self.dense[i] = torch.cat([self.dense[i], first], dim=2)
+        first = [gather_tokens(states, assignment.first).to(self.first.key.dtype) for states in parts]
+        self.first = DenseSegment(*map(torch.cat, zip((self.first.key, self.first.value), first, strict=True), (2, 2)))
         for i in range(2 * len(where)):
             segment = i // 2
             codes, scale = self._pack(parts[i % 2], i, where[segment], count_of(used[segment]))
-            if self.index.plan.per_request:
-                self.codes[2 * i] = codes
-                continue
-            self.codes[2 * i] = torch.cat([kept_slots(self.codes[2 * i], used[segment], 2), codes], dim=2)
-            if scale.dim() > 1:
-                self.codes[2 * i + 1] = torch.cat([kept_slots(self.codes[2 * i + 1], used[segment], 2), scale], dim=2)
+            stream = self.streams[i]
+            if not self.index.plan.per_request:
+                codes = torch.cat([kept_slots(stream.codes, used[segment], 2), codes], dim=2)
+                scale = (
+                    torch.cat([kept_slots(stream.scale, used[segment], 2), scale], dim=2) if scale.dim() > 1 else scale
+                )
+            self.streams[i] = replace(stream, codes=codes, scale=scale if scale.dim() > 1 else stream.scale)
         start = end - assignment.tail
-        for i, states in enumerate(parts):
-            tail = self.dense[2 + i]
-            ring = torch.arange(start, end, device=tail.device) % max(tail.shape[2], 1)
-            newest = states[:, :, states.shape[2] - assignment.tail :].to(tail.dtype)
-            self.dense[2 + i] = tail.index_copy(2, ring, newest)
-        self.cursor = torch.tensor([end, start, start - self.codes[-4].shape[2]], device=self.device)
+        ring = torch.arange(start, end, device=self.device) % max(self.tail.slots, 1)
+        newest = [x[:, :, x.shape[2] - assignment.tail :].to(self.tail.key.dtype) for x in parts]
+        key, value = self.tail.key, self.tail.value
+        self.tail = DenseSegment(key.index_copy(2, ring, newest[0]), value.index_copy(2, ring, newest[1]))
+        self.cursor = torch.tensor([end, start, start - self.text_slots], device=self.device)
         if tiers is not None:
             if self.index.plan.per_request:
                 tiers.lay_out(self.index.positions, dict(zip((VISION, TEXT), where, strict=True)), end)
@@ -416,23 +420,33 @@ class CompactedLayer(CacheLayerMixin):
     def grow(self, slots: int) -> None:
         """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""
         if not self.index.plan.per_request:
-            start = self.codes[-4].shape[2] + int(self.cursor[ORIGIN])
+            start = self.text_slots + int(self.cursor[ORIGIN])
             if self.tiers is not None:
                 self.tiers.grow(start, slots)
             if self.own_positions:
                 self.own_positions[-1] = extended(self.own_positions[-1], start, slots)
                 self._follow_positions()
-            for i in range(-4, 0):
-                if self.codes[i].dim() > 1:
-                    shape = (*self.codes[i].shape[:2], slots, *self.codes[i].shape[3:])
-                    self.codes[i] = torch.cat([self.codes[i], self.codes[i].new_zeros(shape)], dim=2)
+            self.streams[-2:] = [stream.with_tokens(lambda x: with_slots(x, slots)) for stream in self.streams[-2:]]
         self.mark_static()
+
+    def packed_tensors(self) -> list[Tensor]:
+        """Codes and token scales."""
+        return tensors_of(self.streams)
+
+    def dense_tensors(self) -> list[Tensor]:
+        """First and newest tokens."""
+        return [self.first.key, self.first.value, self.tail.key, self.tail.value]
+
+    def basis_tensors(self) -> list[Tensor]:
+        """Bases, shared ones too."""
+        return [x for stream in self.streams for x in stream.basis]
 
     def mark_static(self) -> None:
         """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
         own = self.tiers.tensors() if self.tiers is not None else ()
         placed = (*self.own_positions, *self.own_turns)
-        for tensor in (*self.dense, *self.codes, *self.bases, self.cursor, *placed, *own):
+        dense, packed, bases = self.dense_tensors(), self.packed_tensors(), self.basis_tensors()
+        for tensor in (*dense, *packed, *bases, self.cursor, *placed, *own):
             torch._dynamo.mark_static_address(tensor, guard=False)
         for tensor in placed:
             if tensor.shape[1] > 1:
@@ -440,20 +454,20 @@ class CompactedLayer(CacheLayerMixin):
         for tensor in own:
             if tensor.dim() > 1 and tensor.shape[1] > 2:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        for tensor in (*self.dense[:2], *self.codes):
+        for tensor in (self.first.key, self.first.value, *packed):
             if tensor.dim() > 1 and tensor.shape[2] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
     def keep_text(self, kept: Tensor) -> None:
         """Leave only the text slots `kept` `[N]`, in this order; the newest packed token is in the last one."""
-        self.codes[-4:] = [codes.index_select(2, kept) if codes.dim() > 1 else codes for codes in self.codes[-4:]]
+        self.streams[-2:] = [stream.with_tokens(lambda x: x.index_select(2, kept)) for stream in self.streams[-2:]]
         self.cursor[ORIGIN] = self.cursor[PACKED] - len(kept)
 
     def free_slots(self) -> int:
         """Tokens that can be appended before the layer must grow or be packed anew."""
         held, packed, origin = self.cursor.tolist()
-        room = self.dense[2].shape[2] - (held - packed)
-        return room if self.index.plan.per_request else room + self.codes[-4].shape[2] - (packed - origin)
+        room = self.tail.slots - (held - packed)
+        return room if self.index.plan.per_request else room + self.text_slots - (packed - origin)
 
     def get_seq_length(self) -> Tensor | int:
         """Tokens held: 0, or a 0-d tensor (a Python int would recompile at every step) that updates do not change."""
@@ -477,7 +491,8 @@ class CompactedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget every token."""
-        self.dense, self.codes, self.bases, self.bands, self.cursor, self.tiers = [], [], [], [], None, None
+        self.first = self.tail = self.cursor = self.tiers = None
+        self.streams = []
         self.own_positions, self.own_turns = [], []
         self.fits, self.refitted = {}, {}
         self.is_initialized = False
@@ -490,11 +505,18 @@ class CompactedLayer(CacheLayerMixin):
         if self.tiers is not None:
             self.tiers.crop(int(held))
 
-    def batched(self) -> list[list[Tensor]]:
-        """The lists whose tensors have a row per sequence."""
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch to every tensor that has a row per sequence."""
+        for stream in range(len(self.streams) if self._own_bases() else 0):
+            held = self.streams[stream]
+            basis = StreamBasis(*(change(x) if x.dim() > 1 else x for x in held.basis))
+            self.streams[stream] = replace(held, basis=basis)
+        self.streams = [stream.with_tokens(change) for stream in self.streams]
+        self.first, self.tail = (DenseSegment(change(x.key), change(x.value)) for x in (self.first, self.tail))
         own = [] if self.tiers is None else self.tiers.batched()
-        placed = [self.own_positions, self.own_turns]
-        return [self.dense, self.codes, *placed, *own, *([self.bases] if self._own_bases() else [])]
+        for tensors in (self.own_positions, self.own_turns, *own):
+            tensors[:] = map(change, tensors)
+        self.batch_size = self.first.key.shape[0]
 
     def _own_bases(self) -> bool:
         """Whether each row has bases of its own."""
@@ -513,7 +535,7 @@ class CompactedLayer(CacheLayerMixin):
         """
         tiers = self.tiers
         tiers.observe(attention)
-        self.codes[:4] = tiers.evict_vision(self.codes[:4])
+        self.streams[:2] = tiers.evict_vision(self.streams[:2])
         floor = self.prune_text(settled)
         self.rank()
         tiers.settled = True
@@ -531,7 +553,7 @@ class CompactedLayer(CacheLayerMixin):
     @torch.no_grad()
     def rank(self) -> None:
         """Put the vision tokens in the order of their importance, in place."""
-        self.tiers.rank(self.codes[:4])
+        self.tiers.rank(tensors_of(self.streams[:2]))
 
     @torch.no_grad()
     def prune_text(self, settled: int) -> int:
@@ -540,10 +562,20 @@ class CompactedLayer(CacheLayerMixin):
             return 0
         _, packed, origin = self.cursor.tolist()
         end = min(packed, settled)
-        kept, croppable = self.tiers.prune_text(self.codes[4:], end - origin, end)
+        kept, croppable = self.tiers.prune_text(tensors_of(self.streams[2:]), end - origin, end)
         if not self.tiers.settled:
-            slots = kept + self.codes[4].shape[2] - (end - origin)
-            self.codes[4:] = [c[:, :, :slots].clone() if c.dim() > 1 else c for c in self.codes[4:]]
+            slots = kept + self.text_slots - (end - origin)
+            self.streams[2:] = [stream.with_tokens(lambda x: x[:, :, :slots].clone()) for stream in self.streams[2:]]
             self.tiers.keep_text_slots(slots)
         self.cursor[ORIGIN] = end - kept
         return end - croppable
+
+
+def tensors_of(streams: Sequence[PackedStream]) -> list[Tensor]:
+    """Codes and token scales of some streams."""
+    return [x for stream in streams for x in (stream.codes, stream.scale)]
+
+
+def with_slots(x: Tensor, slots: int) -> Tensor:
+    """Codes or token scales with so many more slots, of zeros."""
+    return torch.cat([x, x.new_zeros((*x.shape[:2], slots, *x.shape[3:]))], dim=2)

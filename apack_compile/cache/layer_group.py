@@ -76,7 +76,7 @@ class LayerGroup:
                 vision, padding = torch.cat([none, vision], 1), torch.cat([none, padding], 1)
             index.chunk = Chunk(vision, padding, packed)
             # a row whose first chunk was short, or mostly padding, still lacks first tokens
-            found = (first.state()[4][0] >= 0).sum(1, keepdim=True) if held else 0
+            found = (first.positions()[0] >= 0).sum(1, keepdim=True) if held else 0
             if self.window is not None and held >= self.window:
                 found = plan.first_tokens
             index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots, drafted, self.window)

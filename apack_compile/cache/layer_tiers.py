@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.cache.token_index import extended
-from apack_compile.kernels.layout import TEXT, VISION
+from apack_compile.kernels.state import TEXT, VISION, PackedStream
 from apack_compile.plan.tiers import ROUNDING, TierPlan, at_positions, by_importance, kept_text, share_of, to_positions
 
 
@@ -134,17 +134,17 @@ class LayerTiers:
         if self.importance[1].numel():
             self.importance[1].masked_fill_(self.positions[TEXT] >= held, 0.0)
 
-    def evict_vision(self, codes: list[Tensor]) -> list[Tensor]:
-        """Codes and scales of the vision tokens that stay; positions and importance follow."""
+    def evict_vision(self, streams: list[PackedStream]) -> list[PackedStream]:
+        """Streams of the vision tokens that stay; positions and importance follow."""
         if self.plan.kept >= 1 or self.positions[VISION].shape[1] == 0:
-            return codes
+            return streams
         self.has_evicted = True
         kept = share_of(self.seen[:, 0], self.plan.kept)
         order = by_importance(self.importance[0], self.positions[VISION] >= 0)[:, : int(kept.max())]
         inside = torch.arange(order.shape[1], device=order.device) < kept[:, None]
         self.positions[VISION] = self.positions[VISION].gather(1, order).masked_fill(~inside, -1)
         self.importance[0] = self.importance[0].gather(1, order)
-        return [select_slots(c, order) for c in codes]
+        return [stream.with_tokens(lambda x: select_slots(x, order)) for stream in streams]
 
     def rank(self, codes: list[Tensor]) -> None:
         """Put the vision slots in the order of their importance, in place; the most important are read."""

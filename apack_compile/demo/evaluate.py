@@ -240,9 +240,9 @@ def kl_by_layer(
 
 def _decoded(layer: CompactedLayer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[1, H_kv, tokens, D]` as a later step reads them from a packed layer."""
-    key, value = (states[:, :, :0] for states in layer.dense[:2])
+    key, value = (states[:, :, :0] for states in (layer.first.key, layer.first.value))
     key, value = key.to(layer.dtype), value.to(layer.dtype)
-    return torch.ops.apack.unpack.default(key, value, *layer.state(), tokens, **layer.unpack_turn_state())
+    return torch.ops.apack.unpack.default(key, value, *layer.state().flatten(), tokens)
 
 
 def _question_logprobs(model: Any, prompt: Prompt, states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

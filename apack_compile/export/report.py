@@ -12,7 +12,9 @@ from apack_compile.checks import counted
 from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
 from apack_compile.kernels.ops import implementations
+from apack_compile.kernels.state import check_version
 from apack_compile.passes.buffer_pairs import BufferPair
+from apack_compile.passes.nodes import bind, default_overload, op_name
 
 NOT_PACKED = "optimize has not packed it"
 
@@ -77,11 +79,14 @@ class ProgramReport:
 
 
 def program_report(program: ExportedProgram | fx.GraphModule) -> ProgramReport:
-    """The report of a program, packed or not."""
+    """The report of a program, packed or not; raises ValueError for one whose packed state this version does not read."""
     gm = program.module(check_guards=False) if isinstance(program, ExportedProgram) else program
     # the same tensors, another graph
     gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     drop_checks(gm.graph)
+    for node in gm.graph.nodes:
+        if op_name(node) == "apack::append_at":
+            check_version(bind(node, default_overload(node))["layout"])
     buffers = {name: buffer for name, buffer in gm.named_buffers() if name.startswith(f"{ROOT}.")}
     by_owner: dict[str, dict[str, Tensor]] = {}
     for name, buffer in buffers.items():

@@ -9,24 +9,21 @@ import torch
 from torch import Tensor, fx
 
 from apack_compile.export.state import (
-    BASES,
-    CODES,
-    CURSOR,
-    FIRST,
     POSITIONS,
     ROOT,
-    TAIL,
     TURNS,
     CachePlan,
+    buffer_name,
     empty_cache,
     slot_positions,
     slots_key,
 )
+from apack_compile.kernels.state import TEXT, Layout, PackedState
 from apack_compile.passes.buffer_pairs import BufferPair, BufferStream
 from apack_compile.passes.dead_code import erase_dead
 from apack_compile.passes.fuse_attend import FuseAttend
 from apack_compile.passes.nodes import op_name, same_sizes, value_of
-from apack_compile.passes.packed_state import StateNodes, put_unpack, why_not_fused
+from apack_compile.passes.packed_state import put_unpack, state_nodes, why_not_fused
 from apack_compile.passes.sites import AttentionSite, find_sites
 
 
@@ -91,12 +88,10 @@ class Buffers:
         self.gm = gm
         self.values: dict[str, Tensor] = {}
 
-    def read(self, where: str, names: Sequence[str]) -> list[fx.Node]:
-        """Nodes of the buffers `where.name`, at the graph's insertion point."""
-        return [self._read(self.gm.get_submodule(where), f"{where}.{name}", name) for name in names]
-
-    def _read(self, held: Any, path: str, name: str) -> fx.Node:
-        graph, empty = self.gm.graph, held.empty.get(name)
+    def read(self, where: str, name: str) -> fx.Node:
+        """The node of the buffer `where.name`, at the graph's insertion point."""
+        held: Any = self.gm.get_submodule(where)
+        path, graph, empty = f"{where}.{name}", self.gm.graph, held.empty.get(name)
         if empty is None:
             node = graph.get_attr(path)
             self.values.setdefault(path, torch.empty_like(held.get_buffer(name), device="meta"))
@@ -108,14 +103,22 @@ class Buffers:
         return node
 
 
-def _state(buffers: Buffers, plan: CachePlan, own: str, shared: str) -> StateNodes:
-    """Nodes of a cache's packed state, at the graph's insertion point."""
-    first, tail, codes, bases = (buffers.read(own, names) for names in (FIRST, TAIL, CODES, BASES))
-    (cursor,), positions = buffers.read(own, [CURSOR]), buffers.read(shared, POSITIONS)
-    state = [*first, *tail], codes, bases, plan.bands, positions, cursor
-    if plan.turn is None:
-        return StateNodes(*state, [])
-    return StateNodes(*state, buffers.read(shared, TURNS), plan.turn.block, plan.turn.interleaved_pairs)
+def _state(buffers: Buffers, plan: CachePlan, own: str, shared: str) -> PackedState:
+    """The packed state of a cache as nodes, at the graph's insertion point."""
+    turn = plan.turn
+    shared_names = (*POSITIONS, *TURNS)
+    layout = Layout(
+        (TEXT,),
+        ((plan.streams[0].bands, plan.streams[1].bands),),
+        0 if turn is None else turn.block,
+        0 if turn is None else turn.interleaved_pairs,
+    )
+
+    def read(name: str) -> fx.Node:
+        name = buffer_name(name)
+        return buffers.read(shared if name in shared_names else own, name)
+
+    return state_nodes(layout, read)
 
 
 def _heads_inside(node: fx.Node) -> bool:

@@ -23,6 +23,13 @@ POSITIONS = ("first_positions", "text_positions")
 TURNS = ("text_turns",)
 
 
+def buffer_name(tensor: str) -> str:
+    """The buffer that holds a tensor of the state (kernels/state.py, `Layout.tensor_names`)."""
+    if tensor == "text_rotations":
+        return TURNS[0]
+    return tensor.removeprefix("text_") if tensor.startswith(("text_key", "text_value")) else tensor
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """How one cache is packed: its key and value streams with their bases, newest and first tokens kept dense, head groups, turn."""
@@ -33,11 +40,6 @@ class CachePlan:
     first_tokens: int
     groups: int = 1
     turn: KeyTurn | None = None
-
-    @property
-    def bands(self) -> list[int]:
-        """Components in 16, 8, 4 and 2 bits of key and value."""
-        return [count for stream in self.streams for count in stream.bands.counts]
 
     @property
     def keeps_tokens(self) -> bool:

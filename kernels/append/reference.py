@@ -1,10 +1,13 @@
 """Specification of `apack::append` in plain torch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from apack_compile.kernels.encode import encode
-from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, PackedStream, packed_streams, to_groups
+from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, to_groups
+from apack_compile.kernels.state import AppendState, PackedStream
 from apack_compile.kernels.turns import turned, turns_of_slots
 
 
@@ -13,37 +16,35 @@ def append(
     value: Tensor,
     stores: list[Tensor],
     bases: list[Tensor],
-    bands: list[int],
-    cursor: Tensor,
-    text_turns: Tensor | None = None,
-    block: int = 0,
+    layout: Sequence[int] = (),
 ) -> None:
-    """Append `[B, H_kv, n, D]` tokens in place; see docs/architecture.md for the layout.
+    """Append `[B, H_kv, n, D]` tokens in place; docs/format.md has the lists.
 
     Tokens enter the tail, a ring. Those it pushes out, oldest first, are encoded into the text slots, keys turned back by
-    `text_turns` `[B, blocks, 2, P]` of their block of slots. Raises IndexError when there is no slot left for one of them.
+    the rotation of their block of slots. Raises IndexError when there is no slot left for one of them.
     """
+    state = AppendState.parse(stores, bases, layout)
+    cursor, tails, packed = state.cursor, (state.tail.key, state.tail.value), (state.key, state.value)
     new_tokens = key.shape[2]
-    tails, packed = stores[:2], packed_streams(stores[2:], bases, bands)
-    slots = tails[0].shape[2]
+    slots = state.tail.slots
     held, start = cursor[HELD].clone(), cursor[PACKED].clone()
     new_start = torch.maximum(start, held + new_tokens - slots)
     any_pushed = new_start > start
     # A fixed number of writes whatever is pushed out: the spare ones repeat the last token, or rewrite what is there.
     pushed = torch.minimum(start + torch.arange(new_tokens, device=key.device), new_start - 1)
     text_slot = pushed - cursor[ORIGIN]
-    capacity = packed[0].codes.shape[2] if packed else 0
+    capacity = state.key.codes.shape[2]
     if key.device.type == "cpu" and bool(any_pushed & (text_slot[-1:] >= capacity).any()):
         raise IndexError(
             f"append: {new_tokens} new tokens, but the cache has no free slot left; call cache.reserve first"
         )
     for i, (states, tail) in enumerate(zip((key, value), tails, strict=True)):
-        if packed and capacity and new_tokens:
+        if capacity and new_tokens:
             leaving = _leaving(states, tail, pushed, held)
-            if i == 0 and text_turns is not None:
+            if i == 0 and state.rotations is not None:
                 target = text_slot.clamp(0, capacity - 1)
                 exact = leaving.to(torch.promote_types(leaving.dtype, torch.float32))
-                leaving = turned(exact, turns_of_slots(text_turns, block, target)[:, None], back=True)
+                leaving = turned(exact, turns_of_slots(state.rotations, state.block, target)[:, None], back=True)
             _push_out(leaving, packed[i], any_pushed, text_slot)
     kept = min(new_tokens, slots)
     if kept:

@@ -4,6 +4,7 @@ The first projects the tokens that the tail pushes out, and notes the cursor; th
 tail, and moves the cursor. So no program reads what another one of its launch writes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from apack_compile.kernels.append import reference
 from apack_compile.kernels.attend.triton_latent import folded_rows
 from apack_compile.kernels.encode.triton import block_of, quantize_token, token_scale
 from apack_compile.kernels.format import Bands
-from apack_compile.kernels.layout import PackedStream, packed_streams
+from apack_compile.kernels.state import AppendState, PackedStream
 from apack_compile.kernels.triton_bands import first_component, key_layout
 from apack_compile.kernels.triton_turns import pairs_of, partner_of, turned_back
 
@@ -344,24 +345,21 @@ def append(
     value: Tensor,
     stores: list[Tensor],
     bases: list[Tensor],
-    bands: list[int],
-    cursor: Tensor,
-    text_turns: Tensor | None = None,
-    block: int = 0,
+    layout: Sequence[int] = (),
 ) -> None:
     """As `reference.append`, which also serves float64 here; a token without a free slot is not written, where the CPU raises."""
     if key.dtype not in DTYPES:
-        return reference.append(key, value, stores, bases, bands, cursor, text_turns, block)
-    packed = packed_streams(stores[2:], bases, bands)
+        return reference.append(key, value, stores, bases, layout)
+    state = AppendState.parse(stores, bases, layout)
+    cursor, packed, rotations = state.cursor, (state.key, state.value), state.rotations
     batch, heads, new_tokens, _ = key.shape
     if new_tokens == 0:
         return None
-    slots = stores[0].shape[2]
-    groups = packed[0].groups if packed else heads
-    capacity = packed[0].codes.shape[2] if packed else 0
+    slots, groups, capacity = state.tail.slots, state.key.groups, state.key.codes.shape[2]
     coded = list(packed) if capacity else [None, None]
     streams = [_stream(stream, new_tokens) for stream in coded]
-    tensors = [x for i in range(2) for x in (_dense(stores[i]), _dense((key, value)[i]), streams[i])]
+    sides = zip((state.tail.key, state.tail.value), (key, value), streams, strict=True)
+    tensors = [x for tail, new, stream in sides for x in (_dense(tail), _dense(new), stream)]
     counts = [(0, 0, 0, 0) if stream is None else stream.bands.counts for stream in coded]
     kept = [stream is not None and stream.as_is for stream in coded]
     fold = all(stream is None or stream.as_is or stream.basis.mean.shape[0] == 1 for stream in coded)
@@ -374,8 +372,8 @@ def append(
     with torch.cuda.device_of(key):
         project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](
             *tensors,
-            None if text_turns is None else text_turns.contiguous(),
-            0 if text_turns is None else text_turns.shape[1],
+            None if rotations is None else rotations.contiguous(),
+            0 if rotations is None else rotations.shape[1],
             cursor,
             before,
             batch,
@@ -385,8 +383,8 @@ def append(
             blocks[0],
             **shapes,
             FOLD=fold,
-            PAIRS=pairs_of(text_turns),
-            ANCHOR_SLOTS=block,
+            PAIRS=pairs_of(rotations),
+            ANCHOR_SLOTS=state.block,
             PRECISION="ieee" if key.dtype == torch.float32 else "tf32x3",
             ROW_TILE=row_tile,
             COLUMNS=COLUMNS,

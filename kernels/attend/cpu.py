@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.addresses import addresses_of, with_rows
 from apack_compile.kernels.attend.reference import attend as reference
-from apack_compile.kernels.layout import check_segments
-from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET, turns_of_segments
-from apack_compile.kernels.state import packed_state, with_rows
+from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET
+from apack_compile.kernels.state import PackedState, check_tiers
 from apack_compile.kernels.structs import ATTEND
 
 # a head's row must fit into a tile, kernels/csrc/attend.h
@@ -20,20 +20,14 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dense: list[Tensor],
-    codes: list[Tensor],
-    bases: list[Tensor],
-    bands: list[int],
-    positions: list[Tensor],
-    cursor: Tensor,
-    scale: float | None,
+    state: list[Tensor] | None = None,
+    layout: Sequence[int] = (),
+    scale: float | None = None,
     vision_importance: Tensor | None = None,
     text_importance: Tensor | None = None,
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
-    turns: list[Tensor] | None = None,
-    block: int = 0,
 ) -> Tensor:
     """As the reference, in float32 inside; queries in float64, heads wider than 2,048 and relative keys
     that are kept as they are get the reference.
@@ -43,13 +37,13 @@ def attend(
     batch, heads, new_tokens, head_dim = key.shape
     _, query_heads, rows, _ = query.shape
     value_dim = value.shape[3]
-    turned_as_is = bool(turns) and any(x.dtype != torch.uint8 for x in codes[::4])
-    if query.dtype == torch.float64 or head_dim > MAX_HEAD_DIM or value_dim > MAX_HEAD_DIM or turned_as_is:
+    at = None
+    if query.dtype != torch.float64 and head_dim <= MAX_HEAD_DIM and value_dim <= MAX_HEAD_DIM:
+        at = addresses_of(state, layout)
+    if at is None or at.rotates_as_is:
         return reference(
-            query, key, value, mask, dense, codes, bases, bands, positions, cursor, scale,
-            vision_importance, text_importance, tiers, partial, ema, turns, block,
-        )  # fmt: skip
-    state, _copies = packed_state(dense, codes, bases, bands, positions, cursor)
+            query, key, value, mask, state, layout, scale, vision_importance, text_importance, tiers, partial, ema
+        )
     kinds = query.dtype, key.dtype, value.dtype
     strides = query.stride(), key.stride(), value.stride()
     if not (
@@ -70,19 +64,18 @@ def attend(
         masked = (mask.data_ptr(), is_bool, *steps, mask.shape[3])
     importance: tuple[float, ...] = (0, 0.0, 0.0, 0, 0.0, 0.0)
     if tiers is not None:
-        check_segments(codes, bases, bands, positions, tiers=tiers)
+        check_tiers(PackedState.parse(state, layout))
         tiers = tiers.contiguous()
         importance = (written(vision_importance), *ema[:2], written(text_importance), *ema[2:])
-    copies: list[Tensor] = []
     arguments = ATTEND.pack(
         torch.get_num_threads(), batch, heads, query_heads, rows, new_tokens, head_dim, value_dim,
         query.data_ptr(), DTYPES[kinds[0]], *strides[0][:3],
         head_dim**-0.5 if scale is None else scale,
-        out.data_ptr(), cursor.data_ptr(), *masked, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
+        out.data_ptr(), at.cursor, *masked, 0 if tiers is None else tiers.data_ptr(), partial, *importance,
         key.data_ptr(), value.data_ptr(), DTYPES[kinds[1]], *strides[1][:3], DTYPES[kinds[2]], *strides[2][:3],
-        *turns_of_segments(turns, len(positions) - 1, block, copies),
+        *at.rotations,
     )  # fmt: skip
-    if COMPILED.apack_attend(arguments, state, INSTRUCTION_SET):
+    if COMPILED.apack_attend(arguments, at.state, INSTRUCTION_SET):
         raise MemoryError("attend: no memory for its scratch space")
     return out
 

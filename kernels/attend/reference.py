@@ -11,17 +11,8 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.format import centered_levels
-from apack_compile.kernels.layout import (
-    HELD,
-    TEXT,
-    VISION,
-    PackedStream,
-    check_segments,
-    packed_streams,
-    stored_before,
-    tail_positions,
-    to_heads,
-)
+from apack_compile.kernels.layout import HELD, stored_before, tail_positions, to_heads
+from apack_compile.kernels.state import TEXT, VISION, PackedState, PackedStream, Segment, check_tiers
 from apack_compile.kernels.turns import turned
 
 
@@ -30,50 +21,43 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dense: list[Tensor],
-    codes: list[Tensor],
-    bases: list[Tensor],
-    bands: list[int],
-    positions: list[Tensor],
-    cursor: Tensor,
-    scale: float | None,
+    state: list[Tensor] | None = None,
+    layout: Sequence[int] = (),
+    scale: float | None = None,
     vision_importance: Tensor | None = None,
     text_importance: Tensor | None = None,
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
-    turns: list[Tensor] | None = None,
-    block: int = 0,
 ) -> Tensor:
     """Attention `[B, H_q, rows, D_v]` of `query` `[B, H_q, rows, D]` over stored and new tokens; a row that may attend nothing is 0.
 
     tiers: int32 `[B, 2]`, how many leading vision slots are read with all value components (the others with the leading
     `partial`), and how many are read at all. importance: float32 `[B, slots]`, updated with the mean over heads
     of the newest query's attention a: `keep * importance + add * a` at the slots that were read; ema: vision's keep and add, text's.
-    turns: of each packed segment float32 `[B, blocks, 2, P]`, by which the stored keys of each `block` of slots were turned back; none
-    for keys stored as they came. Raises ValueError for lists that are not those of one to three packed segments.
+    Raises ValueError for lists that are no state (kernels/state.py).
     """
-    check_segments(codes, bases, bands, positions, turns or (), tiers)
+    held = PackedState.parse(state, layout)
+    if tiers is not None:
+        check_tiers(held)
+    cursor = held.cursor
     batch, heads, new_tokens, head_dim = key.shape
     rows = query.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    packed = packed_streams(codes, bases, bands)
     # [B, H_kv, (heads per KV head) * rows, D]: the query heads of a KV head are rows of it
     q = query.to(dtype).reshape(batch, heads, -1, head_dim) * (head_dim**-0.5 if scale is None else scale)
 
-    scores = [q @ dense[0].to(dtype).mT]
-    levels = [None if s.as_is else centered_levels(s.codes, s.bands, dtype) for s in packed]
-    for stream, level, by in zip(packed[::2], levels[::2], turns or (None,) * (len(packed) // 2), strict=True):
-        if by is None:
-            scores.append(_packed_scores(q, stream, level))
-        else:
-            scores.append(_relative_scores(q, stream, level, by, block))
-    scores += [q @ dense[2].to(dtype).mT, q @ key.to(dtype).mT]
+    scores = [q @ held.first.key.to(dtype).mT]
+    scores += [_segment_scores(q, segment, held.block) for segment in held.segments]
+    scores += [q @ held.tail.key.to(dtype).mT, q @ key.to(dtype).mT]
 
-    where = [(p, stored_before(p, cursor, new_tokens)) for p in positions]
+    where = [
+        (p, stored_before(p, cursor, new_tokens)) for p in (held.first_positions, *(s.positions for s in held.segments))
+    ]
     if tiers is not None:
-        where[VISION] = (positions[VISION], where[VISION][1] & _leading(positions[VISION], tiers[:, 1]))
-    ring = tail_positions(dense[2].shape[2], cursor).expand(batch, -1)
+        seen, occupied = where[1]
+        where[1] = (seen, occupied & _leading(seen, tiers[:, 1]))
+    ring = tail_positions(held.tail.slots, cursor).expand(batch, -1)
     where.append((ring, ring < cursor[HELD] - new_tokens))
     newest = (cursor[HELD] - new_tokens + torch.arange(new_tokens, device=key.device)).expand(batch, -1)
     where.append((newest, torch.ones_like(newest, dtype=torch.bool)))
@@ -84,21 +68,24 @@ def attend(
     score = _masked(score, mask, position, occupied, new_tokens, cursor)
     weights = _softmax(score).reshape(batch, heads, -1, score.shape[-1])
     parts = weights.split([s.shape[-1] for s in scores], dim=-1)
-    for segment, known in ((VISION, vision_importance), (TEXT, text_importance)):
+    rules = {VISION: (vision_importance, (ema or ())[:2]), TEXT: (text_importance, (ema or ())[2:])}
+    for segment, part, (_, is_read) in zip(held.segments, parts[1:-2], where[1:-2], strict=True):
+        known, weights_of = rules.get(segment.kind, (None, ()))
         if known is None or known.numel() == 0:
             continue
         # Heads may come as rows (grouped query), so the newest token is every `new_tokens`-th row.
-        newest_row = parts[segment].unflatten(2, (-1, new_tokens))[:, :, :, -1].flatten(1, 2).mean(1)
-        keep, add = ema[2 * segment - 2 : 2 * segment]
-        known.copy_(torch.where(where[segment][1], keep * known + add * newest_row.to(known.dtype), known))
+        newest_row = part.unflatten(2, (-1, new_tokens))[:, :, :, -1].flatten(1, 2).mean(1)
+        keep, add = weights_of
+        known.copy_(torch.where(is_read, keep * known + add * newest_row.to(known.dtype), known))
 
-    out = parts[0] @ _occupied_only(dense[1].to(dtype), where[0][1])
-    for segment, (part, stream, level) in enumerate(zip(parts[1:-2], packed[1::2], levels[1::2], strict=True), VISION):
-        if tiers is not None and segment == VISION and level is not None and partial < level.shape[-1]:
-            full = _leading(positions[VISION], tiers[:, 0])[:, None, :, None]
+    out = parts[0] @ _occupied_only(held.first.value.to(dtype), where[0][1])
+    for segment, part in zip(held.segments, parts[1:-2], strict=True):
+        level = _levels(segment.value, dtype)
+        if tiers is not None and segment.kind == VISION and level is not None and partial < level.shape[-1]:
+            full = _leading(segment.positions, tiers[:, 0])[:, None, :, None]
             level[..., partial:] = level[..., partial:].masked_fill(~full, 0.0)
-        out = out + _packed_output(part, stream, level)
-    out = out + parts[-2] @ _occupied_only(dense[3].to(dtype), where[-2][1]) + parts[-1] @ value.to(dtype)
+        out = out + _packed_output(part, segment.value, level)
+    out = out + parts[-2] @ _occupied_only(held.tail.value.to(dtype), where[-2][1]) + parts[-1] @ value.to(dtype)
     return out.reshape(batch, query.shape[1], rows, value.shape[-1]).to(query.dtype)
 
 
@@ -110,6 +97,19 @@ def _leading(positions: Tensor, count: Tensor) -> Tensor:
 def _occupied_only(values: Tensor, occupied: Tensor) -> Tensor:
     """Dense values `[B, H, N, D]` with zeros in empty slots, where a weight of 0 would not stop a NaN."""
     return values.masked_fill(~occupied[:, None, :, None], 0.0)
+
+
+def _levels(stream: PackedStream, dtype: torch.dtype) -> Tensor | None:
+    """Coefficients in units of their step; None for a stream kept as it is."""
+    return None if stream.as_is else centered_levels(stream.codes, stream.bands, dtype)
+
+
+def _segment_scores(q: Tensor, segment: Segment, block: int) -> Tensor:
+    """Scores `[B, H, Q, N]` of queries `[B, H, Q, D]` against a packed segment."""
+    levels = _levels(segment.key, q.dtype)
+    if segment.rotations is None:
+        return _packed_scores(q, segment.key, levels)
+    return _relative_scores(q, segment.key, levels, segment.rotations, block)
 
 
 def _packed_scores(q: Tensor, stream: PackedStream, levels: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ from apack_compile.kernels.attend.triton_launch import (
     shared_bytes,
 )
 from apack_compile.kernels.attend.triton_softmax import LOG2E
-from apack_compile.kernels.layout import TEXT, VISION, PackedStream, check_segments, packed_streams
+from apack_compile.kernels.state import COARSE, TEXT, VISION, PackedState, PackedStream, check_tiers
 from apack_compile.kernels.triton_bands import (
     COLUMN_BLOCK,
     column_blocks,
@@ -55,19 +55,20 @@ from apack_compile.kernels.triton_turns import pairs_of
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Head channels and slots that one program of the small kernels takes.
 CHANNELS, SLOTS = 64, 64
-# The packed segments that the kernels know, in order; without coarse ones, that is absent.
-COARSE = 0
+# The packed segments that the kernels know, in order; those that a state has not are absent.
 SEGMENTS = (COARSE, VISION, TEXT)
 
 
-def serves(query: Tensor, packed: Sequence[PackedStream], turns: Sequence[Tensor] = (), block: int = 0) -> bool:
+def serves(query: Tensor, state: PackedState) -> bool:
     """Whether the kernels take these: 16- or 32-bit queries, keys and values of a segment both packed or both kept as they are.
 
     Relative keys only where they are packed, and whole tiles of tokens share an anchor: blocks of 16, 32, 64 and so on.
     """
-    alike = all(key.as_is == value.as_is for key, value in zip(packed[::2], packed[1::2], strict=True))
-    one_grouping = len({stream.groups for stream in packed if not stream.as_is}) <= 1
-    in_tiles = not turns or (block >= 16 and block.bit_count() == 1 and not any(key.as_is for key in packed[::2]))
+    block, segments = state.block, state.segments
+    alike = all(segment.key.as_is == segment.value.as_is for segment in segments)
+    streams = [stream for segment in segments for stream in (segment.key, segment.value)]
+    one_grouping = len({stream.groups for stream in streams if not stream.as_is}) <= 1
+    in_tiles = not block or (block >= 16 and block.bit_count() == 1 and not any(s.key.as_is for s in segments))
     return query.dtype in DTYPES and alike and one_grouping and in_tiles
 
 
@@ -76,42 +77,35 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dense: list[Tensor],
-    codes: list[Tensor],
-    bases: list[Tensor],
-    bands: list[int],
-    positions: list[Tensor],
-    cursor: Tensor,
-    scale: float | None,
+    state: list[Tensor] | None = None,
+    layout: Sequence[int] = (),
+    scale: float | None = None,
     vision_importance: Tensor | None = None,
     text_importance: Tensor | None = None,
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
-    turns: list[Tensor] | None = None,
-    block: int = 0,
 ) -> Tensor:
     """As `reference.attend`, which also serves here what `serves` says no to (float64, a segment half packed, an odd block)."""
-    check_segments(codes, bases, bands, positions, turns or (), tiers)
-    packed = packed_streams(codes, bases, bands)
-    if not serves(query, packed, turns or (), block):
-        # fmt: off
+    held = PackedState.parse(state, layout)
+    if tiers is not None:
+        check_tiers(held)
+    if not serves(query, held):
         return reference.attend(
-            query, key, value, mask, dense, codes, bases, bands, positions, cursor, scale,
-            vision_importance, text_importance, tiers, partial, ema, turns, block,
+            query, key, value, mask, state, layout, scale, vision_importance, text_importance, tiers, partial, ema
         )
-    # fmt: on
     importance = {VISION: vision_importance, TEXT: text_importance}
     wanted = {segment for segment, known in importance.items() if known is not None and known.numel()}
     with torch.cuda.device_of(query):
-        call = _Call(query, key, value, dense, packed, positions, cursor, wanted, tiers, turns or (), block)
+        call = _Call(query, key, value, held, wanted, tiers)
         # the kernels' scores are in base 2
         scale = LOG2E.value * (query.shape[-1] ** -0.5 if scale is None else scale)
         call.project(scale)
         call.attend(mask, scale, partial)
         out = call.merge()
+        keep_and_add = {VISION: (ema or ())[:2], TEXT: (ema or ())[2:]}
         for segment in sorted(wanted):
-            call.update_importance(segment, importance[segment], *ema[2 * segment - 2 : 2 * segment])
+            call.update_importance(segment, importance[segment], *keep_and_add[segment])
     return out
 
 
@@ -134,28 +128,23 @@ class _Call:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        dense: list[Tensor],
-        packed: list[PackedStream],
-        positions: list[Tensor],
-        cursor: Tensor,
+        state: PackedState,
         wanted: set[int],
         tiers: Tensor | None,
-        turns: Sequence[Tensor],
-        block: int,
     ) -> None:
-        self.query, self.key, self.value, self.dense = query, key, value, dense
-        self.first_positions, self.cursor, self.wanted = positions[0].contiguous(), cursor, wanted
-        segments = SEGMENTS[-len(positions) + 1 :]
-        self.positions = dict(zip(segments, (p.contiguous() for p in positions[1:]), strict=True))
+        self.query, self.key, self.value, self.first, self.tail = query, key, value, state.first, state.tail
+        self.first_positions, self.cursor, self.wanted = state.first_positions.contiguous(), state.cursor, wanted
+        self.positions = {segment.kind: segment.positions.contiguous() for segment in state.segments}
         self.tiers = None if tiers is None else tiers.contiguous()
-        self.turns = dict(zip(segments if turns else (), (by.contiguous() for by in turns), strict=True))
-        self.anchor_slots = block
+        rotated = [segment for segment in state.segments if segment.rotations is not None]
+        self.turns = {segment.kind: segment.rotations.contiguous() for segment in rotated}
+        self.anchor_slots = state.block
         self.batch, self.kv_heads, self.new_tokens, self.head_dim = key.shape
         self.value_dim = value.shape[3]
         self.all_rows = query.shape[1] * query.shape[2]
         self.kv_rows = self.all_rows // self.kv_heads
         self.half = query.dtype.itemsize == 2
-        self.streams = dict(zip(segments, zip(packed[::2], packed[1::2], strict=True), strict=True))
+        self.streams = {segment.kind: (segment.key, segment.value) for segment in state.segments}
         coded = [pair for pair in self.streams.values() if not pair[0].as_is]
         self.groups = coded[0][0].groups if coded else self.kv_heads
         self.group_rows = self.all_rows // self.groups
@@ -168,7 +157,7 @@ class _Call:
             query.dtype.itemsize,
             len(coded) < len(self.streams),
             shared_bytes(query.device),
-            block if turns else 0,
+            state.block,
         )
         self._share_out()
         self._allocate()
@@ -178,7 +167,7 @@ class _Call:
         block = self.launch.block
         slots = {segment: pair[0].codes.shape[2] for segment, pair in self.streams.items()}
         blocks = {segment: triton.cdiv(count, block) for segment, count in slots.items()}
-        tail_blocks = triton.cdiv(self.dense[2].shape[2], block)
+        tail_blocks = triton.cdiv(self.tail.slots, block)
         work = [(blocks[segment], self.batch * self._copies(segment)) for segment in self.streams]
         self.tail_copies = self.kv_heads * triton.cdiv(self.kv_rows, self.launch.head_tile)
         self.blocks = blocks_per_split([*work, (tail_blocks, self.batch * self.tail_copies)], self.query.device)
@@ -242,7 +231,7 @@ class _Call:
             self.kv_rows,
             self.groups,
             self.kv_heads,
-            self.dense[0].shape[2],
+            self.first.slots,
             self.new_tokens,
         )
 
@@ -319,7 +308,8 @@ class _Call:
         part = {segment: self._of(segment, "part") for segment in SEGMENTS}
         results = Results(self.lse, part[COARSE], part[VISION], part[TEXT], self.dense_part, self.scores)
         values = self._layout(VISION, "value")
-        first_key, first_value, tail_key, tail_value = map(strided, self.dense)
+        ends = (self.first.key, self.first.value, self.tail.key, self.tail.value)
+        first_key, first_value, tail_key, tail_value = map(strided, ends)
         segments = [
             *map(self._segment, SEGMENTS),
             Segment(first_key, None, first_value, None, self.first_positions),
@@ -338,7 +328,7 @@ class _Call:
                 *(self.splits.get(segment, 0) for segment in SEGMENTS),
                 self.tail_splits,
                 *(self.streams[segment][0].codes.shape[2] if segment in self.streams else 0 for segment in SEGMENTS),
-                self.dense[2].shape[2],
+                self.tail.slots,
                 self.blocks,
                 *(self._anchors(segment) for segment in SEGMENTS),
                 *segments,

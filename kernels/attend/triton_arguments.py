@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.layout import PackedStream
+from apack_compile.kernels.state import PackedStream
 
 
 class Strided(NamedTuple):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.addresses import with_rows
 from apack_compile.kernels.format import (
     FLOAT16_MAX,
     GAUSSIAN_STEP,
@@ -13,7 +14,6 @@ from apack_compile.kernels.format import (
     StreamBasis,
 )
 from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET
-from apack_compile.kernels.state import with_rows
 from apack_compile.kernels.structs import ENCODE
 
 # `Quantizer` of kernels/csrc/arguments.h

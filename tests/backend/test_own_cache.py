@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import apack_compile
-from apack_compile.backend.own_cache import span_of, state_of
+from apack_compile.backend.own_cache import span_of
 from apack_compile.errors import StrictError
 from apack_compile.plan.plan import a_vl_plan, lossless_plan
 
@@ -201,7 +201,7 @@ def test_a_step_further_back_drops_what_came_after_it(lossless):
     with pytest.raises(ValueError, match="positions 190 to 194: the buffers end at 192"):
         run(step, tokens_of(5), 190, 5)
     for packed in log.caches[0].held.values():
-        assert all(map(operator.is_, packed.state, state_of(packed.layer)[0])), (
+        assert all(map(operator.is_, packed.state, packed.layer.state().flatten()[0])), (
             "what a graph is given is what is written"
         )
 

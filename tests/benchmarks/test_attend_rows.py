@@ -28,10 +28,9 @@ def test_the_operation_takes_the_states_that_are_timed(ratio, groups, key_block,
     assert (plan.coarse is not None) == (ratio == 8.0 and tokens >= 1_024)
     plan = attend.with_relative_keys(plan, SHAPE, key_block)
     packed = attend.packed_state(plan, SHAPE, groups, tokens, 2, torch.float32, "cpu")
-    turns = {} if plan.turn is None else attend.turns_of(packed, plan.turn)
     query = torch.randn(2, SHAPE.query_heads, 1, SHAPE.head_dim)
     new = torch.randn(2, 2, SHAPE.heads, 1, SHAPE.head_dim)
-    out = reference(query, *new, None, *packed.state, None, **turns)
+    out = reference(query, *new, None, *packed.state.flatten(), None)
     assert out.shape == query.shape and out.isfinite().all()
 
 
@@ -43,14 +42,16 @@ def test_the_time_model_counts_the_bytes_that_a_step_reads(ratio, groups, coarse
     plan = attend.synthetic_plan(SHAPE, groups, ratio, tokens, coarse)
     packed = attend.packed_state(plan, SHAPE, groups, tokens, batch, torch.float32, "cpu")
     load = Load(SHAPE.query_heads, SHAPE.heads, SHAPE.head_dim, tokens, batch, element_bytes=4)
-    dense, codes, bases, _, positions, _ = packed.state
-    stored = tokens - plan.first_tokens - plan.tail_slots
-    read = sum_bytes(dense)
-    for i, where in enumerate(positions[1:]):
-        held = min(where.shape[1], stored - sum(x.shape[1] for x in positions[1 : 1 + i]))
+    state = packed.state
+    left = tokens - plan.first_tokens - plan.tail_slots
+    read = sum_bytes((state.first.key, state.first.value, state.tail.key, state.tail.value))
+    for segment in state.segments:
+        held = min(segment.slots, left)
+        left -= segment.slots
         if held:
-            part = held / where.shape[1]
-            read += part * sum_bytes((*codes[4 * i : 4 * i + 4], where)) + sum_bytes(bases[6 * i : 6 * i + 6])
+            streams = (segment.key, segment.value)
+            own = [segment.positions, *(x for stream in streams for x in (stream.codes, stream.scale))]
+            read += held / segment.slots * sum_bytes(own) + sum_bytes([x for s in streams for x in s.basis])
     # a sequence's own steps are float32 here; the newest tokens are none of the coarse ones
     assert packed_limits(plan, 0, load, BYTES).bytes == pytest.approx(read, rel=2e-2 if coarse else 1e-3)
     assert read < packed.bytes_read

@@ -173,9 +173,7 @@ def unpacked(cache: CompactedCache) -> list[tuple[Tensor, Tensor]]:
     found = []
     for layer in cache.packed_layers:
         none = torch.empty(layer.batch_size, layer.num_heads, 0, HEAD_DIM, dtype=layer.dtype)
-        found.append(
-            torch.ops.apack.unpack(none, none, *layer.state(), int(layer.get_seq_length()), **layer.unpack_turn_state())
-        )
+        found.append(torch.ops.apack.unpack(none, none, *layer.state().flatten(), int(layer.get_seq_length())))
     return found
 
 

@@ -114,7 +114,7 @@ def test_values_at_padded_positions_change_nothing(plan):
         caches.append(cache)
     assert same_tokens(*caches)
     for one, other in zip(*(cache.packed_layers for cache in caches), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.bases, other.bases, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.basis_tensors(), other.basis_tensors(), strict=True))
     for keys, values in unpacked(caches[0]):
         assert not keys[2, :, :33].any() and not values[1, :, :7].any()
 
@@ -135,7 +135,7 @@ def test_vision_and_text_lie_in_segments_of_their_own(plan):
         rest[first[row].long()] = False
         assert text[row][(text[row] >= 0) & (text[row] < 90)].tolist() == rest.nonzero().flatten().tolist()
     assert (seen[1] == -1).sum() == 40 - 35
-    assert pair.cache.packed_layers[0].codes[0].shape[2] == 40
+    assert pair.cache.packed_layers[0].streams[0].codes.shape[2] == 40
 
 
 @pytest.mark.parametrize(
@@ -150,16 +150,13 @@ def test_a_step_reads_no_segment_without_slots(plan, read):
         pair.feed(160, vision)
         layer = pair.cache.packed_layers[1]
         segments = list(range(len(pair.cache.index.plan.segments))) if pictures else read
-        _, codes, bases, bands, positions, _ = layer.state()
-        assert layer.read_segments() == segments
-        assert [x.shape[2] > 0 for x in codes[::4]] == [True] * len(segments)
-        turns = layer.turn_state().get("turns", segments)
-        assert [len(codes), len(bases), len(bands), len(positions) - 1, len(turns)] == [
-            each * len(segments) for each in (4, 6, 8, 1, 1)
-        ]
-        for i, segment in enumerate(segments):
-            assert codes[4 * i] is layer.codes[4 * segment] and bases[6 * i] is layer.bases[6 * segment]
-            assert positions[1 + i] is layer.positions()[1 + segment]
+        state = layer.state()
+        assert [segment.kind for segment in state.segments] == [layer.kinds[i] for i in segments]
+        for i, segment in zip(segments, state.segments, strict=True):
+            assert segment.slots > 0
+            assert segment.key is layer.streams[2 * i] and segment.value is layer.streams[2 * i + 1]
+            assert segment.positions is layer.positions()[1 + i]
+            assert segment.rotations is (layer.turns()[i] if layer.turns() else None)
 
 
 @pytest.mark.parametrize("plan", ("coarse text", "coarse vision", "coarse several"))
@@ -218,17 +215,17 @@ def test_rows_that_share_a_basis_hold_it_once():
     empty_vision = mean
     saved = 2 * LAYERS * 2 * (mean + decoder + step + empty_vision)
     assert own.cache.report()["sequence_bytes"] - shared.cache.report()["sequence_bytes"] == saved
-    assert all(len(b) == 1 for layer in shared.cache.packed_layers for b in layer.bases[6:])
+    assert all(len(b) == 1 for layer in shared.cache.packed_layers for s in layer.streams[2:] for b in s.basis)
 
 
 def test_a_full_tail_of_a_sequence_basis_is_packed_anew():
     pair = Pair("sequence")
     pair.feed(50)
     layer = pair.cache.packed_layers[0]
-    packed, old_basis = layer.codes[4].shape[2], layer.bases[7]
+    packed, old_basis = layer.text_slots, layer.streams[2].basis.decoder
     for _ in range(MAX_APPEND + 1):
         pair.feed(1)
-    assert layer.codes[4].shape[2] == packed + MAX_APPEND
-    assert not torch.equal(layer.bases[7], old_basis)
+    assert layer.text_slots == packed + MAX_APPEND
+    assert not torch.equal(layer.streams[2].basis.decoder, old_basis)
     assert layer.cursor.tolist()[:2] == [50 + MAX_APPEND + 1, 50 + MAX_APPEND]
     pair.check()

@@ -89,7 +89,7 @@ def test_a_long_generation_takes_no_more_slots_than_its_windows(plan, windows, p
             # of a prompt, the newest tokens can be cropped: as many more are stored
             text = group.window - 1 + MAX_CROP - group.index.plan.tail_slots
             prompted = whole_blocks(text, group.block) if prompt > group.window else 0
-            assert group.index.positions[2].shape[1] == max(slots, prompted) == group.layers[0].codes[-4].shape[2]
+            assert group.index.positions[2].shape[1] == max(slots, prompted) == group.layers[0].text_slots
             assert slots < group.window + 2 * group.block
 
 
@@ -99,7 +99,11 @@ def tensors(pair):
     return [
         t.data_ptr()
         for group in groups
-        for t in (*group.index.positions, *group.index.turns, *(t for x in group.layers for t in (*x.codes, x.cursor)))
+        for t in (
+            *group.index.positions,
+            *group.index.turns,
+            *(t for x in group.layers for t in (*x.packed_tensors(), x.cursor)),
+        )
     ]
 
 

@@ -116,7 +116,7 @@ class WindowedPair:
         assert self.held - self.cache.croppable == floor <= self.held
         for layer, window in zip(self.cache.packed_layers, self.windows, strict=True):
             none = torch.empty(layer.batch_size, HEADS, 0, HEAD_DIM)
-            found = torch.ops.apack.unpack(none, none, *layer.state(), self.held, **layer.unpack_turn_state())
+            found = torch.ops.apack.unpack(none, none, *layer.state().flatten(), self.held)
             seen_from = 0 if window is None else max(floor - window + 1, 0)
             for got, expected in zip(found, self.dense[layer.layer_idx], strict=True):
                 self.compare(got[:, :, seen_from:], expected[:, :, seen_from:], seen_from)

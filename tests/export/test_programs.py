@@ -1,7 +1,10 @@
 """An exported program with packed caches does what the dense one did, and holds fewer bytes."""
 
+import json
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from decoders import UPDATES, Decoder, dense_plan, exported, index_copy, run, sl
 
 import apack_compile
 from apack_compile.cache.accounting import storage_bytes
+from apack_compile.kernels.state import TEXT, PackedState
 
 CHUNKS = (9, *[1] * 40, 6, 2)
 LONG = (300, *[1] * 40)
@@ -122,8 +126,8 @@ def test_attention_is_given_no_segment_that_is_never_filled(packed_at_4):
     attends = [node for node in packed_at_4.graph.nodes if node.target is torch.ops.apack.attend.default]
     assert len(attends) == len(apack_compile.report(packed_at_4).packed)
     for node in attends:
-        _, codes, bases, bands, positions = node.args[4:9]
-        assert [len(codes), len(bases), len(bands), len(positions)] == [4, 6, 8, 2]
+        state = PackedState.parse(*node.args[4:6])
+        assert [segment.kind for segment in state.segments] == [TEXT]
 
 
 def test_index_0_begins_a_new_sequence(packed_at_4):
@@ -202,6 +206,46 @@ def test_a_saved_program_is_smaller_and_runs_in_another_process(long_program, pa
     )
     assert done.returncode == 0, done.stderr
     assert apack_compile.report(torch.export.load(tmp_path / "packed.pt2")) == report
+
+
+def with_layouts(saved: Path, changed: Path, change: Callable[[dict], list]) -> None:
+    """The saved program as an older or a newer version would have saved it: `change` gives the arguments of each operation."""
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(changed, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("models/model.json"):
+                program = json.loads(data)
+                for node in program["graph_module"]["graph"]["nodes"]:
+                    if node["target"].startswith("torch.ops.apack."):
+                        node["inputs"] = change(node)
+                data = json.dumps(program).encode()
+            new.writestr(entry, data)
+
+
+def without_layout(node: dict) -> list:
+    return [argument for argument in node["inputs"] if argument["name"] not in ("state", "layout")]
+
+
+def with_layout_9(node: dict) -> list:
+    (layout,) = [argument["arg"]["as_ints"] for argument in node["inputs"] if argument["name"] == "layout"]
+    layout[0] = 9
+    return node["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (without_layout, "saved by an apack-compile 0.1.0 whose state had none"),
+        (with_layout_9, "layout: version 9 must be 1"),
+    ),
+)
+def test_a_program_of_another_version_says_which_one_and_what_to_do(packed_at_4, tmp_path, change, message):
+    torch.export.save(packed_at_4, tmp_path / "packed.pt2")
+    with_layouts(tmp_path / "packed.pt2", tmp_path / "other.pt2", change)
+    program = torch.export.load(tmp_path / "other.pt2")
+    for use in (lambda: run(program, token_ids(5), (5,)), lambda: apack_compile.report(program)):
+        with pytest.raises(ValueError, match=rf"{message}.*make .* anew with optimize"):
+            use()
 
 
 def test_graph_modules_of_any_origin_give_graph_modules():

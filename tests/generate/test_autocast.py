@@ -103,11 +103,10 @@ def test_states_are_packed_as_outside_of_autocast():
                 query,
                 *(x[:, :, -1:].contiguous() for x in (key, value)),
                 None,
-                *layer.state(),
+                *layer.state().flatten(),
                 0.3,
-                **layer.turn_state(),
             )
-        return [*layer.dense, *layer.codes, key, value, attended]
+        return [*layer.dense_tensors(), *layer.packed_tensors(), key, value, attended]
 
     for inside, outside in zip(filled(HALF), filled(OFF), strict=True):
         assert inside.dtype == outside.dtype and torch.equal(inside, outside)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from state_lists import append_lists, state_of
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -102,8 +103,8 @@ class Case:
 def update(key: Tensor, value: Tensor, state: State) -> tuple[Tensor, Tensor]:
     """What a packed cache layer does in a decode step."""
     stores = [*state.dense[2:], *state.codes[4:]]
-    torch.ops.apack.append(key, value, stores, state.bases[6:], state.bands[8:], state.cursor)
-    return torch.ops.apack.unpack(key, value, *state, CAPACITY)
+    torch.ops.apack.append(key, value, *append_lists(stores, state.bases[6:], state.bands[8:], state.cursor))
+    return torch.ops.apack.unpack(key, value, *state_of(*state).flatten(), CAPACITY)
 
 
 def repeat_kv(x: Tensor, n: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from attention_graphs import CAPACITY, HELD, Case, State
 from graph_builder import Builder, sizes
+from state_lists import append_lists, state_of
 from torch import Tensor, fx
 
 
@@ -142,8 +143,9 @@ class _Generator:
             self.input(state.cursor),
         )
         stores = [*nodes.dense[2:], *nodes.codes[4:]]
-        self.call(torch.ops.apack.append, *new, stores, nodes.bases[6:], nodes.bands[8:], nodes.cursor)
-        both = self.call(torch.ops.apack.unpack, *new, *nodes, CAPACITY)
+        lists = append_lists(stores, nodes.bases[6:], nodes.bands[8:], nodes.cursor)
+        self.call(torch.ops.apack.append, *new, *lists)
+        both = self.call(torch.ops.apack.unpack, *new, *state_of(*nodes).flatten(), CAPACITY)
         keys, values = (self.call(operator.getitem, both, at) for at in (0, 1))
         self.victims += [keys, values, nodes.dense[2], nodes.codes[4], new[0]]
         return keys, values

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks"), str(Path(__file__).parents[1] / "support")]
+import state_lists
 from hopper import described, watch
 
 from apack_compile.kernels.append.triton import append
@@ -55,7 +56,7 @@ def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False,
             [0.2] * 4,
         )
     turns = {"turns": [turns_of(x.shape[1], block, head_dim) for x in given[4][1:]], "block": block} if block else {}
-    attend(query, new, new, mask, *given, None, *more, **turns)
+    state_lists.attend_with(attend)(query, new, new, mask, *given, None, *more, **turns)
 
 
 def append_with(bands, heads, head_dim, dtype, block=0):
@@ -63,7 +64,7 @@ def append_with(bands, heads, head_dim, dtype, block=0):
     dense, codes, bases, flat, _, cursor = state(bands, heads, 1, head_dim, dtype)
     new = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
     turns = {"text_turns": turns_of(256, block, head_dim), "block": block} if block else {}
-    append(new, new, dense[2:] + codes[4:], bases[6:], flat[8:], cursor, **turns)
+    state_lists.append_with(append)(new, new, dense[2:] + codes[4:], bases[6:], flat[8:], cursor, **turns)
     quantize(torch.zeros(1, 1, 50, bands.components), torch.ones(1, 1, bands.components), bands, True)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+from state_lists import append_with, attend_with, unpack_with
 from torch import Tensor
 
 from apack_compile import kernels  # noqa: F401
@@ -12,7 +13,8 @@ from apack_compile.kernels.format import Bands, StreamBasis, decode
 from apack_compile.kernels.layout import to_groups, to_heads
 from apack_compile.plan.basis import fit, moments
 
-APPEND, UNPACK, ATTEND = torch.ops.apack.append, torch.ops.apack.unpack, torch.ops.apack.attend
+APPEND, UNPACK = append_with(torch.ops.apack.append), unpack_with(torch.ops.apack.unpack)
+ATTEND = attend_with(torch.ops.apack.attend)
 IDENTITY = StreamBasis(torch.empty(0), torch.empty(0), torch.empty(0))
 
 

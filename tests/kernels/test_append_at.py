@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from state_lists import append_lists, state_of
 from torch import Tensor
 
 from apack_compile.kernels.format import Bands, StreamBasis
@@ -51,12 +52,14 @@ class State:
     def append(self, key: Tensor, value: Tensor, index: Tensor) -> None:
         by = {"text_turns": self.turns["turns"][1], "block": self.turns["block"]} if self.turns else {}
         stores = [*self.tail, *self.codes]
-        torch.ops.apack.append_at(key, value, index, self.first, stores, self.bases, self.bands, self.cursor, **by)
+        lists = append_lists(stores, self.bases, self.bands, self.cursor, **by)
+        torch.ops.apack.append_at(key, value, index, self.first, *lists)
 
     def unpack(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens, those of the last append given."""
         state = ([*self.first, *self.tail], [*self.no_codes, *self.codes], self.bases * 2, self.bands * 2)
-        return torch.ops.apack.unpack(key, value, *state, self.positions, self.cursor, TOKENS, **self.turns)
+        lists = state_of(*state, self.positions, self.cursor, **self.turns).flatten()
+        return torch.ops.apack.unpack(key, value, *lists, TOKENS)
 
 
 def tokens(dtype=torch.float64) -> tuple[Tensor, Tensor]:
@@ -149,5 +152,6 @@ def test_positions_of_any_integer_type_serve():
 
 def test_append_at_declares_what_it_does():
     state, (key, value) = State(torch.float32, bands=Bands((0, 0, 32, 0))), tokens(torch.float32)
-    arguments = (key[:, :, :6], value[:, :, :6], torch.arange(6), state.first, [*state.tail, *state.codes])
-    torch.library.opcheck(torch.ops.apack.append_at.default, (*arguments, state.bases, state.bands, state.cursor))
+    lists = append_lists([*state.tail, *state.codes], state.bases, state.bands, state.cursor)
+    arguments = (key[:, :, :6], value[:, :, :6], torch.arange(6), state.first, *lists)
+    torch.library.opcheck(torch.ops.apack.append_at.default, arguments)

@@ -6,15 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from state_lists import append_with
 from torch import Tensor
 
 from apack_compile.kernels import native
 from apack_compile.kernels.append import cpu
-from apack_compile.kernels.append.reference import append as reference
+from apack_compile.kernels.append import reference as append_reference
 from apack_compile.kernels.format import Bands, StreamBasis, decode
 
 pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
 
+append, reference = append_with(cpu.append), append_with(append_reference.append)
 SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
 CAPACITY = 60
 
@@ -113,7 +115,7 @@ def assert_appends_like_the_reference(case: Case) -> None:
     for n in case.chunks:
         states = [torch.randn(case.batch, n, case.heads, dim, generator=g) for dim in case.dims]
         key, value = (x.to(case.dtype).transpose(1, 2) for x in states)
-        cpu.append(key, value, *own, **turns_of(case))
+        append(key, value, *own, **turns_of(case))
         reference(key, value, *wanted, **turns_of(case))
     assert torch.equal(own[3], wanted[3])
     for got, expected in zip(own[0][:2], wanted[0][:2], strict=True):
@@ -152,6 +154,6 @@ def test_a_full_cache_raises_and_stays_as_it_was(tail):
     states = [torch.randn(1, 2, CAPACITY + tail + 1, dim) for dim in case.dims]
     before = [x.clone() for x in (*stores, cursor)]
     with pytest.raises(IndexError, match="no free slot"):
-        cpu.append(*states, stores, bases, bands, cursor)
+        append(*states, stores, bases, bands, cursor)
     for x, saved in zip((*stores, cursor), before, strict=True):
         assert torch.equal(x, saved)

@@ -7,14 +7,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from random_calls import Call, Case, build, cases, guarded, without_garbage
+from state_lists import attend_with
 from torch import Tensor
 
 from apack_compile.kernels import native
 from apack_compile.kernels.attend import cpu
-from apack_compile.kernels.attend.reference import attend as reference
+from apack_compile.kernels.attend import reference as attend_reference
 
 pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
 
+attend, reference = attend_with(cpu.attend), attend_with(attend_reference.attend)
 SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
 
 
@@ -26,7 +28,7 @@ def run(function, call: Call) -> list[Tensor]:
 def assert_close_to_float64(case: Case, call: Call) -> None:
     """No further from the reference in float64 than the reference in the call's own dtype, times a small constant."""
     clean = without_garbage(call)
-    own = run(cpu.attend, call.copy())
+    own = run(attend, call.copy())
     exact = run(reference, clean.copy(torch.float64))
     plain = run(reference, clean.copy())
     assert own[0].dtype == case.dtype and own[0].shape == exact[0].shape
@@ -42,7 +44,7 @@ def assert_close_to_float64(case: Case, call: Call) -> None:
 def poisoned_scratch(poisoned):
     """New tensors start as NaN, and the operation's scratch memory holds what a call on NaN left there."""
     query, *others = build(Case(batch=4, heads=8, text=2000, bands=((64, 0, 0, 0),) * 4)).arguments
-    assert cpu.attend(torch.full_like(query, float("nan")), *others).isnan().all()
+    assert attend(torch.full_like(query, float("nan")), *others).isnan().all()
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
@@ -134,11 +136,11 @@ def test_the_number_of_threads_changes_no_more_than_rounding(threads):
 def test_a_nan_that_is_read_shows():
     call = build(Case(empty=0.0))
     call.arguments[2][0, 1] = float("nan")
-    out = cpu.attend(*call.arguments)
+    out = attend(*call.arguments)
     assert out[:, 2:].isnan().all() and not out[:, :2].isnan().any()
     call = build(Case(empty=0.0))
     call.arguments[0][0, 1] = float("nan")
-    assert cpu.attend(*call.arguments).isnan().any(-1).flatten().tolist() == [False, True, False, False]
+    assert attend(*call.arguments).isnan().any(-1).flatten().tolist() == [False, True, False, False]
 
 
 def test_strides_do_not_matter():
@@ -154,10 +156,10 @@ def test_strides_do_not_matter():
         wide[..., ::2, ::3] = x
         return wide[..., ::2, ::3]
 
-    wanted = run(cpu.attend, plain)
+    wanted = run(attend, plain)
     arguments = [spread(x) for x in strided.arguments]
     got = run(
-        cpu.attend, Call(arguments, [*strided.tiers[:2], spread(strided.tiers[2]), *strided.tiers[3:]], strided.turns)
+        attend, Call(arguments, [*strided.tiers[:2], spread(strided.tiers[2]), *strided.tiers[3:]], strided.turns)
     )
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
@@ -165,10 +167,10 @@ def test_strides_do_not_matter():
 
 def test_tensors_that_took_the_place_of_others_are_read():
     call, other = (without_garbage(build(replace(Case(), seed=seed))) for seed in (0, 1))
-    before = cpu.attend(*call.arguments)
+    before = attend(*call.arguments)
     call.arguments[5] = other.arguments[5]
-    after = cpu.attend(*call.arguments)
-    assert torch.equal(after, cpu.attend(*call.copy().arguments))
+    after = attend(*call.arguments)
+    assert torch.equal(after, attend(*call.copy().arguments))
     assert not torch.equal(after, before)
 
 
@@ -182,8 +184,8 @@ def assert_reads_nothing_past_the_end(case: Case) -> None:
         return guarded(x.contiguous(), keep) if isinstance(x, Tensor) and x.numel() else x
 
     turns = {name: placed(x) for name, x in call.turns.items()}
-    wanted = run(cpu.attend, call.copy())
-    got = run(cpu.attend, Call(placed(call.arguments), placed(call.tiers), turns))
+    wanted = run(attend, call.copy())
+    got = run(attend, Call(placed(call.arguments), placed(call.tiers), turns))
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 

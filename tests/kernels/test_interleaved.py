@@ -7,16 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_calls import Case, build, without_garbage
+from state_lists import attend_with, unpack_with
 from torch import Tensor
 
 from apack_compile.kernels import native
 from apack_compile.kernels.attend import cpu as attend_cpu
-from apack_compile.kernels.attend.reference import attend as attend_reference
+from apack_compile.kernels.attend import reference
 from apack_compile.kernels.turns import check_pairs, deinterleaved, interleaved, turned
 from apack_compile.kernels.unpack import cpu as unpack_cpu
-from apack_compile.kernels.unpack.reference import unpack as unpack_reference
+from apack_compile.kernels.unpack import reference as unpack_specification
 
 STATE = slice(4, 10)
+attend_reference, unpack_reference = attend_with(reference.attend), unpack_with(unpack_specification.unpack)
 
 
 @st.composite
@@ -55,12 +57,12 @@ def implementations() -> dict:
     """`attend` and `unpack` of everything that serves a CPU, and Triton's kernels in its interpreter."""
     found = {"reference": (attend_reference, unpack_reference)}
     if native.COMPILED is not None:
-        found["cpu"] = (attend_cpu.attend, unpack_cpu.unpack)
+        found["cpu"] = (attend_with(attend_cpu.attend), unpack_with(unpack_cpu.unpack))
     try:
         from apack_compile.kernels.attend.triton import attend as attend_triton
     except ImportError:
         return found
-    return found | {"triton": (attend_triton, unpack_reference)}
+    return found | {"triton": (attend_with(attend_triton), unpack_reference)}
 
 
 @pytest.mark.parametrize("name", implementations())

@@ -8,11 +8,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_calls import build as build_call
 from random_calls import cases, without_garbage
+from state_lists import append_lists, attend_with, state_of, unpack_with
 from states import APPEND, ATTEND, UNPACK, Shape, allowed_by, append, attention, build, filled, shapes
 
 from apack_compile import kernels  # noqa: F401
-from apack_compile.kernels.attend.reference import attend
-from apack_compile.kernels.unpack.reference import unpack
+from apack_compile.kernels.attend import reference as attend_reference
+from apack_compile.kernels.state import Layout, PackedState
+from apack_compile.kernels.unpack import reference as unpack_reference
+
+attend, unpack = attend_with(attend_reference.attend), unpack_with(unpack_reference.unpack)
 
 
 @settings(max_examples=50, deadline=None)
@@ -219,13 +223,15 @@ OPCHECK_SHAPES = (
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
 def test_append_declares_what_it_does(shape):
     state = filled(shape)
-    torch.library.opcheck(APPEND.default, (state.key, state.value, *state.appended), state.turned_text)
+    lists = append_lists(*state.appended, **state.turned_text)
+    torch.library.opcheck(torch.ops.apack.append.default, (state.key, state.value, *lists))
 
 
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
 def test_unpack_declares_what_it_does(shape):
     state = filled(shape)
-    torch.library.opcheck(UNPACK.default, (state.key, state.value, *state.stored, state.held + 3), state.turned)
+    lists = state_of(*state.stored, **state.turned).flatten()
+    torch.library.opcheck(torch.ops.apack.unpack.default, (state.key, state.value, *lists, state.held + 3))
 
 
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
@@ -234,49 +240,108 @@ def test_attend_declares_what_it_does(shape):
     n = state.key.shape[2]
     query = torch.randn(shape.batch, 2 * shape.heads, n, shape.head_dim).to(shape.dtype)
     mask = torch.rand(1, 1, n, state.held) < 0.7
-    torch.library.opcheck(ATTEND.default, (query, state.key, state.value, None, *state.stored, None), state.turned)
-    torch.library.opcheck(ATTEND.default, (query, state.key, state.value, mask, *state.stored, 0.4), state.turned)
+    lists = state_of(*state.stored, **state.turned).flatten()
+    attend = torch.ops.apack.attend.default
+    torch.library.opcheck(attend, (query, state.key, state.value, None, *lists, None))
+    torch.library.opcheck(attend, (query, state.key, state.value, mask, *lists, 0.4))
 
 
-@pytest.mark.parametrize(
-    ("index", "count", "message"),
-    (
-        (0, 7, "codes: 7 entries must be 4 for each of 2 packed segments"),
-        (1, 6, "bases: 6 entries must be 6 for each of 2 packed segments"),
-        (2, 24, "bands: 24 entries must be 8 for each of 2 packed segments"),
-        (3, 1, "positions: 1 tensors must be 2 to 4, of first and the packed segments"),
+WRONG_LISTS = {
+    "a tensor less": (
+        lambda state, layout: (state[:-1], layout),
+        "state: 27 tensors must be 28: 6, and 11 for each of 2 packed segments",
     ),
-)
+    "no tensors": (lambda state, layout: ([], layout), "state: "),
+    "no rotations": (
+        lambda state, layout: (state, [layout[0], 16, *layout[2:]]),
+        "state: 28 tensors must be 30: 6, and 12",
+    ),
+    "an integer less": (
+        lambda state, layout: (state, layout[:-1]),
+        "layout: 20 integers must be one of .12, 21, 30., for one to three",
+    ),
+    "no segment": (lambda state, layout: (state[:6], layout[:3]), "layout: 3 integers must be one of"),
+    "text before vision": (
+        lambda state, layout: (state, [*layout[:3], 2, *layout[4:12], 1, *layout[13:]]),
+        "layout: kinds .2, 1. must be",
+    ),
+    "an unknown kind": (
+        lambda state, layout: (state, [*layout[:3], 7, *layout[4:]]),
+        "layout: kinds .7, 2. must be some of",
+    ),
+    "another version": (
+        lambda state, layout: (state, [9, *layout[1:]]),
+        "layout: version 9 must be 1, which this apack-compile reads",
+    ),
+    "no layout": (
+        lambda state, layout: (state, []),
+        "layout: missing: the program was saved by an apack-compile 0.1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_LISTS.values(), ids=WRONG_LISTS)
 @pytest.mark.parametrize("operation", ("attend", "unpack"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-def test_lists_that_are_of_other_segments_are_refused(dtype, operation, index, count, message):
+def test_lists_that_are_no_state_are_refused(dtype, operation, change, message):
     state = filled(Shape(dtype=dtype))
-    dense, *lists, cursor = state.stored
-    lists[index] = (lists[index] * 3)[:count]
+    lists = change(*state_of(*state.stored).flatten())
     with pytest.raises(ValueError, match=message):
         if operation == "unpack":
-            UNPACK(state.key, state.value, dense, *lists, cursor, state.held)
+            torch.ops.apack.unpack(state.key, state.value, *lists, state.held)
         else:
-            ATTEND(state.key, state.key, state.value, None, dense, *lists, cursor, None)
+            torch.ops.apack.attend(state.key, state.key, state.value, None, *lists, None)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-def test_turns_of_other_segments_are_refused(dtype):
+def test_append_takes_the_lists_of_text_alone(dtype):
     state = filled(Shape(dtype=dtype, block=4))
-    turned = {"turns": state.turned["turns"][:1], "block": 4}
-    with pytest.raises(ValueError, match="turns: 1 entries must be one for each of 2 packed segments, or none"):
-        UNPACK(state.key, state.value, *state.stored, state.held, **turned)
-    with pytest.raises(ValueError, match="turns: 1 entries"):
-        ATTEND(state.key, state.key, state.value, None, *state.stored, None, **turned)
+    stores, bases, layout = append_lists(*state.appended, **state.turned_text)
+    before = [x.clone() for x in stores]
+    two = state_of(*state.stored, **state.turned).layout.flatten()
+    for wrong, message in (
+        ((stores[:-1], bases, layout), "stores: 6 tensors must be 7"),
+        ((stores, bases[:-1], layout), "bases: 6 tensors must be 7"),
+        ((stores, bases, two), "layout: kinds .1, 2. must be .2,., text alone"),
+        ((stores, bases, []), "layout: missing"),
+        ((stores, bases, [2, *layout[1:]]), "layout: version 2 must be 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.apack.append(state.key, state.value, *wrong)
+    assert all(map(torch.equal, stores, before))
+
+
+@pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
+def test_a_state_comes_back_from_its_lists(shape):
+    state = filled(shape)
+    made = state_of(*state.stored, **state.turned, interleaved_pairs=2)
+    lists = made.flatten()
+    back = PackedState.parse(*lists)
+    assert back.flatten() == lists and back.layout == made.layout == Layout.parse(lists[1])
+    names = made.layout.tensor_names()
+    by_name = PackedState.parse(names, lists[1])
+    assert by_name.flatten()[0] == names
+    assert by_name.text.value.basis.decoder == "text_value_decoder" and by_name.tail.key == "tail_key"
+    assert (by_name.text.rotations == "text_rotations") == bool(shape.block)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_tiers_are_of_vision_and_text_only(dtype):
     state = filled(Shape(shares=(0.3, 0.4), bands=((0, 2, 3, 1),) * 6, dtype=dtype))
     none, tiers = torch.empty(2, 0), torch.zeros(2, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="positions: 4 tensors must be 3, of first, vision and text"):
+    with pytest.raises(ValueError, match="layout: packed segments coarse, vision, text must be vision and text"):
         torch.ops.apack.attend_tiers(
-            state.key, state.key, state.value, None, *state.stored, None, none, none, tiers, 0, [0.0] * 4
+            state.key,
+            state.key,
+            state.value,
+            None,
+            *state_of(*state.stored).flatten(),
+            None,
+            none,
+            none,
+            tiers,
+            0,
+            [0.0] * 4,
         )
 
 

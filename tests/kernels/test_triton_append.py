@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from states import Shape, State, build, each_slot
+from state_lists import append_with
+from states import APPEND, Shape, State, build, each_slot
 from states import append as append_and_expect
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from apack_compile.kernels.cuda import append
+from apack_compile.kernels import cuda
 from apack_compile.kernels.encode.triton import quantize as quantize_in_triton
 from apack_compile.kernels.format import (
     FLOAT16_MAX,
@@ -25,6 +26,7 @@ from apack_compile.kernels.format import (
 from apack_compile.kernels.layout import to_groups
 from apack_compile.plan.basis import fit, moments
 
+append = append_with(cuda.append)
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -148,7 +150,7 @@ def test_float64_is_appended_by_the_reference(device):
     token = torch.randn(2, 2, 9, 5, dtype=torch.float64)
     own = copied(states[0], device)
     append(token.to(device), token.to(device), *own)
-    torch.ops.apack.append(token, token, *states[1].appended)
+    APPEND(token, token, *states[1].appended)
     for got, wanted in zip((*own[0], own[3]), (*states[1].appended[0], states[1].cursor), strict=True):
         assert torch.equal(got.cpu(), wanted)
 

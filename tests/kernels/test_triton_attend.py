@@ -7,18 +7,20 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_calls import Case, build, without_garbage
+from state_lists import attend_with, state_of, unpack_with
 from states import SHARES, Shape, State, allowed_by, attention, filled
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from apack_compile.kernels.attend import reference, triton_launch
-from apack_compile.kernels.attend.triton import attend, serves
+from apack_compile.kernels.attend import reference as attend_reference
+from apack_compile.kernels.attend import triton, triton_launch
 from apack_compile.kernels.format import Bands
-from apack_compile.kernels.layout import TEXT, VISION, packed_streams
+from apack_compile.kernels.state import TEXT, VISION
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-UNPACK = torch.ops.apack.unpack
+UNPACK = unpack_with(torch.ops.apack.unpack)
+attend, exactly = attend_with(triton.attend), attend_with(attend_reference.attend)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the launch parameters may be: the usual ones, so few accumulators that values take many passes, nothing kept on chip.
 LAUNCHES = {"usual": {}, "many passes": {"MAX_ACCUMULATORS": 16 * 32}, "little shared memory": {"SHARED_BYTES": 256}}
@@ -37,8 +39,7 @@ def littered(state: State, shape: Shape) -> State:
 
     The reference multiplies what empty slots hold by weights of 0.
     """
-    turns, packed_now = state.turned.get("turns", ()), packed_streams(state.codes, state.bases, state.bands)
-    if not serves(state.key, packed_now, turns, shape.block):
+    if not triton.serves(state.key, state_of(*state.stored, **state.turned)):
         return state
     n, held, packed = state.key.shape[2], state.held, int(state.cursor[1])
     dense, codes = [x.clone() for x in state.dense], [x.clone() for x in state.codes]
@@ -148,7 +149,7 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
     query = torch.randn(shape.batch, heads, rows, shape.head_dim, generator=state.generator).to(shape.dtype)
     if data is not None:
         mask = data.draw(masks(state, tokens, (shape.batch, heads, rows)))
-    exact = reference.attend(
+    exact = exactly(
         query.double(), state.key.double(), state.value.double(), mask, *state.stored, scale, **state.turned
     )
     key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
@@ -192,7 +193,7 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
     partial = data.draw(st.integers(0, sum(shape.bands[1]) + 1))
     ema = [0.25, 0.75, 1.0, 0.5]
     expected_known = [x.double() for x in known]
-    exact = reference.attend(
+    exact = exactly(
         query.double(), state.key.double(), state.value.double(), None, *state.stored, None, *expected_known, tiers, partial, ema,
         **state.turned,
     )  # fmt: skip
@@ -226,7 +227,7 @@ def test_lengths_of_three_packed_segments_around_a_block(device, shift, block, m
     )  # fmt: skip
     call = build(case)
     clean = without_garbage(call)
-    exact = reference.attend(*clean.copy(torch.float64).arguments, **clean.turns)
+    exact = exactly(*clean.copy(torch.float64).arguments, **clean.turns)
     launch = tuple(LAUNCHES)[(shift + block // 16) % len(LAUNCHES)]
     for name, number in LAUNCHES[launch].items():
         monkeypatch.setattr(triton_launch, name, number)
@@ -267,7 +268,7 @@ def test_many_heads_share_one_wide_basis(device):
     shape = Shape(batch=1, heads=8, head_dim=128, laid_out=150, chunks=(1,), bands=wide, dtype=torch.bfloat16)
     state = filled(shape)
     query = torch.randn(1, 56, 1, 128, generator=state.generator).to(shape.dtype)
-    exact = reference.attend(query.double(), state.key.double(), state.value.double(), None, *state.stored, None)
+    exact = exactly(query.double(), state.key.double(), state.value.double(), None, *state.stored, None)
     key, value = UNPACK(state.key, state.value, *state.stored, state.held)
     plain = attention(query, key, value, allowed_by(state, state.held, 1), 0.0, None)
     there = moved(littered(state, shape), device)
@@ -280,7 +281,7 @@ def test_float16_latents_neither_overflow_nor_vanish(device, factor):
     shape = Shape(dtype=torch.bfloat16, bands=((2, 3, 3, 2),) * 4, laid_out=80)
     state = filled(shape)
     query = torch.randn(2, 4, 1, 5, generator=state.generator).to(shape.dtype) * factor
-    exact = reference.attend(query.double(), state.key.double(), state.value.double(), None, *state.stored, 1 / factor)
+    exact = exactly(query.double(), state.key.double(), state.value.double(), None, *state.stored, 1 / factor)
     there = moved(state, device)
     own = attend(query.to(device), there.key, there.value, None, *there.stored, 1 / factor)
     value = UNPACK(state.key, state.value, *state.stored, state.held)[1]
@@ -291,7 +292,7 @@ def test_float64_goes_to_the_reference(device):
     state = moved(filled(Shape()), device)
     query = torch.randn(2, 4, 1, 5, dtype=torch.float64, device=device)
     arguments = (query, state.key, state.value, None, *state.stored, None)
-    assert torch.equal(attend(*arguments), reference.attend(*arguments))
+    assert torch.equal(attend(*arguments), exactly(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -300,9 +301,9 @@ def test_float64_goes_to_the_reference(device):
 )
 def test_relative_keys_are_served_where_they_are_packed_and_tiles_share_an_anchor(block, scope, served):
     state = filled(Shape(block=block, scope=scope, dtype=torch.float32))
-    packed = packed_streams(state.codes, state.bases, state.bands)
-    assert serves(torch.zeros(2, 4, 1, 5), packed, state.turned["turns"], block) == served
-    assert serves(torch.zeros(2, 4, 1, 5), packed, (), block)
+    query = torch.zeros(2, 4, 1, 5)
+    assert triton.serves(query, state_of(*state.stored, **state.turned)) == served
+    assert triton.serves(query, state_of(*state.stored))
 
 
 @pytest.mark.parametrize("name", ("append", "attend", "attend_tiers"))

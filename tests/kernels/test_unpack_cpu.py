@@ -8,14 +8,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_calls import Case, build, cases, guarded
+from state_lists import unpack_with
 from torch import Tensor
 
 from apack_compile.kernels import native
 from apack_compile.kernels.unpack import cpu
-from apack_compile.kernels.unpack.reference import unpack as reference
+from apack_compile.kernels.unpack import reference as unpack_reference
 
 pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
 
+unpack, reference = unpack_with(cpu.unpack), unpack_with(unpack_reference.unpack)
 SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
 KEY, VALUE, DENSE, CODES, BASES, BANDS, POSITIONS, CURSOR, TOKENS = range(9)
 
@@ -45,7 +47,7 @@ def is_packed(arguments: list) -> Tensor:
 
 def assert_close_to_float64(arguments: list, turns: dict) -> None:
     """No further from the reference in float64 than the reference in the call's own dtype, times a small constant; copies are equal."""
-    own = cpu.unpack(*arguments, **turns)
+    own = unpack(*arguments, **turns)
     exact = reference(*in_dtype(arguments, torch.float64), **turns)
     plain = reference(*arguments, **turns)
     packed = is_packed(arguments)[:, None, :, None]
@@ -63,7 +65,7 @@ def poisoned_scratch(poisoned):
     """New tensors start as NaN, and the operation's scratch memory holds what a call with bases of NaN left there."""
     arguments, _ = arguments_of(Case(batch=4, heads=8, text=2000, bands=((64, 0, 0, 0),) * 4, empty=0.0))
     arguments[BASES] = [torch.full_like(x, float("nan")) for x in arguments[BASES]]
-    assert cpu.unpack(*arguments)[0][:, :, :1000].isnan().any(-1).double().mean() > 0.9
+    assert unpack(*arguments)[0][:, :, :1000].isnan().any(-1).double().mean() > 0.9
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
@@ -121,11 +123,11 @@ def test_wide_streams_run_in_several_panels_and_tiles(head_dim, instructions, mo
 @pytest.mark.parametrize("threads", (1, 2, 3))
 def test_the_number_of_threads_changes_nothing(threads):
     case = Case(batch=2, heads=3, vision=900, text=2100, block=32)
-    wanted = cpu.unpack(*(made := arguments_of(case))[0], **made[1])
+    wanted = unpack(*(made := arguments_of(case))[0], **made[1])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = cpu.unpack(*made[0], **made[1])
+        got = unpack(*made[0], **made[1])
     finally:
         torch.set_num_threads(before)
     for a, b in zip(got, wanted, strict=True):
@@ -135,7 +137,7 @@ def test_the_number_of_threads_changes_nothing(threads):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_tokens_kept_as_they_are_come_back_bit_by_bit(dtype):
     arguments, _ = arguments_of(Case(batch=2, vision=70, text=130, bands=(None,) * 4, dtype=dtype))
-    for got, wanted in zip(cpu.unpack(*arguments), reference(*arguments), strict=True):
+    for got, wanted in zip(unpack(*arguments), reference(*arguments), strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -146,7 +148,7 @@ def test_relative_keys_kept_as_they_are_are_turned(instructions, monkeypatch):
     as_they_are, _ = arguments_of(Case(vision=70, text=130, bands=(None,) * 4))
     arguments[CODES : BANDS + 1] = as_they_are[CODES : BANDS + 1]
     assert_close_to_float64(arguments, turns)
-    assert not torch.equal(cpu.unpack(*arguments, **turns)[0], cpu.unpack(*arguments)[0])
+    assert not torch.equal(unpack(*arguments, **turns)[0], unpack(*arguments)[0])
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
@@ -169,8 +171,8 @@ def test_strides_do_not_matter():
         wide[..., ::2, ::3] = x
         return wide[..., ::2, ::3]
 
-    wanted = cpu.unpack(*arguments, **turns)
-    got = cpu.unpack(*spread(arguments), **{name: spread(x) for name, x in turns.items()})
+    wanted = unpack(*arguments, **turns)
+    got = unpack(*spread(arguments), **{name: spread(x) for name, x in turns.items()})
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -178,14 +180,14 @@ def test_strides_do_not_matter():
 def test_float64_gets_the_reference():
     arguments, turns = arguments_of(Case(vision=65, block=16))
     arguments = in_dtype(arguments, torch.float64)
-    for got, wanted in zip(cpu.unpack(*arguments, **turns), reference(*arguments, **turns), strict=True):
+    for got, wanted in zip(unpack(*arguments, **turns), reference(*arguments, **turns), strict=True):
         assert torch.equal(got, wanted)
 
 
 def test_more_tokens_than_there_is_room_for_are_refused():
     arguments, turns = arguments_of(Case(), spare=-1)
     with pytest.raises(IndexError, match=rf"tokens={arguments[TOKENS]} must be at least .* {arguments[TOKENS] + 1}"):
-        cpu.unpack(*arguments, **turns)
+        unpack(*arguments, **turns)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs mprotect")
@@ -209,7 +211,7 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
             return [placed(y) for y in x]
         return guarded(x.contiguous(), keep) if isinstance(x, Tensor) and x.numel() else x
 
-    wanted = cpu.unpack(*arguments, **turns)
-    got = cpu.unpack(*placed(arguments), **{name: placed(x) for name, x in turns.items()})
+    wanted = unpack(*arguments, **turns)
+    got = unpack(*placed(arguments), **{name: placed(x) for name, x in turns.items()})
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)

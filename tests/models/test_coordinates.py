@@ -62,8 +62,8 @@ def read_back(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     found = []
     for layer in cache.packed_layers:
         none = torch.empty(layer.batch_size, layer.num_heads, 0, 16)
-        state = (*layer.state(), int(layer.get_seq_length()))
-        found.append(torch.ops.apack.unpack.default(none, none, *state, **layer.unpack_turn_state()))
+        tokens = int(layer.get_seq_length())
+        found.append(torch.ops.apack.unpack.default(none, none, *layer.state().flatten(), tokens))
     return found
 
 

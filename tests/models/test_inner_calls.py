@@ -42,7 +42,9 @@ def test_pictures_and_padding_are_known_however_the_cache_is_passed(way, setting
         assert cache.notes == NOTES[name] and not cache.unsettled()
         found.append(cache)
     for one, other in zip(*(cache.packed_layers for cache in found), strict=True):
-        for mine, its in zip((*one.codes, *one.positions()), (*other.codes, *other.positions()), strict=True):
+        for mine, its in zip(
+            (*one.packed_tensors(), *one.positions()), (*other.packed_tensors(), *other.positions()), strict=True
+        ):
             assert torch.equal(mine, its)
     pictures = int((llava(**setting)[1]["input_ids"] == IMAGE).sum())
     assert pictures and int(found[0].batch_size) == 2

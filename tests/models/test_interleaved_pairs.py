@@ -118,7 +118,7 @@ def cache_after(model: PreTrainedModel, *lengths: int) -> CompactedCache:
 def keys_of(packed: CompactedCache) -> torch.Tensor:
     layer = packed.packed_layers[1]
     none = torch.empty(ROWS, 2, 0, 20)
-    return torch.ops.apack.unpack(none, none, *layer.state(), TOKENS, **layer.unpack_turn_state())[0]
+    return torch.ops.apack.unpack(none, none, *layer.state().flatten(), TOKENS)[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

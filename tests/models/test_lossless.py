@@ -119,7 +119,7 @@ def test_gradients_may_be_enabled_and_the_mode_of_the_model_stays():
     with torch.enable_grad():
         out = model(**inputs, past_key_values=cache)
     assert out.logits.requires_grad and not model.training
-    assert not any(t.requires_grad for t in (*cache.layers[0].dense, *cache.layers[0].codes))
+    assert not any(t.requires_grad for t in (*cache.layers[0].dense_tensors(), *cache.layers[0].packed_tensors()))
 
 
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)

@@ -7,6 +7,7 @@ from attention_graphs import ATTENTIONS, NEGATIVES, SPELLINGS, Case, State, five
 from capture import Captured, capture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from state_lists import append_lists, state_of
 from torch import Tensor
 
 from apack_compile.passes import FuseAttend, GraphRecord, RemoveDeadCode, run_passes
@@ -205,8 +206,9 @@ def test_three_packed_segments_and_their_turns_go_over(relative, pairs):
         by = {"turns": turns, "block": 4, "interleaved_pairs": pairs} if relative else {}
         text_by = {"text_turns": turns[-1], "block": 4} if relative else {}
         stores = [*state.dense[2:], *state.codes[-4:]]
-        torch.ops.apack.append(k, v, stores, state.bases[-6:], state.bands[-8:], state.cursor, **text_by)
-        keys, values = torch.ops.apack.unpack(k, v, *state, mask.shape[-1], **by)
+        lists = append_lists(stores, state.bases[-6:], state.bands[-8:], state.cursor, **text_by)
+        torch.ops.apack.append(k, v, *lists)
+        keys, values = torch.ops.apack.unpack(k, v, *state_of(*state, **by).flatten(), mask.shape[-1])
         return F.scaled_dot_product_attention(q, repeat_kv(keys, 2), repeat_kv(values, 2), mask)
 
     query, key, value, state, mask = Case().inputs()
