@@ -38,7 +38,7 @@ test: install
 test-models: install
 	rm -rf build/support
 	$(PYTEST) tests/models/test_matrix.py --every-model --results=build/support
-	$(VENV)/bin/python -P tests/models/matrix/table.py build/support docs/support.md
+	PYTHONPATH=tests/support $(VENV)/bin/python -P -m matrix.table build/support docs/support.md
 
 test-oldest:
 	$(MAKE) test VENV=.venv-matrix/oldest $(OLDEST)
@@ -55,7 +55,7 @@ matrix-column:
 	$(MAKE) install VENV=$(VENV)
 	mkdir -p build/matrix
 	$(PYTEST) $(MATRIX_TESTS) --junitxml=build/matrix/$(COLUMN).xml; status=$$?; \
-	$(VENV)/bin/python -P tests/models/matrix/versions.py $(COLUMN) build/matrix/$(COLUMN).xml && exit $$status
+	$(VENV)/bin/python -P tests/support/matrix/versions.py $(COLUMN) build/matrix/$(COLUMN).xml && exit $$status
 
 # mypy and the import contract see the packages under the names they are imported by.
 lint: install

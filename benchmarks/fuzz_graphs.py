@@ -3,7 +3,7 @@
     python benchmarks/fuzz_graphs.py --graphs 10000
 
 Prints wrong rewrites with their seeds (`random_program(seed, dtype)` builds the graph again), the share of attentions that were found
-and rewritten, and why the others were not. Exits with 1 when a rewrite is wrong. The graphs are those of tests/graphs/random_graphs.py.
+and rewritten, and why the others were not. Exits with 1 when a rewrite is wrong. The graphs are those of tests/support/random_graphs.py.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "graphs"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
 from fuzz import Verdict, judge
 

@@ -8,14 +8,14 @@ if __name__ != "apack_compile.passes":
         "run from another folder, or install and import apack_compile"
     )
 
+from apack_compile.passes.attention.fuse_attend import FuseAttend
+from apack_compile.passes.attention.share_heads import RepeatedHeads, ShareHeads
+from apack_compile.passes.attention.sites import AttentionSite, find_sites
 from apack_compile.passes.base import GraphRecord, MatchRecord, Pass, PassRecord, Refusal, run_passes
-from apack_compile.passes.buffer_pairs import BufferPair
-from apack_compile.passes.cache_updates import CacheUpdate, FindCacheUpdates, find_cache_updates
-from apack_compile.passes.dead_code import RemoveDeadCode
-from apack_compile.passes.fuse_attend import FuseAttend
-from apack_compile.passes.pack_buffers import PackBuffers
-from apack_compile.passes.share_heads import RepeatedHeads, ShareHeads
-from apack_compile.passes.sites import AttentionSite, find_sites
+from apack_compile.passes.buffers.cache_updates import CacheUpdate, FindCacheUpdates, find_cache_updates
+from apack_compile.passes.buffers.pack_buffers import PackBuffers
+from apack_compile.passes.buffers.pairs import BufferPair
+from apack_compile.passes.graph.dead_code import RemoveDeadCode
 
 __all__ = [
     "AttentionSite",

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from apack_compile.generate import session
 from apack_compile.plan.basis import fit, fit_steps, moments
 from apack_compile.plan.plan import StreamStatistics
 
@@ -50,12 +49,6 @@ def random_statistics(
 
     modalities = ("vision", "text") if vision else ("text",)
     return {layer: {modality: (stream(), stream()) for modality in modalities} for layer in range(layers)}
-
-
-@pytest.fixture(autouse=True)
-def short_prompts_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of tests are short: unless a test says otherwise, `min_tokens` of every device is 0."""
-    monkeypatch.setattr(session, "default_min_tokens", lambda device: 0)
 
 
 @pytest.fixture(scope="session")

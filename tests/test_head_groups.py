@@ -120,7 +120,7 @@ def prompt(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def test_a_model_of_many_heads_gets_groups_and_the_report_says_why():
-    model = apack_compile.optimize(many_heads(), ratio=4, compile="none")
+    model = apack_compile.optimize(many_heads(), ratio=4, compile="none", min_tokens=0)
     assert apack_compile.report(model).head_groups == ""
     apack_compile.calibrate(model, prompt())
     groups = fewest_groups(((16, 16, 64),), 4, 4.0, 64, CPU).count
@@ -133,12 +133,12 @@ def test_a_model_of_many_heads_gets_groups_and_the_report_says_why():
 
 
 def test_a_calibration_for_other_groups_is_not_used_silently():
-    model = apack_compile.optimize(many_heads(), ratio=4, compile="none")
+    model = apack_compile.optimize(many_heads(), ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt())
     before = apack_compile.plan_for(model, 300).groups
-    apack_compile.optimize(model, ratio=5, compile="none")
+    apack_compile.optimize(model, ratio=5, compile="none", min_tokens=0)
     assert apack_compile.plan_for(model, 300).groups == before
-    one = AttentionPackConfig(ratio=4, head_groups=1, compile="none")
+    one = AttentionPackConfig(ratio=4, head_groups=1, compile="none", min_tokens=0)
     apack_compile.optimize(model, one)
     lost = f"the earlier calibration cannot be used (it was made with head_groups={before})"
     assert any(note.startswith(lost) for note in apack_compile.report(model).notes)
@@ -154,19 +154,21 @@ def test_a_calibration_for_other_groups_is_not_used_silently():
 
 
 def test_what_needs_no_calibration_does_not_ask_for_one():
-    model = apack_compile.optimize(many_heads(), AttentionPackConfig(ratio=4, key_block=16, compile="none"))
+    model = apack_compile.optimize(
+        many_heads(), AttentionPackConfig(ratio=4, key_block=16, compile="none", min_tokens=0)
+    )
     apack_compile.calibrate(model, prompt())
     plan = apack_compile.plan_for(model, 300)
     apack_compile.optimize(model, preset="lossless", compile="none")
     assert apack_compile.report(model).notes == ()
-    apack_compile.optimize(model, AttentionPackConfig(ratio=4, key_block=16, compile="none"))
+    apack_compile.optimize(model, AttentionPackConfig(ratio=4, key_block=16, compile="none", min_tokens=0))
     apack_compile.calibrate(model, prompt())
     apack_compile.optimize(model, plan=plan, compile="none")
     assert apack_compile.report(model).notes == ()
 
 
 def test_a_calibration_that_fails_keeps_what_was_there():
-    model = apack_compile.optimize(many_heads(), ratio=4, compile="none")
+    model = apack_compile.optimize(many_heads(), ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt())
     said = apack_compile.report(model).head_groups
     with pytest.raises(ValueError, match="no usable token"):

@@ -133,7 +133,7 @@ def test_a_rule_needs_tokens_enough():
 
 
 def test_the_report_says_where_calibration_saw_too_few_tokens():
-    model = apack_compile.optimize(small_model(), ratio=6, compile="none")
+    model = apack_compile.optimize(small_model(), ratio=6, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": prompt(100)})
     assert any("no coarse text tokens" in note for note in apack_compile.report(model).notes)
     assert apack_compile.plan_for(model, 1000).coarse is None
@@ -143,9 +143,9 @@ def test_the_report_says_where_calibration_saw_too_few_tokens():
 
 @pytest.mark.parametrize(("ratio", "tokens", "coarse"), ((4, 1000, False), (6, 1000, True), (6, 700, False)))
 def test_a_plan_tells_tokens_apart_where_bytes_are_few(ratio, tokens, coarse):
-    model = apack_compile.optimize(small_model(), ratio=3, compile="none")
+    model = apack_compile.optimize(small_model(), ratio=3, compile="none", min_tokens=0)
     apack_compile.calibrate(model, [{"input_ids": prompt(200, seed=seed)} for seed in range(3)])
-    apack_compile.optimize(model, ratio=ratio, compile="none")
+    apack_compile.optimize(model, ratio=ratio, compile="none", min_tokens=0)
     plan = apack_compile.plan_for(model, tokens)
     assert (plan.coarse is not None) == coarse and len(plan.layers[0].streams) == (6 if coarse else 4)
     if coarse:
@@ -154,12 +154,12 @@ def test_a_plan_tells_tokens_apart_where_bytes_are_few(ratio, tokens, coarse):
 
 
 def test_statistics_serve_plans_that_tell_fewer_modalities_apart():
-    model = apack_compile.optimize(small_model(), ratio=6, compile="none")
+    model = apack_compile.optimize(small_model(), ratio=6, compile="none", min_tokens=0)
     apack_compile.calibrate(model, [{"input_ids": prompt(200, seed=seed)} for seed in range(3)])
     for coarse, told in (((), False), (("text",), True)):
-        apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=coarse, compile="none"))
+        apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=coarse, compile="none", min_tokens=0))
         assert (apack_compile.plan_for(model, 1000).coarse is not None) == told
-    apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=("text", "vision"), compile="none"))
+    apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=("text", "vision"), compile="none", min_tokens=0))
     with pytest.raises(RuntimeError, match="no calibrated statistics"):
         apack_compile.plan_for(model, 1000)
 
@@ -171,7 +171,7 @@ def test_one_graph_decodes_from_three_packed_segments(modality):
     model.config.image_token_id = IMAGE
     model.generation_config.eos_token_id = None
     pictures = 120 if modality == "vision" else 0
-    apack_compile.optimize(model, AttentionPackConfig(ratio=6, compile="none", coarse=(modality,)))
+    apack_compile.optimize(model, AttentionPackConfig(ratio=6, compile="none", coarse=(modality,), min_tokens=0))
     apack_compile.calibrate(model, [with_pictures(prompt(240, seed=seed), pictures) for seed in range(3)])
     plan = apack_compile.plan_for(model, 1_000, pictures / 240)
     assert plan.coarse.modality == modality
@@ -190,8 +190,8 @@ def test_one_graph_decodes_from_three_packed_segments(modality):
 def test_which_modalities_are_told_apart_is_chosen():
     for value in ("text", ["sound"], 3):
         with pytest.raises(ValueError, match=r"coarse=.* must hold"):
-            AttentionPackConfig(ratio=6, coarse=value)
-    config = AttentionPackConfig(ratio=6, coarse=["vision", "text"], compile="none")
+            AttentionPackConfig(ratio=6, coarse=value, min_tokens=0)
+    config = AttentionPackConfig(ratio=6, coarse=["vision", "text"], compile="none", min_tokens=0)
     assert AttentionPackConfig.from_json(config.to_json()) == config
     model = small_model()
     model.config.image_token_id = IMAGE
@@ -202,7 +202,7 @@ def test_which_modalities_are_told_apart_is_chosen():
         (("text",), 0.3, "text"),
         (("vision", "text"), 0.6, "vision"),
     ):
-        apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=coarse, compile="none"))
+        apack_compile.optimize(model, AttentionPackConfig(ratio=6, coarse=coarse, compile="none", min_tokens=0))
         apack_compile.calibrate(model, inputs)
         plan = apack_compile.plan_for(model, 1000, share)
         assert (None if plan.coarse is None else plan.coarse.modality) == expected

@@ -71,11 +71,11 @@ def test_an_offloaded_model_gives_the_tokens_of_its_dense_cache(offload, compile
 
 
 def test_an_offloaded_model_calibrates_and_decodes_as_before(offload):
-    model = apack_compile.optimize(llama(), ratio=4, compile="none")
+    model = apack_compile.optimize(llama(), ratio=4, compile="none", min_tokens=0)
     expected = greedy(model)
     bases = apack_compile.plan_for(model, 300).bases
     offloaded = offload(llama())
-    apack_compile.optimize(offloaded, ratio=4, compile="none")
+    apack_compile.optimize(offloaded, ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(offloaded, {"input_ids": IDS})
     assert torch.equal(greedy(offloaded), expected)
     for layer, streams in apack_compile.plan_for(offloaded, 300).bases.items():
@@ -92,7 +92,7 @@ def test_gradients_that_do_not_fit_are_left_out(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(sensitivity, "gradients_of", fill_the_memory)
-    model = apack_compile.optimize(llama(), ratio=4, compile="none")
+    model = apack_compile.optimize(llama(), ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": IDS})
     assert any("do not fit into the device's memory" in note for note in apack_compile.report(model).notes)
 
@@ -111,6 +111,6 @@ def test_what_an_offloaded_model_cannot_have_is_said():
     pytest.importorskip("torchao", reason="torchao is an extra")
     model = accelerate.cpu_offload(llama(), execution_device=CPU)
     with pytest.raises(ValueError, match=r"quantize='int8wo': weights are offloaded by accelerate; quantize .* before"):
-        apack_compile.optimize(model, ratio=4, quantize="int8wo")
+        apack_compile.optimize(model, ratio=4, quantize="int8wo", min_tokens=0)
     with pytest.raises(ValueError, match=r"^model: weights are on the meta device; load them first"):
-        apack_compile.optimize(llama().to("meta"))
+        apack_compile.optimize(llama().to("meta"), min_tokens=0)

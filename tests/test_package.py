@@ -31,15 +31,9 @@ print([name for name in sys.modules if name.split(".")[0] in heavy
     assert done.stdout.strip() == "[]"
 
 
-def test_importing_the_package_is_quick_beyond_torch_and_transformers(tmp_path: Path) -> None:
-    code = """
-import time, torch, transformers
-start = time.perf_counter()
-import apack_compile
-print(time.perf_counter() - start)
-"""
-    seconds = min(float(run_python(code, tmp_path).stdout) for _ in range(3))
-    assert seconds < 0.3
+def test_importing_the_package_imports_none_of_its_folders(tmp_path: Path) -> None:
+    code = "import sys, apack_compile; print(*sorted(n for n in sys.modules if n.startswith('apack_compile.')))"
+    assert run_python(code, tmp_path).stdout.split() == ["apack_compile.supported_versions", "apack_compile.version"]
 
 
 def test_the_backend_is_found_by_name_in_a_process_that_never_imported_us(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def llama(hidden: int = 96, intermediate: int = 160) -> LlamaForCausalLM:
 
 
 def calibrated(model: LlamaForCausalLM, quantize=None) -> LlamaForCausalLM:
-    apack_compile.optimize(model, ratio=4, quantize=quantize, compile="none")
+    apack_compile.optimize(model, ratio=4, quantize=quantize, compile="none", min_tokens=0)
     return apack_compile.calibrate(model, INPUTS)
 
 
@@ -142,7 +142,7 @@ def test_gradients_that_are_all_zero_are_none():
 
 
 def test_inputs_too_short_for_gradients_are_noted():
-    model = apack_compile.optimize(llama(), ratio=4, compile="none")
+    model = apack_compile.optimize(llama(), ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": IDS[:, :7]})
     assert "calibrate on longer ones" in without_gradients(model)
     apack_compile.calibrate(model, [{"input_ids": IDS[:, :7]}, INPUTS])
@@ -153,7 +153,7 @@ def test_the_note_goes_with_the_calibration_to_the_next_optimize():
     with torch.inference_mode():
         model = llama()
     calibrated(model)
-    apack_compile.optimize(model, ratio=6, compile="none")
+    apack_compile.optimize(model, ratio=6, compile="none", min_tokens=0)
     assert without_gradients(model)
     apack_compile.optimize(model, preset="lossless", compile="none")
     assert not without_gradients(model)
@@ -171,16 +171,18 @@ def by_transformers(model: LlamaForCausalLM, folder) -> LlamaForCausalLM:
 
 
 def by_optimize(model: LlamaForCausalLM, folder) -> LlamaForCausalLM:
-    return apack_compile.restore(apack_compile.optimize(model, ratio=4, quantize="int8wo", compile="none"))
+    return apack_compile.restore(
+        apack_compile.optimize(model, ratio=4, quantize="int8wo", compile="none", min_tokens=0)
+    )
 
 
 @pytest.mark.parametrize("quantized", [by_user, by_transformers, by_optimize])
 def test_weights_that_are_quantized_already_are_not_quantized_again(quantized, tmp_path):
     model = quantized(llama(), tmp_path)
     with pytest.raises(ValueError, match=r"quantize='int8wo': .* quantized already \(14 torchao Int8Tensor\)"):
-        apack_compile.optimize(model, ratio=4, quantize="int8wo")
+        apack_compile.optimize(model, ratio=4, quantize="int8wo", min_tokens=0)
     assert "generate" not in vars(model)
-    report = apack_compile.report(apack_compile.optimize(model, ratio=4, compile="none"))
+    report = apack_compile.report(apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0))
     assert (report.quantized_layers, report.quantized_by) == (LINEAR, {"torchao Int8Tensor": LINEAR})
     assert "linear layers of the language model: 14 torchao Int8Tensor" in str(report)
 
@@ -191,7 +193,7 @@ def test_a_package_that_torchao_needs_is_named():
         torchao.quantize_(nn.Linear(128, 128), torchao.Int4WeightOnlyConfig())
     except ImportError:
         with pytest.raises(ImportError, match=r"quantize='int4wo': .*; pip install mslk-cuda"):
-            apack_compile.optimize(model, ratio=4, quantize="int4wo")
+            apack_compile.optimize(model, ratio=4, quantize="int4wo", min_tokens=0)
         assert not quantized_layers(model) and "generate" not in vars(model)
     else:
         pytest.skip("torchao needs nothing else here")
@@ -199,10 +201,10 @@ def test_a_package_that_torchao_needs_is_named():
 
 def test_layers_that_torchao_leaves_as_they_are_are_said():
     with pytest.raises(ValueError, match=r"quantize='int4wo': torchao leaves every linear layer .* Linear\(96, 48\)"):
-        apack_compile.optimize(llama(), ratio=4, quantize="int4wo")
+        apack_compile.optimize(llama(), ratio=4, quantize="int4wo", min_tokens=0)
     model = llama()
     torchao.quantize_(model.model.layers[0], torchao.Int8WeightOnlyConfig())
-    report = apack_compile.report(apack_compile.optimize(model, ratio=4, compile="none"))
+    report = apack_compile.report(apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0))
     assert report.quantized_layers == 7
     assert report.quantized_by == {"torchao Int8Tensor": 7, "not quantized": 7}
 
@@ -212,7 +214,7 @@ def test_an_error_of_one_layer_leaves_all_as_they_were():
     config = torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(32))
     torchao.quantize_(nn.Linear(96, 80), config)
     with pytest.raises(ValueError, match=r"quantize=IntxWeightOnlyConfig: torchao cannot .* Linear\(80, 96\)"):
-        apack_compile.optimize(model, ratio=4, quantize=config)
+        apack_compile.optimize(model, ratio=4, quantize=config, min_tokens=0)
     assert not quantized_layers(model) and "generate" not in vars(model)
 
 
@@ -220,7 +222,7 @@ def test_the_layers_of_an_adapter_are_not_quantized():
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
     model = adapted.get_base_model()
-    apack_compile.optimize(model, ratio=4, quantize="int8wo", compile="none")
+    apack_compile.optimize(model, ratio=4, quantize="int8wo", compile="none", min_tokens=0)
     assert apack_compile.report(model).quantized_layers == LINEAR
     assert type(model.model.layers[0].self_attn.q_proj.lora_A["default"].weight) is nn.Parameter
 
@@ -240,4 +242,4 @@ def test_steps_that_transformers_does_not_compile_are_reported_so():
 def test_a_decoder_without_linear_layers_is_named():
     config = GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4)
     with pytest.raises(ValueError, match=r"quantize='int8wo': the decoder has no torch\.nn\.Linear layer"):
-        apack_compile.optimize(GPT2LMHeadModel(config).eval(), ratio=3, quantize="int8wo")
+        apack_compile.optimize(GPT2LMHeadModel(config).eval(), ratio=3, quantize="int8wo", min_tokens=0)

@@ -163,7 +163,7 @@ def held_by(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> li
 
 
 def test_left_padding_does_not_change_what_is_stored():
-    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=3, compile="none")
+    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=3, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": prompt(300, seed=1)})
     apack_compile.optimize(model, plan=apack_compile.plan_for(model, 300), compile="none")
     ids = prompt(300)
@@ -177,38 +177,40 @@ def test_left_padding_does_not_change_what_is_stored():
 
 
 def test_the_report_says_how_keys_are_packed_and_optimize_again_keeps_it():
-    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=3, compile="none")
+    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=3, compile="none", min_tokens=0)
     assert apack_compile.report(model).keys == ""
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     said = apack_compile.report(model).keys
     assert said.startswith("turned back to the start of their 64 slots, by") and said in str(
         apack_compile.report(model)
     )
-    apack_compile.optimize(model, ratio=4, compile="none")
+    apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     assert apack_compile.report(model).keys == said
     assert apack_compile.plan_for(model, 300).turn is not None
     apack_compile.optimize(model, preset="lossless", compile="none")
     assert apack_compile.report(model).keys == "" and apack_compile.plan_for(model, 300).turn is None
-    other = AttentionPackConfig(ratio=4, key_block=0, compile="none")
+    other = AttentionPackConfig(ratio=4, key_block=0, compile="none", min_tokens=0)
     apack_compile.optimize(model, other)
     with pytest.raises(RuntimeError, match="no calibrated statistics"):
         apack_compile.plan_for(model, 300)
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     assert apack_compile.report(model).keys == "stored as they are: key_block=0"
     assert apack_compile.plan_for(model, 300).turn is None
-    apack_compile.optimize(model, AttentionPackConfig(ratio=2, head_groups=2, compile="none"))
+    apack_compile.optimize(model, AttentionPackConfig(ratio=2, head_groups=2, compile="none", min_tokens=0))
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     plan = apack_compile.plan_for(model, 300)
     assert plan.groups == 2 and plan.bases[0][2].mean.shape == (1, 2, 16)
     model.generate(prompt(), max_new_tokens=4, do_sample=False)
     assert apack_compile.report(model).bytes["ratio"] > 1.5
-    gpt = apack_compile.optimize(model_of(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)), ratio=3)
+    gpt = apack_compile.optimize(
+        model_of(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4)), ratio=3, min_tokens=0
+    )
     apack_compile.calibrate(gpt, {"input_ids": prompt(seed=1)})
     assert apack_compile.report(gpt).keys == "stored as they are: the model has no rotary frequencies"
 
 
 def test_the_demo_reads_back_keys_that_were_turned():
-    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=2, compile="none")
+    model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=2, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     cache, exact = apack_compile.new_cache(model, 8), DynamicCache(config=model.config)
     with torch.no_grad():

@@ -30,10 +30,10 @@ from apack_compile.passes import (
     ShareHeads,
     run_passes,
 )
-from apack_compile.passes.buffer_pairs import pairs_of
-from apack_compile.passes.nodes import bind, default_overload
-from apack_compile.passes.origin import is_unpack
-from apack_compile.passes.pack_buffers import read_besides
+from apack_compile.passes.attention.origin import is_unpack
+from apack_compile.passes.buffers.pack_buffers import read_besides
+from apack_compile.passes.buffers.pairs import pairs_of
+from apack_compile.passes.graph.nodes import bind, default_overload
 
 if TYPE_CHECKING:
     from apack_compile.backend.own_cache import OwnCaches

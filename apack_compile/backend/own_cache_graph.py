@@ -1,7 +1,7 @@
 """A compiled graph over static buffers, with two forms: the dense one, as it came, and the packed one.
 
-The packed form appends to packed state and attends to it (passes/pack_buffers.py). Which one runs is decided at each call, by where the
-call writes and by what is held.
+The packed form appends to packed state and attends to it (passes/buffers/pack_buffers.py). Which one runs is decided at each call, by
+where the call writes and by what is held.
 """
 
 import itertools
@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from apack_compile.backend.own_cache import OwnCaches
 from apack_compile.passes import BufferPair, FuseAttend, PackBuffers, RemoveDeadCode, run_passes
-from apack_compile.passes.ahead import index_graph
-from apack_compile.passes.pack_buffers import read_besides
+from apack_compile.passes.buffers.ahead import index_graph
+from apack_compile.passes.buffers.pack_buffers import read_besides
 
 
 class OwnCacheGraph:

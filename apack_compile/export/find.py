@@ -1,4 +1,4 @@
-"""Which caches of a program can be packed: pairs of its buffers (passes/buffer_pairs.py), and those that no attention reads."""
+"""Which caches of a program can be packed: pairs of its buffers (passes/buffers/pairs.py), and those that no attention reads."""
 
 from collections.abc import Mapping
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, fx
 
 from apack_compile.export.state import ROOT
-from apack_compile.passes.attention import NoAttention, find_attentions
+from apack_compile.passes.attention.attention import NoAttention, find_attentions
 from apack_compile.passes.base import Refusal
-from apack_compile.passes.buffer_pairs import BufferPair, BufferStream, Rules, find_pairs
-from apack_compile.passes.cache_updates import root_of
-from apack_compile.passes.memory import Memory
-from apack_compile.passes.nodes import kind
-from apack_compile.passes.packed_state import attended
-from apack_compile.passes.positions import Counted
-from apack_compile.passes.update_kinds import KINDS, target_of
+from apack_compile.passes.buffers.cache_updates import root_of
+from apack_compile.passes.buffers.packed_state import attended
+from apack_compile.passes.buffers.pairs import BufferPair, BufferStream, Rules, find_pairs
+from apack_compile.passes.buffers.positions import Counted
+from apack_compile.passes.buffers.update_kinds import KINDS, target_of
+from apack_compile.passes.graph.memory import Memory
+from apack_compile.passes.graph.nodes import kind
 
 
 def find_caches(gm: fx.GraphModule, tried: bool = False) -> tuple[list[BufferPair | Refusal], dict[str, str]]:

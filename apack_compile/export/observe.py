@@ -12,9 +12,9 @@ from apack_compile.kernels.format import FLOAT16_MAX
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.models.coordinates import rotary_frequencies
-from apack_compile.passes.buffer_pairs import BufferPair
-from apack_compile.passes.nodes import value_of
-from apack_compile.passes.packed_state import new_tokens, positions
+from apack_compile.passes.buffers.packed_state import new_tokens, positions
+from apack_compile.passes.buffers.pairs import BufferPair
+from apack_compile.passes.graph.nodes import value_of
 from apack_compile.plan.choice import head_groups_for
 from apack_compile.plan.plan import FIRST_TOKENS, STREAMS
 from apack_compile.plan.rotation import BLOCK, KeyTurn, deinterleaved_keys, turns_at

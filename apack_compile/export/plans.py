@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from apack_compile.checks import counted
 from apack_compile.export.observe import Observed
 from apack_compile.export.state import LOSSLESS, CachePlan
-from apack_compile.passes.buffer_pairs import BufferPair
-from apack_compile.passes.nodes import value_of
+from apack_compile.passes.buffers.pairs import BufferPair
+from apack_compile.passes.graph.nodes import value_of
 from apack_compile.plan.check import check_plan
 from apack_compile.plan.plan import Plan, budget_plan, largest_ratio
 

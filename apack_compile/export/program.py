@@ -19,8 +19,8 @@ from apack_compile.export.observe import Call, calls_of, observe
 from apack_compile.export.plans import budget_plans, given_plans
 from apack_compile.export.rewrite import rewrite
 from apack_compile.passes.base import Refusal
-from apack_compile.passes.buffer_pairs import pairs_of
-from apack_compile.passes.nodes import value_of
+from apack_compile.passes.buffers.pairs import pairs_of
+from apack_compile.passes.graph.nodes import value_of
 from apack_compile.plan.plan import Plan
 
 

@@ -13,8 +13,8 @@ from apack_compile.export.find import drop_checks, find_caches
 from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
 from apack_compile.kernels.ops import implementations
 from apack_compile.kernels.state import check_version
-from apack_compile.passes.buffer_pairs import BufferPair
-from apack_compile.passes.nodes import bind, default_overload, op_name
+from apack_compile.passes.buffers.pairs import BufferPair
+from apack_compile.passes.graph.nodes import bind, default_overload, op_name
 
 NOT_PACKED = "optimize has not packed it"
 

@@ -19,12 +19,12 @@ from apack_compile.export.state import (
     slots_key,
 )
 from apack_compile.kernels.state import TEXT, Layout, PackedState
-from apack_compile.passes.buffer_pairs import BufferPair, BufferStream
-from apack_compile.passes.dead_code import erase_dead
-from apack_compile.passes.fuse_attend import FuseAttend
-from apack_compile.passes.nodes import op_name, same_sizes, value_of
-from apack_compile.passes.packed_state import put_unpack, state_nodes, why_not_fused
-from apack_compile.passes.sites import AttentionSite, find_sites
+from apack_compile.passes.attention.fuse_attend import FuseAttend
+from apack_compile.passes.attention.sites import AttentionSite, find_sites
+from apack_compile.passes.buffers.packed_state import put_unpack, state_nodes, why_not_fused
+from apack_compile.passes.buffers.pairs import BufferPair, BufferStream
+from apack_compile.passes.graph.dead_code import erase_dead
+from apack_compile.passes.graph.nodes import op_name, same_sizes, value_of
 
 
 def rewrite(gm: fx.GraphModule, caches: Sequence[BufferPair], plans: Mapping[int, CachePlan]) -> None:

@@ -1,6 +1,7 @@
 """Static buffers that a compiled module owns are packed at the first decode call, and what is packed cannot go stale."""
 
 import copy
+import ctypes
 import gc
 import operator
 import weakref
@@ -117,23 +118,23 @@ def test_64_steps_and_another_sequence_compile_one_prefill_and_one_decode_graph(
 
 def test_the_buffers_memory_goes_back_to_the_system():
     def resident() -> int:
+        gc.collect()
+        # what a step's temporaries leave to the allocator is not held
+        ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 
     # what the first compiled step loads stays
-    run(compiled(StaticModel(max_len=512, layers=1))[0], tokens_of(1), 300)
-    model = StaticModel(max_len=40_000, layers=1)
-    model.causal = torch.ones(1, 40_000, dtype=torch.bool).expand(40_000, -1)
+    run(compiled(StaticModel(max_len=512, layers=1, batch=3))[0], tokens_of(1, 3), 300)
+    model = StaticModel(max_len=5_000, layers=1, batch=65)
     for buffer in model.buffers_of_layers:
         buffer.normal_()
     step, log = compiled(model)
-    gc.collect()
     before = resident()
-    run(step, tokens_of(1), 300)
+    run(step, tokens_of(1, 65), 300)
     size = sum(buffer.nbytes for buffer in model.buffers_of_layers)
     found = held(log)
     assert found["released_bytes"] > 0.99 * size
-    gc.collect()
     assert before - resident() > 0.5 * size, "packed tokens of all slots take at most an eighth of float32"
 
 
@@ -419,7 +420,7 @@ def test_a_static_cache_passed_to_a_model_is_packed(lossless):
 def test_a_plan_of_an_optimized_model_serves_its_static_cache(config, ratio, spread, allowed, tmp_path):
     model = tiny_model(config, initializer_range=spread)
     tokens = torch.randint(64, (1, 1_200))
-    apack_compile.optimize(model, ratio=ratio, compile="none")
+    apack_compile.optimize(model, ratio=ratio, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": tokens})
     plan = apack_compile.plan_for(model, 1_024)
     assert plan.turn.interleaved == (config is CohereConfig) and (plan.coarse is not None) == (ratio == 6)

@@ -41,11 +41,9 @@ def test_a_step_past_its_limit_is_ended_with_what_it_started_and_keeps_what_it_w
     mark = tmp_path / "mark"
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
     code = f"{WRITES}; import subprocess, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    start = time.perf_counter()
     rows, _ = run([step(code, limit=2.0, bench="attend")])
     assert rows[0]["status"] == "ended after 2 s"
     assert rows[1:] == [{"bench": "attend", "tokens": 1}]
-    assert time.perf_counter() - start < 30
     time.sleep(5)
     assert not mark.exists()
 

@@ -69,7 +69,7 @@ def close(got, want, tolerance: float) -> None:
 @pytest.mark.parametrize("restored", (False, True))
 def test_a_model_that_is_not_optimized_gets_the_numbers_of_hflm(model, batch_size, restored, caplog):
     if restored:
-        apack_compile.restore(apack_compile.optimize(model, ratio=3, compile="none"))
+        apack_compile.restore(apack_compile.optimize(model, ratio=3, compile="none", min_tokens=0))
     with caplog.at_level(logging.WARNING):
         packed = lm(PackedLM, model, batch_size=batch_size)
     assert "apack: the model is not optimized" in caplog.text
@@ -105,7 +105,7 @@ RANKS = dict.fromkeys(("vision_key", "vision_value", "text_key", "text_value"), 
 )
 def test_answers_of_every_setting_come_from_packed_keys(model, setting):
     dense = lm(HFLM, model).loglikelihood(choices())
-    packed = lm(PackedLM, model, batch_size=4, config=AttentionPackConfig(compile="none", **setting))
+    packed = lm(PackedLM, model, batch_size=4, config=AttentionPackConfig(compile="none", **setting, min_tokens=0))
     if "ratio" in setting:
         apack_compile.calibrate(model, CALIBRATION)
     answers = packed.loglikelihood(choices())
@@ -119,7 +119,7 @@ def test_answers_of_every_setting_come_from_packed_keys(model, setting):
 
 
 def test_a_plan_and_its_path_score_alike(model, tmp_path):
-    apack_compile.optimize(model, ratio=3, compile="none")
+    apack_compile.optimize(model, ratio=3, compile="none", min_tokens=0)
     apack_compile.calibrate(model, CALIBRATION)
     plan = apack_compile.plan_for(model, 150)
     plan.save(tmp_path / "plan.safetensors")
@@ -131,7 +131,7 @@ def test_a_plan_and_its_path_score_alike(model, tmp_path):
 
 def test_a_configuration_may_be_a_file(model, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(AttentionPackConfig(ratio=3, head_groups=2, compile="none").to_json())
+    path.write_text(AttentionPackConfig(ratio=3, head_groups=2, compile="none", min_tokens=0).to_json())
     packed = lm(PackedLM, model, config=str(path))
     assert packed.session.config.head_groups == 2
 

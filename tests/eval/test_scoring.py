@@ -110,7 +110,7 @@ def test_the_likeliest_tokens_are_greedy(model):
 @pytest.mark.parametrize("setting", SETTINGS, ids=NAMES)
 @pytest.mark.parametrize("row", (ROWS[0], ROWS[1], ROLLING), ids=("short", "long", "rolling"))
 def test_a_row_scores_as_prompt_and_chunks_do_by_hand(model, setting, row):
-    apack_compile.optimize(model, AttentionPackConfig(compile="none", **setting))
+    apack_compile.optimize(model, AttentionPackConfig(compile="none", **setting, min_tokens=0))
     if "ratio" in setting:
         apack_compile.calibrate(model, {"input_ids": torch.tensor([tokens(300, 20)])})
     assert flat(score(model, [row])) == pytest.approx(by_hand(model, row, 32), abs=1e-4)
@@ -120,7 +120,7 @@ def test_a_row_scores_as_prompt_and_chunks_do_by_hand(model, setting, row):
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=NAMES)
 def test_padding_and_company_do_not_change_a_row(model, setting):
-    apack_compile.optimize(model, AttentionPackConfig(compile="none", **setting))
+    apack_compile.optimize(model, AttentionPackConfig(compile="none", **setting, min_tokens=0))
     if "ratio" in setting:
         apack_compile.calibrate(model, {"input_ids": torch.tensor([tokens(300, 20)])})
     same_plan = Row(READ, tokens(70, 21), (tokens(70, 22),))
@@ -131,7 +131,7 @@ def test_padding_and_company_do_not_change_a_row(model, setting):
 
 
 def test_scores_are_read_from_packed_keys(model):
-    apack_compile.optimize(model, ratio=4, compile="none")
+    apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": torch.tensor([tokens(300, 20)])})
     with Operations() as operations:
         scores = score(model, [ROWS[1]])
@@ -148,7 +148,7 @@ def test_what_nothing_was_packed_for_is_counted(model):
     """A sequence's tail of 64 tokens is dense; so is a prompt of first tokens."""
     apack_compile.optimize(model, preset="attentionpack", compile="none")
     assert score(model, [Row(READ[:40], ROWS[0].inputs, ROWS[0].targets)]).rows[0].packed_tokens == 0
-    apack_compile.optimize(model, ratio=3, compile="none")
+    apack_compile.optimize(model, ratio=3, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": torch.tensor([tokens(300, 20)])})
     scores = score(model, [Row(READ[:3], (READ[3],), ((5,),)), ROWS[0]])
     assert [row.packed_tokens for row in scores.rows] == [0, 5]
@@ -158,11 +158,11 @@ def test_what_nothing_was_packed_for_is_counted(model):
 
 
 def test_the_first_rows_calibrate_where_nothing_did(model):
-    apack_compile.optimize(model, ratio=3, compile="none")
+    apack_compile.optimize(model, ratio=3, compile="none", min_tokens=0)
     scores = score(model, [ROLLING])
     assert apack_compile.report(model).calibrated_on == "the first request"
     with pytest.raises(ValueError, match="the first request cannot serve as calibration"):
-        score(apack_compile.optimize(llama(), ratio=3, compile="none"), [Row((), (5,), ((6,),))])
+        score(apack_compile.optimize(llama(), ratio=3, compile="none", min_tokens=0), [Row((), (5,), ((6,),))])
     assert scores.rows[0].packed_tokens > 0
     apack_compile.restore(model)
 
@@ -170,7 +170,7 @@ def test_the_first_rows_calibrate_where_nothing_did(model):
 @pytest.mark.parametrize("chunk", (32, 30))
 def test_long_windows_keep_the_ratio_of_a_plan_with_coarse_tokens(monkeypatch, chunk):
     model = llama(4096, head_dim=32)
-    apack_compile.optimize(model, AttentionPackConfig(ratio=6, compile="none"))
+    apack_compile.optimize(model, AttentionPackConfig(ratio=6, compile="none", min_tokens=0))
     apack_compile.calibrate(model, {"input_ids": torch.tensor([tokens(1500, 30)])})
     row = Row((), tokens(1300, 31), (tokens(1300, 32),))
     with_spans = score(model, [row], chunk)
@@ -182,7 +182,7 @@ def test_long_windows_keep_the_ratio_of_a_plan_with_coarse_tokens(monkeypatch, c
 
 
 def test_report_shows_what_the_scores_were_read_from(model):
-    apack_compile.optimize(model, ratio=3, compile="none")
+    apack_compile.optimize(model, ratio=3, compile="none", min_tokens=0)
     scores = score(model, [ROLLING])
     report = apack_compile.report(model)
     assert report.bytes["tokens"] == 130 and report.bytes["ratio"] == scores.bytes["ratio"]

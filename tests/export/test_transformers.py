@@ -10,7 +10,7 @@ from apack_compile import AttentionPackConfig
 from apack_compile.export.find import find_caches
 from apack_compile.export.observe import observe
 from apack_compile.export.program import copied, graph_module_of
-from apack_compile.passes.buffer_pairs import pairs_of
+from apack_compile.passes.buffers.pairs import pairs_of
 
 TOKENS, PROMPT = 256, 100
 IDS = torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(3))

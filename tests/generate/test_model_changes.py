@@ -135,7 +135,7 @@ def test_training_mode_changes_nothing():
 )
 def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(setting, compile):
     model, inputs = calibrated(llava(), **setting), picture([60, 20])
-    apack_compile.optimize(model, compile=compile, **setting)
+    apack_compile.optimize(model, compile=compile, **setting, min_tokens=0)
     caches = [apack_compile.new_cache(model) for _ in range(2)]
     first = greedy(model, inputs, 10, past_key_values=caches[0])
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(setting, compile
 
 
 def test_a_first_request_in_inference_mode_calibrates():
-    model, inputs = apack_compile.optimize(llava(), ratio=4, compile="none"), picture([60, 40])
+    model, inputs = apack_compile.optimize(llava(), ratio=4, compile="none", min_tokens=0), picture([60, 40])
     with torch.inference_mode():
         greedy(model, picture([60, 40]), 3)
     bases = apack_compile.plan_for(model, 80).bases[0]

@@ -192,13 +192,13 @@ def test_a_chunked_prompt_has_the_plan_of_the_whole_one():
 
 
 def test_chunks_do_not_calibrate():
-    model = apack_compile.optimize(llava(), ratio=4, compile="none")
+    model = apack_compile.optimize(llava(), ratio=4, compile="none", min_tokens=0)
     with pytest.raises(ValueError, match=r"prefill_chunk_size: with ratio=4 .*call apack_compile\.calibrate"):
         greedy(model, TEXT, 3, prefill_chunk_size=10)
 
 
 def test_a_prompt_too_short_to_calibrate_says_what_to_do():
-    model = apack_compile.optimize(llava(), ratio=4, compile="none")
+    model = apack_compile.optimize(llava(), ratio=4, compile="none", min_tokens=0)
     with pytest.raises(ValueError, match=r"ratio=4: the first request cannot serve .* call apack_compile\.calibrate"):
         greedy(model, {"input_ids": torch.tensor([[5, 6, 7]])}, 3)
 

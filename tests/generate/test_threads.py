@@ -39,14 +39,14 @@ CASES = [(LOSSLESS, "none"), ({"ratio": 4}, "none"), (TIERS, "none"), (LOSSLESS,
 def test_two_threads_get_the_tokens_of_one(setting, compile):
     model = calibrated(llava(), "none", **setting)
     alone = [greedy(model, inputs, TOKENS) for inputs in PROMPTS]
-    apack_compile.optimize(model, compile=compile, **setting)
+    apack_compile.optimize(model, compile=compile, **setting, min_tokens=0)
     for _ in range(2):
         together = at_once(*[lambda inputs=inputs: greedy(model, inputs, TOKENS) for inputs in PROMPTS])
         assert all(torch.equal(got, want) for got, want in zip(together, alone, strict=True)), together
 
 
 def test_first_requests_of_two_threads_calibrate_once_and_leave_the_compiler_on():
-    model = apack_compile.optimize(llava(), ratio=4, compile="eager")
+    model = apack_compile.optimize(llava(), ratio=4, compile="eager", min_tokens=0)
     together = at_once(*[lambda inputs=inputs: greedy(model, inputs, TOKENS) for inputs in PROMPTS])
     assert all(torch.is_tensor(got) for got in together), together
     plan = apack_compile.plan_for(model, 80)
@@ -58,7 +58,7 @@ def test_first_requests_of_two_threads_calibrate_once_and_leave_the_compiler_on(
 
 
 def test_two_models_that_calibrate_at_once_leave_the_compiler_on():
-    models = [apack_compile.optimize(llava(), ratio=4, compile="none") for _ in range(2)]
+    models = [apack_compile.optimize(llava(), ratio=4, compile="none", min_tokens=0) for _ in range(2)]
     for _ in range(4):
         errors = at_once(*[lambda model=model: apack_compile.calibrate(model, PROMPTS[0]) for model in models])
         assert not any(isinstance(error, BaseException) for error in errors), errors

@@ -71,7 +71,7 @@ def test_an_adapted_model_gives_the_tokens_of_its_dense_cache(config, compile):
 
 @pytest.mark.parametrize("config", [LORA, PROMPT], ids=lambda config: type(config).__name__)
 def test_an_adapted_model_generates_from_a_lossy_cache(config):
-    model = apack_compile.optimize(adapted(config), ratio=4, compile="none")
+    model = apack_compile.optimize(adapted(config), ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": IDS, "attention_mask": MASK})
     assert greedy(model).shape == (2, 308)
     assert apack_compile.report(model).bytes["ratio"] > 2
@@ -82,7 +82,7 @@ def test_prefix_tuning_keeps_its_own_cache_and_the_report_says_so():
     model = adapted(PREFIX)
     dense = greedy(model)
     for setting in ({"preset": "lossless"}, {"ratio": 4}):
-        apack_compile.optimize(model, **setting, compile="none")
+        apack_compile.optimize(model, **setting, compile="none", min_tokens=0)
         assert torch.equal(greedy(model), dense)
         assert noted(model, "PEFT's PREFIX_TUNING hands the model a cache of its own")
     # without the adapter around it the same model packs
@@ -111,7 +111,7 @@ def add_in_place(model):
 @pytest.mark.parametrize("add", [add_by_peft, add_in_place])
 @pytest.mark.parametrize("by_plan", [False, True], ids=["calibrated", "plan"])
 def test_an_adapter_added_after_calibration_is_noted(add, by_plan):
-    model = apack_compile.optimize(llama(), ratio=4, compile="none")
+    model = apack_compile.optimize(llama(), ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": IDS})
     if by_plan:
         apack_compile.optimize(model, plan=apack_compile.plan_for(model, 300), compile="none")
@@ -128,7 +128,7 @@ def test_an_adapter_added_after_calibration_is_noted(add, by_plan):
 def test_an_adapter_that_is_switched_or_taken_out_after_calibration_is_noted(tmp_path):
     model = adapted(LORA)
     model.save_pretrained(tmp_path)
-    apack_compile.optimize(model, ratio=4, compile="none")
+    apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": IDS})
     with model.disable_adapter():
         assert noted(model, ADAPTERS)
@@ -179,7 +179,7 @@ class Composite(nn.Module):
 )
 def test_a_module_that_holds_a_model_is_refused_with_where_it_is(make, message):
     with pytest.raises(ValueError, match=f"^model: {message}"):
-        apack_compile.optimize(make(), ratio=4)
+        apack_compile.optimize(make(), ratio=4, min_tokens=0)
 
 
 def test_a_report_of_a_module_that_holds_a_model_says_where_it_is():

@@ -1,13 +1,9 @@
-"""Puts this folder on the path, for its states; where Triton's kernels run."""
+"""Where Triton's kernels run."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,9 @@
-"""Puts this folder on the path, for its model builders; every test compiles anew."""
+"""Every test compiles anew."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ BLOCK = 16
 
 def relative(name: str, key_block: int = BLOCK, strict: bool = True, compile: str = "none"):
     """A model, optimized and calibrated."""
-    config = AttentionPackConfig(ratio=2, key_block=key_block, compile=compile, strict=strict)
+    config = AttentionPackConfig(ratio=2, key_block=key_block, compile=compile, strict=strict, min_tokens=0)
     model = apack_compile.optimize(build(name), config)
     return apack_compile.calibrate(model, [prompt([[50, 60, 120]], seed=1), prompt([[90, 80, 60]], seed=2)])
 
@@ -239,7 +239,7 @@ def test_a_first_request_of_embeddings_serves_as_calibration(name):
     model, inputs = build(name), prompt([[200], [140]])
     embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
     given = {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]}
-    apack_compile.optimize(model, ratio=2, compile="none", strict=True)
+    apack_compile.optimize(model, ratio=2, compile="none", strict=True, min_tokens=0)
     assert generate(model, given).shape == (2, 20)
     report = apack_compile.report(model)
     assert report.keys.endswith("each pair by one of 3 coordinates") and report.bytes["tokens"] == 2 * 219
@@ -356,17 +356,17 @@ def test_passes_of_two_threads_see_their_own_coordinates():
 
 
 def test_hooks_come_and_go_with_the_session():
-    model = apack_compile.optimize(build("qwen2_vl"), ratio=2, compile="none", strict=True)
+    model = apack_compile.optimize(build("qwen2_vl"), ratio=2, compile="none", strict=True, min_tokens=0)
     modules = rotary_modules(model)
     assert len(modules) == 2 and not any(module._forward_pre_hooks for module in modules)
     generate(model, prompt([[90, 80, 60]]))
     assert [len(module._forward_pre_hooks) for module in modules] == [1, 1]
     assert apack_compile.report(model).notes == ()
     apack_compile.calibrate(model, prompt([[90, 80, 60]]))
-    apack_compile.optimize(model, ratio=3, compile="none", strict=True)
+    apack_compile.optimize(model, ratio=3, compile="none", strict=True, min_tokens=0)
     assert [len(module._forward_pre_hooks) for module in modules] == [1, 1]
     assert apack_compile.plan_for(model, 200).turn.coordinate_count == 3
-    apack_compile.optimize(model, AttentionPackConfig(ratio=3, key_block=0, compile="none"))
+    apack_compile.optimize(model, AttentionPackConfig(ratio=3, key_block=0, compile="none", min_tokens=0))
     assert not any(module._forward_pre_hooks for module in modules)
     apack_compile.restore(model)
     assert not any(module._forward_pre_hooks for module in modules)

@@ -68,7 +68,7 @@ def test_a_failing_second_call_keeps_the_first(llava):
     model, _ = llava
     apack_compile.optimize(model, preset="lossless", compile="none")
     with pytest.raises(ValueError, match="ratio"):
-        apack_compile.optimize(model, ratio=0)
+        apack_compile.optimize(model, ratio=0, min_tokens=0)
     assert apack_compile.report(model).setting == "preset='lossless'"
     apack_compile.restore(model)
     assert untouched(model)
@@ -76,17 +76,17 @@ def test_a_failing_second_call_keeps_the_first(llava):
 
 def test_models_that_cannot_be_packed_are_refused():
     with pytest.raises(ValueError, match=r"Linear has no generate\(\)"):
-        apack_compile.optimize(nn.Linear(2, 2))
+        apack_compile.optimize(nn.Linear(2, 2), min_tokens=0)
     bert = BertModel(BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(ValueError, match="BertModel"):
-        apack_compile.optimize(bert)
+        apack_compile.optimize(bert, min_tokens=0)
     t5 = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=32))
     with pytest.raises(ValueError, match="no decoder-only KV cache"):
-        apack_compile.optimize(t5)
+        apack_compile.optimize(t5, min_tokens=0)
     with torch.device("meta"):
         model, _ = build("llava")
     with pytest.raises(ValueError, match="meta device"):
-        apack_compile.optimize(model)
+        apack_compile.optimize(model, min_tokens=0)
 
 
 def test_a_model_that_is_not_optimized_has_no_cache_and_no_report(llava):
@@ -168,7 +168,7 @@ def test_rotary_positions_have_no_end(rope):
 
 def test_calibration_without_a_usable_token_is_refused(llava):
     model, _ = llava
-    apack_compile.optimize(model, ratio=3, compile="none")
+    apack_compile.optimize(model, ratio=3, compile="none", min_tokens=0)
     with pytest.raises(ValueError, match="no usable token"):
         apack_compile.calibrate(model, [{"input_ids": torch.tensor([[5, 6, 7]])}])
     apack_compile.restore(model)
@@ -224,7 +224,7 @@ def test_without_torchao_the_error_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("block", (-1, 1.5, True, "32"))
 def test_a_bad_block_of_keys_is_named(block):
     with pytest.raises(ValueError, match=f"key_block={block!r} must be an integer >= 0"):
-        AttentionPackConfig(key_block=block)
+        AttentionPackConfig(key_block=block, min_tokens=0)
 
 
 @pytest.mark.parametrize(
@@ -266,22 +266,22 @@ def test_what_is_no_model_is_named(model):
 @pytest.mark.parametrize("groups", (0, True, 2.0))
 def test_bad_head_groups_are_named(groups):
     with pytest.raises(ValueError, match=f"head_groups={groups!r} must be an integer >= 1"):
-        AttentionPackConfig(head_groups=groups)
+        AttentionPackConfig(head_groups=groups, min_tokens=0)
 
 
 def test_head_groups_must_divide_the_heads(llava):
     model, _ = llava
     with pytest.raises(ValueError, match="head_groups=3 must divide the model's 2 KV heads"):
-        apack_compile.optimize(model, AttentionPackConfig(ratio=2, head_groups=3))
+        apack_compile.optimize(model, AttentionPackConfig(ratio=2, head_groups=3, min_tokens=0))
     assert untouched(model)
 
 
 def test_a_config_goes_to_json_and_back():
     config = AttentionPackConfig(
-        preset="attentionpack", ranks=dict.fromkeys(AttentionPackConfig().ranks, 32), strict=True
+        preset="attentionpack", ranks=dict.fromkeys(AttentionPackConfig(min_tokens=0).ranks, 32), strict=True
     )
     assert AttentionPackConfig.from_json(config.to_json()) == config
-    assert AttentionPackConfig().ratio == 4
+    assert AttentionPackConfig(min_tokens=0).ratio == 4
     for text in ("{", "[]", '{"ratios": 4}'):
         with pytest.raises(ValueError):
             AttentionPackConfig.from_json(text)
@@ -293,7 +293,7 @@ def test_optimize_takes_a_config_and_a_copy_of_the_model_is_its_own(llava):
     model, inputs = llava
     apack_compile.optimize(model, AttentionPackConfig(preset="lossless", compile="none"))
     with pytest.raises(ValueError, match="either a config or the keyword"):
-        apack_compile.optimize(model, AttentionPackConfig(), ratio=4)
+        apack_compile.optimize(model, AttentionPackConfig(min_tokens=0), ratio=4)
     twin = copy.deepcopy(model)
     assert twin.generate.__self__ is twin
     assert torch.equal(

@@ -47,7 +47,7 @@ def inputs_of(seed: int = 0) -> dict[str, torch.Tensor]:
 @cache
 def plan_of(name: str, ratio: float, key_block: int = 64) -> Plan:
     model = build(name)
-    apack_compile.optimize(model, AttentionPackConfig(ratio=ratio, key_block=key_block, compile="none"))
+    apack_compile.optimize(model, AttentionPackConfig(ratio=ratio, key_block=key_block, compile="none", min_tokens=0))
     apack_compile.calibrate(model, [inputs_of(seed) for seed in (1, 2)])
     plan = apack_compile.plan_for(model, TOKENS)
     assert plan.turn.interleaved and plan.turn.block == key_block

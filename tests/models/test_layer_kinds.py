@@ -43,21 +43,21 @@ def test_layers_that_read_another_layer_s_keys_hold_none():
 
 def test_heads_are_those_of_full_attention_where_layers_differ():
     model = small("gemma4")
-    apack_compile.optimize(model, ratio=4, compile="none")
+    apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     assert apack_compile.new_cache(model).signature[1:3] == (2, 32)
     with pytest.raises(ValueError, match="largest for KV width 64"):
-        apack_compile.optimize(model, ratio=400)
+        apack_compile.optimize(model, ratio=400, min_tokens=0)
 
 
 @pytest.mark.parametrize("model_type", ["kimi_k25", "dots3_note", "mistral_large4"])
 def test_latents_are_left_alone(model_type):
     with pytest.raises(ValueError, match=r"can be packed \(latent_attention: what is cached is latent already"):
-        apack_compile.optimize(small(model_type))
+        apack_compile.optimize(small(model_type), min_tokens=0)
 
 
 def test_every_reason_why_no_layer_can_be_packed_is_named():
     with pytest.raises(ValueError, match=r"linear_attention: holds a state of one size .*; latent_attention: what is"):
-        apack_compile.optimize(small("glm5_next"))
+        apack_compile.optimize(small("glm5_next"), min_tokens=0)
 
 
 def test_layers_without_keys_of_their_own_are_no_dense_ones():
@@ -79,13 +79,13 @@ def test_models_that_generate_in_another_way_are_refused(model_type, message):
     if model_type == "diffusion_gemma" and CONFIG_MAPPING[model_type]().vision_config is None:
         pytest.skip("its default config in this transformers builds no model")
     with pytest.raises(ValueError, match=message):
-        apack_compile.optimize(small(model_type))
+        apack_compile.optimize(small(model_type), min_tokens=0)
 
 
 def test_a_language_model_inside_that_generates_is_calibrated_and_packs():
     model = small("blip-2")
     inputs = prompt_for(model, one_picture, None, 120)
-    apack_compile.optimize(model, ratio=3, compile="none")
+    apack_compile.optimize(model, ratio=3, compile="none", min_tokens=0)
     twin = copy.deepcopy(model)
     for each in (model, twin):
         each.generate(**inputs, max_new_tokens=3)

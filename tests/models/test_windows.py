@@ -149,17 +149,17 @@ def test_attention_of_any_spelling_sees_the_window_alone(implementation):
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_and_eager_decode_agree_for_a_lossy_plan(name):
     model, inputs = build(name), prompt(60, 44)
-    apack_compile.optimize(model, ratio=3, compile="none")
+    apack_compile.optimize(model, ratio=3, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt(400, seed=5))
     eager = generate(model, inputs)
-    apack_compile.optimize(model, ratio=3, compile="eager")
+    apack_compile.optimize(model, ratio=3, compile="eager", min_tokens=0)
     assert torch.equal(generate(model, inputs), eager)
     assert statuses(model) == {"rewritten"}
 
 
 def test_keys_turn_by_the_frequencies_of_their_layers():
     model = build("gemma3")
-    apack_compile.optimize(model, ratio=4, compile="none")
+    apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt(200))
     keys = apack_compile.report(model).keys
     assert (
@@ -171,7 +171,7 @@ def test_keys_turn_by_the_frequencies_of_their_layers():
         in keys
     )
     model = build("cohere2")
-    apack_compile.optimize(model, ratio=4, compile="none")
+    apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt(200))
     keys = apack_compile.report(model).keys
     assert "full attention: stored as they are: they do not turn" in keys and f"window of {WINDOW}: turned" in keys
@@ -182,7 +182,7 @@ def test_a_window_is_planned_for_its_own_tokens():
     model = Gemma3ForCausalLM(
         Gemma3TextConfig(**{**SIZES, "head_dim": 16}, sliding_window=512, layer_types=MIXED)
     ).eval()
-    apack_compile.optimize(model, ratio=4, compile="none")
+    apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt(900, seed=1))
     cache = apack_compile.new_cache(model, 30)
     generate(model, prompt(1500), 30, past_key_values=cache)
@@ -241,7 +241,7 @@ def test_published_presets_keep_every_token_of_a_window(preset):
     torch.manual_seed(0)
     model = Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=60, layer_types=MIXED)).eval()
     # a window of 60 tokens is worth packing at a small rank
-    ranks = dict.fromkeys(AttentionPackConfig().ranks, 1)
+    ranks = dict.fromkeys(AttentionPackConfig(min_tokens=0).ranks, 1)
     apack_compile.optimize(model, AttentionPackConfig(preset=preset, ranks=ranks, compile="none"))
     cache = apack_compile.new_cache(model)
     generate(model, prompt(90), past_key_values=cache)

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from torch.nn.attention.flex_attention import flex_attention
 
 from apack_compile.passes import find_cache_updates, find_sites
-from apack_compile.passes.attention import Attention, NoAttention, find_attentions
-from apack_compile.passes.memory import Memory
-from apack_compile.passes.scores import same_equation
+from apack_compile.passes.attention.attention import Attention, NoAttention, find_attentions
+from apack_compile.passes.attention.scores import same_equation
+from apack_compile.passes.graph.memory import Memory
 
 
 def found_in(graph: fx.Graph) -> list[Attention | NoAttention]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from apack_compile.backend.backend import make_backend
 from apack_compile.generate.reporting import stock_cache_notes
 from apack_compile.passes import CacheUpdate, GraphRecord, Refusal, find_cache_updates
-from apack_compile.passes.effects import written
-from apack_compile.passes.nodes import op_name
+from apack_compile.passes.graph.effects import written
+from apack_compile.passes.graph.nodes import op_name
 
 TOKENS, WIDTH = 8, 4
 

@@ -7,7 +7,7 @@ from capture import capture
 from torch import fx
 
 from apack_compile.passes import RemoveDeadCode
-from apack_compile.passes.effects import is_pure
+from apack_compile.passes.graph.effects import is_pure
 
 
 def clean(gm: fx.GraphModule) -> int:

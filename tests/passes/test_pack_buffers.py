@@ -10,8 +10,8 @@ from capture import capture
 from torch import Tensor
 
 from apack_compile.passes import BufferPair, FuseAttend, PackBuffers, Refusal, RemoveDeadCode, run_passes
-from apack_compile.passes.ahead import index_graph
-from apack_compile.passes.effects import op_name
+from apack_compile.passes.buffers.ahead import index_graph
+from apack_compile.passes.graph.effects import op_name
 
 BATCH, HEADS, SLOTS, DIM = 2, 2, 24, 8
 

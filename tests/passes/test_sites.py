@@ -11,8 +11,8 @@ from capture import Captured, capture
 from torch import nn
 
 from apack_compile.passes import AttentionSite, Refusal, find_sites
-from apack_compile.passes.effects import is_pure, written
-from apack_compile.passes.nodes import layer_path
+from apack_compile.passes.graph.effects import is_pure, written
+from apack_compile.passes.graph.nodes import layer_path
 
 
 def only_site(captured: Captured) -> AttentionSite:

@@ -1,22 +1,18 @@
-"""Puts this folder on the path; plans that its tests share."""
+"""Plans that tests share."""
 
-import sys
 from pathlib import Path
 
 import pytest
+from saved_plans import RATIO, llama, prompt
 from transformers import LlamaForCausalLM
 
 import apack_compile
 from apack_compile import Plan
 
-sys.path.append(str(Path(__file__).parent))
-
-from saved_plans import RATIO, llama, prompt
-
 
 @pytest.fixture(scope="module")
 def calibrated() -> LlamaForCausalLM:
-    model = apack_compile.optimize(llama(), ratio=RATIO, compile="none")
+    model = apack_compile.optimize(llama(), ratio=RATIO, compile="none", min_tokens=0)
     return apack_compile.calibrate(model, [prompt(1), prompt(2)])
 
 
@@ -27,7 +23,7 @@ def plan(calibrated) -> Plan:
 
 @pytest.fixture(scope="module")
 def coarse_plan() -> Plan:
-    model = apack_compile.optimize(llama(), ratio=6, compile="none")
+    model = apack_compile.optimize(llama(), ratio=6, compile="none", min_tokens=0)
     apack_compile.calibrate(model, [prompt(1), prompt(2), prompt(3)])
     plan = apack_compile.plan_for(model, 1_000, 0.375)
     assert plan.coarse is not None

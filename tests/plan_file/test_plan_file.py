@@ -91,14 +91,14 @@ def test_every_prompt_gets_the_given_plan_and_the_plan_can_be_saved_again(plan, 
     assert_equal(Plan.load(tmp_path / "again"), plan)
     with pytest.raises(ValueError, match=r"optimized with a plan.*call optimize\(model, ratio"):
         apack_compile.calibrate(model, prompt(1))
-    apack_compile.optimize(model, ratio=RATIO, compile="none")
+    apack_compile.optimize(model, ratio=RATIO, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt(1))
     assert apack_compile.report(model).setting == "ratio=3"
 
 
 @pytest.mark.parametrize("preset", ("lossless", "attentionpack"))
 def test_the_plan_of_a_preset_is_saved_too(preset, tmp_path):
-    ranks = dict.fromkeys(AttentionPackConfig().ranks, 12)
+    ranks = dict.fromkeys(AttentionPackConfig(min_tokens=0).ranks, 12)
     model = apack_compile.optimize(llama(), AttentionPackConfig(preset=preset, ranks=ranks, compile="none"))
     expected = decoded(model)[1]
     apack_compile.plan_for(model, 240).save(tmp_path / "plan")
@@ -143,7 +143,10 @@ def test_the_bases_of_a_plan_move_to_the_device_of_the_model(plan, monkeypatch):
     [
         ({"ratio": 4}, "plan and ratio=4 exclude each other"),
         ({"preset": "lossless"}, "plan and preset='lossless' exclude each other"),
-        ({"config": AttentionPackConfig()}, r"plan and config=AttentionPackConfig\(ratio=4.*exclude each other"),
+        (
+            {"config": AttentionPackConfig(min_tokens=0)},
+            r"plan and config=AttentionPackConfig\(ratio=4.*exclude each other",
+        ),
         ({"plan": "plan.safetensors"}, r"plan='plan\.safetensors' must be a Plan; Plan\.load\(path\) reads one"),
         ({"compile": "fast"}, "compile='fast'"),
     ],
@@ -151,7 +154,7 @@ def test_the_bases_of_a_plan_move_to_the_device_of_the_model(plan, monkeypatch):
 def test_a_plan_excludes_other_settings_and_a_bad_argument_changes_nothing(plan, arguments, message):
     model = apack_compile.optimize(llama(), preset="lossless", compile="none")
     with pytest.raises(ValueError, match=message):
-        apack_compile.optimize(model, **{"plan": plan, **arguments})
+        apack_compile.optimize(model, **{"plan": plan, **arguments}, min_tokens=0)
     assert apack_compile.report(model).setting == "preset='lossless'"
 
 
@@ -200,7 +203,7 @@ def test_plan_for_needs_an_optimized_and_calibrated_model():
     with pytest.raises(ValueError, match=r"call apack_compile\.optimize"):
         apack_compile.plan_for(llama(), 100)
     with pytest.raises(RuntimeError, match="no calibrated statistics yet"):
-        apack_compile.plan_for(apack_compile.optimize(llama(), ratio=RATIO), 100)
+        apack_compile.plan_for(apack_compile.optimize(llama(), ratio=RATIO, min_tokens=0), 100)
 
 
 def test_a_plan_that_tells_tokens_apart_decodes_as_the_one_it_was_saved_from(calibrated, coarse_plan, tmp_path):

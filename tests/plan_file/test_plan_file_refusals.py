@@ -226,7 +226,7 @@ def test_tensors_too_many_or_too_few_are_refused(plan, tmp_path):
 
 
 def test_a_plan_that_no_cache_can_use_is_not_saved(plan, tmp_path):
-    ranks = dict.fromkeys(AttentionPackConfig().ranks, 4)
+    ranks = dict.fromkeys(AttentionPackConfig(min_tokens=0).ranks, 4)
     short = replace(attentionpack_plan([0, 1], ranks, tail_slots=8), signature=SIGNATURE)
     with pytest.raises(ValueError, match="plan: tail_slots is 8, must be >= 32"):
         short.save(tmp_path / "plan")

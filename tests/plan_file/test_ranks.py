@@ -20,7 +20,7 @@ def test_two_processes_share_a_model_and_a_plan_file(kind, tmp_path):
     model = llama() if kind == "full" else windowed(kind)
     model.save_pretrained(tmp_path / "model")
     path = tmp_path / "plan"
-    script = Path(__file__).with_name("two_ranks.py")
+    script = Path(__file__).parents[1] / "support" / "two_ranks.py"
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launch, str(script), str(tmp_path / "model"), str(path)],

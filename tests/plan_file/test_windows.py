@@ -24,14 +24,14 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def calibrated(kind):
-    model = apack_compile.optimize(windowed(kind), ratio=3, compile="none")
+    model = apack_compile.optimize(windowed(kind), ratio=3, compile="none", min_tokens=0)
     return apack_compile.calibrate(model, prompt(1, vision=0))
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     """Of a layer that sees every token, and two that do not."""
-    model = apack_compile.optimize(windowed("one full"), ratio=3, compile="none")
+    model = apack_compile.optimize(windowed("one full"), ratio=3, compile="none", min_tokens=0)
     return apack_compile.plan_for(apack_compile.calibrate(model, prompt(1, vision=0)), TOKENS)
 
 
@@ -188,7 +188,7 @@ def test_an_exported_program_takes_the_plans_of_all_windows(tmp_path):
     model = windowed("one full")
     cache_config = {"batch_size": 1, "max_cache_len": 128}
     model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=cache_config)
-    apack_compile.optimize(model, AttentionPackConfig(ratio=2, coarse=(), compile="none"))
+    apack_compile.optimize(model, AttentionPackConfig(ratio=2, coarse=(), compile="none", min_tokens=0))
     plan = apack_compile.plan_for(apack_compile.calibrate(model, prompt(1, vision=0)), 128)
     apack_compile.restore(model)
     count = torch.export.Dim("tokens", max=127)

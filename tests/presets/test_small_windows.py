@@ -11,7 +11,7 @@ from apack_compile import AttentionPackConfig, AttentionPackOptions, Plan
 from apack_compile.config import MIN_TAIL_SLOTS
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-RANKS = AttentionPackConfig().ranks
+RANKS = AttentionPackConfig(min_tokens=0).ranks
 
 
 def sizes(window: int) -> dict:

@@ -1,0 +1,1 @@
+"""Attentions in a graph, and their rewriting."""

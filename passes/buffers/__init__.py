@@ -1,0 +1,1 @@
+"""Updates of stock caches, and static buffers that packed state can replace."""
