@@ -67,6 +67,18 @@ def test_every_page_that_is_named_exists():
     assert sorted((path, name) for path, name in named if not (ROOT / name).is_file()) == []
 
 
+def test_every_file_that_a_page_names_exists():
+    folders = "tests|benchmarks|apack_compile|kernels|passes"
+    named = {
+        (str(page.relative_to(ROOT)), name)
+        for page in PAGES
+        for name in re.findall(rf"`((?:{folders})/[\w/.-]+)`", page.read_text())
+        if "." not in name or name.endswith((".py", ".h", ".cpp", ".json"))
+    }
+    assert named
+    assert sorted((page, name) for page, name in named if not (ROOT / name).exists()) == []
+
+
 def test_the_files_to_open_for_a_change_exist():
     named = set(re.findall(r"`(\w+\.(?:py|h|cpp))`", (ROOT / "docs" / "contributing.md").read_text()))
     assert len(named) > 5
