@@ -49,7 +49,7 @@ def test_a_preset_is_its_paper_in_every_row(name, compile, rows):
     with torch.no_grad():
         embeddings = model(**inputs, output_hidden_states=True).hidden_states[0]
     config, plain = systems(name)
-    apack_compile.optimize(model, AttentionPackConfig(**{**vars(config), "compile": compile}, min_tokens=0))
+    apack_compile.optimize(model, AttentionPackConfig(**{**vars(config), "compile": compile, "min_tokens": 0}))
     out = model.generate(
         **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
