@@ -4,11 +4,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-
-from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.plan import StreamStatistics
 
 # The first example of a test pays for compilation and lazy imports, so time limits per example would only be noise.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -29,29 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def random_statistics(
-    layers: int, heads: int, head_dim: int, *, groups: int = 1, vision: bool = True, seed: int = 0
-) -> dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]:
-    """Statistics of streams whose spectra fall at random rates."""
-    generator = torch.Generator().manual_seed(seed)
-    width = heads * head_dim // groups
-
-    def stream() -> StreamStatistics:
-        decay = float(torch.rand((), generator=generator) * 3)
-        rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-        scale = torch.logspace(0, -decay, width)
-        x = torch.randn(1, groups, 3 * width, width, generator=generator) * scale @ rotation + torch.randn(
-            width, generator=generator
-        )
-        spectrum = fit_steps(fit(moments(x)), x, token_scale=True)
-        variance = spectrum.deviation[0].square()
-        return StreamStatistics(spectrum, variance / variance.sum())
-
-    modalities = ("vision", "text") if vision else ("text",)
-    return {layer: {modality: (stream(), stream()) for modality in modalities} for layer in range(layers)}
-
-
 @pytest.fixture(scope="session")
 def statistics_of() -> Callable[..., dict]:
-    """`random_statistics`."""
+    """`random_statistics`, imported once it is known where Triton's kernels run."""
+    from random_statistics import random_statistics
+
     return random_statistics
