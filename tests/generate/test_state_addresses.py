@@ -1,6 +1,7 @@
 """A decode step writes the cache where it is: a captured CUDA graph would find every tensor again."""
 
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ CASES = [*((setting, "none") for setting in UNCOMPILED), (LOSSLESS, "eager"), (T
 
 
 def tensors(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that an object, a list or a dictionary holds."""
+    """Every tensor that a dataclass, a named tuple, a list or a dictionary holds."""
     if isinstance(holder, torch.Tensor):
         yield path, holder
     elif isinstance(holder, dict):
         for name, value in holder.items():
             yield from tensors(value, f"{path}.{name}")
+    elif is_dataclass(holder):
+        for field in fields(holder):
+            yield from tensors(getattr(holder, field.name), f"{path}.{field.name}")
     elif isinstance(holder, (list, tuple)):
         for i, value in enumerate(holder):
             yield from tensors(value, f"{path}[{i}]")

@@ -55,7 +55,9 @@ def group_ratio(cache) -> float:
     """16-bit bytes of a dense layer with the window over what its group of layers holds."""
     layers = next(group for group in cache.groups if group.window is not None).layers
     dense = sum(2 * 2 * layer.index.window * layer.num_heads * 64 for layer in layers)
-    return dense / sum(t.nbytes for layer in layers for t in (*layer.dense, *layer.codes, *layer.bases))
+    return dense / sum(
+        t.nbytes for layer in layers for t in (*layer.dense_tensors(), *layer.packed_tensors(), *layer.basis_tensors())
+    )
 
 
 @pytest.mark.parametrize(
