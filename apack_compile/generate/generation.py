@@ -3,11 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationMixin
+from transformers.masking_utils import create_chunked_causal_mask, create_masks_for_generate
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.errors import StrictError
@@ -66,11 +69,10 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
     if options.get("guidance_scale") not in (None, 1, 1.0):
         cache.note("guidance_scale: the unguided pass of each step keeps a dense cache of its own")
     # PEFT's prompt learning puts its own in place: it takes no masks of four dimensions, and adds tokens to a step
-    cache.may_compile = not prepares_otherwise(model)
-    if not cache.may_compile:
-        cache.note(
-            "the model's prepare_inputs_for_generation was replaced (as PEFT's prompt learning does): decode steps run eagerly"
-        )
+    why_eager = why_no_masks(model)
+    cache.may_compile = why_eager is None
+    if why_eager is not None:
+        cache.note(f"{why_eager}: decode steps run eagerly")
     drafts, recorded = bool(getattr(options.config, "is_assistant", False)), cache.is_recording
     if drafts:
         cache.activate_past_recording()
@@ -186,6 +188,19 @@ def prompt_of(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     given = (args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")))
     found = next((x for x in given if x is not None), None)
     return found if isinstance(found, torch.Tensor) and found.dim() >= 2 else None
+
+
+def why_no_masks(model: nn.Module) -> str | None:
+    """Why transformers does not make the masks of four dimensions that a compiled step takes; None where it does."""
+    if prepares_otherwise(model):
+        return "the model's prepare_inputs_for_generation was replaced (as PEFT's prompt learning does)"
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    given, taken = (
+        "block_sequence_ids" in signature(f).parameters for f in (create_masks_for_generate, create_chunked_causal_mask)
+    )
+    if "chunked_attention" in kinds and given and not taken:
+        return f"transformers {transformers.__version__} cannot make the masks of chunked attention"
+    return None
 
 
 def prompt_end(kwargs: Mapping[str, Any], prompt: torch.Tensor | None, drafted_from: int) -> int | None:

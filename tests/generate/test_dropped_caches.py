@@ -61,6 +61,8 @@ def said_by(model, tokens, new=60, **settings):
 @pytest.mark.parametrize("setting", ({"preset": "lossless"}, {"ratio": 4}), ids=str)
 def test_a_model_that_reads_all_its_tokens_anew_packs_them_anew(setting, tokens, compile):
     dense = said_by(phi3(), tokens)
+    if not torch.equal(dense, said_by(phi3(), tokens, use_cache=False)):
+        pytest.skip("transformers' own cache forgets all tokens but one")
     model = apack_compile.optimize(phi3(), compile=compile, strict=True, min_tokens=0, **setting)
     cache = apack_compile.new_cache(model)
     for given in ({}, {"past_key_values": cache}):

@@ -74,7 +74,7 @@ def test_every_way_to_generate_gives_the_tokens_of_a_dense_cache(model_type, way
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     try:
         expected = generate(model, inputs, **WAYS[way])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         pytest.skip(f"transformers' own cache fails as well: {error}")
     apack_compile.optimize(model, preset="lossless", compile="eager", strict=True)
     assert torch.equal(generate(model, inputs, **WAYS[way]), expected)

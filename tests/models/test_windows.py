@@ -20,6 +20,7 @@ from transformers import (
 
 import apack_compile
 from apack_compile import AttentionPackConfig
+from apack_compile.generate.generation import why_no_masks
 
 WINDOW = 20
 SIZES = {
@@ -87,8 +88,9 @@ def test_tokens_are_the_dense_ones_across_the_edge_of_the_window(name, lengths, 
     assert dense[:, -WINDOW:].unique().numel() > 5
     apack_compile.optimize(model, preset="lossless", compile=compile, strict=True)
     assert torch.equal(generate(model, inputs), dense)
-    assert statuses(model) == {"rewritten" if compile == "eager" else "packed"}
-    assert len(apack_compile.report(model).graphs) == (compile == "eager")
+    rewritten = compile == "eager" and why_no_masks(model) is None
+    assert statuses(model) == {"rewritten" if rewritten else "packed"}
+    assert len(apack_compile.report(model).graphs) == rewritten
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,10 @@ def test_every_way_to_generate_gives_the_dense_tokens(name, kwargs):
 @pytest.mark.parametrize("compile", ["none", "eager"])
 def test_an_assistant_with_windows_drafts_and_is_cropped(compile):
     model, assistant, inputs = build("gemma3"), build("gemma3"), prompt(50)
-    dense = generate(model, inputs, assistant_model=assistant)
+    try:
+        dense = generate(model, inputs, assistant_model=assistant)
+    except RuntimeError as error:
+        pytest.skip(f"transformers' own cache fails as well: {error}")
     apack_compile.optimize(model, preset="lossless", compile=compile)
     apack_compile.optimize(assistant, preset="lossless", compile=compile)
     assert torch.equal(generate(model, inputs, assistant_model=assistant), dense)
@@ -154,7 +159,7 @@ def test_compiled_and_eager_decode_agree_for_a_lossy_plan(name):
     eager = generate(model, inputs)
     apack_compile.optimize(model, ratio=3, compile="eager", min_tokens=0)
     assert torch.equal(generate(model, inputs), eager)
-    assert statuses(model) == {"rewritten"}
+    assert statuses(model) == {"rewritten" if why_no_masks(model) is None else "packed"}
 
 
 def test_keys_turn_by_the_frequencies_of_their_layers():
