@@ -47,8 +47,8 @@ class Kept:
 class Addresses:
     """A state for the compiled operations: `State` of arguments.h, words of `Turns` for each packed segment.
 
-    rotates_as_is: whether keys that are kept as they are were turned back, which no compiled operation reads. copies: what must live as
-    long as this.
+    rotates_as_is: whether keys that are kept as they are were rotated back, which no compiled operation reads. kinds: of the packed
+    segments. copies: what must live as long as this.
     """
 
     state: bytes
@@ -56,6 +56,7 @@ class Addresses:
     cursor: int
     interleaved_pairs: int
     rotates_as_is: bool
+    kinds: tuple[int, ...]
     copies: tuple[Tensor, ...]
 
 
@@ -92,7 +93,9 @@ def addresses_of(state: list[Tensor] | None, layout: Sequence[int]) -> Addresses
     rotates_as_is = parsed.block > 0 and any(segment.key.as_is for segment in parsed.segments)
     words = (*rotations, *NO_ROTATION * missing)
     pairs = parsed.interleaved_pairs
-    found = Addresses(b"".join(segments), words, cursor.data_ptr(), pairs, rotates_as_is, tuple(copies))
+    found = Addresses(
+        b"".join(segments), words, cursor.data_ptr(), pairs, rotates_as_is, parsed.layout.kinds, tuple(copies)
+    )
     if not copies:
         cursor._apack_state = Kept(state, layout, found)  # type: ignore[attr-defined]
     return found

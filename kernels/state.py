@@ -3,7 +3,7 @@
 No other file knows the order of these lists.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,7 +51,7 @@ class PackedStream:
 class Segment:
     """Packed tokens of one kind; positions: int32 `[B, N]`, -1 for an empty slot.
 
-    rotations: float32 `[B, blocks, 2, P]`, by which the keys of each block of slots were turned back; None for keys as they come.
+    rotations: float32 `[B, blocks, 2, P]`, by which the keys of each block of slots were rotated back; None where they are not.
     """
 
     kind: int
@@ -83,8 +83,8 @@ class DenseSegment:
 class Layout:
     """What the tensors of a state do not say: kinds of the packed segments, bands of their keys and values.
 
-    block: slots that share a rotation, 0 for keys as they come. interleaved_pairs: 0, or the P of keys that the model has with pairs
-    2 i and 2 i + 1.
+    block: slots that share a rotation, 0 where keys are not rotated back. interleaved_pairs: 0, or the P of keys that the model
+    has with pairs 2 i and 2 i + 1.
     """
 
     kinds: tuple[int, ...]
@@ -94,10 +94,7 @@ class Layout:
 
     def flatten(self) -> list[int]:
         """As the operations are given it."""
-        words = [LAYOUT_VERSION, self.block, self.interleaved_pairs]
-        for kind, (key, value) in zip(self.kinds, self.bands, strict=True):
-            words += [kind, *key.counts, *value.counts]
-        return words
+        return layout_words(self.block, self.interleaved_pairs, zip(self.kinds, self.bands, strict=True))
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> "Layout":
@@ -156,14 +153,13 @@ class PackedState:
         """`state` and `layout` of the operations."""
         first, tail = self.first, self.tail
         state = [self.cursor, first.key, first.value, self.first_positions, tail.key, tail.value]
-        layout = [LAYOUT_VERSION, self.block, self.interleaved_pairs]
         for segment in self.segments:
             key, value = segment.key, segment.value
             state += [key.codes, key.scale, *key.basis, value.codes, value.scale, *value.basis, segment.positions]
             if segment.rotations is not None:
                 state.append(segment.rotations)
-            layout += [segment.kind, *key.bands.counts, *value.bands.counts]
-        return state, layout
+        segments = [(segment.kind, (segment.key.bands, segment.value.bands)) for segment in self.segments]
+        return state, layout_words(self.block, self.interleaved_pairs, segments)
 
     @classmethod
     def parse(cls, state: Sequence[Tensor] | None, layout: Sequence[int]) -> "PackedState":
@@ -190,8 +186,7 @@ class PackedState:
         key, value, rotations = self.text.key, self.text.value, self.text.rotations
         stores = [self.cursor, self.tail.key, self.tail.value, key.codes, key.scale, value.codes, value.scale]
         bases = [*key.basis, *value.basis, *([] if rotations is None else [rotations])]
-        layout = [LAYOUT_VERSION, self.block, self.interleaved_pairs, TEXT, *key.bands.counts, *value.bands.counts]
-        return stores, bases, layout
+        return stores, bases, layout_words(self.block, self.interleaved_pairs, [(TEXT, (key.bands, value.bands))])
 
 
 @dataclass(frozen=True)
@@ -221,6 +216,14 @@ class AppendState:
         return cls(stores[CURSOR], tail, key, value, rotations, found.block)
 
 
+def layout_words(block: int, interleaved_pairs: int, segments: Iterable[tuple[int, tuple[Bands, Bands]]]) -> list[int]:
+    """A layout as the operations are given it; segments: kind and bands of each."""
+    words = [LAYOUT_VERSION, block, interleaved_pairs]
+    for kind, (key, value) in segments:
+        words += [kind, *key.counts, *value.counts]
+    return words
+
+
 def bands_of(counts: Sequence[int]) -> Bands:
     """Bands of components in 16, 8, 4 and 2 bits."""
     n16, n8, n4, n2 = counts
@@ -241,8 +244,8 @@ def check_version(layout: Sequence[int]) -> None:
         )
 
 
-def check_tiers(state: PackedState) -> None:
-    """Raise ValueError for a state that cannot have tiers."""
-    kinds = [KIND_NAMES[segment.kind] for segment in state.segments]
-    if kinds != ["vision", "text"]:
-        raise ValueError(f"layout: packed segments {', '.join(kinds)} must be vision and text, which have tiers")
+def check_tiers(kinds: Sequence[int]) -> None:
+    """Raise ValueError for packed segments that cannot have tiers."""
+    if tuple(kinds) != (VISION, TEXT):
+        named = ", ".join(KIND_NAMES[kind] for kind in kinds)
+        raise ValueError(f"layout: packed segments {named} must be vision and text, which have tiers")

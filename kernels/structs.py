@@ -41,7 +41,7 @@ class Importance(Structure):
 
 
 class Turns(Structure):
-    """How the keys of each block of slots were turned back."""
+    """How the keys of each block of slots were rotated back."""
 
     _fields_ = (("data", c_void_p), ("blocks", c_int64), ("pairs", c_int64), ("block", c_int64))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from apack_compile.kernels.addresses import addresses_of, with_rows
 from apack_compile.kernels.attend.reference import attend as reference
 from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET
-from apack_compile.kernels.state import PackedState, check_tiers
+from apack_compile.kernels.state import check_tiers
 from apack_compile.kernels.structs import ATTEND
 
 # a head's row must fit into a tile, kernels/csrc/attend.h
@@ -64,7 +64,7 @@ def attend(
         masked = (mask.data_ptr(), is_bool, *steps, mask.shape[3])
     importance: tuple[float, ...] = (0, 0.0, 0.0, 0, 0.0, 0.0)
     if tiers is not None:
-        check_tiers(PackedState.parse(state, layout))
+        check_tiers(at.kinds)
         tiers = tiers.contiguous()
         importance = (written(vision_importance), *ema[:2], written(text_importance), *ema[2:])
     arguments = ATTEND.pack(

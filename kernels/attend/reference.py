@@ -39,7 +39,7 @@ def attend(
     """
     held = PackedState.parse(state, layout)
     if tiers is not None:
-        check_tiers(held)
+        check_tiers(held.layout.kinds)
     cursor = held.cursor
     batch, heads, new_tokens, head_dim = key.shape
     rows = query.shape[2]

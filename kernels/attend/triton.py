@@ -89,7 +89,7 @@ def attend(
     """As `reference.attend`, which also serves here what `serves` says no to (float64, a segment half packed, an odd block)."""
     held = PackedState.parse(state, layout)
     if tiers is not None:
-        check_tiers(held)
+        check_tiers(held.layout.kinds)
     if not serves(query, held):
         return reference.attend(
             query, key, value, mask, state, layout, scale, vision_importance, text_importance, tiers, partial, ema
