@@ -253,3 +253,14 @@ def test_published_presets_keep_every_token_of_a_window(preset):
     full, window = cache.groups
     assert full.index.plan.tiers is not None and window.index.plan.tiers is None
     assert statuses(model) == {"packed"}
+
+
+def test_chunks_decode_eagerly_only_where_transformers_own_static_cache_has_no_masks_for_them():
+    model = build("llama4")
+    try:
+        generate(model, prompt(9), tokens=3, cache_implementation="static", disable_compile=True)
+        fails = False
+    except TypeError:
+        fails = True
+    assert (why_no_masks(model) is not None) == fails
+    assert why_no_masks(build("gemma3")) is None
