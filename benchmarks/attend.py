@@ -34,17 +34,10 @@ from apack_compile.kernels.ops import implementations
 from apack_compile.kernels.state import KIND_NAMES, TEXT, DenseSegment, PackedState, PackedStream, Segment
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.basis import Spectrum
+from apack_compile.plan.budget import StreamStatistics, budget_plan, spare_slots
 from apack_compile.plan.choice import head_groups_for, typical_variance
 from apack_compile.plan.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
-from apack_compile.plan.plan import (
-    FIRST_TOKENS,
-    Plan,
-    StreamPlan,
-    StreamStatistics,
-    attentionpack_plan,
-    budget_plan,
-    spare_slots,
-)
+from apack_compile.plan.plan import FIRST_TOKENS, Plan, StreamPlan, attentionpack_plan
 from apack_compile.plan.rotation import BLOCK, KeyTurn, turns_of_blocks
 from apack_compile.plan.time_model import Load
 

@@ -17,7 +17,8 @@ from apack_compile.calibration.find_rotation import find_turn
 from apack_compile.calibration.sensitivity import observe
 from apack_compile.demo.assets import load_model, load_tokenizer
 from apack_compile.kernels.format import GAUSSIAN_DISTORTION
-from apack_compile.plan.plan import STREAMS, Plan, budget_plan
+from apack_compile.plan.budget import budget_plan
+from apack_compile.plan.plan import STREAMS, Plan
 
 KEY_BLOCKS = (32, 64, 128, 256, 0)
 PROMPTS, TOKENS = 2, 2_048

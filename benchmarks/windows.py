@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicCache
 from apack_compile.cache.cache import CompactedCache, LayerKind
 from apack_compile.kernels.layout import to_groups
 from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.plan import Plan, StreamStatistics, budget_key, budget_plan
+from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan
+from apack_compile.plan.plan import Plan
 from apack_compile.plan.ring import block_for
 from apack_compile.plan.rotation import BLOCK, KeyTurn
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from apack_compile.calibration.collect import RunningMoments, collect
 from apack_compile.models.modality import padding_of, placeholder_ids, vision_of
 from apack_compile.plan.basis import moments
-from apack_compile.plan.plan import FIRST_TOKENS, budget_plan
+from apack_compile.plan.budget import budget_plan
+from apack_compile.plan.plan import FIRST_TOKENS
 
 IMAGE = 9
 

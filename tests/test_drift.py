@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicCache
 from apack_compile.cache.cache import CompactedCache, LayerKind
 from apack_compile.kernels.format import StreamBasis
 from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.plan import StreamStatistics, budget_plan
+from apack_compile.plan.budget import StreamStatistics, budget_plan
 
 HEADS, HEAD_DIM = 2, 16
 WIDTH = HEADS * HEAD_DIM

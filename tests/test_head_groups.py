@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
 from apack_compile import AttentionPackConfig
+from apack_compile.plan.bits import largest_ratio
 from apack_compile.plan.choice import LEAST_SPEED, fewest_groups, typical_plan
-from apack_compile.plan.plan import largest_ratio
 from apack_compile.plan.time_model import CPU, H200, Device, Load, predicted_speedup
 
 SHAPES = {

@@ -11,20 +11,10 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache, LayerKind
 from apack_compile.kernels.format import GAUSSIAN_DISTORTION, WIDTHS, Bands
-from apack_compile.plan.plan import (
-    BAND_GRAIN,
-    FIRST_TOKENS,
-    LayerPlan,
-    attentionpack_plan,
-    bands_of,
-    budget_key,
-    budget_plan,
-    largest_ratio,
-    lossless_plan,
-    runs_of,
-    tail_slots_for,
-    water_fill,
-)
+from apack_compile.plan.basis import BAND_GRAIN
+from apack_compile.plan.bits import bands_of, largest_ratio, runs_of, water_fill
+from apack_compile.plan.budget import budget_key, budget_plan, tail_slots_for
+from apack_compile.plan.plan import FIRST_TOKENS, LayerPlan, attentionpack_plan, lossless_plan
 from apack_compile.plan.rotation import KeyTurn
 
 RUNS = st.lists(

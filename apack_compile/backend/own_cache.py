@@ -20,9 +20,10 @@ from apack_compile.cache.layer import CompactedLayer
 from apack_compile.calibration.collect import Running, RunningMoments, Statistics, by_layer
 from apack_compile.checks import counted
 from apack_compile.kernels.layout import HELD, to_groups
+from apack_compile.plan.budget import budget_key, budget_plan
 from apack_compile.plan.choice import head_groups_for
 from apack_compile.plan.file import versions
-from apack_compile.plan.plan import FIRST_TOKENS, Plan, Provenance, budget_key, budget_plan
+from apack_compile.plan.plan import FIRST_TOKENS, Plan, Provenance
 
 # A call of more tokens over buffers that are still dense is a prefill and leaves them dense.
 MAX_DECODE = 8

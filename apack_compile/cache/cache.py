@@ -25,7 +25,8 @@ from apack_compile.kernels.autocast import without_autocast
 from apack_compile.kernels.layout import HELD
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.inference_mode import outside_inference_mode
-from apack_compile.plan.plan import Plan, spare_slots
+from apack_compile.plan.budget import spare_slots
+from apack_compile.plan.plan import Plan
 from apack_compile.plan.rotation import rotary_start
 
 Planner = Callable[[int, float, int | None], Plan]

@@ -16,6 +16,7 @@ from apack_compile.kernels.turns import turned
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.modality import compact, padding_of, vision_of
 from apack_compile.plan.basis import Moments, Spectrum, fit, fit_steps, mixed
+from apack_compile.plan.budget import StreamStatistics
 from apack_compile.plan.importance import (
     COARSE_SHARE,
     NEWEST,
@@ -26,7 +27,7 @@ from apack_compile.plan.importance import (
     scores_of,
     unturned,
 )
-from apack_compile.plan.plan import FIRST_TOKENS, MODALITIES, StreamStatistics
+from apack_compile.plan.plan import FIRST_TOKENS, MODALITIES
 from apack_compile.plan.rotation import KeyTurn, deinterleaved_keys, rotary_start
 
 # Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/notes/quality.md).

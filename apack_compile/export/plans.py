@@ -7,8 +7,10 @@ from apack_compile.export.observe import Observed
 from apack_compile.export.state import LOSSLESS, CachePlan
 from apack_compile.passes.buffers.pairs import BufferPair
 from apack_compile.passes.graph.nodes import value_of
+from apack_compile.plan.bits import largest_ratio
+from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.check import check_plan
-from apack_compile.plan.plan import Plan, budget_plan, largest_ratio
+from apack_compile.plan.plan import Plan
 
 
 def budget_plans(seen: Observed, caches: Sequence[BufferPair], ratio: float) -> dict[int, CachePlan]:

@@ -31,19 +31,12 @@ from apack_compile.models.coordinates import positions_given, rotary_modules
 from apack_compile.models.modality import padding_of, vision_of
 from apack_compile.models.offload import computing_device
 from apack_compile.models.wrappers import adapters_of
+from apack_compile.plan.bits import largest_ratio
+from apack_compile.plan.budget import budget_key, budget_plan
 from apack_compile.plan.choice import Groups, Shapes, head_groups_for
 from apack_compile.plan.file import versions
 from apack_compile.plan.importance import CoarseRule, tells_apart
-from apack_compile.plan.plan import (
-    Plan,
-    Provenance,
-    a_vl_plan,
-    attentionpack_plan,
-    budget_key,
-    budget_plan,
-    largest_ratio,
-    lossless_plan,
-)
+from apack_compile.plan.plan import Plan, Provenance, a_vl_plan, attentionpack_plan, lossless_plan
 from apack_compile.plan.ranks import ALONE, Ranks, agreed_id, heads_here
 from apack_compile.plan.ring import block_for
 from apack_compile.plan.rotation import KeyTurn

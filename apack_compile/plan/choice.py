@@ -7,17 +7,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from apack_compile.plan.plan import (
-    LayerPlan,
-    Plan,
-    StreamPlan,
-    bands_of,
-    largest_ratio,
-    runs_of,
-    tail_slots_for,
-    uniform_plan,
-    water_fill,
-)
+from apack_compile.plan.bits import bands_of, largest_ratio, runs_of, water_fill
+from apack_compile.plan.budget import tail_slots_for
+from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, uniform_plan
 from apack_compile.plan.rotation import KeyTurn
 from apack_compile.plan.time_model import OF_TYPE, Device, Load, basis_bytes, predicted_speedup
 

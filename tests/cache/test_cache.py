@@ -21,8 +21,8 @@ from packed_pair import (
 )
 
 from apack_compile.cache.layer import MAX_APPEND
+from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.importance import NEWEST, scores_of
-from apack_compile.plan.plan import budget_plan
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import apack_compile
 from apack_compile.errors import StrictError
+from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.importance import CoarseRule, feature_count
-from apack_compile.plan.plan import attentionpack_plan, budget_plan, lossless_plan
+from apack_compile.plan.plan import attentionpack_plan, lossless_plan
 from apack_compile.plan.rotation import KeyTurn
 
 TOKENS, CHUNKS = 64, (9, *[1] * 8, 6)

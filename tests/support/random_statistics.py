@@ -3,7 +3,7 @@
 import torch
 
 from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.plan import StreamStatistics
+from apack_compile.plan.budget import StreamStatistics
 
 
 def random_statistics(

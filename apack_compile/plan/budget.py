@@ -1,0 +1,129 @@
+"""The plan of a byte budget: what stays dense, and the bits that are left to every component."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apack_compile.plan.basis import Spectrum
+from apack_compile.plan.bits import bands_of, expected_error, runs_of, water_fill
+from apack_compile.plan.importance import NEWEST, CoarseRule
+from apack_compile.plan.plan import FIRST_TOKENS, STREAMS, LayerPlan, Plan, StreamPlan
+from apack_compile.plan.ring import block_for, ring_slots
+from apack_compile.plan.rotation import KeyTurn
+
+# The tail of newest tokens may take this share of the budget, in tokens of these sizes.
+TAIL_SHARE = 0.06
+TAIL_SIZES = (32, 16, 8)
+
+
+def tail_slots_for(tokens: int, ratio: float) -> int:
+    """Newest tokens to keep dense: a small share of the budget, less for short prompts and high ratios."""
+    affordable = TAIL_SHARE * tokens / ratio
+    return next((size for size in TAIL_SIZES if size <= affordable), 0)
+
+
+def spare_slots(tokens: int) -> int:
+    """Free text slots that a cache of `tokens` tokens keeps for tokens to come."""
+    return max(16, tokens // 32)
+
+
+@dataclass(frozen=True)
+class StreamStatistics:
+    """What the plan needs of a calibrated stream: its spectrum and, per component `[G, r]`, the harm a token that drops it does."""
+
+    spectrum: Spectrum
+    weights: Tensor
+
+
+def budget_plan(
+    statistics: Mapping[int, Mapping[str, tuple[StreamStatistics, StreamStatistics]]],
+    ratio: float,
+    tokens: int,
+    vision_share: float,
+    element_bytes: int = 2,
+    turn: KeyTurn | None = None,
+    rules: Mapping[str, CoarseRule] | None = None,
+    window: int | None = None,
+) -> Plan:
+    """The plan that holds prompts of about `tokens` tokens, `vision_share` of them vision, at `ratio`.
+
+    `statistics[layer][segment]` are the key's and the value's, of keys turned back by `turn`. The modality that most tokens are of is
+    told apart where it has one of the `rules`. The budget is what a 16-bit dense cache takes, divided by the ratio, less what
+    stays dense: the first tokens, the tail, and positions and turns, shared or by layer. window: newest tokens that a query sees;
+    a prompt that fills it is held in a ring of text slots, without its first tokens.
+    """
+    fills = window is not None and tokens >= window
+    tokens = min(tokens, window or tokens)
+    tail_slots, first_tokens = tail_slots_for(tokens, ratio), 0 if fills else FIRST_TOKENS
+    packed_tokens = max(tokens - first_tokens - tail_slots, 1) + spare_slots(tokens) // 2
+    placed_tokens = tokens
+    if fills:
+        packed_tokens = ring_slots(window, tail_slots, block_for(window) if turn is None else turn.block)
+        placed_tokens = packed_tokens
+    separates_vision = all("vision" in layer for layer in statistics.values())
+    share = {"vision": vision_share, "text": 1 - vision_share} if separates_vision else {"text": 1.0}
+    coarse = (rules or {}).get(max(share, key=lambda modality: share[modality]))
+    sources = {modality: modality for modality in share}
+    if coarse is not None:
+        grades = {"coarse": f"coarse_{coarse.modality}", coarse.modality: f"fine_{coarse.modality}"}
+        whole = share.pop(coarse.modality)
+        told = whole * coarse.share * max(tokens - NEWEST, 0) / packed_tokens
+        share |= {grades["coarse"]: told, grades[coarse.modality]: whole - told}
+        sources |= grades
+    sources.setdefault("vision", sources["text"])
+    dense_bits = sum(8 * element_bytes * width_of(s) for layer in statistics.values() for s in layer["text"])
+    place_bits = 32 + (0 if turn is None else 64 * len(turn.frequencies) / turn.block)
+    if coarse is not None:
+        place_bits *= len(statistics)
+    if turn is not None and turn.coordinates is not None:
+        place_bits += 32 * turn.coordinate_count
+    fixed = (first_tokens + tail_slots) * dense_bits + place_bits * placed_tokens
+    scale_bits = 16 * sum(len(layer["text"]) * groups_of(layer["text"][0]) for layer in statistics.values())
+    budget = (tokens * dense_bits / ratio - fixed) / packed_tokens - scale_bits
+    if tokens * dense_bits / ratio <= fixed:
+        budget = (dense_bits / ratio) - scale_bits
+    weights, cost, owners, lengths = [], [], [], []
+    for layer, segments in statistics.items():
+        for source, part in share.items():
+            for stream, measured in enumerate(segments[source]):
+                run_weights, run_lengths = runs_of(measured.weights)
+                groups = groups_of(measured)
+                weights.append(run_weights * max(part, 1e-3))
+                cost.append(torch.tensor(run_lengths, dtype=torch.float64) * groups * max(part, 1e-3))
+                owners.append((layer, source, stream))
+                lengths.append(run_lengths)
+    bits = water_fill(torch.cat(weights), torch.cat(cost), budget).split([len(run) for run in lengths])
+    chosen = {owner: bands_of(b.tolist(), run) for owner, b, run in zip(owners, bits, lengths, strict=True)}
+    layers, bases = {}, {}
+    for layer, segments in statistics.items():
+        streams, layer_bases = {}, {}
+        for segment, source in sources.items():
+            for i, name in enumerate(f"{segment}_{stream}" for stream in STREAMS):
+                bands, spectrum = chosen[layer, source, i], segments[source][i].spectrum
+                streams[name] = StreamPlan("model", bands, True, expected_error(spectrum, bands))
+                layer_bases[name] = spectrum.basis(bands)
+        layers[layer] = LayerPlan(**streams)
+        bases[layer] = tuple(layer_bases[name] for name in layers[layer].named)
+    groups = groups_of(next(iter(statistics.values()))["text"][0])
+    return Plan(
+        layers, tail_slots, groups=groups, bases=bases, separates_vision=separates_vision, turn=turn, coarse=coarse
+    )
+
+
+def width_of(statistics: StreamStatistics) -> int:
+    """Width of a stream over all head groups."""
+    return statistics.spectrum.mean.shape[-1] * statistics.spectrum.mean.shape[-2]
+
+
+def groups_of(statistics: StreamStatistics) -> int:
+    """Head groups of a stream."""
+    return statistics.spectrum.mean.shape[-2]
+
+
+def budget_key(tokens: int, vision_share: float) -> tuple[int, float]:
+    """The representative prompt that shares a plan with this one: lengths in steps of sqrt(2), shares in eighths."""
+    steps = max(round(2 * math.log2(max(tokens, 64))), 12)
+    return round(2 ** (steps / 2)), round(vision_share * 8) / 8
