@@ -63,6 +63,7 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
     if session.unused:
         return plain(model, *args, **kwargs)
     cache.check_whole()
+    check_drafts(options, cache, prompt, kwargs.get("attention_mask"))
     kwargs = {**{name: x for name, x in kwargs.items() if name not in NAMES}, OWN_NAME: cache}
     if options.get("prefill_chunk_size") is not None and not cache.is_filled:
         plan_chunks(model, session, cache, kwargs, prompt)
@@ -163,6 +164,19 @@ def check_mode(options: Options, implementation: str | None) -> None:
         raise ValueError(
             f"assistant_early_exit={options.get('assistant_early_exit')!r}: drafts come from the model with fewer layers, whose "
             "cache would not be this model's; pass assistant_model= or prompt_lookup_num_tokens="
+        )
+
+
+def check_drafts(options: Options, cache: CompactedCache, prompt: torch.Tensor | None, mask: Any) -> None:
+    """Raise ValueError where transformers would store tokens a second time: drafting, it reads all of a prompt, held or not."""
+    drafting = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if options.get(name) is not None]
+    given = length_of(prompt)
+    if not drafting or not cache.is_filled or given is None:
+        return
+    if given == (mask.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else given):
+        raise ValueError(
+            f"{drafting[0]}: the cache holds {int(cache.get_seq_length())} tokens, and where transformers drafts it reads the whole "
+            f"prompt of {given} again; pass a new cache, or generate without drafts"
         )
 
 

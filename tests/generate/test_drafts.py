@@ -152,9 +152,23 @@ def test_a_cache_forgets_and_evicts_again_when_a_drafting_call_is_over():
     assert not cache.is_recording
     second = greedy(model, {"input_ids": first}, 43, past_key_values=cache)
     assert cache.packed_layers[0].tiers.end > first.shape[1]
-    # and a third turn drafts again
-    third = greedy(model, {"input_ids": second}, 31, past_key_values=cache, prompt_lookup_num_tokens=35)
-    assert third.shape[1] == second.shape[1] + 31
+
+
+@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 35}, {"assistant_model": True}], ids=str)
+def test_a_prompt_that_drafting_would_store_again_is_refused(drafts):
+    model, plain = calibrated(llava(), preset="a-vl"), calibrated(llava(), preset="a-vl")
+    drafts = {name: llava() if value is True else value for name, value in drafts.items()}
+    cache, other = apack_compile.new_cache(model), apack_compile.new_cache(plain)
+    first = greedy(model, REPEATED, 9, past_key_values=cache)
+    assert torch.equal(greedy(plain, REPEATED, 9, past_key_values=other), first)
+    held = int(cache.get_seq_length())
+    message = f"^{next(iter(drafts))}: the cache holds {held} tokens, .* prompt of {first.shape[1]} again; pass a new cache"
+    with pytest.raises(ValueError, match=message):
+        greedy(model, {"input_ids": first}, 31, past_key_values=cache, **drafts)
+    assert torch.equal(
+        greedy(model, {"input_ids": first}, 31, past_key_values=cache),
+        greedy(plain, {"input_ids": first}, 31, past_key_values=other),
+    )
 
 
 def test_a_loop_of_one_s_own_drafts_as_generate_does():

@@ -102,7 +102,7 @@ MODES = [
         "assisted",
         "`assistant_model=`",
         WORKS,
-        "batch of 1; the assistant may be optimized too; over a lossy cache not always the tokens of greedy decoding",
+        "batch of 1, an empty cache; the assistant may be optimized too; over a lossy cache not always the tokens of greedy decoding",
         made={"assistant_model": lambda _: draft()},
         compiled=ASSISTED_IS_COMPILED,
         step=ASSISTED,
