@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from apack_compile.config import AttentionPackConfig
     from apack_compile.generate.reporting import Report
     from apack_compile.plan.plan import Plan
-    from apack_compile.plan.preset_options import AttentionPackOptions, AVLOptions
+    from apack_compile.plan.presets import AttentionPackOptions, AVLOptions
 
 check_versions()
 
 _HOME = {
-    "AVLOptions": "plan.preset_options",
+    "AVLOptions": "plan.presets",
     "AttentionPackConfig": "config",
-    "AttentionPackOptions": "plan.preset_options",
+    "AttentionPackOptions": "plan.presets",
     "CompactedCache": "cache.cache",
     "GraphLog": "backend.graph_log",
     "GraphReport": "backend.graph_report",

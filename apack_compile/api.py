@@ -239,7 +239,7 @@ def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | Non
         raise ValueError("model: weights are on the meta device; load them first")
     kinds = layer_kinds(model) if plan is None else planned_kinds(layer_kinds(model), plan)
     can_be_packed = [kind.layer for kind in kinds if kind.reason is None]
-    if config.preset == "attentionpack" and plan is None:
+    if config.preset is not None and plan is None:
         widths = {layer: math.prod(kv_heads(model, layer)) for layer in can_be_packed}
         kinds = without_small_windows(kinds, config, widths)
     if not any(kind.reason is None for kind in kinds):

@@ -37,7 +37,8 @@ from apack_compile.plan.basis import Spectrum
 from apack_compile.plan.budget import StreamStatistics, budget_plan, spare_slots
 from apack_compile.plan.choice import head_groups_for, typical_variance
 from apack_compile.plan.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
-from apack_compile.plan.plan import FIRST_TOKENS, Plan, StreamPlan, attentionpack_plan
+from apack_compile.plan.plan import FIRST_TOKENS, Plan, StreamPlan
+from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.rotation import BLOCK, KeyTurn, turns_of_blocks
 from apack_compile.plan.time_model import Load
 

@@ -13,7 +13,7 @@ import apack_compile
 from apack_compile.config import AttentionPackConfig
 from apack_compile.generate.session import signature_of
 from apack_compile.plan.plan import LayerPlan, Plan
-from apack_compile.plan.preset_options import AttentionPackOptions
+from apack_compile.plan.presets.attentionpack import AttentionPackOptions
 from apack_compile.plan.rotation import KeyTurn
 
 # Width of the hidden states, of the feed-forward part, and layers of the shapes' models.

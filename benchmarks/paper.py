@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.accounting import storage_bytes
 from apack_compile.cache.cache import CompactedCache, LayerKind
-from apack_compile.plan.plan import attentionpack_plan
+from apack_compile.plan.presets.attentionpack import attentionpack_plan
 
 HEADS, HEAD_DIM = 32, 128
 VISION_TOKENS, TEXT_TOKENS = 576, 50

@@ -14,7 +14,9 @@ from apack_compile.kernels.format import GAUSSIAN_DISTORTION, WIDTHS, Bands
 from apack_compile.plan.basis import BAND_GRAIN
 from apack_compile.plan.bits import bands_of, largest_ratio, runs_of, water_fill
 from apack_compile.plan.budget import budget_key, budget_plan, tail_slots_for
-from apack_compile.plan.plan import FIRST_TOKENS, LayerPlan, attentionpack_plan, lossless_plan
+from apack_compile.plan.plan import FIRST_TOKENS, LayerPlan
+from apack_compile.plan.presets.attentionpack import attentionpack_plan
+from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyTurn
 
 RUNS = st.lists(

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache, LayerKind
-from apack_compile.plan.plan import Plan, a_vl_plan, attentionpack_plan
-from apack_compile.plan.preset_options import AttentionPackOptions, AVLOptions
+from apack_compile.plan.plan import Plan
+from apack_compile.plan.presets.a_vl import AVLOptions, a_vl_plan
+from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
 from apack_compile.plan.tiers import (
     TextEviction,
     TierPlan,

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from small_plans import plan_with
 
 from apack_compile.kernels.format import Bands
-from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan
-from apack_compile.plan.preset_options import AttentionPackOptions
+from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
+from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
+from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.tiers import TierPlan
 from apack_compile.plan.time_model import (
     CPU,

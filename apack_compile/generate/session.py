@@ -24,7 +24,6 @@ from apack_compile.checks import counted
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.errors import StrictError
 from apack_compile.generate.decode_step import DecodeSteps
-from apack_compile.generate.preset_windows import ranks_of, tail_for
 from apack_compile.models.cache_argument import cache_of, named_arguments, takes_cache
 from apack_compile.models.continuous_batching import refuse_paged_cache
 from apack_compile.models.coordinates import positions_given, rotary_modules
@@ -36,7 +35,7 @@ from apack_compile.plan.budget import budget_key, budget_plan
 from apack_compile.plan.choice import Groups, Shapes, head_groups_for
 from apack_compile.plan.file import versions
 from apack_compile.plan.importance import CoarseRule, tells_apart
-from apack_compile.plan.plan import Plan, Provenance, a_vl_plan, attentionpack_plan, lossless_plan
+from apack_compile.plan.plan import Plan, Provenance
 from apack_compile.plan.ranks import ALONE, Ranks, agreed_id, heads_here
 from apack_compile.plan.ring import block_for
 from apack_compile.plan.rotation import KeyTurn
@@ -178,10 +177,9 @@ class Session:
         layers = self.by_window[window]
         if self.plan is not None:
             return self.plan.of_layer(layers[0])
-        if self.config.preset == "lossless":
-            return self.signed(lossless_plan(layers), window)
         if self.config.preset is not None:
-            return self.signed(self._preset_plan(layers, window), window)
+            wanted = self.config.wanted(layers, window, self.can_be_packed)
+            return self.signed(self.config.preset_options.plan(wanted), window)
         if self.statistics is None:
             raise RuntimeError(
                 f"ratio={self.ratio:g}: no calibrated statistics yet; call apack_compile.calibrate(model, inputs) first. (A first request "
@@ -206,16 +204,6 @@ class Session:
         with self.lock:
             first, *others = (self.plan_for(tokens, vision_share, window) for window in self.by_window)
         return replace(first, windows={part.window: part for part in others}) if others else first
-
-    def _preset_plan(self, layers: list[int], window: int | None) -> Plan:
-        """The plan of a published preset, for some of the layers; those with a window have no tiers."""
-        config = self.config
-        if config.preset == "a-vl":
-            plan = a_vl_plan(layers, config.a_vl)
-        else:
-            ranks = {name: ranks_of(given, self.can_be_packed, layers, name) for name, given in config.ranks.items()}
-            plan = attentionpack_plan(layers, ranks, tail_for(config.tail_slots, window), config.attentionpack)
-        return plan if window is None else replace(plan, tiers=None)
 
     def signed(self, plan: Plan, window: int | None, calibrated_on: str | None = None, made_for: tuple = ()) -> Plan:
         """A plan that says which model and which of its layers it is for, and where it comes from."""

@@ -7,8 +7,7 @@ import torch
 
 from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.importance import CoarseRule, feature_count
-from apack_compile.plan.plan import FITTED_SCOPES, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
-from apack_compile.plan.preset_options import MIN_TAIL_SLOTS
+from apack_compile.plan.plan import FITTED_SCOPES, MIN_TAIL_SLOTS, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.rotation import MAX_COORDINATES, KeyTurn
 
 SCOPES = ("as_is", "half", *FITTED_SCOPES, "model")

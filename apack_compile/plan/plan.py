@@ -8,10 +8,9 @@ import torch
 
 from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.importance import CoarseRule
-from apack_compile.plan.preset_options import AttentionPackOptions, AVLOptions
 from apack_compile.plan.ranks import ALONE, Ranks
 from apack_compile.plan.rotation import KeyTurn
-from apack_compile.plan.tiers import TextEviction, TierPlan
+from apack_compile.plan.tiers import TierPlan
 
 MODALITIES = ("vision", "text")
 STREAMS = ("key", "value")
@@ -20,6 +19,8 @@ SEGMENTS = ("coarse", *MODALITIES)
 FIRST_TOKENS = 4
 # Scopes whose bases are fitted to what a cache holds, and stored with it.
 FITTED_SCOPES = ("sequence", "batch")
+# Newest tokens that stay dense at least where bases are fitted to each cache.
+MIN_TAIL_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -171,67 +172,6 @@ class Plan:
         return replace(self, bases=moved, turn=turn, coarse=coarse, windows=windows)
 
 
-StreamRanks = int | Sequence[int]
-
-
 def uniform_plan(layers: Sequence[int], streams: LayerPlan, tail_slots: int) -> Plan:
     """The same streams in every layer."""
     return Plan(dict.fromkeys(layers, streams), tail_slots)
-
-
-def lossless_plan(layers: Sequence[int]) -> Plan:
-    """Every token untransformed, in the model's dtype."""
-    kept = StreamPlan("as_is")
-    return uniform_plan(layers, LayerPlan(kept, kept, kept, kept), tail_slots=0)
-
-
-COMPACTION_ONLY = AttentionPackOptions(full=1.0, partial=1.0)
-
-
-def attentionpack_plan(
-    layers: Sequence[int],
-    ranks: Mapping[str, StreamRanks],
-    tail_slots: int,
-    options: AttentionPackOptions = COMPACTION_ONLY,
-) -> Plan:
-    """AttentionPack (arXiv 2603.23914): truncated SVD per sequence (or batch), modality and stream; tiers of vision tokens by importance.
-
-    ranks: of each stream, for all layers or one per packed layer; raises ValueError where they are not as many.
-    """
-    for name, given in ranks.items():
-        if not isinstance(given, int) and len(given) != len(layers):
-            raise ValueError(f"ranks: {name} has {len(given)} ranks, but {len(layers)} layers are packed")
-    plans = {}
-    for i, layer in enumerate(layers):
-        streams = []
-        for modality in MODALITIES:
-            for stream in STREAMS:
-                given = ranks[f"{modality}_{stream}"]
-                rank = given if isinstance(given, int) else given[i]
-                streams.append(
-                    StreamPlan(options.basis, Bands((rank, 0, 0, 0) if options.bits == 16 else (0, 0, rank, 0)))
-                )
-        plans[layer] = LayerPlan(*streams)
-    if options.evict == 0 and 1 in (options.full, options.partial):
-        return Plan(plans, tail_slots)
-    tiers = TierPlan(
-        full=options.full,
-        partial=options.partial,
-        kept=1 - options.evict,
-        refresh_every=options.refresh_every,
-        ema=(options.ema, 1 - options.ema) * 2,
-    )
-    return Plan(plans, tail_slots, tiers=tiers)
-
-
-def a_vl_plan(layers: Sequence[int], options: AVLOptions) -> Plan:
-    """A-VL (arXiv 2409.14846): 16-bit tokens; vision as core, secondary and evicted, text by first, newest and heavy hitters."""
-    kept = StreamPlan("half")
-    tiers = TierPlan(
-        attended=options.core,
-        kept=options.secondary,
-        refresh_every=options.core_every,
-        ema=(0.0, 1.0, 1.0, 1.0),
-        text=TextEviction(options.text_kept, options.text_first, options.text_heavy, options.text_every),
-    )
-    return Plan(dict.fromkeys(layers, LayerPlan(kept, kept, kept, kept)), tail_slots=0, first_tokens=0, tiers=tiers)

@@ -25,7 +25,8 @@ from transformers import (
 import apack_compile
 from apack_compile.backend.own_cache import span_of
 from apack_compile.errors import StrictError
-from apack_compile.plan.plan import a_vl_plan, lossless_plan
+from apack_compile.plan.presets.a_vl import a_vl_plan
+from apack_compile.plan.presets.lossless import lossless_plan
 
 PROMPT, STEPS = 101, 64
 

@@ -7,7 +7,8 @@ from choices import DEVICES, choose_groups, measured_cpu, shortest_length
 from small_plans import plan_with
 
 from apack_compile.kernels.format import Bands
-from apack_compile.plan.plan import LayerPlan, Plan, lossless_plan
+from apack_compile.plan.plan import LayerPlan, Plan
+from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.time_model import CPU, H200, Load, predicted_speedup
 
 QWEN = Load(28, 4, 128, tokens=32_768, batch=16)

@@ -22,8 +22,7 @@ from packed_pair import (
 from apack_compile.cache import layer as layer_module
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import MAX_APPEND
-from apack_compile.plan.plan import attentionpack_plan
-from apack_compile.plan.preset_options import AttentionPackOptions
+from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
 
 
 @pytest.mark.parametrize("plan", sorted(PLANS))

@@ -10,8 +10,9 @@ from windowed_pair import PLANS as WINDOWED_PLANS
 from windowed_pair import WINDOWS, WindowedPair
 
 from apack_compile.cache.cache import CompactedCache, LayerKind
-from apack_compile.plan.plan import a_vl_plan, attentionpack_plan, lossless_plan
-from apack_compile.plan.preset_options import AttentionPackOptions, AVLOptions
+from apack_compile.plan.presets.a_vl import AVLOptions, a_vl_plan
+from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
+from apack_compile.plan.presets.lossless import lossless_plan
 
 
 def crop(pair, count):

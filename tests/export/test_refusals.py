@@ -13,7 +13,8 @@ import apack_compile
 from apack_compile.errors import StrictError
 from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.importance import CoarseRule, feature_count
-from apack_compile.plan.plan import attentionpack_plan, lossless_plan
+from apack_compile.plan.presets.attentionpack import attentionpack_plan
+from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyTurn
 
 TOKENS, CHUNKS = 64, (9, *[1] * 8, 6)

@@ -13,7 +13,7 @@ import apack_compile
 from apack_compile import AttentionPackConfig, Plan
 from apack_compile.kernels.format import StreamBasis
 from apack_compile.plan.file import tensors_of, values_of
-from apack_compile.plan.plan import attentionpack_plan
+from apack_compile.plan.presets.attentionpack import attentionpack_plan
 
 
 def test_a_missing_file_and_a_folder(plan, tmp_path):

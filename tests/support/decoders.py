@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apack_compile import Plan
-from apack_compile.plan.plan import lossless_plan
+from apack_compile.plan.presets.lossless import lossless_plan
 
 VOCABULARY, HEADS, KV_HEADS, WIDTH = 50, 4, 2, 16
 Update = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -15,8 +15,9 @@ from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.plan.basis import fit, moments
 from apack_compile.plan.importance import CoarseRule
-from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, attentionpack_plan, lossless_plan
-from apack_compile.plan.preset_options import AttentionPackOptions
+from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
+from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
+from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyTurn, deinterleaved_keys, turns_at
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6

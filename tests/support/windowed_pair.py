@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache, LayerKind
-from apack_compile.plan.plan import Plan, attentionpack_plan, lossless_plan
+from apack_compile.plan.plan import Plan
+from apack_compile.plan.presets.attentionpack import attentionpack_plan
+from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyTurn
 
 TURN = torch.tensor([1.0, 0.3, 0.05])
