@@ -1,6 +1,5 @@
 """optimize, restore, calibrate, plan_for, new_cache, report."""
 
-import math
 import types
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -8,47 +7,25 @@ from typing import Any, overload
 
 from torch import fx, nn
 from torch.export import ExportedProgram
-from transformers import GenerationMixin
 
 from apack_compile.backend.graph_log import GraphLog
 from apack_compile.backend.graph_report import GraphReport, build_graph_report
-from apack_compile.backend.inner_compiler import resolve_compile
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
 from apack_compile.calibration.inputs import checked_inputs
 from apack_compile.config import AttentionPackConfig
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
 from apack_compile.generate.decode_step import DecodeSteps
 from apack_compile.generate.generation import compiled_call, generate, is_packed_generate, keeping_the_cache
-from apack_compile.generate.preset_windows import without_small_windows
+from apack_compile.generate.hooks import install_hooks, watch_rotary
+from apack_compile.generate.new_session import new_session
 from apack_compile.generate.quantize import quantize_language_model
 from apack_compile.generate.reporting import Report, build_report
-from apack_compile.generate.session import (
-    ATTRIBUTE,
-    DEFAULT_NEW_TOKENS,
-    Session,
-    cache_users,
-    check_ratio,
-    describe,
-    end_forward,
-    generating_parts,
-    kv_heads,
-    layer_kinds,
-    note_new_weights,
-    planned_kinds,
-    rename_cache,
-    session_of,
-    signature_of,
-    watch_forward,
-    watch_rotary,
-)
-from apack_compile.models.cache_argument import cache_name
+from apack_compile.generate.session import ATTRIBUTE, DEFAULT_NEW_TOKENS, Session, session_of
 from apack_compile.models.continuous_batching import ENTRANCES, refuse_continuous_batching
-from apack_compile.models.offload import computing_device, is_offloaded
-from apack_compile.models.wrappers import adapters_of, inner_model, prepares_otherwise, unwrapped
-from apack_compile.plan.check import check_plan
+from apack_compile.models.parts import generating_parts
+from apack_compile.models.wrappers import inner_model, prepares_otherwise, unwrapped
 from apack_compile.plan.plan import Plan
-from apack_compile.plan.ranks import Ranks, ranks_of
 
 # What optimize, and generate after it, put on a model.
 OWN_ATTRIBUTES = (
@@ -116,7 +93,7 @@ def optimize(
         raise ValueError("config: pass either a config or the keyword arguments, not both")
     quantize = quantize if quantize is not None else config.quantize
     given, model = model, unwrapped(model)
-    session = _new_session(model, config, plan)
+    session = new_session(model, config, plan)
     previous = session_of(model)
     if previous is not None:
         session.take_calibration(previous, model)
@@ -177,7 +154,7 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
         raise ValueError(f"tokens={tokens!r} must be an integer >= 1")
     if not isinstance(vision_share, (int, float)) or isinstance(vision_share, bool) or not 0 <= vision_share <= 1:
         raise ValueError(f"vision_share={vision_share!r} must be a number from 0 to 1")
-    return session.whole_plan(tokens, float(vision_share))
+    return session.source.whole_plan(tokens, float(vision_share))
 
 
 def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> CompactedCache:
@@ -226,76 +203,11 @@ def _check_choice(plan: Any, **others: Any) -> None:
         raise ValueError(f"plan and {given} exclude each other; pass one of them")
 
 
-def _new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | None) -> Session:
-    """A session for a model that can be optimized; raises ValueError for one that cannot."""
-    if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
-        inside = inner_model(model) or "; pass a transformers generation model"
-        raise ValueError(f"model: {type(model).__name__} has no generate(){inside}")
-    if not isinstance(model, GenerationMixin):
-        raise ValueError(
-            f"model: {type(model).__name__} has a generate() of its own, not transformers' GenerationMixin{inner_model(model)}"
-        )
-    if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
-        raise ValueError("model: weights are on the meta device; load them first")
-    kinds = layer_kinds(model) if plan is None else planned_kinds(layer_kinds(model), plan)
-    can_be_packed = [kind.layer for kind in kinds if kind.reason is None]
-    if config.preset is not None and plan is None:
-        widths = {layer: math.prod(kv_heads(model, layer)) for layer in can_be_packed}
-        kinds = without_small_windows(kinds, config, widths)
-    if not any(kind.reason is None for kind in kinds):
-        reasons = "; ".join(dict.fromkeys(str(kind.reason) for kind in kinds))
-        raise ValueError(f"model: none of its {len(kinds)} layers can be packed ({reasons})")
-    signature = signature_of(model)
-    if plan is not None:
-        _check_plan_fits(plan, signature, kinds, ranks_of(model))
-        plan = plan.to(computing_device(model))
-    elif config.ratio is not None:
-        check_ratio(config.ratio, config.head_groups or 1, model)
-    inner, reason = resolve_compile(config.compile, computing_device(model).type)
-    adapters, ranks = adapters_of(model), ranks_of(model)
-    return Session(config, kinds, signature, inner, reason, can_be_packed, plan, adapters=adapters, ranks=ranks)
-
-
-def _check_plan_fits(plan: Plan, signature: tuple, kinds: list[LayerKind], ranks: Ranks) -> None:
-    """Raise ValueError for a plan that is not one for this model."""
-    check_plan(plan, "plan")
-    if plan.ranks != ranks:
-        raise ValueError(
-            f"plan: made on {plan.ranks} of tensor parallelism; this model is on {ranks}: make a plan with as many ranks"
-        )
-    if plan.signature != signature:
-        raise ValueError(f"plan: made for {describe(plan.signature)}; the model has {describe(signature)}")
-    packed = [kind.layer for kind in kinds if kind.reason is None]
-    if plan.every_layer != packed:
-        raise ValueError(f"plan: packs the layers {plan.every_layer}; of this model {packed} are packed")
-    for kind in (kind for kind in kinds if kind.reason is None):
-        part = plan.of_layer(kind.layer)
-        if part.window not in (None, kind.window):
-            raise ValueError(
-                f"plan: made for a window of {part.window} in layer {kind.layer}; the model's is {kind.window or 'without end'}"
-            )
-        if kind.window is not None and part.layers_place_tokens:
-            raise ValueError(
-                f"plan: orders the tokens of layer {kind.layer} by importance, but the layer has a window of {kind.window}; make the "
-                "plan with this model"
-            )
-
-
 def _install(model: nn.Module, session: Session) -> None:
     """Put a session on a model: its generate, its hooks, its compiled decode steps."""
     if session.inner is not None:
         session.decode = DecodeSteps(session.inner, session.config.strict)
-    parts, users = generating_parts(model), cache_users(model)
-    session.hooks = (
-        *(part.register_forward_pre_hook(partial(rename_cache, cache_name(part)), with_kwargs=True) for part in users),
-        *(part.register_forward_pre_hook(partial(watch_forward, model), with_kwargs=True) for part in users),
-        *(
-            part.register_forward_hook(partial(end_forward, model), with_kwargs=True, always_call=True)
-            for part in users
-        ),
-        model.register_load_state_dict_post_hook(note_new_weights),
-    )
-    for part in parts:
+    for part in generating_parts(model):
         vars(part)["get_compiled_call"] = partial(compiled_call, model, part)
         for name in ENTRANCES:
             vars(part)[name] = partial(refuse_continuous_batching, name)
@@ -305,7 +217,7 @@ def _install(model: nn.Module, session: Session) -> None:
     session.replaced = {name: vars(model)[name] for name in ("generate",) if name in vars(model)}
     vars(model)[ATTRIBUTE] = session
     vars(model)["generate"] = types.MethodType(generate, model)
-    watch_rotary(model)
+    install_hooks(model)
 
 
 def _require_session(model: nn.Module) -> Session:

@@ -16,7 +16,8 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import MAX_APPEND
-from apack_compile.generate.session import session_of, watch_rotary
+from apack_compile.generate.hooks import watch_rotary
+from apack_compile.generate.session import session_of
 from apack_compile.kernels.layout import PACKED
 from apack_compile.models.cache_argument import with_cache
 from apack_compile.models.offload import computing_device
@@ -81,7 +82,7 @@ def score(
         raise ValueError(
             f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first"
         )
-    if session.needs_calibration():
+    if session.source.needs_calibration:
         session.calibrate_on_first(model, padded([row.tokens for row in rows], computing_device(model), "left"))
         watch_rotary(model)
     cache = session.new_cache(model, max(len(row.inputs) for row in rows))
@@ -114,7 +115,7 @@ def score(
         if done - laid_out >= SPAN and done < longest:
             batch.lay_out_again([rows[row].inputs[laid_out:done] for row in alive])
             laid_out = done
-    session.remember(cache)
+    session.last.remember(cache)
     return BatchScores(scores, cache.report())
 
 

@@ -12,13 +12,14 @@ import typer
 from harness import Row, print_table, write_json
 from text_quality import CALIBRATION_PLACES, text_ids
 
-from apack_compile.calibration.collect import Running, Statistics, add_observation, as_packed, finish_all
+from apack_compile.calibration.collect import Running, add_observation, as_packed, finish_all
 from apack_compile.calibration.find_rotation import find_turn
 from apack_compile.calibration.sensitivity import observe
 from apack_compile.demo.assets import load_model, load_tokenizer
 from apack_compile.kernels.format import GAUSSIAN_DISTORTION
 from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.plan import STREAMS, Plan
+from apack_compile.plan.source import Statistics
 
 KEY_BLOCKS = (32, 64, 128, 256, 0)
 PROMPTS, TOKENS = 2, 2_048

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
 from apack_compile.config import AttentionPackConfig
-from apack_compile.generate.session import signature_of
 from apack_compile.plan.plan import LayerPlan, Plan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions
 from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.signature import signature_of
 
 # Width of the hidden states, of the feed-forward part, and layers of the shapes' models.
 SIZES = {

@@ -15,8 +15,10 @@ from transformers import LlamaConfig
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.accounting import storage_bytes
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
+from apack_compile.plan.source import PlanSource
 
 HEADS, HEAD_DIM = 32, 128
 VISION_TOKENS, TEXT_TOKENS = 576, 50
@@ -30,7 +32,7 @@ def filled_cache(key_rank: int, value_rank: int) -> CompactedCache:
     ranks = {"vision_key": key_rank, "vision_value": value_rank, "text_key": 128, "text_value": 128}
     plan = attentionpack_plan([0], ranks, TAIL_SLOTS)
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=HEADS, hidden_size=HEADS * HEAD_DIM)
-    cache = CompactedCache([LayerKind(0, "full_attention", None)], DynamicCache(config=config), lambda *_: plan)
+    cache = CompactedCache([LayerKind(0, "full_attention", None)], DynamicCache(config=config), PlanSource(given=plan))
     tokens = VISION_TOKENS + TEXT_TOKENS
     vision = torch.zeros(1, tokens, dtype=torch.bool)
     vision[:, TEXT_TOKENS // 2 : TEXT_TOKENS // 2 + VISION_TOKENS] = True

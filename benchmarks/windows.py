@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.layout import to_groups
 from apack_compile.plan.basis import fit, fit_steps, moments
 from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan
-from apack_compile.plan.plan import Plan
 from apack_compile.plan.ring import block_for
 from apack_compile.plan.rotation import BLOCK, KeyTurn
+from apack_compile.plan.source import PlanSource
 
 HEADS, HEAD_DIM, WINDOW = 4, 256, 1024
 # Of 34 layers every sixth sees all tokens.
@@ -46,12 +47,9 @@ def held_bytes(ratio: float, tokens: int, streams: dict) -> dict[int | None, tup
     for window in LAYERS:
         block = BLOCK if window is None else block_for(window, BLOCK)
         turn = KeyTurn(10_000.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)), block)
-
-        def planner(length: int, share: float, which: int | None, turn: KeyTurn = turn) -> Plan:
-            key = budget_key(length, share) if which is None else (length, share)
-            return budget_plan(streams, ratio, *key, turn=turn, window=which)
-
-        cache = CompactedCache([LayerKind(0, "attention", None, window=window)], DynamicCache(), planner)
+        key = budget_key(tokens, 0.0) if window is None else (min(tokens, window), 0.0)
+        source = PlanSource(given=budget_plan(streams, ratio, *key, turn=turn, window=window))
+        cache = CompactedCache([LayerKind(0, "attention", None, window=window)], DynamicCache(), source)
         cache.plan_for_prompt(*[torch.zeros(1, tokens, dtype=torch.bool)] * 2)
         for start in range(0, tokens, CHUNK):
             chunk = min(CHUNK, tokens - start)

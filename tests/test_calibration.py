@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apack_compile.calibration.collect import RunningMoments, collect
+from apack_compile.calibration.collect import Observations, RunningMoments, collect
 from apack_compile.models.modality import padding_of, placeholder_ids, vision_of
 from apack_compile.plan.basis import moments
 from apack_compile.plan.budget import budget_plan
@@ -54,10 +54,10 @@ def test_padding_and_first_tokens_never_enter_the_statistics(model):
     ids = prompt(2, 30)
     mask = torch.ones_like(ids)
     mask[1, :11] = 0
-    statistics = collect(model, [0, 1], {"input_ids": ids, "attention_mask": mask})[0]
+    statistics = collect(Observations(model, [0, 1], {"input_ids": ids, "attention_mask": mask}))[0]
     other = ids.clone()
     other[1, :11] = 3
-    again = collect(model, [0, 1], {"input_ids": other, "attention_mask": mask})[0]
+    again = collect(Observations(model, [0, 1], {"input_ids": other, "attention_mask": mask}))[0]
     for layer in range(2):
         key, value = statistics[layer]["text"]
         assert key.spectrum.mean.shape == (1, 1, 12)
@@ -65,7 +65,7 @@ def test_padding_and_first_tokens_never_enter_the_statistics(model):
         torch.testing.assert_close(value.spectrum.mean, again[layer]["text"][1].spectrum.mean)
     with torch.no_grad():
         cache = model(input_ids=ids[:1], use_cache=True).past_key_values
-    alone = collect(model, [1], {"input_ids": ids[:1]})[0]
+    alone = collect(Observations(model, [1], {"input_ids": ids[:1]}))[0]
     expected = cache.layers[1].values[0, :, FIRST_TOKENS:].transpose(0, 1).flatten(1).mean(0)
     torch.testing.assert_close(alone[1]["text"][1].spectrum.mean[0, 0], expected)
 
@@ -73,17 +73,17 @@ def test_padding_and_first_tokens_never_enter_the_statistics(model):
 def test_vision_and_text_have_statistics_of_their_own(model):
     ids = prompt(1, 40)
     ids[0, 8:25] = IMAGE
-    statistics = collect(model, [0], [{"input_ids": ids}, {"input_ids": prompt(1, 20, seed=1)}])[0]
+    statistics = collect(Observations(model, [0], [{"input_ids": ids}, {"input_ids": prompt(1, 20, seed=1)}]))[0]
     assert set(statistics[0]) == {"vision", "text"}
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
     expected = cache.layers[0].values[0, :, 8:25].transpose(0, 1).flatten(1).mean(0)
     torch.testing.assert_close(statistics[0]["vision"][1].spectrum.mean[0, 0], expected, atol=1e-5, rtol=1e-4)
-    assert "vision" not in collect(model, [0], {"input_ids": prompt(1, 20)})[0][0]
+    assert "vision" not in collect(Observations(model, [0], {"input_ids": prompt(1, 20)}))[0][0]
 
 
 def test_statistics_of_a_model_make_a_plan(model):
-    statistics = collect(model, [0, 1], {"input_ids": prompt(2, 60)}, groups=2)[0]
+    statistics = collect(Observations(model, [0, 1], {"input_ids": prompt(2, 60)}), groups=2)[0]
     plan = budget_plan(statistics, 3.0, 2000, 0.0)
     assert plan.groups == 2 and set(plan.layers) == {0, 1}
     assert all((s.weights >= 0).all() and torch.isfinite(s.weights).all() for s in statistics[0]["text"])
@@ -92,11 +92,11 @@ def test_statistics_of_a_model_make_a_plan(model):
 @pytest.mark.parametrize("tokens", (1, FIRST_TOKENS))
 def test_inputs_without_a_usable_token_are_refused(model, tokens):
     with pytest.raises(ValueError, match="no usable token"):
-        collect(model, [0, 1], {"input_ids": prompt(2, tokens)})
+        collect(Observations(model, [0, 1], {"input_ids": prompt(2, tokens)}))
     mask = torch.zeros(1, 20, dtype=torch.long)
     mask[0, 16:] = 1
     with pytest.raises(ValueError, match="no usable token"):
-        collect(model, [0, 1], {"input_ids": prompt(1, 20), "attention_mask": mask})
+        collect(Observations(model, [0, 1], {"input_ids": prompt(1, 20), "attention_mask": mask}))
 
 
 def test_vision_tokens_are_the_placeholders_of_the_config():

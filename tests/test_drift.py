@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.format import StreamBasis
 from apack_compile.plan.basis import fit, fit_steps, moments
 from apack_compile.plan.budget import StreamStatistics, budget_plan
+from apack_compile.plan.source import PlanSource
 
 HEADS, HEAD_DIM = 2, 16
 WIDTH = HEADS * HEAD_DIM
@@ -32,7 +34,7 @@ def plan():
 
 
 def filled(plan, kind, tokens=600):
-    cache = CompactedCache([LayerKind(0, "full_attention", None)], DynamicCache(), lambda *_: plan)
+    cache = CompactedCache([LayerKind(0, "full_attention", None)], DynamicCache(), PlanSource(given=plan))
     key, value = states(kind, tokens, 7), states(kind, tokens, 8)
     cache.update(key, value, 0)
     layer = cache.layers[0]

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.calibration.collect import collect
+from apack_compile.calibration.collect import Observations, collect
 from apack_compile.calibration.find_rotation import find_turn
 from apack_compile.plan.importance import (
     NEWEST,
@@ -124,11 +124,11 @@ def test_a_rule_needs_tokens_enough():
     model = small_model()
     width = 2 * (2 * 16 * 2 + 2 * 2)
     enough, few = prompt(2 * width + NEWEST), prompt(width)
-    assert set(collect(model, [0, 1], {"input_ids": few})[1]) == set()
-    statistics, rules, _ = collect(model, [0, 1], {"input_ids": enough})
+    assert set(collect(Observations(model, [0, 1], {"input_ids": few}))[1]) == set()
+    statistics, rules, _ = collect(Observations(model, [0, 1], {"input_ids": enough}))
     assert set(rules) == {"text"} and set(statistics[0]) == {"text", "coarse_text", "fine_text"}
     several = [{"input_ids": prompt(150, seed=seed)} for seed in range(4)]
-    statistics, rules, _ = collect(model, [0, 1], several)
+    statistics, rules, _ = collect(Observations(model, [0, 1], several))
     assert set(statistics[1]) == {"text", "coarse_text", "fine_text"}
 
 

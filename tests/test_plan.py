@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.format import GAUSSIAN_DISTORTION, WIDTHS, Bands
 from apack_compile.plan.basis import BAND_GRAIN
 from apack_compile.plan.bits import bands_of, largest_ratio, runs_of, water_fill
@@ -18,6 +19,7 @@ from apack_compile.plan.plan import FIRST_TOKENS, LayerPlan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.source import PlanSource
 
 RUNS = st.lists(
     st.tuples(st.floats(1e-9, 1e6, allow_subnormal=False), st.sampled_from((1.0, 8.0, 16.0, 48.0))),
@@ -89,7 +91,7 @@ def held(plan, tokens: int, vision_share: float, layers: int, heads: int, head_d
     layer_plans = {i: LayerPlan(*(replace(s, expected_error=1.0) for s in p.streams)) for i, p in plan.layers.items()}
     plan = replace(plan, layers=layer_plans)
     kinds = [LayerKind(i, "full_attention", None) for i in range(layers)]
-    cache = CompactedCache(kinds, DynamicCache(), lambda *_: plan)
+    cache = CompactedCache(kinds, DynamicCache(), PlanSource(given=plan))
     generator = torch.Generator().manual_seed(tokens)
     vision = torch.zeros(1, tokens, dtype=torch.bool)
     vision[:, 5 : 5 + int(vision_share * tokens)] = True

@@ -44,7 +44,7 @@ def calibrated(model: LlamaForCausalLM, quantize=None) -> LlamaForCausalLM:
 
 def harms(model: LlamaForCausalLM) -> list[torch.Tensor]:
     """What dropping each component of each stream costs, as calibration saw it."""
-    return [stream.weights for layer in session_of(model).statistics.values() for stream in layer["text"]]
+    return [stream.weights for layer in session_of(model).calibration.statistics.values() for stream in layer["text"]]
 
 
 def without_gradients(model: LlamaForCausalLM) -> str:
@@ -119,7 +119,7 @@ def test_layers_without_a_backward_calibrate_without_gradients_and_the_report_sa
     calibrated(model)
     assert "calibrate before the weights are quantized" in without_gradients(model)
     assert "components of a stream count alike" in without_gradients(model)
-    for stream in (stream for layer in session_of(model).statistics.values() for stream in layer["text"]):
+    for stream in (stream for layer in session_of(model).calibration.statistics.values() for stream in layer["text"]):
         variance = stream.spectrum.deviation[0].square()
         torch.testing.assert_close(stream.weights, variance / variance.sum())
     dense = copy.deepcopy(apack_compile.restore(copy.deepcopy(model)))

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.calibration.collect import collect, turns_of_tokens
+from apack_compile.calibration.collect import Observations, collect, turns_of_tokens
 from apack_compile.calibration.find_rotation import find_turn
 from apack_compile.demo.evaluate import _decoded
 from apack_compile.kernels.turns import turned, turns_of_slots
@@ -142,7 +142,7 @@ def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
 def test_fewer_components_explain_keys_that_are_turned_back(config):
     model, inputs = model_of(config(**SIZES)), {"input_ids": prompt(600)}
     turn, _ = find_turn(model, [0, 1], inputs, BLOCK)
-    plain, relative = (collect(model, [0, 1], inputs, turn=t)[0] for t in (None, turn))
+    plain, relative = (collect(Observations(model, [0, 1], inputs, t))[0] for t in (None, turn))
     for layer in range(2):
         shares = []
         for statistics in (plain, relative):

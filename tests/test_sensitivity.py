@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from apack_compile.calibration.collect import collect
+from apack_compile.calibration.collect import Observations, collect
 from apack_compile.calibration.sensitivity import gradients_of, observe, pictures_beside, query_tokens, split
 
 TOKENS = 48
@@ -57,10 +57,10 @@ def test_gradients_predict_the_kl_of_a_small_disturbance(layer, stream):
 
 def test_a_stream_that_the_output_barely_uses_is_cheap_to_lose():
     model = build()
-    before = collect(model, [0, 1], {"input_ids": prompt()})[0]
+    before = collect(Observations(model, [0, 1], {"input_ids": prompt()}))[0]
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight *= 0.01
-    after = collect(model, [0, 1], {"input_ids": prompt()})[0]
+    after = collect(Observations(model, [0, 1], {"input_ids": prompt()}))[0]
     for stream in (0, 1):
         damped = after[1]["text"][stream].weights.sum() / before[1]["text"][stream].weights.sum()
         assert damped < 0.05
@@ -69,9 +69,9 @@ def test_a_stream_that_the_output_barely_uses_is_cheap_to_lose():
 
 def test_the_model_is_left_as_it_was_and_inference_mode_does_no_harm():
     model = build()
-    expected = collect(model, [0, 1], {"input_ids": prompt()})[0]
+    expected = collect(Observations(model, [0, 1], {"input_ids": prompt()}))[0]
     with torch.inference_mode():
-        found = collect(model, [0, 1], {"input_ids": prompt()})[0]
+        found = collect(Observations(model, [0, 1], {"input_ids": prompt()}))[0]
     torch.testing.assert_close(found[1]["text"][0].weights, expected[1]["text"][0].weights)
     assert all(parameter.grad is None for parameter in model.parameters())
 

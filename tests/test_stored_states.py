@@ -14,7 +14,7 @@ import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.stored_states import StoredStates
-from apack_compile.generate.session import attention_of
+from apack_compile.generate.hooks import attention_of
 
 HEADS, REPEATS, WIDTH, PROMPT = 2, 3, 10, 83
 

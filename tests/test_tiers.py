@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.presets.a_vl import AVLOptions, a_vl_plan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
+from apack_compile.plan.source import PlanSource
 from apack_compile.plan.tiers import (
     TextEviction,
     TierPlan,
@@ -31,7 +33,7 @@ def cache_of(plan, batch, tokens, seed, padding=True):
     """A one-layer cache of a prompt, its exact states, and which tokens are vision and padding."""
     generator = torch.Generator().manual_seed(seed)
     kinds = [LayerKind(0, "full_attention", None)]
-    cache = CompactedCache(kinds, DynamicCache(), lambda *_: plan)
+    cache = CompactedCache(kinds, DynamicCache(), PlanSource(given=plan))
     key, value = torch.randn(2, batch, HEADS, tokens, HEAD_DIM, generator=generator, dtype=torch.float64)
     starts = torch.randint(0, 5, (batch, 1), generator=generator) if padding else torch.zeros(batch, 1)
     hidden = torch.arange(tokens) < starts

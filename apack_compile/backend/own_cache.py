@@ -15,15 +15,17 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.backend.release import regain, release
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES
-from apack_compile.cache.cache import CompactedCache, LayerKind, Planner
+from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import CompactedLayer
-from apack_compile.calibration.collect import Running, RunningMoments, Statistics, by_layer
+from apack_compile.cache.layer_kinds import LayerKind
+from apack_compile.calibration.collect import Running, RunningMoments, by_layer
 from apack_compile.checks import counted
 from apack_compile.kernels.layout import HELD, to_groups
 from apack_compile.plan.budget import budget_key, budget_plan
 from apack_compile.plan.choice import head_groups_for
 from apack_compile.plan.file import versions
 from apack_compile.plan.plan import FIRST_TOKENS, Plan, Provenance
+from apack_compile.plan.source import PlanSource, Statistics
 
 # A call of more tokens over buffers that are still dense is a prefill and leaves them dense.
 MAX_DECODE = 8
@@ -38,9 +40,9 @@ Layouts = tuple[tuple[int, ...], tuple[int, ...]]
 class BufferCache(CompactedCache):
     """A packed cache in the place of static buffers: every slot that they could ever need is there from the start."""
 
-    def __init__(self, layers: int, planner: Planner, max_tokens: int) -> None:
+    def __init__(self, layers: int, plan: Plan, max_tokens: int) -> None:
         kinds = [LayerKind(layer, "static buffer", None) for layer in range(layers)]
-        super().__init__(kinds, DynamicCache(), planner)
+        super().__init__(kinds, DynamicCache(), PlanSource(given=plan))
         self.max_tokens = max_tokens
 
     def _spare(self, tokens: int) -> int:
@@ -155,7 +157,7 @@ class OwnCaches:
         held = [states_of(pair, how) for pair, how in zip(pairs, layouts, strict=True)]
         filled = [tuple(states[:, :, :tokens] for states in pair) for pair in held]
         plan = self._plan_for(held, filled)
-        cache = BufferCache(len(pairs), lambda *_: plan, held[0][0].shape[2])
+        cache = BufferCache(len(pairs), plan, held[0][0].shape[2])
         for i, (key, value) in enumerate(filled):
             cache.update(key, value, i)
         found = []

@@ -4,7 +4,6 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -16,6 +15,7 @@ from apack_compile.cache.accounting import cache_report
 from apack_compile.cache.kept_layers import CROSS_ATTENTION, has_linear_states, kept_layer, map_rows, why_not_cropped
 from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
 from apack_compile.cache.layer_group import Flags, LayerGroup
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.packed_layers import packed_layer
 from apack_compile.cache.shared_index import SharedIndex
 from apack_compile.cache.watch import Watch, WatchedKeys
@@ -28,32 +28,16 @@ from apack_compile.models.inference_mode import outside_inference_mode
 from apack_compile.plan.budget import spare_slots
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.rotation import rotary_start
+from apack_compile.plan.source import PlanSource
 
-Planner = Callable[[int, float, int | None], Plan]
 CAPACITY_GRAIN = 256
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What a layer of the model gets: `reason` is None when it is packed, else why it keeps transformers' own layer.
-
-    compileable: whether a decode step over it can be compiled. has_keys: whether it holds keys and values of its own. window: newest
-    tokens that a query sees, itself included; None for all.
-    """
-
-    layer: int
-    layer_type: str
-    reason: str | None
-    compileable: bool = True
-    has_keys: bool = True
-    window: int | None = None
 
 
 class CompactedCache(Cache):
     """Packed KV cache of one batch of sequences.
 
-    kinds: one entry per layer of the model. own_layers: transformers' layers for those that are not packed. planner: gives the
-    plan for a prompt of so many tokens, this share of them vision, of the layers with this window; asked once, at the first prefill.
+    kinds: one entry per layer of the model. own_layers: transformers' layers for those that are not packed. source: gives the
+    plan of a prompt; asked once, at the first prefill.
     expected_tokens: new tokens to make room for from the start (the cache grows past it when it must). signature: what model it
     belongs to. strict: raise StrictError where tokens' rotary coordinates are needed and not shown. dtype: the model's, for states
     that come from torch.autocast.
@@ -63,7 +47,7 @@ class CompactedCache(Cache):
         self,
         kinds: list[LayerKind],
         own_layers: DynamicCache,
-        planner: Planner,
+        source: PlanSource,
         expected_tokens: int = 64,
         signature: tuple = (),
         strict: bool = False,
@@ -80,7 +64,8 @@ class CompactedCache(Cache):
         self.groups.sort(key=lambda group: group.window is not None)
         super().__init__(layers=layers)
         self.kinds = kinds
-        self.planner: Planner | None = planner
+        # None once it was asked.
+        self.source: PlanSource | None = source
         self.expected_tokens = expected_tokens
         self.signature = signature
         self.strict = strict
@@ -285,7 +270,7 @@ class CompactedCache(Cache):
             return
         none = torch.zeros(batch, tokens, dtype=torch.bool, device=key.device)
         vision, padding = (none if f is None or f.shape != none.shape else f.to(key.device) for f in (vision, padding))
-        if self.planner is not None:
+        if self.source is not None:
             self.plan_for_prompt(vision, padding)
         self._plan_chunk((vision, padding), shown, held, key.shape[1] * key.shape[3])
 
@@ -314,12 +299,12 @@ class CompactedCache(Cache):
 
     def plan_for_prompt(self, vision: Tensor, padding: Tensor) -> None:
         """Choose the plans of an empty cache now, for a prompt of which these tokens are vision and padding, bool `[B, T]` each."""
-        for group in self.groups if self.planner is not None else ():
+        for group in self.groups if self.source is not None else ():
             newest = slice(None if group.window is None else -group.window, None)
             real = ~padding[:, newest]
             share = float((vision[:, newest] & real).sum() / real.sum().clamp_min(1))
-            group.index.plan = self.planner(real.shape[1], share, group.window)
-        self.planner = None
+            group.index.plan = self.source.plan_for(real.shape[1], share, group.window)
+        self.source = None
 
     def _plan_chunk(self, chunk: Flags, shown: Tensor | None, held: int, width: int) -> None:
         """Assign the chunk's tokens, of which these are vision and padding, to slots."""
@@ -456,7 +441,7 @@ class CompactedCache(Cache):
         holders = [h for layer in self.layers for h in (layer, getattr(layer, "tiers", None)) if h is not None]
         saved = [(holder, snapshot(holder)) for holder in holders]
         indices = [(group.index, snapshot(group.index)) for group in self.groups]
-        history, planner = self.history, self.planner
+        history, source = self.history, self.source
         written = (
             [t for layer in self.packed_layers for t in (layer.tail.key, layer.tail.value, layer.cursor)]
             if appends
@@ -469,7 +454,7 @@ class CompactedCache(Cache):
                 holder.__dict__.update(state)
             for tensor, old in zip(written, before, strict=True):
                 tensor.copy_(old)
-            self.history, self.planner = history, planner
+            self.history, self.source = history, source
 
         self._undo = undo
 

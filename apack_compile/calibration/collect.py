@@ -1,7 +1,7 @@
 """Statistics of a model's keys and values, from passes over calibration inputs."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from apack_compile.plan.importance import (
 )
 from apack_compile.plan.plan import FIRST_TOKENS, MODALITIES
 from apack_compile.plan.rotation import KeyTurn, deinterleaved_keys, rotary_start
+from apack_compile.plan.source import Statistics
 
 # Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/notes/quality.md).
 SAMPLE_TOKENS = 2_048
@@ -38,7 +39,6 @@ SENSITIVITY_POWER = 0.5
 # The sensitivity of single components is drawn towards their mean as if this many queries had seen them all alike.
 PRIOR_QUERIES = 32
 
-Statistics = dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]
 # How keys turn: in all layers alike, or in each by itself.
 Turns = KeyTurn | None | Mapping[int, KeyTurn | None]
 
@@ -101,53 +101,72 @@ StreamKey = tuple[int, str, int]
 Running = dict[StreamKey, RunningMoments]
 
 
+class Observations:
+    """What a model does with calibration inputs (dictionaries with at least `input_ids`), keys as a packed cache has them.
+
+    Iterating gives each input and its observation. One takes the memory of a few dense caches: only that of a single input is kept.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layers: Iterable[int],
+        inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+        turn: Turns = None,
+    ) -> None:
+        self.model, self.layers, self.turn = model, list(layers), turn
+        self.batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+        self._first: Observation | None = None
+
+    @property
+    def first(self) -> Observation:
+        """That of the first input."""
+        if self._first is None:
+            self._first = self._observe(self.batches[0])
+        return self._first
+
+    def __iter__(self) -> Iterator[tuple[Mapping[str, Any], Observation]]:
+        for i, batch in enumerate(self.batches):
+            seen = self._observe(batch) if i else self.first
+            if len(self.batches) > 1:
+                self._first = None
+            yield batch, seen
+
+    def _observe(self, batch: Mapping[str, Any]) -> Observation:
+        return as_packed(observe(self.model, batch, self.layers), self.turn)
+
+
 def collect(
-    model: torch.nn.Module,
-    layers: Iterable[int],
-    inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-    groups: int | Callable[[Observation], int] = 1,
-    turn: Turns = None,
+    observations: Observations,
+    groups: int = 1,
     coarse: Collection[str] = ("text",),
     ranked: Collection[int] | None = None,
 ) -> Collected:
-    """Statistics of the given layers over model inputs (dictionaries with at least `input_ids`), keys turned back; coarse rules.
+    """Statistics of the layers that were observed, for so many head groups, keys turned back; coarse rules.
 
     By modality and, of the `coarse` modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the
-    modality's rule, in the layers that are `ranked` (None for all). groups: head groups, or what says them of the first observation.
-    Raises ValueError when no input has a usable token (padding and the first tokens are left out).
+    modality's rule, in the layers that are `ranked` (None for all). Raises ValueError when no input has a usable token (padding and
+    the first tokens are left out).
     """
-    batches, layers = [inputs] if isinstance(inputs, Mapping) else list(inputs), list(layers)
-
-    def observed(batch: Mapping[str, Any]) -> Observation:
-        return as_packed(observe(model, batch, layers), turn)
-
-    only = [observed(batches[0])] if len(batches) == 1 else None
-
-    def observations() -> Iterable[tuple[Mapping[str, Any], Observation]]:
-        # an observation takes the memory of a few dense caches: only that of a single input is kept
-        return zip(batches, only or map(observed, batches), strict=True)
-
+    config, turn, layers = observations.model.config, observations.turn, observations.layers
     running: Running = {}
     importance: dict[tuple[str, int], RunningImportance] = {}
-    head_groups: int | None = None
     reasons: list[str | None] = []
-    for batch, seen in observations():
+    for batch, seen in observations:
         reasons.append(seen.without_gradients)
-        if head_groups is None:
-            head_groups = groups if isinstance(groups, int) else groups(seen)
-        add_observation(running, seen, model.config, batch, head_groups, turn)
-        add_importance(importance, only_layers(seen, ranked), model.config, batch, turn, coarse)
+        add_observation(running, seen, config, batch, groups, turn)
+        add_importance(importance, only_layers(seen, ranked), config, batch, turn, coarse)
     if not running:
         raise ValueError(
-            f"inputs: no usable token in {counted(len(batches), 'calibration input')} (only padding or first tokens)"
+            f"inputs: no usable token in {counted(len(reasons), 'calibration input')} (only padding or first tokens)"
         )
     for layer in layers:
         for stream in range(2):
             if (layer, "text", stream) not in running:
                 running[layer, "text", stream] = running[layer, "vision", stream]
     rules = rules_of(importance, layers if ranked is None else ranked)
-    for batch, seen in observations() if rules else ():
-        add_observation(running, only_layers(seen, ranked), model.config, batch, head_groups, turn, rules)
+    for batch, seen in observations if rules else ():
+        add_observation(running, only_layers(seen, ranked), config, batch, groups, turn, rules)
     return Collected(by_layer(running), rules, None if None in reasons else reasons[0])
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES
+from apack_compile.cache.layer_kinds import LATENT_ATTENTION, layer_kinds
 from apack_compile.checks import counted
-from apack_compile.generate.session import LATENT_ATTENTION, layer_kinds
 from apack_compile.plan.bits import largest_ratio
 from apack_compile.plan.choice import head_groups_for, typical_plan
 from apack_compile.plan.importance import tells_apart

@@ -215,7 +215,7 @@ class PackedLM(HFLM):
             kwargs = with_cache(self.model, kwargs, cache)
         out = super()._model_generate(context, max_length, stop, **kwargs)
         if cache is None or not cache.is_filled:
-            self.counts.add_dense(session.unused or "its cache was not used", requests)
+            self.counts.add_dense(session.last.unused or "its cache was not used", requests)
             return out
         packed = int((packed_tokens(cache).view(requests, -1) > 0).any(1).sum())
         self.counts.packed += packed

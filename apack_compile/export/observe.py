@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from apack_compile.calibration.collect import Running, RunningMoments, Statistics, by_layer
+from apack_compile.calibration.collect import Running, RunningMoments, by_layer
 from apack_compile.kernels.format import FLOAT16_MAX
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
@@ -18,6 +18,7 @@ from apack_compile.passes.graph.nodes import value_of
 from apack_compile.plan.choice import head_groups_for
 from apack_compile.plan.plan import FIRST_TOKENS, STREAMS
 from apack_compile.plan.rotation import BLOCK, KeyTurn, deinterleaved_keys, turns_at
+from apack_compile.plan.source import Statistics
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -45,22 +45,22 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
     implementation = options.get("cache_implementation")
     check_mode(options, implementation)
     if cache is None and (options.get("use_cache") is False or implementation is not None):
-        session.unused = f"cache_implementation={implementation!r}" if implementation else "use_cache=False"
+        session.last.unused = f"cache_implementation={implementation!r}" if implementation else "use_cache=False"
         return plain(model, *args, **kwargs)
     prompt = prompt_of(args, kwargs)
     if cache is None:
         check_length(model, prompt, kwargs.get("attention_mask"))
         expected = new_tokens(options, prompt)
-        session.unused = own_cache_of_adapter(model) or session.too_short(
+        session.last.unused = own_cache_of_adapter(model) or session.too_short(
             length_of(prompt), expected, computing_device(model).type
         )
-        if session.unused:
+        if session.last.unused:
             return plain(model, *args, **kwargs)
         cache = session.new_cache(model, expected)
-    session.unused = (
+    session.last.unused = (
         None if isinstance(cache, CompactedCache) else f"the cache that was passed is a {type(cache).__name__}"
     )
-    if session.unused:
+    if session.last.unused:
         return plain(model, *args, **kwargs)
     cache.check_whole()
     check_drafts(options, cache, prompt, kwargs.get("attention_mask"))
@@ -99,17 +99,17 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
             cache.deactivate_past_recording()
     say_what_was_left_out(session, cache, out if plain is GenerationMixin.generate else None, prompt)
     if cache.is_filled:
-        session.remember(cache)
+        session.last.remember(cache)
     return out
 
 
 def say_what_was_left_out(session: Session, cache: CompactedCache, out: Any, prompt: torch.Tensor | None) -> None:
     """After a generate call: say where the model went on without the cache; raises StrictError when strict."""
     if not cache.is_filled:
-        session.last_held = None
-        session.unused = "; ".join(cache.notes) or "the model did not use the cache that it was given"
+        session.last.held = None
+        session.last.unused = "; ".join(cache.notes) or "the model did not use the cache that it was given"
         if session.config.strict:
-            raise StrictError(f"strict: {session.unused}")
+            raise StrictError(f"strict: {session.last.unused}")
         return
     said = getattr(out, "sequences", out)
     if not isinstance(said, torch.Tensor) or said.dim() != 2:
@@ -184,13 +184,14 @@ def plan_chunks(
     model: nn.Module, session: Session, cache: CompactedCache, kwargs: Mapping[str, Any], prompt: torch.Tensor | None
 ) -> None:
     """Choose the plan for a whole prompt that is read in chunks; raises ValueError where a chunk would have to calibrate."""
-    if cache.planner is None or prompt is None:
+    if cache.source is None or prompt is None:
         return
-    if session.needs_calibration():
+    if session.source.needs_calibration:
         raise ValueError(
             f"prefill_chunk_size: with ratio={session.ratio:g} the first chunk would be all that bases are calibrated on; "
             "call apack_compile.calibrate(model, inputs) first"
         )
+    cache.source = session.newest(cache.source)
     vision = vision_of(model.config, {"input_ids": prompt if prompt.dim() == 2 else None})
     padding = padding_of(kwargs, prompt.shape[1])
     none = torch.zeros(prompt.shape[:2], dtype=torch.bool)

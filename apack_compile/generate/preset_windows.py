@@ -7,7 +7,7 @@ for the few tokens of a window.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from apack_compile.cache.cache import LayerKind
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.token_index import MAX_CROP
 from apack_compile.config import AttentionPackConfig
 

@@ -95,19 +95,20 @@ class Report:
 def build_report(model: nn.Module, session: Any) -> Report:
     """The report of a session."""
     graphs = tuple(record.to_dict() for record in session.graphs)
-    held, cache_notes = session.held() or (None, [])
+    held, cache_notes = session.last.held_now() or (None, [])
     rewritten, refused = sites_by_layer(session.graphs)
     sites = [site for graph in session.graphs for site in graph.sites if site.packed]
     quantized, plain = quantized_layers(model), plain_layers(model)
+    calibrated_on = None if session.calibration is None else session.calibration.inputs
     stopped = None if session.inner is None else why_not_compiled(model)
     inner = session.inner if stopped is None else None
     unnamed = bool(sites) and all(site.reason is None and layer_of(site.layer) is None for site in sites)
     return Report(
-        setting=setting_of(session) + (f", {session.ranks}" if session.ranks.count > 1 else ""),
+        setting=setting_of(session) + (f", {session.source.ranks}" if session.source.ranks.count > 1 else ""),
         compile=inner or "none",
         compile_reason=session.inner_reason if stopped is None else f"{stopped}; {session.inner_reason}",
         operations=implementations(computing_device(model).type, model.dtype),
-        calibrated_on=session.plan.provenance.calibrated_on if session.plan else session.calibrated_on,
+        calibrated_on=session.plan.provenance.calibrated_on if session.plan else calibrated_on,
         keys=keys_of(session),
         head_groups=head_groups_of(session),
         quantized_layers=quantized.total(),
@@ -135,7 +136,8 @@ def setting_of(session: Any) -> str:
 def keys_of(session: Any) -> str:
     """How keys are packed: turned back or as they come, and why; empty where there is no choice or it is still open."""
     if session.plan is None:
-        return by_window(session.turn_reasons) if session.ratio is not None else ""
+        calibrated = session.ratio is not None and session.calibration is not None
+        return by_window(session.calibration.turn_reasons) if calibrated else ""
     return by_window({window: turn_of(part.turn) for window, part in session.plan.by_window.items()})
 
 
@@ -160,7 +162,10 @@ def head_groups_of(session: Any) -> str:
     if session.plan is not None:
         counts = {window: f"{part.groups}, says the plan" for window, part in session.plan.by_window.items()}
         return by_window(counts)
-    return "" if session.ratio is None or session.groups is None else f"{session.groups.count}; {session.groups.reason}"
+    if session.ratio is None or session.calibration is None:
+        return ""
+    groups = session.calibration.groups
+    return f"{groups.count}; {groups.reason}"
 
 
 def sites_by_layer(graphs: list[Any]) -> tuple[set[int], dict[int, str]]:
@@ -200,9 +205,9 @@ def layer_line(kind: Any, rewritten: set[int], refused: dict[int, str], inner: s
 
 def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     """What a reader of the report must know."""
-    notes = [] if session.unused is None else [f"the last generate used no packed cache: {session.unused}"]
-    if session.dense_passes:
-        passes = "1 forward pass" if session.dense_passes == 1 else f"{session.dense_passes} forward passes"
+    notes = [] if session.last.unused is None else [f"the last generate used no packed cache: {session.last.unused}"]
+    if session.last.dense_passes:
+        passes = "1 forward pass" if session.last.dense_passes == 1 else f"{session.last.dense_passes} forward passes"
         notes.append(
             f"{passes} since the last one with a packed cache had none: the results are the dense model's; "
             "pass the model a cache from new_cache(model)"
@@ -221,14 +226,16 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
     notes += stock_cache_notes(session.graphs)
     if session.plan is not None:
         notes += version_notes(session.plan.provenance.versions)
-    ratio = session.ratio
-    if ratio is not None and session.without_gradients is not None:
+    ratio, calibration = session.ratio, session.calibration
+    if ratio is None or calibration is None:
+        return notes
+    if calibration.without_gradients is not None:
         notes.append(
             "calibrated without gradients, so all components of a stream count alike, which costs quality: "
-            f"{session.without_gradients}"
+            f"{calibration.without_gradients}"
         )
-    elif ratio is not None and ratio >= LEAST_RATIO and session.statistics is not None:
-        missing = [name for name in session.config.coarse if name not in session.rules]
+    elif ratio >= LEAST_RATIO:
+        missing = [name for name in session.config.coarse if name not in calibration.rules]
         if missing:
             what = " and ".join(missing)
             notes.append(f"no coarse {what} tokens: calibration saw too few to tell which of them matter less")
@@ -255,7 +262,7 @@ def size_notes(ratio: float | None, held: Mapping[str, Any] | None, dtype: torch
 
 def adapter_notes(model: nn.Module, session: Any) -> list[str]:
     """A note where bases were calibrated with other adapters than the model has now."""
-    if (session.plan is None and session.statistics is None) or adapters_of(model) == session.adapters:
+    if (session.plan is None and session.calibration is None) or adapters_of(model) == session.adapters:
         return []
     what = "pass a plan made with these" if session.plan is not None else "call calibrate again"
     return [

@@ -9,10 +9,12 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from windowed_pair import PLANS as WINDOWED_PLANS
 from windowed_pair import WINDOWS, WindowedPair
 
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.plan.presets.a_vl import AVLOptions, a_vl_plan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
+from apack_compile.plan.source import PlanSource
 
 
 def crop(pair, count):
@@ -121,7 +123,7 @@ def test_a_window_that_transformers_keeps_is_asked_before_anything_is_cropped():
     own = DynamicCache()
     own.layers = [None, DynamicSlidingWindowLayer(5)]
     kinds = [LayerKind(0, "full_attention", None), LayerKind(1, "sliding_attention", "its keys are latents")]
-    cache = CompactedCache(kinds, own, lambda *_: lossless_plan([0]))
+    cache = CompactedCache(kinds, own, PlanSource(given=lossless_plan([0])))
     states = torch.randn(1, HEADS, 11, HEAD_DIM)
     for layer in range(2):
         cache.update(states, states, layer)
@@ -145,7 +147,7 @@ def ranking(plan, batch=2):
     """A cache with tiers, and a function that stores a chunk and shows its attention."""
     generator = torch.Generator().manual_seed(5)
     kinds = [LayerKind(layer, "full_attention", None) for layer in range(LAYERS)]
-    cache = CompactedCache(kinds, DynamicCache(), lambda *_: plan)
+    cache = CompactedCache(kinds, DynamicCache(), PlanSource(given=plan))
 
     def store(count, vision=None):
         cache.expect(vision, None)

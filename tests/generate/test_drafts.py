@@ -150,7 +150,7 @@ def test_a_cache_forgets_and_evicts_again_when_a_drafting_call_is_over():
     cache = apack_compile.new_cache(model)
     first = greedy(model, REPEATED, 9, past_key_values=cache, prompt_lookup_num_tokens=5)
     assert not cache.is_recording
-    second = greedy(model, {"input_ids": first}, 43, past_key_values=cache)
+    greedy(model, {"input_ids": first}, 43, past_key_values=cache)
     assert cache.packed_layers[0].tiers.end > first.shape[1]
 
 
@@ -162,7 +162,9 @@ def test_a_prompt_that_drafting_would_store_again_is_refused(drafts):
     first = greedy(model, REPEATED, 9, past_key_values=cache)
     assert torch.equal(greedy(plain, REPEATED, 9, past_key_values=other), first)
     held = int(cache.get_seq_length())
-    message = f"^{next(iter(drafts))}: the cache holds {held} tokens, .* prompt of {first.shape[1]} again; pass a new cache"
+    message = (
+        f"^{next(iter(drafts))}: the cache holds {held} tokens, .* prompt of {first.shape[1]} again; pass a new cache"
+    )
     with pytest.raises(ValueError, match=message):
         greedy(model, {"input_ids": first}, 31, past_key_values=cache, **drafts)
     assert torch.equal(

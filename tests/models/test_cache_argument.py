@@ -108,7 +108,7 @@ def test_the_first_prompt_is_calibrated_on_beside_the_callers_cache(way):
     args, kwargs = passed(model, way, prompt(), cache)
     model(*args, **kwargs)
     assert cache.is_filled and int(cache.get_seq_length()) == PROMPT
-    assert session_of(model).calibrated_on == "the first request"
+    assert session_of(model).calibration.inputs == "the first request"
 
 
 @pytest.mark.parametrize("way", [None, *NAMES])

@@ -18,11 +18,12 @@ from vlms import prompt as vlm_prompt
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
 from apack_compile.backend.own_cache import OwnCaches
-from apack_compile.calibration.collect import collect
+from apack_compile.cache.layer_kinds import layer_kinds
+from apack_compile.calibration.collect import Observations, collect
 from apack_compile.calibration.find_rotation import find_turn
 from apack_compile.calibration.sensitivity import observe
 from apack_compile.errors import StrictError
-from apack_compile.generate.session import layer_kinds, session_of
+from apack_compile.generate.session import session_of
 from apack_compile.kernels.format import Bands
 from apack_compile.models.coordinates import TokenCoordinates, replaced_positions, rotary_modules
 from apack_compile.plan.importance import unturned
@@ -43,7 +44,7 @@ def exact_plan(model) -> Plan:
     """Every component in 16 bits, in bases of keys that were turned back."""
     plan = apack_compile.plan_for(model, 200, 0.25)
     bases, layers = {}, {}
-    for layer, segments in session_of(model).statistics.items():
+    for layer, segments in session_of(model).calibration.statistics.items():
         spectra = [segments[name][i].spectrum for name in ("vision", "text") for i in range(2)]
         bands = Bands((spectra[0].mean.shape[-1], 0, 0, 0))
         bases[layer] = tuple(spectrum.basis(bands) for spectrum in spectra)
@@ -295,7 +296,7 @@ def test_fewer_components_explain_keys_turned_back_by_their_coordinates_than_by_
     model, inputs = build(name), [prompt([[30, *[2] * 20, 120]], seed=i) for i in range(2)]
     turn, _ = find_turn(model, [0, 1], inputs[0], block=1)
     by_all, by_one = (
-        collect(model, [0, 1], inputs, turn=t, coarse=())[0] for t in (turn, replace(turn, coordinates=None))
+        collect(Observations(model, [0, 1], inputs, t), coarse=())[0] for t in (turn, replace(turn, coordinates=None))
     )
     for layer in range(2):
         for modality in ("vision", "text"):

@@ -21,7 +21,7 @@ def llava():
 def packs(model, inputs) -> bool:
     """Whether a generate call uses a packed cache."""
     model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return vars(model)["_apack_session"].unused is None
+    return vars(model)["_apack_session"].last.unused is None
 
 
 def test_prompt_and_new_tokens_of_a_row_decide(llava):

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import MAX_APPEND
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.format import Bands
 from apack_compile.kernels.layout import to_groups
 from apack_compile.kernels.turns import turned
@@ -19,6 +20,7 @@ from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyTurn, deinterleaved_keys, turns_at
+from apack_compile.plan.source import PlanSource
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
 WIDTH = HEADS * HEAD_DIM
@@ -82,7 +84,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
 
 def new_cache(plan: Plan, expected_tokens: int = 8) -> CompactedCache:
     kinds = [LayerKind(layer, "full_attention", None) for layer in range(LAYERS)]
-    return CompactedCache(kinds, DynamicCache(), lambda *_: plan, expected_tokens)
+    return CompactedCache(kinds, DynamicCache(), PlanSource(given=plan), expected_tokens)
 
 
 @dataclass

@@ -1,17 +1,19 @@
 """A packed cache of layers with windows, beside the dense tokens that queries see."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from packed_pair import HEAD_DIM, HEADS, RANK, RANKS, model_plan, states_of
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from apack_compile.cache.cache import CompactedCache, LayerKind
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.source import PlanSource
 
 TURN = torch.tensor([1.0, 0.3, 0.05])
 # Of each layer, by which tokens it sees.
@@ -61,9 +63,9 @@ class WindowedPair:
     def __post_init__(self) -> None:
         kinds = [LayerKind(i, "attention", None, window=window) for i, window in enumerate(self.windows)]
         layers = {window: [i for i, w in enumerate(self.windows) if w == window] for window in self.windows}
-        self.cache = CompactedCache(
-            kinds, DynamicCache(), lambda tokens, share, window: plan_of(self.plan, layers[window]), 8
-        )
+        first, *others = (replace(plan_of(self.plan, of), window=window) for window, of in layers.items())
+        plan = replace(first, windows={part.window: part for part in others})
+        self.cache = CompactedCache(kinds, DynamicCache(), PlanSource(given=plan), 8)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.forget()
 

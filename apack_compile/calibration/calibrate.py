@@ -1,0 +1,71 @@
+"""What calibration inputs tell of a model: how its keys turn, head groups, statistics."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from apack_compile.calibration.collect import Observations, collect
+from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
+from apack_compile.models.offload import computing_device
+from apack_compile.models.wrappers import adapters_of
+from apack_compile.plan.choice import Groups, Shapes, head_groups_for
+from apack_compile.plan.ranks import agreed_id
+from apack_compile.plan.ring import block_for
+from apack_compile.plan.source import Calibration
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Mapping[int | None, Sequence[int]],
+    batches: Sequence[Mapping[str, Any]],
+    config: AttentionPackConfig,
+    source: str,
+) -> Calibration:
+    """Fit what all requests share to model inputs, for the packed layers by window; raises ValueError for inputs that tell too little.
+
+    source: what the inputs are, for the report.
+    """
+    blocks = {w: config.key_block if w is None else block_for(w, config.key_block) for w in layers}
+    with torch.inference_mode(False), torch.no_grad():
+        found = {window: find_turn(model, layers[window], batches[0], blocks[window]) for window in layers}
+        turns = {window: turn for window, (turn, _) in found.items()}
+        identity = agreed_id(model)
+        turn_of_layer = {layer: turns[window] for window, those in layers.items() for layer in those}
+        seen = Observations(model, sorted(turn_of_layer), batches, turn_of_layer)
+        groups = groups_for(model, config, attention_shapes(model, seen))
+        ranked = layers.get(None, ())
+        collected = collect(seen, groups.count, config.coarse if ranked else (), ranked)
+    return Calibration(
+        *collected[:2],
+        ranked=config.coarse,
+        turns=turns,
+        turn_reasons={window: reason for window, (_, reason) in found.items()},
+        groups=groups,
+        key_block=config.key_block,
+        inputs=source,
+        identity=identity,
+        adapters=adapters_of(model),
+        without_gradients=collected.without_gradients,
+    )
+
+
+def attention_shapes(model: nn.Module, seen: Observations) -> Shapes:
+    """Query heads (as many as KV heads where the config does not say), KV heads and head_dim of the layers that were observed."""
+    config = model.config.get_text_config(decoder=True)
+    shapes = set()
+    for i, (key, _) in seen.first.states.items():
+        layer = config.per_layer_config[i] if config.is_heterogeneous else config
+        heads, head_dim = key.shape[1], key.shape[3]
+        shapes.add((max(getattr(layer, "num_attention_heads", None) or 0, heads), heads, head_dim))
+    return tuple(sorted(shapes))
+
+
+def groups_for(model: nn.Module, config: AttentionPackConfig, shapes: Shapes) -> Groups:
+    """Head groups for layers of these shapes, on the model's device."""
+    if config.head_groups is not None:
+        return Groups(config.head_groups, "as configured", shapes)
+    device, ratio = computing_device(model).type, config.ratio or DEFAULT_RATIO
+    return head_groups_for(shapes, model.dtype, ratio, config.key_block, device)

@@ -1,0 +1,129 @@
+"""Where the plan of a prompt comes from: a plan that was given, a preset's, or calibrated statistics."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan
+from apack_compile.plan.choice import Groups
+from apack_compile.plan.file import versions
+from apack_compile.plan.importance import CoarseRule, tells_apart
+from apack_compile.plan.plan import Plan, Provenance
+from apack_compile.plan.ranks import ALONE, Ranks
+from apack_compile.plan.rotation import KeyTurn
+
+# Of each layer and segment, the key's and the value's.
+Statistics = dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the inputs of a calibration tell of a model.
+
+    rules: which tokens are coarse, by modality; ranked: modalities that a rule was looked for in. turns, turn_reasons: how keys turn
+    and why, by window. inputs: what it was calibrated on; identity: the same on all ranks of tensor parallelism. adapters: those
+    of the model then. without_gradients: why all components of a stream count alike; None where gradients were seen.
+    """
+
+    statistics: Statistics
+    rules: Mapping[str, CoarseRule]
+    ranked: tuple[str, ...]
+    turns: Mapping[int | None, KeyTurn | None]
+    turn_reasons: Mapping[int | None, str]
+    groups: Groups
+    key_block: int
+    inputs: str
+    identity: str | None
+    adapters: tuple
+    without_gradients: str | None
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """Gives every prompt its plan: `given`, else that of `presets` by window, else one made of the calibration for `ratio`.
+
+    layers: the packed ones by window, those that see every token first. signature, device, ranks: of the model. asked: the whole
+    configuration, as text. coarse: modalities that may have coarse tokens. made: plans so far, by window and representative prompt.
+    """
+
+    given: Plan | None = None
+    presets: Mapping[int | None, Plan] = field(default_factory=dict)
+    ratio: float | None = None
+    coarse: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    layers: Mapping[int | None, list[int]] = field(default_factory=dict)
+    signature: tuple = ()
+    device: torch.device | None = None
+    ranks: Ranks = ALONE
+    asked: str = ""
+    made: dict[tuple, Plan] = field(default_factory=dict)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether plans need statistics that are not there."""
+        return self.ratio is not None and self.calibration is None
+
+    @property
+    def needs_coordinates(self) -> bool:
+        """Whether keys of some layers turn by several coordinates of a token, which a cache must be shown."""
+        turns = [] if self.calibration is None else self.calibration.turns.values()
+        if self.given is not None:
+            turns = [part.turn for part in self.given.by_window.values()]
+        return any(turn is not None and turn.coordinates is not None for turn in turns)
+
+    def of_model(self, signature: tuple, device: torch.device) -> "PlanSource":
+        """This source for a model with another dtype, or on another device."""
+        given = None if self.given is None else self.given.to(device)
+        return replace(self, given=given, signature=signature, device=device, made={})
+
+    def calibrated(self, calibration: Calibration) -> "PlanSource":
+        """This source with another calibration."""
+        return replace(self, calibration=calibration, made={})
+
+    def plan_for(self, tokens: int, vision_share: float, window: int | None = None) -> Plan:
+        """The plan for a prompt of so many tokens, this share of them vision, of the layers with this window."""
+        if self.given is not None:
+            return self.given.by_window.get(window, self.given)
+        if self.presets:
+            return self._signed(self.presets[window], window)
+        if self.calibration is None:
+            raise RuntimeError(
+                f"ratio={self.ratio:g}: no calibrated statistics yet; call apack_compile.calibrate(model, inputs) first. (A first request "
+                "calibrates where the optimized model, or a model inside of it, is called with the cache.)"
+            )
+        key = budget_key(tokens, vision_share)
+        key = key if window is None or tokens < window else (window, key[1])
+        if (window, *key) not in self.made:
+            # of two threads that make it at once, both take that of the first
+            self.made.setdefault((window, *key), self._made(self.calibration, window, key))
+        return self.made[window, *key]
+
+    def whole_plan(self, tokens: int, vision_share: float) -> Plan:
+        """The plan for a prompt of so many tokens, this share of them vision, with those of the layers of all windows."""
+        if self.given is not None:
+            return self.given
+        first, *others = (self.plan_for(tokens, vision_share, window) for window in self.layers)
+        return replace(first, windows={part.window: part for part in others}) if others else first
+
+    def _made(self, calibration: Calibration, window: int | None, key: tuple[int, float]) -> Plan:
+        """The plan of a representative prompt, for the layers with a window."""
+        asked = self.coarse if window is None and tells_apart(self.ratio, key[0]) else ()
+        rules = {modality: rule for modality, rule in calibration.rules.items() if modality in asked}
+        statistics = {layer: calibration.statistics[layer] for layer in self.layers[window]}
+        plan = budget_plan(statistics, self.ratio, *key, turn=calibration.turns[window], rules=rules, window=window)
+        plan = plan if self.device is None else plan.to(self.device)
+        return self._signed(plan, window, calibration, key)
+
+    def _signed(
+        self, plan: Plan, window: int | None, calibration: Calibration | None = None, made_for: tuple = ()
+    ) -> Plan:
+        """A plan that says which model and which of its layers it is for, and where it comes from."""
+        plan_id = None
+        if self.ranks.count > 1:
+            identity = None if self.calibration is None else self.calibration.identity
+            which = (identity, self.asked, self.signature[-1], window, *made_for)
+            plan_id = hashlib.sha256(repr(which).encode()).hexdigest()[:16]
+        provenance = Provenance(None if calibration is None else calibration.inputs, versions(), plan_id=plan_id)
+        return replace(plan, signature=self.signature, ranks=self.ranks, window=window, provenance=provenance)
