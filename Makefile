@@ -1,6 +1,7 @@
 VENV ?= .venv
 PYTHON ?= python3
-PIP = $(VENV)/bin/python -m pip
+# Python compiles the modules that are used, when they are: pip would compile every one, a minute more.
+INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile
 # torch is pinned and installed first: a range would let pip choose a build with gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 # The ends of the supported ranges (apack_compile/supported_versions.py).
@@ -31,9 +32,9 @@ install: $(STAMP)
 $(STAMP): pyproject.toml setup.py requirements-assets.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 15), "Python 3.11 to 3.14 is needed"'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet $(EXTRA_PINS) -e ".[quant,demo,dev,docs]"
-	$(PIP) install --quiet --no-deps -r requirements-assets.txt
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) $(EXTRA_PINS) -e ".[quant,demo,dev,docs]"
+	$(INSTALL) --no-deps -r requirements-assets.txt
 	touch $@
 
 demo: install
