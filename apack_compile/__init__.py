@@ -14,14 +14,12 @@ if TYPE_CHECKING:
     from apack_compile.config import AttentionPackConfig
     from apack_compile.generate.reporting import Report
     from apack_compile.plan.plan import Plan
-    from apack_compile.plan.presets import AttentionPackOptions, AVLOptions
+    from apack_compile.plan.presets import *  # noqa: F403
 
 check_versions()
 
 _HOME = {
-    "AVLOptions": "plan.presets",
     "AttentionPackConfig": "config",
-    "AttentionPackOptions": "plan.presets",
     "CompactedCache": "cache.cache",
     "GraphLog": "backend.graph_log",
     "GraphReport": "backend.graph_report",
@@ -35,9 +33,9 @@ _HOME = {
     "restore": "api",
 }
 __all__ = [
-    "AVLOptions",
+    "AVLOptions",  # noqa: F405
     "AttentionPackConfig",
-    "AttentionPackOptions",
+    "AttentionPackOptions",  # noqa: F405
     "CompactedCache",
     "GraphLog",
     "GraphReport",
@@ -53,12 +51,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
+    home = "plan.presets" if name.endswith("Options") else _HOME.get(name)
+    if home is not None:
         try:
-            module = import_module(f"apack_compile.{_HOME[name]}")
+            module = import_module(f"apack_compile.{home}")
         except ModuleNotFoundError as error:
             if error.name in SUPPORTED:
                 raise ImportError(missing(error.name), name=error.name) from error
             raise
-        return getattr(module, name)
+        if hasattr(module, name):
+            return getattr(module, name)
     raise AttributeError(f"module 'apack_compile' has no attribute {name!r}")

@@ -28,7 +28,7 @@ def _root(
 @app.command()
 def demo(
     ratio: Annotated[float | None, typer.Option(help="Dense bytes over packed bytes. Default 4.")] = None,
-    preset: Annotated[str | None, typer.Option(help="lossless or attentionpack, instead of a ratio.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A preset, such as lossless, instead of a ratio.")] = None,
     images_per_prompt: Annotated[int, typer.Option(help="Pictures in each prompt.")] = 4,
     questions: Annotated[int, typer.Option(help="Questions in all.")] = 48,
     compile_: Annotated[str, typer.Option("--compile", help="auto, inductor, aot_eager, eager or none.")] = "auto",

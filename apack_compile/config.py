@@ -24,7 +24,7 @@ class AttentionPackConfig:
     Give ratio or preset; neither means ratio 4. Raises ValueError naming the argument.
 
     - ratio: bytes of a dense 16-bit cache over bytes of the packed one, a finite number > 1. Bases that all requests share are not counted.
-    - preset: "lossless", "attentionpack" or "a-vl".
+    - preset: "lossless", "attentionpack", "a-vl" or "snapkv".
     - options: of the preset, an instance of its class; None: its defaults.
     - key_block: with a ratio, keys are rotated back to the start of their block of so many slots. Fewer give better quality and
       slower attention; 0 leaves keys rotated. On CUDA, powers of two from 16 up have a fast kernel, others the reference.

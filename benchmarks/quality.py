@@ -19,7 +19,7 @@ from harness import print_table, write_json
 from measure import Measured, Prompt, Trial, measure
 from peers import peer_systems
 from presses import PressJob, add_trial, not_run, press_versions, run_presses
-from systems import System, a_vl_systems, attentionpack_systems, dense_systems, own_systems, packed
+from systems import System, dense_systems, own_systems, packed, preset_systems
 from tables import shown, tables_of
 from text_quality import PLACES, TextOptions, text_prompts
 from torch import nn
@@ -108,7 +108,7 @@ def main(
         raise typer.BadParameter("choose what to measure: --text, --vision, --needle, --turns or --continuation")
     model, tokenizer = load_model(), load_tokenizer()
     extra = [packed_from(options) for options in config or []]
-    published = [*attentionpack_systems(), *a_vl_systems()] if presets or peers else []
+    published = preset_systems() if presets or peers else []
     systems = [*dense_systems(), *own_systems(wanted.ratios), *extra, *published, *(peer_systems() if peers else [])]
     benches, versions = run(model, tokenizer, systems, wanted, kvpress_python, peers)
     tables = tables_of(tokenizer, benches, continuation, needle)

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 import apack_compile
 from apack_compile import AttentionPackConfig, AttentionPackOptions, AVLOptions
 from apack_compile.models.cache_argument import with_cache
+from apack_compile.plan.presets import SnapKVOptions
 
 OURS = "apack-compile"
 RANKS = (96, 48, 24)
@@ -120,6 +121,19 @@ def a_vl_systems() -> list[System]:
     half = AVLOptions(core=0.15, secondary=0.25, text_kept=0.25)
     settings = {"core 30 %, stored 50 %": AVLOptions(), "core 15 %, stored 25 %": half}
     return [packed("A-VL", name, True, preset="a-vl", a_vl=options) for name, options in settings.items()]
+
+
+def snapkv_systems() -> list[System]:
+    """SnapKV by the part of a prompt that it keeps."""
+    return [
+        packed("SnapKV", f"1/{part} kept", True, preset="snapkv", options=SnapKVOptions(kept=1 / part))
+        for part in (2, 4, 8)
+    ]
+
+
+def preset_systems() -> list[System]:
+    """The published presets."""
+    return [*attentionpack_systems(), *a_vl_systems(), *snapkv_systems()]
 
 
 def dense_systems() -> list[System]:

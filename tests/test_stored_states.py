@@ -203,6 +203,7 @@ def test_gradients_reach_the_queries():
         ({"ratio": 4}, "attend"),
         ({"preset": "attentionpack"}, "attend_tiers"),
         ({"preset": "a-vl"}, "attend_tiers"),
+        ({"preset": "snapkv"}, "attend"),
         ({"preset": "lossless"}, "unpack"),
     ),
 )
@@ -213,7 +214,8 @@ def test_generate_without_a_compiler_decodes_nothing(options, reads, how):
     with Operations() as operations:
         said = model.generate(prompt(PROMPT, rows), max_new_tokens=9, do_sample=False, **how)
     assert {name for name in operations.called if name.startswith(("attend", "unpack"))} == {reads}
-    if reads == "attend_tiers":
+    if reads == "attend_tiers" or options == {"preset": "snapkv"}:
+        # they see no attention that is spelled otherwise, and keep every token
         return
     decoding = small_model("eager", **options)
     with Operations() as operations:

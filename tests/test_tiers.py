@@ -7,20 +7,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saved_plans import write
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
+from apack_compile.plan.file import tensors_of, values_of
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.presets.a_vl import AVLOptions, a_vl_plan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
+from apack_compile.plan.presets.snapkv import SnapKVOptions, snapkv_plan
 from apack_compile.plan.source import PlanSource
 from apack_compile.plan.tiers import (
-    TextEviction,
-    TierPlan,
+    Tokens,
     at_positions,
-    kept_text,
+    most_scored,
     newest_attention,
+    newest_rows,
+    newest_without_gap,
+    places_of,
     share_of,
     to_positions,
 )
@@ -61,12 +66,12 @@ def test_a_share_is_rounded_up_exactly(count, percent):
     st.sampled_from(("none", "bool", "float")),
     st.integers(0, 999),
 )
-def test_importance_is_the_head_mean_attention_of_the_newest_query(batch, share, rows, kind, seed):
+def test_importance_is_made_of_the_head_mean_attention_of_the_newest_queries(batch, share, rows, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = rows + seed % 7
     query = torch.randn(batch, HEADS * share, rows, HEAD_DIM, generator=generator)
     key = torch.randn(batch, HEADS, tokens, HEAD_DIM, generator=generator)
-    row = torch.randint(0, rows, (batch,), generator=generator)
+    asked = torch.randint(-1, rows, (batch, 3), generator=generator)
     allowed = (
         torch.ones(rows, tokens, dtype=torch.bool).tril(tokens - rows)[None, None].expand(batch, 1, -1, -1).clone()
     )
@@ -75,11 +80,24 @@ def test_importance_is_the_head_mean_attention_of_the_newest_query(batch, share,
         allowed &= torch.rand(batch, 1, rows, tokens, generator=generator) < 0.8
         allowed[..., 0] = True
         mask = allowed if kind == "bool" else torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-    got = newest_attention(query, key, mask, 0.3, row)
+    got = newest_attention(query, key, mask, 0.3, asked)
     scores = query.double() @ key.double().repeat_interleave(share, 1).mT * 0.3
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).mean(1)
-    expected = torch.stack([weights[b, row[b]] for b in range(batch)])
+    expected = torch.stack([weights[b, asked[b].clamp_min(0)] for b in range(batch)]) * (asked >= 0)[..., None]
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_newest_rows_are_real_tokens():
+    none = newest_rows(4, 3, 1, None, torch.device("cpu"))
+    assert none.tolist() == [[4, 3, 2]]
+    padding = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 0, 0]]).bool()
+    assert newest_rows(4, 3, 4, padding, torch.device("cpu")).tolist() == [
+        [4, 3, -1],
+        [2, 1, 0],
+        [4, -1, -1],
+        [4, 2, 0],
+    ]
+    assert newest_rows(1, 3, 4, padding, torch.device("cpu")).tolist() == [[1, -1], [1, 0], [1, -1], [0, -1]]
 
 
 @given(st.integers(1, 40), st.integers(0, 999))
@@ -107,8 +125,11 @@ def test_text_keeps_first_newest_and_heavy_hitters(counts, share, first, heavy_s
     for b, count in enumerate(counts):
         positions[b, torch.randperm(slots, generator=generator)[:count]] = torch.arange(count, dtype=torch.int32) * 2
     importance = torch.rand(len(counts), slots, generator=generator)
-    rule = TextEviction(share, first, heavy_share, 8)
-    keep, recent = kept_text(importance, positions, positions >= 0, torch.tensor(counts), rule)
+    rule, held = AVLOptions(text_kept=share, text_first=first, text_heavy=heavy_share), positions >= 0
+    seen, place = torch.tensor(counts), places_of(positions, held)
+    tokens = Tokens(("text",), importance, held, place, held.sum(1), seen)
+    keep = most_scored(rule.score(tokens), rule.budget(tokens), tokens)
+    recent = newest_without_gap(keep, positions, held)
     for b, count in enumerate(counts):
         kept = sorted(positions[b, keep[b]].tolist())
         budget = min(max(math.ceil(share * count - 1e-9), first), count)
@@ -197,25 +218,59 @@ def test_attend_tiers_declares_what_it_does(preset):
 
 
 @pytest.mark.parametrize(
-    "change",
-    ({"kept": 0}, {"partial": 0.0}, {"attended": 1.5}, {"full": -0.1}, {"ema": (0.1, 0.2)}, {"refresh_every": 0}),
+    ("options", "change"),
+    (
+        (AttentionPackOptions, {"evict": 1}),
+        (AttentionPackOptions, {"partial": 0.0}),
+        (AttentionPackOptions, {"full": -0.1}),
+        (AttentionPackOptions, {"ema": 1.5}),
+        (AttentionPackOptions, {"refresh_every": 0}),
+        (AVLOptions, {"core": 0.6}),
+        (AVLOptions, {"text_first": 0}),
+        (SnapKVOptions, {"kept": 0.0}),
+        (SnapKVOptions, {"kept": 2}),
+        (SnapKVOptions, {"window": 0}),
+        (SnapKVOptions, {"kernel": 4}),
+    ),
 )
-def test_tiers_that_make_no_sense_are_refused(change):
-    with pytest.raises(ValueError, match=f"tiers: .*{next(iter(change))}"):
-        TierPlan(**change)
+def test_options_that_make_no_sense_are_refused(options, change):
+    name, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=f"{options.name.replace('-', '.')}: .*{name}={value}"):
+        options(**change)
 
 
-@pytest.mark.parametrize("preset", ("attentionpack", "a-vl"))
+TIERED = {
+    "attentionpack": attentionpack_plan([0, 1], RANKS, 32, AttentionPackOptions(evict=0.3, bits=4)),
+    "a-vl": a_vl_plan([0, 1], AVLOptions(core=0.2)),
+    "snapkv": snapkv_plan([0, 1], SnapKVOptions(kept=0.2)),
+}
+
+
+def signed(plan):
+    return replace(plan, signature=(2, HEADS, HEAD_DIM, "torch.float32"))
+
+
+@pytest.mark.parametrize("preset", TIERED)
 def test_a_plan_with_tiers_survives_a_file(preset, tmp_path):
-    plan = (
-        attentionpack_plan([0, 1], RANKS, 32, AttentionPackOptions(evict=0.25, bits=4))
-        if preset == "attentionpack"
-        else a_vl_plan([0, 1], AVLOptions(core=0.2))
-    )
-    plan = replace(plan, signature=(2, HEADS, HEAD_DIM, "torch.float32"))
+    plan = signed(TIERED[preset])
     plan.save(tmp_path / "plan")
     found = Plan.load(tmp_path / "plan")
     assert (found.layers, found.tiers, found.tail_slots) == (plan.layers, plan.tiers, plan.tail_slots)
+
+
+@pytest.mark.parametrize("preset", ("attentionpack", "a-vl"))
+def test_the_tiers_of_files_of_format_6_are_those_of_their_preset(preset, tmp_path):
+    plan = signed(TIERED[preset])
+    rule = plan.tiers
+    earlier = {name: getattr(rule, name) for name in ("full", "partial", "attended", "kept", "refresh_every")}
+    earlier |= {"ema": list(rule.decay), "text": None}
+    if preset == "a-vl":
+        earlier["text"] = {"kept": 0.5, "first": 20, "heavy": 0.7, "every": 8}
+    write(tmp_path / "plan", values_of(plan) | {"tiers": earlier}, tensors_of(plan), version="6")
+    assert Plan.load(tmp_path / "plan").tiers == rule
+    write(tmp_path / "plan", values_of(plan) | {"tiers": earlier}, tensors_of(plan))
+    with pytest.raises(ValueError, match="not laid out as plan format 7 says"):
+        Plan.load(tmp_path / "plan")
 
 
 def test_ranks_must_be_as_many_as_the_packed_layers():

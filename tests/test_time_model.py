@@ -9,9 +9,9 @@ from small_plans import plan_with
 
 from apack_compile.kernels.format import Bands
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
+from apack_compile.plan.presets.a_vl import AVLOptions
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
-from apack_compile.plan.tiers import TierPlan
 from apack_compile.plan.time_model import (
     CPU,
     H200,
@@ -114,7 +114,8 @@ def test_vision_tokens_that_a_step_does_not_attend_are_not_read():
     load, kept = Load(4, 4, 8, tokens=100, vision_share=1.0), StreamPlan("half")
     plan = Plan({0: LayerPlan(kept, kept, kept, kept)}, tail_slots=0, first_tokens=0)
     whole, some = (
-        packed_limits(replace(plan, tiers=tiers), 0, load, UNIT) for tiers in (None, TierPlan(attended=0.3, kept=0.5))
+        packed_limits(replace(plan, tiers=tiers), 0, load, UNIT)
+        for tiers in (None, AVLOptions(core=0.3, secondary=0.5))
     )
     assert some.bytes == pytest.approx(0.3 * whole.bytes)
     assert some.matrix == pytest.approx(0.3 * whole.matrix)

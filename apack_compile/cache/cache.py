@@ -394,7 +394,9 @@ class CompactedCache(Cache):
         """Before a step, once: choose anew by importance, where the plan has tiers."""
         for group in self.groups:
             plan, index, packed = group.index.plan.tiers, group.index, group.layers
-            if plan is None or index.refreshed_at == held or not all(layer.tiers.settled for layer in packed):
+            if plan is None or plan.reads_all or index.refreshed_at == held:
+                continue
+            if not all(layer.tiers.settled for layer in packed):
                 continue
             index.refreshed_at, done = held, index.steps
             index.steps += 1
@@ -403,24 +405,24 @@ class CompactedCache(Cache):
                     layer.rank()
                 if plan.revisits and index.steps % plan.refresh_every == 0:
                     layer.tiers.attend_all()
-            if plan.text is not None and done and done % plan.text.every == 0:
+            if plan.prune_every is not None and done and done % plan.prune_every == 0:
                 settled = self._settled_of(held, index.floor)
-                index.floor = max(index.floor, *(layer.prune_text(settled) for layer in packed))
+                index.floor = max(index.floor, *(layer.evict([("text",)], settled) for layer in packed))
 
     @torch.compiler.disable
     @outside_inference_mode
     @without_autocast
-    def settle(self, layer: CompactedLayer, attention: Tensor) -> None:
-        """Give a layer the attention `[B, T]` that the newest prompt token pays to every position: it evicts and ranks by it.
+    def settle(self, layer: CompactedLayer, importance: Tensor) -> None:
+        """Give a layer the importance `[B, T]` of every position after a prompt: it evicts and ranks by it.
 
-        Of a chunk that is all draft it is the attention of the first token, and nothing is evicted.
+        Of a chunk that is all draft it comes from the attention of the first token, and nothing is evicted.
         """
         index, held = layer.index, int(layer.cursor[HELD])
         with self._changing():
             if index.is_draft and layer.tiers.earlier:
-                layer.observe_draft(attention)
+                layer.observe_draft(importance)
                 return
-            index.floor = max(index.floor, layer.settle(attention, max(held - self._drafted, index.floor)))
+            index.floor = max(index.floor, layer.settle(importance, max(held - self._drafted, index.floor)))
             index.steps, index.refreshed_at = 0, -1
 
     def unsettled(self) -> list[int]:

@@ -119,10 +119,10 @@ class CompactedLayer(CacheLayerMixin):
         """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
         query = deinterleaved_keys(query.to(key.dtype), self.index.plan.turn)
         state = self.state()
-        if self.tiers is not None and self.index.is_draft and key.shape[2] > 1:
+        if self.reads_tiers and self.index.is_draft and key.shape[2] > 1:
             return self._attend_of_draft(query, key, value, mask, state, scale)
         arguments = query, key, value, mask, *state.flatten(), scale
-        if self.tiers is not None:
+        if self.reads_tiers:
             return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
         return torch.ops.apack.attend.default(*arguments)
 
@@ -148,7 +148,7 @@ class CompactedLayer(CacheLayerMixin):
         """What a step reads, for the operations: every tensor of a segment without slots would cost a call its time."""
         pairs = list(zip(self.streams[::2], self.streams[1::2], strict=True))
         last = len(pairs) - 1
-        read = [i for i, (key, _) in enumerate(pairs) if i == last or self.tiers is not None or key.codes.shape[2]]
+        read = [i for i, (key, _) in enumerate(pairs) if i == last or self.reads_tiers or key.codes.shape[2]]
         return self._state(self.positions(), self.turns(), self.cursor, read)
 
     def _state(
@@ -179,8 +179,13 @@ class CompactedLayer(CacheLayerMixin):
         return self.own_turns or self.index.turns
 
     def tier_state(self) -> tuple:
-        """The last arguments of `unpack` and `attend_tiers`; empty without tiers."""
-        return () if self.tiers is None else self.tiers.state(self.streams[1].bands.components)
+        """The last arguments of `unpack` and `attend_tiers`; empty without tiers, and where a step reads all tokens."""
+        return self.tiers.state(self.streams[1].bands.components) if self.reads_tiers else ()
+
+    @property
+    def reads_tiers(self) -> bool:
+        """Whether a step reads some tokens in part, or changes their importance."""
+        return self.tiers is not None and not self.tiers.rule.reads_all
 
     @torch.compiler.disable
     def _store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -528,15 +533,14 @@ class CompactedLayer(CacheLayerMixin):
         return self.tiers is not None and self.tiers.has_evicted
 
     @torch.no_grad()
-    def settle(self, attention: Tensor, settled: int) -> int:
-        """After a prefill: take importance from `attention` `[B, T]` by position, evict, and rank; first position still croppable.
+    def settle(self, importance: Tensor, settled: int) -> int:
+        """After a prefill: take the `importance` `[B, T]` by position, evict, and rank; first position still croppable.
 
         settled: first position of the tokens that may be cropped again, of which none is evicted.
         """
         tiers = self.tiers
-        tiers.observe(attention)
-        self.streams[:2] = tiers.evict_vision(self.streams[:2])
-        floor = self.prune_text(settled)
+        tiers.observe(importance)
+        floor = self.evict(tiers.rule.pools, settled)
         self.rank()
         tiers.settled = True
         self.mark_static()
@@ -556,13 +560,21 @@ class CompactedLayer(CacheLayerMixin):
         self.tiers.rank(tensors_of(self.streams[:2]))
 
     @torch.no_grad()
-    def prune_text(self, settled: int) -> int:
-        """Evict text before position `settled`, in place where the slots stay as many; first position that can be cropped after it."""
-        if self.tiers.plan.text is None:
-            return 0
+    def evict(self, pools: Sequence[tuple[str, ...]], settled: int) -> int:
+        """Evict tokens of these pools, text before position `settled` alone; first position that can be cropped after it."""
         _, packed, origin = self.cursor.tolist()
         end = min(packed, settled)
-        kept, croppable = self.tiers.prune_text(tensors_of(self.streams[2:]), end - origin, end)
+        if any("text" in pool for pool in pools):
+            self.tiers.count_text(end)
+        keep = {name: flags for pool in pools for name, flags in self.tiers.chosen(pool, end - origin).items()}
+        if "vision" in keep and keep["vision"].numel():
+            self.streams[:2] = self.tiers.keep_vision(self.streams[:2], keep["vision"])
+        return self._keep_text(keep["text"], end) if "text" in keep else 0
+
+    def _keep_text(self, keep: Tensor, end: int) -> int:
+        """Evict text before position `end`, in place where the slots stay as many; first position that can be cropped after it."""
+        origin = int(self.cursor[ORIGIN])
+        kept, croppable = self.tiers.keep_text(tensors_of(self.streams[2:]), keep, end)
         if not self.tiers.settled:
             slots = kept + self.text_slots - (end - origin)
             self.streams[2:] = [stream.with_tokens(lambda x: x[:, :, :slots].clone()) for stream in self.streams[2:]]

@@ -8,7 +8,21 @@ from torch import Tensor
 
 from apack_compile.cache.token_index import extended
 from apack_compile.kernels.state import TEXT, VISION, PackedStream
-from apack_compile.plan.tiers import ROUNDING, TierPlan, at_positions, by_importance, kept_text, share_of, to_positions
+from apack_compile.plan.tiers import (
+    ROUNDING,
+    TierRule,
+    Tokens,
+    at_positions,
+    by_importance,
+    most_scored,
+    newest_without_gap,
+    places_of,
+    share_of,
+    to_positions,
+)
+
+# Segments that hold what may be evicted, by modality.
+PACKED = {"vision": VISION, "text": TEXT}
 
 
 class LayerTiers:
@@ -20,9 +34,9 @@ class LayerTiers:
     observed since the last layout; earlier: by position, what it was before that, until it is observed again.
     """
 
-    def __init__(self, plan: TierPlan, batch: int, device: torch.device) -> None:
+    def __init__(self, rule: TierRule, batch: int, device: torch.device) -> None:
         empty = torch.empty(batch, 0, dtype=torch.int32, device=device)
-        self.plan = plan
+        self.rule = rule
         self.positions = [empty, empty.clone(), empty.clone()]
         self.importance = [empty.float(), empty.float()]
         self.counts = [torch.zeros(batch, 2, dtype=torch.int32, device=device) for _ in range(2)]
@@ -52,8 +66,13 @@ class LayerTiers:
 
     def state(self, components: int) -> tuple:
         """The last arguments of `attend_tiers`, for values of so many components."""
-        partial = max(math.ceil(self.plan.partial * components - ROUNDING), 1)
-        return *self.importance, self.read, partial, list(self.plan.ema)
+        partial = max(math.ceil(self.rule.partial * components - ROUNDING), 1)
+        return *self.importance, self.read, partial, list(self.rule.decay)
+
+    @property
+    def evicts_text(self) -> bool:
+        """Whether text tokens are evicted, and have importance for that."""
+        return any("text" in pool for pool in self.rule.pools)
 
     def alive(self, end: int) -> Tensor:
         """Bool `[B, end]`: positions that were not evicted; what came after the last layout is."""
@@ -93,7 +112,7 @@ class LayerTiers:
     def _unsettle(self, end: int) -> None:
         self.end = end
         self.importance = [p.new_zeros(p.shape, dtype=torch.float32) for p in self.positions[1:]]
-        if self.plan.text is None:
+        if not self.evicts_text:
             self.importance[1] = self.importance[1][:, :0]
         self.counts[0] = torch.full_like(self.read, self.positions[VISION].shape[1])
         self.settled = False
@@ -101,25 +120,25 @@ class LayerTiers:
     def grow(self, start: int, slots: int) -> None:
         """Add text slots for the positions from `start` on."""
         self.positions[TEXT] = extended(self.positions[TEXT], start, slots)
-        if self.plan.text is not None:
+        if self.evicts_text:
             self.importance[1] = torch.nn.functional.pad(self.importance[1], (0, slots))
 
     def vision_importance(self, tokens: int) -> Tensor:
         """Importance `[B, tokens]` of vision tokens by position, 0 elsewhere."""
         return to_positions(self.importance[0], self.positions[VISION], tokens)
 
-    def observe(self, attention: Tensor) -> None:
-        """Take importance from attention `[B, T]` by position."""
+    def observe(self, importance: Tensor) -> None:
+        """Take importance `[B, T]` by position."""
         for i, known in enumerate(self.importance):
             if known.numel():
-                self.importance[i] = at_positions(attention.float(), self.positions[1 + i])
+                self.importance[i] = at_positions(importance.float(), self.positions[1 + i])
         self.earlier = []
 
     def observe_draft(self, attention: Tensor) -> None:
         """Go on from the importance before a drafted chunk with the attention `[B, T]` of its first token."""
         for i, known in enumerate(self.importance):
             if known.numel():
-                keep, add = self.plan.ema[2 * i : 2 * i + 2]
+                keep, add = self.rule.decay[2 * i : 2 * i + 2]
                 # what a token pays itself says nothing yet
                 by_position, earlier = add * attention[:, : self.began].float(), self.earlier[i][:, : self.began]
                 by_position[:, : earlier.shape[1]] += keep * earlier
@@ -134,14 +153,30 @@ class LayerTiers:
         if self.importance[1].numel():
             self.importance[1].masked_fill_(self.positions[TEXT] >= held, 0.0)
 
-    def evict_vision(self, streams: list[PackedStream]) -> list[PackedStream]:
-        """Streams of the vision tokens that stay; positions and importance follow."""
-        if self.plan.kept >= 1 or self.positions[VISION].shape[1] == 0:
-            return streams
-        self.has_evicted = True
-        kept = share_of(self.seen[:, 0], self.plan.kept)
-        order = by_importance(self.importance[0], self.positions[VISION] >= 0)[:, : int(kept.max())]
-        inside = torch.arange(order.shape[1], device=order.device) < kept[:, None]
+    def count_text(self, end: int) -> None:
+        """Count the text before position `end` as seen."""
+        self.seen[:, 1] += end - self.end
+        self.end = end
+
+    def chosen(self, pool: tuple[str, ...], used: int) -> dict[str, Tensor]:
+        """The tokens of a pool that stay, by modality, bool `[B, slots]`; of text in the first `used` slots."""
+        ends = [used if name == "text" else self.positions[PACKED[name]].shape[1] for name in pool]
+        placed, known = (
+            torch.cat([tensors[PACKED[name] - start][:, :end] for name, end in zip(pool, ends, strict=True)], 1)
+            for tensors, start in ((self.positions, 0), (self.importance, VISION))
+        )
+        held = placed >= 0
+        seen = torch.stack([self.seen[:, PACKED[name] - VISION] for name in pool]).sum(0)
+        tokens = Tokens(pool, known, held, places_of(placed, held), held.sum(1), seen)
+        stay = most_scored(self.rule.score(tokens), self.rule.budget(tokens), tokens)
+        return dict(zip(pool, stay.split(ends, 1), strict=True))
+
+    def keep_vision(self, streams: list[PackedStream], keep: Tensor) -> list[PackedStream]:
+        """Streams of the vision tokens in the slots `keep`, bool `[B, slots]`; positions and importance follow."""
+        self.has_evicted, count = True, keep.sum(1)
+        most = int(count.max())
+        order = by_importance(self.importance[0], keep)[:, :most]
+        inside = torch.arange(most, device=order.device) < count[:, None]
         self.positions[VISION] = self.positions[VISION].gather(1, order).masked_fill(~inside, -1)
         self.importance[0] = self.importance[0].gather(1, order)
         return [stream.with_tokens(lambda x: select_slots(x, order)) for stream in streams]
@@ -152,26 +187,23 @@ class LayerTiers:
         for tensor in (*codes, self.positions[VISION], self.importance[0]):
             if tensor.dim() > 1:
                 tensor.copy_(select_slots(tensor, order))
-        read = (share_of(self.seen[:, 0], share) for share in (self.plan.full, self.plan.attended))
+        read = (share_of(self.seen[:, 0], share) for share in (self.rule.full, self.rule.attended))
         self.read.copy_(torch.stack(list(read), 1))
 
     def attend_all(self) -> None:
         """Read every vision slot at the next step."""
         self.read.fill_(self.positions[VISION].shape[1])
 
-    def prune_text(self, codes: list[Tensor], used: int, end: int) -> tuple[int, int]:
-        """Of the text tokens before position `end`, in the first `used` slots, move the kept ones to the front, in place.
+    def keep_text(self, codes: list[Tensor], keep: Tensor, end: int) -> tuple[int, int]:
+        """Of the text tokens before position `end`, in the first slots, move those to `keep` `[B, slots]` to the front, in place.
 
         Gives the slots that they have then, in order of position, and how many of the newest are contiguous. Slots of later positions
         follow. A row that keeps fewer leaves the leading slots empty, so that the newest tokens have the same slots in every row.
         """
-        self.has_evicted = True
-        self.seen[:, 1] += end - self.end
-        self.end = end
+        self.has_evicted, used = True, keep.shape[1]
         positions, slots = self.positions[TEXT], self.positions[TEXT].shape[1]
         older = positions[:, :used]
-        keep, recent = kept_text(self.importance[1][:, :used], older, older >= 0, self.seen[:, 1], self.plan.text)
-        count = keep.sum(1)
+        recent, count = newest_without_gap(keep, older, older >= 0), keep.sum(1)
         most = int(count.max()) if len(count) else 0
         last = older.long().masked_fill(~keep, -1).argsort(dim=1, stable=True)
         later = torch.arange(used, slots, device=last.device).expand(len(last), -1)

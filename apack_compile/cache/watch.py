@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.cache.stored_states import ARGUMENTS, ATTENTION
-from apack_compile.plan.tiers import newest_attention
+from apack_compile.plan.tiers import newest_attention, newest_rows
 
 if TYPE_CHECKING:
     from apack_compile.cache.cache import CompactedCache
@@ -36,7 +36,7 @@ STILL_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Watch:
-    """Who wants to see the attention of a chunk of so many tokens, and of which of its rows: the last real one up to `newest`.
+    """Who wants to see the attention of a chunk of so many tokens, and of which of its rows: the last real ones up to `newest`.
 
     padding: bool `[B, tokens]`, the padding among them; None for none.
     """
@@ -48,7 +48,7 @@ class Watch:
     padding: Tensor | None
 
     def attend(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The attention that is called with these arguments, without what was evicted; the layer gets the newest token's weights."""
+        """The attention that is called with these arguments, without what was evicted; the layer gets the importance that it makes."""
         named: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None}
         named |= {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         query, key = named["query"], named["key"]
@@ -65,16 +65,13 @@ class Watch:
         key = key[:, :: key.shape[1] // self.layer.num_heads]
         mask = named["attn_mask"] if mask is None else mask
         mask = mask if mask is None or mask.shape[2] <= self.tokens else mask[:, :, -self.tokens :]
-        attention = newest_attention(query, key, mask, scale, self._newest(query))
-        self.cache.settle(self.layer, attention)
+        rule, padding = self.layer.tiers.rule, self.padding
+        padding = None if padding is None or padding.shape[1] != query.shape[2] else padding
+        rows = newest_rows(self.newest, rule.queries, len(query), padding, query.device)
+        attention = newest_attention(query, key, mask, scale, rows)
+        first = rows.masked_fill(rows < 0, self.tokens).amin(1)
+        self.cache.settle(self.layer, rule.importance(attention, first + key.shape[2] - self.tokens))
         return out
-
-    def _newest(self, query: Tensor) -> Tensor:
-        """Row `[B]` of each sequence's last real token, drafted ones left out."""
-        if self.padding is None or self.padding.shape[1] != query.shape[2]:
-            return torch.full((query.shape[0],), self.newest, device=query.device)
-        real = ~self.padding[:, : self.newest + 1]
-        return (self.newest - real.flip(1).to(torch.uint8).argmax(1)).to(query.device)
 
     def _without_evicted(self, named: dict[str, Any]) -> Tensor | None:
         """The mask without evicted positions; None where none was evicted."""

@@ -124,8 +124,9 @@ def end_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str
     if cache.is_told:
         why = " (gradient checkpointing in train mode)" if is_checkpointing(part) else ""
         session.tell(cache, f"{type(part).__name__}.forward stored nothing in the packed cache that it was given{why}")
-    has_tiers = any(plan is not None and plan.tiers is not None for plan in cache.plans)
-    if cache.is_filled and has_tiers and cache.eager_chunks == cache.chunks_before:
+    tiers = [plan.tiers for plan in cache.plans if plan is not None and plan.tiers is not None]
+    in_part = not all(rule.reads_all for rule in tiers)
+    if cache.is_filled and in_part and cache.eager_chunks == cache.chunks_before:
         cache.note(
             "a forward compiled by hand: unless its backend is attentionpack, it reads every token held, not tiers"
         )

@@ -19,14 +19,18 @@ from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.check import check_plan, uses_bases
 from apack_compile.plan.importance import CoarseRule
 from apack_compile.plan.plan import LayerPlan, Plan, Provenance, StreamPlan
+from apack_compile.plan.presets import PRESETS, AttentionPackOptions, AVLOptions
+from apack_compile.plan.presets.base import Preset
 from apack_compile.plan.ranks import ALONE, Ranks, rank_here
 from apack_compile.plan.rotation import KeyTurn
-from apack_compile.plan.tiers import TextEviction, TierPlan
+from apack_compile.plan.tiers import TierRule
 from apack_compile.version import __version__
 
-FORMAT_VERSION = "6"
+FORMAT_VERSION = "7"
 # Of one plan, and of one for each rank of tensor parallelism; both without windows.
-EARLIER_VERSIONS = ("4", "5")
+WITHOUT_WINDOWS = ("4", "5")
+# These had the numbers of tiers, without the preset that they are of.
+EARLIER_VERSIONS = (*WITHOUT_WINDOWS, "6")
 VERSION_KEY = "apack_plan"
 FREQUENCIES = "turn.frequencies"
 COORDINATES = "turn.coordinates"
@@ -102,8 +106,10 @@ def load_plan(path: str | os.PathLike) -> Plan:
         values = json.loads(metadata["plan"])
         if "ranks" in values:
             ranks, values, tensors = part_here(values, tensors, name)
-        if metadata[VERSION_KEY] in EARLIER_VERSIONS:
+        if metadata[VERSION_KEY] in WITHOUT_WINDOWS:
             values |= {"window": None, "windows": {}, "plan_id": None}
+        if metadata[VERSION_KEY] in EARLIER_VERSIONS and values["tiers"] is not None:
+            values["tiers"] = tier_values(earlier_tiers(**values["tiers"], streams=values["layers"][0]))
         plan = plan_of(values, tensors, Source(str(path), ranks))
     except RanksError:
         raise
@@ -204,7 +210,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
     return {
         **{name: getattr(plan, name) for name in SCALARS},
         "layers": layers,
-        "tiers": None if plan.tiers is None else asdict(plan.tiers) | {"ema": list(plan.tiers.ema)},
+        "tiers": tier_values(plan.tiers),
         "turn": None if plan.turn is None else {"block": plan.turn.block, "interleaved": plan.turn.interleaved},
         "coarse": None if plan.coarse is None else {"modality": plan.coarse.modality, "share": plan.coarse.share},
         "window": plan.window,
@@ -271,12 +277,35 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], source: Sourc
     return plan
 
 
-def tiers_of(values: dict[str, Any] | None) -> TierPlan | None:
+def tier_values(tiers: TierRule | None) -> dict[str, Any] | None:
+    """Tiers as JSON has them: the preset and its options."""
+    return {"preset": tiers.name, **asdict(tiers)} if isinstance(tiers, Preset) else None
+
+
+def tiers_of(values: dict[str, Any] | None) -> Preset | None:
     """Tiers from JSON."""
     if values is None:
         return None
-    text = None if values["text"] is None else TextEviction(**values["text"])
-    return TierPlan(**{**values, "ema": tuple(values["ema"]), "text": text})
+    return PRESETS[values["preset"]](**{name: value for name, value in values.items() if name != "preset"})
+
+
+def earlier_tiers(
+    full: float,
+    partial: float,
+    attended: float,
+    kept: float,
+    refresh_every: int,
+    ema: list[float],
+    text: dict[str, Any] | None,
+    streams: dict[str, Any],
+) -> Preset:
+    """The preset of the tiers that formats before 7 have."""
+    if text is not None:
+        chosen = {f"text_{name}": value for name, value in text.items()}
+        return AVLOptions(core=attended, secondary=kept, core_every=refresh_every, **chosen)
+    key = streams["text_key"]
+    stored = {"bits": 16 if key["bands"][0] else 4, "basis": key["scope"]}
+    return AttentionPackOptions(full, partial, ema[0], refresh_every, evict=round(1 - kept, 12), **stored)
 
 
 def stream_of(values: dict[str, Any]) -> StreamPlan:

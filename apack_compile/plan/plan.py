@@ -10,7 +10,7 @@ from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.importance import CoarseRule
 from apack_compile.plan.ranks import ALONE, Ranks
 from apack_compile.plan.rotation import KeyTurn
-from apack_compile.plan.tiers import TierPlan
+from apack_compile.plan.tiers import TierRule
 
 MODALITIES = ("vision", "text")
 STREAMS = ("key", "value")
@@ -95,7 +95,7 @@ class Plan:
     separates_vision: bool = True
     signature: tuple = ()
     provenance: Provenance = Provenance()
-    tiers: TierPlan | None = None
+    tiers: TierRule | None = None
     turn: KeyTurn | None = None
     coarse: CoarseRule | None = None
     ranks: Ranks = ALONE

@@ -1,6 +1,5 @@
-"""Tiers: which packed tokens a decode step reads, and how much of them; which are kept at all."""
+"""Tiers: which packed tokens are kept, by a preset's score, and how much of them a decode step reads."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,51 +12,101 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class TextEviction:
-    """A-VL's rule for text (arXiv 2409.14846): the first tokens, the newest and the heavy hitters of what was seen.
+class Tokens:
+    """Slots whose tokens compete to be kept, `[B, N]` each.
 
-    kept: share of the text tokens seen so far. first: tokens kept at the start. heavy: heavy hitters' share of the rest.
-    every: decode steps between prunings.
+    importance: float32. held: bool, the slots with a token. place: which of its row's tokens it is, oldest first. count: tokens `[B]`;
+    seen: the same with evicted ones.
     """
 
-    kept: float
-    first: int
-    heavy: float
-    every: int
+    modalities: tuple[str, ...]
+    importance: Tensor
+    held: Tensor
+    place: Tensor
+    count: Tensor
+    seen: Tensor
 
 
-@dataclass(frozen=True)
-class TierPlan:
-    """Tiers of vision tokens, as shares of a row's vision tokens at prefill; a share is rounded up to whole tokens.
+class TierRule:
+    """What a preset does with tokens: what their importance is, which are kept, and how much of them a step reads.
 
-    full: read with all value components. partial: leading share of the value components that the others are read with.
-    attended: read at a step at all. kept: not evicted after prefill. refresh_every: decode steps between two choices by
-    importance; where fewer are attended than kept, every so many steps all are attended, and chosen from anew after it.
-    ema: of importance, vision's keep and add, then text's.
+    Presets say otherwise by fields, properties or methods of the same name. Shares are of a row's vision tokens so far, rounded up to
+    whole tokens.
     """
 
-    full: float = 1.0
-    partial: float = 1.0
-    attended: float = 1.0
-    kept: float = 1.0
-    refresh_every: int = 1
-    ema: tuple[float, float, float, float] = (0.25, 0.75, 0.25, 0.75)
-    text: TextEviction | None = None
+    @property
+    def full(self) -> float:
+        """Share of vision tokens read with all value components."""
+        return 1.0
 
-    def __post_init__(self) -> None:
-        shares = {name: getattr(self, name) for name in ("full", "partial", "attended", "kept")}
-        for name, share in shares.items():
-            if not 0 <= share <= 1 or (share == 0 and name != "full"):
-                raise ValueError(f"tiers: {name}={share!r} must be > 0 and at most 1 (full may be 0)")
-        if self.refresh_every < 1 or (self.text is not None and self.text.every < 1):
-            raise ValueError(f"tiers: refresh_every={self.refresh_every!r} and text.every must be integers >= 1")
-        if len(self.ema) != 4 or not all(math.isfinite(weight) and weight >= 0 for weight in self.ema):
-            raise ValueError(f"tiers: ema={self.ema!r} must be four finite numbers >= 0")
+    @property
+    def partial(self) -> float:
+        """Leading share of the value components that the others are read with."""
+        return 1.0
+
+    @property
+    def attended(self) -> float:
+        """Share of vision tokens that are read at a step at all."""
+        return 1.0
+
+    @property
+    def kept(self) -> float:
+        """Share of vision tokens that are kept."""
+        return 1.0
+
+    @property
+    def refresh_every(self) -> int:
+        """Decode steps between two choices of what is read.
+
+        Where fewer are attended than kept, all are attended every so many steps, and chosen from anew after it.
+        """
+        return 1
+
+    @property
+    def decay(self) -> tuple[float, float, float, float]:
+        """Of importance at a step: the old one's weight and the new attention's, of vision, then of text."""
+        return (1.0, 0.0, 1.0, 0.0)
+
+    @property
+    def pools(self) -> tuple[tuple[str, ...], ...]:
+        """Modalities whose tokens compete for one budget after a prefill; those of no pool are kept."""
+        return ()
+
+    @property
+    def prune_every(self) -> int | None:
+        """Decode steps between two evictions from the pool of text; None for none after the prefill."""
+        return None
+
+    @property
+    def queries(self) -> int:
+        """Newest tokens of a prompt whose attention the importance is made of."""
+        return 1
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether a step reads every token that is kept, whole, and changes no importance."""
+        return False
 
     @property
     def revisits(self) -> bool:
         """Whether all kept tokens are attended once in a while."""
         return self.attended < self.kept
+
+    def read_share(self, modality: str) -> float:
+        """Share of a modality's tokens that a step reads."""
+        return min(self.kept, self.attended) if modality == "vision" else 1.0
+
+    def importance(self, attention: Tensor, oldest: Tensor) -> Tensor:
+        """Importance `[B, T]` after a prompt, from the attention `[B, R, T]` of its newest tokens, from `oldest` `[B]` on."""
+        return attention.sum(1)
+
+    def score(self, tokens: Tokens) -> Tensor:
+        """Score `[B, N]` of a pool's tokens; those with the highest are kept."""
+        return tokens.importance
+
+    def budget(self, tokens: Tokens) -> Tensor:
+        """How many of a pool's tokens `[B]` are kept at most."""
+        return share_of(tokens.seen, self.kept)
 
 
 def share_of(count: Tensor, share: float) -> Tensor:
@@ -67,24 +116,37 @@ def share_of(count: Tensor, share: float) -> Tensor:
 
 @torch.compiler.disable
 @without_autocast
-def newest_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, row: Tensor) -> Tensor:
-    """Head-mean attention `[B, T]`, float32, of the query at `row` `[B]` of `[B, H_q, n, D]` over keys `[B, H, T, D]`.
+def newest_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, rows: Tensor) -> Tensor:
+    """Head-mean attention `[B, R, T]`, float32, of the queries at `rows` `[B, R]` of `[B, H_q, n, D]` over keys `[B, H, T, D]`.
 
-    mask: as for scaled_dot_product_attention, or None for causal. One query per row: no attention matrix is built.
+    mask: as for scaled_dot_product_attention, or None for causal. rows: -1 for none, whose attention is 0. Only these queries'
+    attention matrix is built.
     """
-    batch, heads, rows, head_dim = query.shape
-    chosen = query.gather(2, row[:, None, None, None].expand(batch, heads, 1, head_dim)).float() * scale
+    batch, heads, tokens, head_dim = query.shape
+    at = rows.clamp_min(0)[:, None, :, None]
+    chosen = query.gather(2, at.expand(batch, heads, -1, head_dim)).float() * scale
     grouped = chosen.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    scores = (grouped @ key.float().mT).flatten(1, 2)
+    scores = (grouped @ key.float().mT).reshape(batch, heads, rows.shape[1], -1)
     columns = torch.arange(key.shape[2], device=key.device)
     if mask is None:
-        scores = scores.masked_fill((columns > row[:, None] + key.shape[2] - rows)[:, None], float("-inf"))
+        scores = scores.masked_fill((columns > rows[..., None] + key.shape[2] - tokens)[:, None], float("-inf"))
     else:
-        full = mask.expand(batch, -1, rows, -1)
-        at_row = full.gather(2, row[:, None, None, None].expand(batch, full.shape[1], 1, full.shape[3]))[:, :, 0]
-        hidden = ~at_row if mask.dtype == torch.bool else None
-        scores = scores + at_row.float() if hidden is None else scores.masked_fill(hidden, float("-inf"))
-    return scores.softmax(-1).nan_to_num(0.0).mean(1)
+        whole = mask.expand(batch, -1, tokens, -1)
+        at_rows = whole.gather(2, at.expand(batch, whole.shape[1], -1, whole.shape[3]))
+        hidden = ~at_rows if mask.dtype == torch.bool else None
+        scores = scores + at_rows.float() if hidden is None else scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1).nan_to_num(0.0).mean(1).masked_fill(rows[..., None] < 0, 0.0)
+
+
+def newest_rows(newest: int, queries: int, batch: int, padding: Tensor | None, device: torch.device) -> Tensor:
+    """Rows `[B, R]` of the newest real tokens up to row `newest`, in falling order; -1 where there are fewer, 0 < R <= queries.
+
+    padding: bool `[B, tokens]`; a sequence of padding alone has the row `newest`.
+    """
+    columns = torch.arange(newest + 1, device=device).expand(batch, -1)
+    real = columns if padding is None else columns.masked_fill(padding[:, : newest + 1].to(device), -1)
+    rows = real.topk(min(queries, newest + 1), dim=1).values
+    return torch.cat([rows[:, :1].masked_fill(rows[:, :1] < 0, newest), rows[:, 1:]], 1)
 
 
 def at_positions(by_position: Tensor, positions: Tensor) -> Tensor:
@@ -106,22 +168,22 @@ def by_importance(importance: Tensor, occupied: Tensor) -> Tensor:
     return importance.masked_fill(~occupied, float("-inf")).argsort(dim=1, descending=True, stable=True)
 
 
-def kept_text(
-    importance: Tensor, positions: Tensor, held: Tensor, seen: Tensor, rule: TextEviction
-) -> tuple[Tensor, Tensor]:
-    """Text slots to keep, bool `[B, N]`, and how many of the newest tokens they hold without a gap, at least, `[B]`.
+def most_scored(score: Tensor, budget: Tensor, tokens: Tokens) -> Tensor:
+    """Bool `[B, N]`: slots of the `budget` `[B]` tokens at most with the highest scores `[B, N]`, of equal ones the oldest."""
+    oldest_first = tokens.place.argsort(dim=1)
+    order = by_importance(score.gather(1, oldest_first), tokens.held.gather(1, oldest_first))
+    return tokens.held & (rank_of(oldest_first.gather(1, order)) < budget[:, None])
 
-    held: bool `[B, N]`, slots with a token. seen: text tokens so far `[B]`.
-    """
-    age = rank_of(positions.long().masked_fill(~held, 2**62).argsort(dim=1, stable=True))
-    count = held.sum(1)
-    budget = torch.minimum(share_of(seen, rule.kept).long().clamp_min(rule.first), count)
-    first = budget.clamp_max(rule.first)
-    heavy = share_of(budget - first, rule.heavy).long()
-    recent = budget - first - heavy
-    kept = held & ((age < first[:, None]) | (age >= (count - recent)[:, None]))
-    weight = rank_of(by_importance(importance, held & ~kept))
-    return kept | (held & (weight < heavy[:, None])), recent
+
+def places_of(positions: Tensor, held: Tensor) -> Tensor:
+    """Which of its row's tokens, oldest first, each slot `[B, N]` has."""
+    return rank_of(positions.long().masked_fill(~held, 2**62).argsort(dim=1, stable=True))
+
+
+def newest_without_gap(keep: Tensor, positions: Tensor, held: Tensor) -> Tensor:
+    """How many of the newest tokens `[B]` are all kept."""
+    dropped = places_of(positions, held).masked_fill(~held | keep, -1)
+    return held.sum(1) - 1 - torch.nn.functional.pad(dropped, (1, 0), value=-1).amax(1)
 
 
 def rank_of(order: Tensor) -> Tensor:

@@ -227,8 +227,8 @@ def packed_limits(plan: Plan, layer: int, load: Load, device: Device) -> Limits:
         tokens, vision = load.batch * stored * share, segment == "vision"
         if not tokens:
             continue
-        if tiers is not None and vision:
-            tokens *= min(tiers.kept, tiers.attended)
+        if tiers is not None:
+            tokens *= tiers.read_share(segment)
         work.bytes += tokens * POSITION_BYTES
         for name, stream in zip(("key", "value"), streams[2 * i : 2 * i + 2], strict=True):
             if stream.scope in ("as_is", "half"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from preset_rows import TIERED_PRESETS
 from small import calibrated, draft, greedy, llava, picture
 from vlms import IMAGE, build
 
@@ -25,7 +26,7 @@ def test_an_assistant_changes_no_token(compile, optimized_draft):
     assert (apack_compile.report(assistant).bytes is not None) if optimized_draft else True
 
 
-@pytest.mark.parametrize("setting", [{"ratio": 4}, {"preset": "attentionpack"}, {"preset": "a-vl"}], ids=str)
+@pytest.mark.parametrize("setting", [{"ratio": 4}, *TIERED_PRESETS], ids=str)
 def test_lossy_caches_decode_from_drafts(setting):
     model, inputs = calibrated(llava(), **setting), picture([60, 40])
     length = inputs["input_ids"].shape[1] + 40
@@ -130,18 +131,18 @@ def test_a_looked_up_draft_of_any_length_is_not_evicted(tokens, inputs):
     assert out.shape[1] == length and int(cache.get_seq_length()) == length - 1
     text = int((out != IMAGE).sum()) - 1
     for layer in cache.packed_layers:
-        layer.prune_text(length - 1)
+        layer.evict([("text",)], length - 1)
         held = layer.tiers.positions[2][0]
         assert int(layer.tiers.seen[0, 1]) == text
         assert int(((held >= 0) & (held < length - 1)).sum()) == -(-text // 2)
 
 
-@pytest.mark.parametrize("preset", ["a-vl", "attentionpack"])
-def test_an_assistant_that_packs_crops_as_many_tokens_as_it_drafts(preset):
+@pytest.mark.parametrize("setting", TIERED_PRESETS, ids=str)
+def test_an_assistant_that_packs_crops_as_many_tokens_as_it_drafts(setting):
     model, assistant = llava(), contrary(45)
     dense = greedy(model, REPEATED, 50)
     calibrated(model, preset="lossless")
-    calibrated(assistant, preset=preset)
+    calibrated(assistant, **setting)
     assert torch.equal(greedy(model, REPEATED, 50, assistant_model=assistant), dense)
 
 

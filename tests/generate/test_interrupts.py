@@ -5,13 +5,14 @@ import weakref
 
 import pytest
 import torch
+from preset_rows import EVERY_PRESET
 from small import calibrated, greedy, llava, picture
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import apack_compile
 
-SETTINGS = [{"preset": "lossless"}, {"ratio": 4}, {"preset": "attentionpack"}, {"preset": "a-vl"}]
+SETTINGS = [{"ratio": 4}, *EVERY_PRESET]
 
 
 def interrupted(kind):

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from preset_rows import EVERY_PRESET
 from small import calibrated, greedy, llava, picture
 
 import apack_compile
 
 LOSSLESS, TIERS = {"preset": "lossless"}, {"preset": "a-vl"}
-UNCOMPILED = [LOSSLESS, {"ratio": 4}, {"ratio": 5.2}, TIERS, {"preset": "attentionpack"}]
+UNCOMPILED = [{"ratio": 4}, {"ratio": 5.2}, *EVERY_PRESET]
 # The operations that write are the same, compiled or not: two settings use all of them.
 CASES = [*((setting, "none") for setting in UNCOMPILED), (LOSSLESS, "eager"), (TIERS, "eager")]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from preset_rows import TIERED_PRESETS
 from vlms import IMAGE, build, prompt
 
 import apack_compile
@@ -25,7 +26,7 @@ def llava(**setting):
     return apack_compile.optimize(model, compile="none", **setting, min_tokens=0), prompt("llava", rows, placeholders)
 
 
-@pytest.mark.parametrize("setting", ({"preset": "a-vl"}, {"preset": "attentionpack"}, {"ratio": 4}), ids=str)
+@pytest.mark.parametrize("setting", [{"ratio": 4}, *TIERED_PRESETS], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_pictures_and_padding_are_known_however_the_cache_is_passed(way, setting):

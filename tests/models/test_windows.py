@@ -4,6 +4,7 @@ import pytest
 import torch
 from matrix.building import build as build_type
 from matrix.building import class_names
+from preset_rows import TIERED_PRESETS
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -241,13 +242,13 @@ def test_sinks_are_attended_to_over_decoded_states(compile):
         assert {line.status for line in lines} == {"skipped"} and all("sink" in line.reason for line in lines)
 
 
-@pytest.mark.parametrize("preset", ["attentionpack", "a-vl"])
-def test_published_presets_keep_every_token_of_a_window(preset):
+@pytest.mark.parametrize("setting", TIERED_PRESETS, ids=str)
+def test_published_presets_keep_every_token_of_a_window(setting):
     torch.manual_seed(0)
     model = Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=60, layer_types=MIXED)).eval()
     # a window of 60 tokens is worth packing at a small rank
     ranks = dict.fromkeys(AttentionPackConfig(min_tokens=0).ranks, 1)
-    apack_compile.optimize(model, AttentionPackConfig(preset=preset, ranks=ranks, compile="none"))
+    apack_compile.optimize(model, AttentionPackConfig(**setting, ranks=ranks, compile="none"))
     cache = apack_compile.new_cache(model)
     generate(model, prompt(90), past_key_values=cache)
     full, window = cache.groups

@@ -62,7 +62,7 @@ def test_a_foreign_file_is_refused(tmp_path, content):
 
 def test_a_file_of_another_format_version_is_refused(plan, tmp_path):
     write(tmp_path / "plan", values_of(plan), tensors_of(plan), version="1")
-    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads the formats 4, 5, 6"):
+    with pytest.raises(ValueError, match=r"path='.*': plan format '1'; apack-compile .* reads the formats 4, 5, 6, 7"):
         Plan.load(tmp_path / "plan")
 
 
@@ -128,16 +128,16 @@ def stream_change(**changes):
         (lambda values: values.update(separates_vision="no"), "separates_vision is 'no'"),
         (lambda values: values.update(signature=[2, 2, 16]), "signature is"),
         (lambda values: values.update(signature=[1, 2, 16, "torch.float32"]), r"layers is \[0, 1\], must be .* 0 to 0"),
-        (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 6"),
-        (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 6"),
+        (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 7"),
+        (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 7"),
         (lambda values: values["turn"].update(block=0), "turn block is 0, must be an integer >= 1"),
         (lambda values: values["turn"].update(block="32"), "turn block is '32'"),
         (lambda values: values["turn"].update(interleaved=1), "turn interleaved is 1, must be True or False"),
         (lambda values: values["turn"].pop("interleaved"), "more than a plan"),
         (lambda values: values.update(turn=None), "more than a plan"),
         (lambda values: values["turn"].pop("block"), "not laid out"),
-        (lambda values: values["layers"].pop(), "not laid out as plan format 6 says: .*more than a plan"),
-        (lambda values: values.pop("groups"), "not laid out as plan format 6 says: KeyError"),
+        (lambda values: values["layers"].pop(), "not laid out as plan format 7 says: .*more than a plan"),
+        (lambda values: values.pop("groups"), "not laid out as plan format 7 says: KeyError"),
         (lambda values: values.update(more=1), "more than a plan"),
         (lambda values: values.update(layers=None), "not laid out"),
         (lambda values: values.update(versions=[]), "not laid out"),

@@ -97,9 +97,9 @@ def test_files_of_earlier_formats_load_as_they_did(plan, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values.pop("windows"), "not laid out as plan format 6 says: KeyError"),
-        (lambda values: values.pop("window"), "not laid out as plan format 6 says: KeyError"),
-        (lambda values: values.update(windows=[]), "not laid out as plan format 6"),
+        (lambda values: values.pop("windows"), "not laid out as plan format 7 says: KeyError"),
+        (lambda values: values.pop("window"), "not laid out as plan format 7 says: KeyError"),
+        (lambda values: values.update(windows=[]), "not laid out as plan format 7"),
         (lambda values: values.update(windows={}), "more than a plan"),
         (lambda values: values["windows"].update({"020": values["windows"].pop("20")}), "not laid out"),
         (lambda values: values["windows"].update(wide=values["windows"].pop("20")), "not laid out"),
@@ -113,7 +113,7 @@ def test_files_of_earlier_formats_load_as_they_did(plan, tmp_path):
         (lambda values: values["windows"]["20"]["layers"].pop(), "more than a plan"),
         (
             lambda values: values["windows"]["20"].update(windows={"9": copy.deepcopy(values["windows"]["20"])}),
-            "not laid out as plan format 6",
+            "not laid out as plan format 7",
         ),
     ],
 )  # fmt: skip
@@ -133,7 +133,7 @@ def test_tensors_of_a_window_that_a_cache_cannot_use_are_refused(plan, tmp_path)
         Plan.load(path)
     tensors.pop(name)
     write(path, values_of(plan), tensors)
-    with pytest.raises(ValueError, match=r"not laid out as plan format 6 says: KeyError\('layers.1.text_key.step'\)"):
+    with pytest.raises(ValueError, match=r"not laid out as plan format 7 says: KeyError\('layers.1.text_key.step'\)"):
         Plan.load(path)
 
 

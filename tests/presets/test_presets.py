@@ -2,45 +2,27 @@
 
 import pytest
 import torch
-from plain import PlainAttentionPack, PlainAVL
+from preset_rows import PRESET_ROWS
 from vlms import IMAGE, build, prompt
 
 import apack_compile
-from apack_compile import AttentionPackConfig, AVLOptions
+from apack_compile import AttentionPackConfig
+from apack_compile.plan.presets import PRESETS
 
 STEPS = 14
 BATCHES = {
     "one": [[5, 9, 7, 3, 6, 8]],
     "four-padded": [[5, 9, 7, 3, 6, 8], [12, 4, 1, 2, 8], [3, 6, 8, 9, 5, 4], [2, 30, 9, 7, 1, 4]],
 }
-RANKS = {"vision_key": 8, "vision_value": 8, "text_key": 64, "text_value": 64}
-# Steps compared on average before a choice that rounding may decide; refreshes, revisits and prunings are among them.
-COMPARED = {"attentionpack": 4, "a-vl": 8}
-AVL = {
-    "core": 0.3,
-    "secondary": 0.6,
-    "core_every": 3,
-    "text_kept": 0.6,
-    "text_first": 5,
-    "text_heavy": 0.7,
-    "text_every": 4,
-}
 
 
-def systems(name):
-    if name == "attentionpack":
-        return AttentionPackConfig(preset=name, compile="none", ranks=RANKS), lambda m: PlainAttentionPack(
-            m, 8, 0.25, 0.25, 0.25
-        )
-    if name == "a-vl":
-        config = AttentionPackConfig(preset=name, compile="none", a_vl=AVLOptions(**AVL))
-        return config, lambda m: PlainAVL(m, 0.3, 0.6, 3, 0.6, 5, 0.7, 4)
-    raise ValueError(name)
+def test_every_preset_has_a_row():
+    assert list(PRESET_ROWS) == list(PRESETS)
 
 
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("compile", ["none", "eager"])
-@pytest.mark.parametrize("name", ["attentionpack", "a-vl"])
+@pytest.mark.parametrize("name", PRESET_ROWS)
 def test_a_preset_is_its_paper_in_every_row(name, compile, rows):
     model, placeholders = build("llava")
     model = model.double()
@@ -48,8 +30,8 @@ def test_a_preset_is_its_paper_in_every_row(name, compile, rows):
     inputs["pixel_values"] = inputs["pixel_values"].double()
     with torch.no_grad():
         embeddings = model(**inputs, output_hidden_states=True).hidden_states[0]
-    config, plain = systems(name)
-    apack_compile.optimize(model, AttentionPackConfig(**{**vars(config), "compile": compile, "min_tokens": 0}))
+    preset = PRESET_ROWS[name]
+    apack_compile.optimize(model, AttentionPackConfig(preset=name, compile=compile, **preset.config))
     out = model.generate(
         **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
@@ -58,7 +40,7 @@ def test_a_preset_is_its_paper_in_every_row(name, compile, rows):
     compared = 0
     for row in range(len(rows)):
         real = inputs["attention_mask"][row].bool()
-        method = plain(model)
+        method = preset.plain(model)
         expected = method.prefill(embeddings[row, real], inputs["input_ids"][row, real] == IMAGE)[-1]
         for step in range(STEPS):
             error = (got[row, step].double() - expected).abs().max() / expected.abs().max()
@@ -67,4 +49,4 @@ def test_a_preset_is_its_paper_in_every_row(name, compile, rows):
             expected = method.decode(model.get_input_embeddings()(new[row, step])[None])[-1]
             if method.undecided:
                 break
-    assert compared >= COMPARED[name] * len(rows)
+    assert compared >= preset.steps * len(rows)

@@ -120,7 +120,7 @@ MODES = [
         "chunked prefill",
         "`prefill_chunk_size=`",
         WORKS,
-        "with a ratio, calibrate first; the plan is the whole prompt's; presets with eviction choose by the last token of each chunk",
+        "with a ratio, calibrate first; the plan is the whole prompt's; presets with eviction choose by the newest tokens of each chunk",
         {"prefill_chunk_size": 13},
         compiled=True,
     ),

@@ -1,4 +1,4 @@
-"""Plain, slow float64 versions of the two published methods, one sequence at a time, after their descriptions.
+"""Plain, slow float64 versions of the presets, one sequence at a time, after the papers' descriptions.
 
 A Llama decoder is run by hand, so that nothing of the package takes part. Steps are counted from 1 after the prompt.
 """
@@ -114,13 +114,13 @@ class PlainMethod:
         self.held = n
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = []
+            out, paid = [], []
             for i in range(n):
                 one, weights = self.decoder.attention(q[i], k[: i + 1], v[: i + 1])
                 out.append(one)
-            tokens = [
-                Token(i, bool(vision[i]), k[i], v[i], k[i], v[i], v[i], float(weights[:, i].mean())) for i in range(n)
-            ]
+                paid.append(weights.mean(0).tolist())
+            importance = self.of_prompt(paid)
+            tokens = [Token(i, bool(vision[i]), k[i], v[i], k[i], v[i], v[i], importance[i]) for i in range(n)]
             self.layers[index].tokens = tokens
             self.layers[index].vision_seen = int(vision.sum())
             self.layers[index].text_seen = n - int(vision.sum())
@@ -130,11 +130,32 @@ class PlainMethod:
         with torch.no_grad():
             return self.decoder.forward(embeddings, 0, attend)
 
+    def of_prompt(self, paid: list[list[float]]) -> list[float]:
+        """Importance of a prompt's tokens, from the attention that each one pays to those before it and to itself."""
+        return paid[-1]
+
+    def store(self, layer: Layer) -> None:
+        """After the prompt: what is stored of its tokens."""
+
+    def before(self, layer: Layer) -> None:
+        """Before a step's token joins."""
+
+    def newest(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is stored of a generated token: key, value, and part of the value."""
+        return key, value, value
+
+    def read(self, layer: Layer) -> list[tuple[Token, Tensor]]:
+        """Tokens that a step reads, with their values."""
+        return [(t, t.stored_value) for t in layer.tokens]
+
+    def observe(self, token: Token, attention: float) -> None:
+        """A step paid so much attention to a token."""
+
     def most_important(self, tokens: list[Token], count: int) -> list[Token]:
         ranked = sorted(tokens, key=lambda t: -t.importance)
         if 0 < count < len(ranked):
             last, next_one = ranked[count - 1].importance, ranked[count].importance
-            self.undecided |= last - next_one < CLOSE * last
+            self.undecided |= 0 < last - next_one < CLOSE * last
         return ranked[:count]
 
     def decode(self, embedding: Tensor) -> Tensor:
@@ -195,9 +216,6 @@ class PlainAttentionPack(PlainMethod):
     def before(self, layer: Layer) -> None:
         if self.step > 1:
             self.rank_tokens(layer)
-
-    def newest(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return key, value, value
 
     def read(self, layer: Layer) -> list[tuple[Token, Tensor]]:
         core = {t.position for t in layer.core}
@@ -260,3 +278,30 @@ class PlainAVL(PlainMethod):
 
     def observe(self, token: Token, attention: float) -> None:
         token.importance = attention if token.vision else token.importance + attention
+
+
+class PlainSnapKV(PlainMethod):
+    """SnapKV: what the newest prompt tokens attend to, and these; heads are averaged. Generated tokens stay."""
+
+    def __init__(self, model, kept: float, window: int, kernel: int) -> None:
+        super().__init__(model)
+        self.kept, self.window, self.kernel = kept, window, kernel
+
+    def of_prompt(self, paid: list[list[float]]) -> list[float]:
+        n = len(paid)
+        before = max(n - self.window, 0)
+        votes = [sum(paid[query][i] for query in range(before, n)) for i in range(before)]
+        reach = self.kernel // 2
+        return [max(votes[max(i - reach, 0) : i + reach + 1]) for i in range(before)] + [0.0] * (n - before)
+
+    def store(self, layer: Layer) -> None:
+        for token in layer.tokens:
+            token.stored_key, token.stored_value, _ = self.newest(token.key, token.value)
+        n = len(layer.tokens)
+        before, window = layer.tokens[: max(n - self.window, 0)], layer.tokens[max(n - self.window, 0) :]
+        stay = {t.position for t in self.most_important(before, max(rounded_up(self.kept, n) - self.window, 0))}
+        layer.tokens = [t for t in before if t.position in stay] + window
+
+    def newest(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = key.half().double(), value.half().double()
+        return key, value, value

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from torch import Tensor
+
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
 from apack_compile.plan.presets.base import Layers, Preset, check_count, check_share
-from apack_compile.plan.tiers import TextEviction, TierPlan
+from apack_compile.plan.tiers import Tokens, share_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,53 @@ class AVLOptions(Preset):
         for name in ("text_first", "core_every", "text_every"):
             check_count("a_vl", name, getattr(self, name))
 
+    @property
+    def attended(self) -> float:
+        """Share of vision tokens that are read at every step."""
+        return self.core
+
+    @property
+    def kept(self) -> float:
+        """Share of vision tokens that are kept, those with the highest attention."""
+        return self.secondary
+
+    @property
+    def refresh_every(self) -> int:
+        """Decode steps between two choices of the core."""
+        return self.core_every
+
+    @property
+    def decay(self) -> tuple[float, float, float, float]:
+        """Importance is the newest attention of vision tokens, and the sum of text's."""
+        return (0.0, 1.0, 1.0, 1.0)
+
+    @property
+    def pools(self) -> tuple[tuple[str, ...], ...]:
+        """Vision and text are evicted each by itself."""
+        return (("vision",), ("text",))
+
+    @property
+    def prune_every(self) -> int:
+        """Decode steps between two evictions of text."""
+        return self.text_every
+
+    def score(self, tokens: Tokens) -> Tensor:
+        """The importance; before it, of text, the first tokens and the newest, which are what the heavy hitters leave of the budget."""
+        if "text" not in tokens.modalities:
+            return tokens.importance
+        budget = self.budget(tokens)
+        first = budget.clamp_max(self.text_first)
+        recent = budget - first - share_of(budget - first, self.text_heavy)
+        always = (tokens.place < first[:, None]) | (tokens.place >= (tokens.count - recent)[:, None])
+        return tokens.importance.masked_fill(always, float("inf"))
+
+    def budget(self, tokens: Tokens) -> Tensor:
+        """How many tokens `[B]` are kept."""
+        if "text" not in tokens.modalities:
+            return share_of(tokens.seen, self.kept)
+        wanted = share_of(tokens.seen, self.text_kept).clamp_min(self.text_first)
+        return wanted.minimum(tokens.count)
+
     def plan(self, wanted: Layers) -> Plan:
         """The plan of some layers; those with a window have no tiers."""
         plan = a_vl_plan(wanted.layers, self)
@@ -45,11 +94,4 @@ class AVLOptions(Preset):
 def a_vl_plan(layers: Sequence[int], options: AVLOptions) -> Plan:
     """16-bit tokens; vision as core, secondary and evicted, text by first, newest and heavy hitters."""
     kept = StreamPlan("half")
-    tiers = TierPlan(
-        attended=options.core,
-        kept=options.secondary,
-        refresh_every=options.core_every,
-        ema=(0.0, 1.0, 1.0, 1.0),
-        text=TextEviction(options.text_kept, options.text_first, options.text_heavy, options.text_every),
-    )
-    return Plan(dict.fromkeys(layers, LayerPlan(kept, kept, kept, kept)), tail_slots=0, first_tokens=0, tiers=tiers)
+    return Plan(dict.fromkeys(layers, LayerPlan(kept, kept, kept, kept)), tail_slots=0, first_tokens=0, tiers=options)

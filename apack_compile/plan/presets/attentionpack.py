@@ -8,7 +8,6 @@ from apack_compile.kernels.format import Bands
 from apack_compile.plan.plan import MIN_TAIL_SLOTS, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.presets.base import Layers, Preset, StreamRanks, check_count, check_share
 from apack_compile.plan.ring import BLOCK_SHARE
-from apack_compile.plan.tiers import TierPlan
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,21 @@ class AttentionPackOptions(Preset):
             raise ValueError(f"attentionpack: bits={self.bits!r} must be 4 or 16")
         if self.basis not in ("sequence", "batch"):
             raise ValueError(f"attentionpack: basis={self.basis!r} must be 'sequence' or 'batch'")
+
+    @property
+    def kept(self) -> float:
+        """Share of vision tokens that are kept, those with the highest importance."""
+        return 1 - self.evict
+
+    @property
+    def pools(self) -> tuple[tuple[str, ...], ...]:
+        """Vision tokens alone are evicted."""
+        return () if self.evict == 0 else (("vision",),)
+
+    @property
+    def decay(self) -> tuple[float, float, float, float]:
+        """Importance is a moving average of attention."""
+        return (self.ema, 1 - self.ema) * 2
 
     def plan(self, wanted: Layers) -> Plan:
         """The plan of some layers; in those with a window the tail is shorter, and there are no tiers."""
@@ -88,14 +102,7 @@ def attentionpack_plan(
         plans[layer] = LayerPlan(*streams)
     if options.evict == 0 and 1 in (options.full, options.partial):
         return Plan(plans, tail_slots)
-    tiers = TierPlan(
-        full=options.full,
-        partial=options.partial,
-        kept=1 - options.evict,
-        refresh_every=options.refresh_every,
-        ema=(options.ema, 1 - options.ema) * 2,
-    )
-    return Plan(plans, tail_slots, tiers=tiers)
+    return Plan(plans, tail_slots, tiers=options)
 
 
 def tail_for(tail_slots: int, window: int | None) -> int:

@@ -1,10 +1,11 @@
-"""What a preset is: a frozen dataclass of its options that makes plans."""
+"""What a preset is: a frozen dataclass of its options that makes plans, and scores tokens where it drops some."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from apack_compile.plan.plan import Plan
+from apack_compile.plan.tiers import TierRule
 
 StreamRanks = int | Sequence[int]
 
@@ -25,7 +26,7 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class Preset:
+class Preset(TierRule):
     """Options of a preset, checked; a subclass adds them as fields, and is listed in plan/presets."""
 
     name: ClassVar[str]
