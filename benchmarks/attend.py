@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import apack_compile  # noqa: F401  (registers the operations)
-from apack_compile.kernels.format import GAUSSIAN_STEP, Bands, StreamBasis
+from apack_compile.kernels.format import BANDS, Bands, StreamBasis
 from apack_compile.kernels.ops import implementations
 from apack_compile.kernels.state import KIND_NAMES, TEXT, DenseSegment, PackedState, PackedStream, Segment
 from apack_compile.models.coordinates import TokenCoordinates
@@ -90,7 +90,7 @@ def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, 
     width = shape.heads * shape.head_dim // groups
     variance = typical_variance(width)
     deviation = variance.sqrt().expand(1, groups, width)
-    steps = {bits: deviation * step for bits, step in GAUSSIAN_STEP.items()}
+    steps = {band.bits: deviation * band.step for band in BANDS}
     rows = torch.randn(1, groups, width, width) / width**0.5
     spectrum = Spectrum(torch.zeros(1, groups, width), rows, deviation, steps)
     statistics = StreamStatistics(spectrum, variance.expand(groups, width))

@@ -16,7 +16,6 @@ from apack_compile.calibration.collect import Running, add_observation, as_packe
 from apack_compile.calibration.find_rotation import find_turn
 from apack_compile.calibration.sensitivity import observe
 from apack_compile.demo.assets import load_model, load_tokenizer
-from apack_compile.kernels.format import GAUSSIAN_DISTORTION
 from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.plan import STREAMS, Plan
 from apack_compile.plan.source import Statistics
@@ -33,7 +32,7 @@ def harm(plan: Plan, statistics: Statistics) -> float:
         for measured, stream in zip(statistics[layer]["text"], (streams.text_key, streams.text_value), strict=True):
             weights = measured.weights.sum(0).double()
             lost = torch.ones_like(weights)
-            kept = [GAUSSIAN_DISTORTION[bits] for bits in stream.bands.widths]
+            kept = [band.distortion for band in stream.bands.each]
             lost[: len(kept)] = torch.tensor(kept, dtype=torch.float64)
             total += float((weights * lost).sum())
     return total

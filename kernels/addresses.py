@@ -10,12 +10,13 @@ from operator import is_
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.format import BANDS
 from apack_compile.kernels.native import DTYPES
 from apack_compile.kernels.state import CURSOR, AppendState, DenseSegment, PackedState, PackedStream, check_version
 from apack_compile.kernels.structs import MAX_PACKED, SEGMENT
 
 # the last words of a Source whose tokens are kept as they are
-NO_BASIS = (0,) * 10
+NO_BASIS = (0,) * (6 + len(BANDS))
 NO_ROTATION = (0, 0, 0, 0)
 NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from apack_compile.kernels.format import WIDTHS
 from apack_compile.kernels.structs import STRUCTURES, places
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -38,6 +39,15 @@ def use_openmp(library: ctypes.CDLL) -> bool:
     return None not in functions
 
 
+def lays_out_alike(library: ctypes.CDLL) -> bool:
+    """Whether a library has the structures and the bands that Python has."""
+    if not hasattr(library, "apack_place") or not hasattr(library, "apack_bits"):
+        return False
+    expected = {name: at for kind in STRUCTURES for name, at in places(kind).items()}
+    bits = tuple(library.apack_bits(band) for band in range(len(WIDTHS) + 1))
+    return bits == (*WIDTHS, 0) and all(library.apack_place(name.encode()) == at for name, at in expected.items())
+
+
 def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
     """The compiled operations, or None; and which they are, or why there are none."""
     if path is None:
@@ -46,8 +56,7 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"not loadable: {error}"
-    expected = {name: at for kind in STRUCTURES for name, at in places(kind).items()}
-    if not hasattr(library, "apack_place") or any(library.apack_place(n.encode()) != at for n, at in expected.items()):
+    if not lays_out_alike(library):
         return None, "built from other sources: install again"
     threads = "" if use_openmp(library) else ", one thread: this PyTorch has no OpenMP"
     return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}{threads}"

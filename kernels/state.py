@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.format import Bands, StreamBasis
+from apack_compile.kernels.format import BANDS, Bands, StreamBasis
 
 LAYOUT_VERSION = 1
 # Kinds of packed segments, in the order in which a state has them; text is the last one of every state.
@@ -17,7 +17,7 @@ COARSE, VISION, TEXT = 0, 1, 2
 KIND_NAMES = ("coarse", "vision", "text")
 
 # Integers of a layout before those of its segments, and of a segment: its kind, bands of key and value.
-HEAD, SEGMENT = 3, 9
+HEAD, SEGMENT = 3, 1 + 2 * len(BANDS)
 # Tensors of a state before those of its segments, and of a segment without rotations.
 CURSOR, FIRST_TENSORS, SEGMENT_TENSORS = 0, 6, 11
 
@@ -112,7 +112,8 @@ class Layout:
             raise ValueError(
                 f"layout: kinds {kinds} must be some of 0 (coarse), 1 (vision) and 2 (text), in order, with text"
             )
-        bands = tuple((bands_of(part[1:5]), bands_of(part[5:9])) for part in parts)
+        half = 1 + len(BANDS)
+        bands = tuple((Bands(tuple(part[1:half])), Bands(tuple(part[half:]))) for part in parts)
         return cls(kinds, bands, words[1], words[2])
 
     def tensor_names(self) -> list[str]:
@@ -222,12 +223,6 @@ def layout_words(block: int, interleaved_pairs: int, segments: Iterable[tuple[in
     for kind, (key, value) in segments:
         words += [kind, *key.counts, *value.counts]
     return words
-
-
-def bands_of(counts: Sequence[int]) -> Bands:
-    """Bands of components in 16, 8, 4 and 2 bits."""
-    n16, n8, n4, n2 = counts
-    return Bands((n16, n8, n4, n2))
 
 
 def check_version(layout: Sequence[int]) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from ctypes import Array, Structure, c_double, c_int64, c_void_p, sizeof
 from struct import Struct
 
+from apack_compile.kernels.format import BANDS
+
 # packed segments that there is room for
 MAX_PACKED = 3
 STRIDES = c_int64 * 3
@@ -18,7 +20,7 @@ class Source(Structure):
         *((name, c_void_p) for name in ("scale", "mean", "decoder", "step")),
         ("basis_dtype", c_int64),
         ("basis_batch", c_int64),
-        ("bands", c_int64 * 4),
+        ("bands", c_int64 * len(BANDS)),
     )
 
 
@@ -94,7 +96,7 @@ class Side(Structure):
 class Quantizer(Structure):
     """How coefficients become levels."""
 
-    _fields_ = (("unit", c_double * 4), ("least_scale", c_double), ("greatest_half", c_double))
+    _fields_ = (("unit", c_double * len(BANDS)), ("least_scale", c_double), ("greatest_half", c_double))
 
 
 class Append(Structure):

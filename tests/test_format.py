@@ -85,7 +85,7 @@ def streams(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.sampled_from(WIDTHS[1:]), count=st.integers(0, 41), seed=st.integers(0, 1000))
+@given(bits=st.integers(1, 8), count=st.integers(0, 41), seed=st.integers(0, 1000))
 def test_levels_survive_packing_at_any_width_and_count(bits, count, seed):
     generator = torch.Generator().manual_seed(seed)
     levels = torch.randint(0, 2**bits, (2, 3, count), generator=generator, dtype=torch.uint8)

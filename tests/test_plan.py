@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
-from apack_compile.kernels.format import GAUSSIAN_DISTORTION, WIDTHS, Bands
+from apack_compile.kernels.format import BANDS, WIDTHS, Bands
 from apack_compile.plan.basis import BAND_GRAIN
 from apack_compile.plan.bits import bands_of, largest_ratio, runs_of, water_fill
 from apack_compile.plan.budget import budget_key, budget_plan, tail_slots_for
@@ -21,6 +21,7 @@ from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyTurn
 from apack_compile.plan.source import PlanSource
 
+DISTORTION = {band.bits: band.distortion for band in BANDS} | {0: 1.0}
 RUNS = st.lists(
     st.tuples(st.floats(1e-9, 1e6, allow_subnormal=False), st.sampled_from((1.0, 8.0, 16.0, 48.0))),
     min_size=1,
@@ -29,7 +30,7 @@ RUNS = st.lists(
 
 
 def distortion_of(bits: torch.Tensor, weights: torch.Tensor) -> float:
-    return float(sum(w * GAUSSIAN_DISTORTION[int(b)] for w, b in zip(weights, bits, strict=True)))
+    return float(sum(w * DISTORTION[int(b)] for w, b in zip(weights, bits, strict=True)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,10 +51,10 @@ def test_more_budget_never_costs_quality_and_no_budget_is_exceeded(runs, one, ot
 def test_no_run_gains_more_by_two_bits_than_another_run_loses_by_them(runs, share):
     weights, cost = (torch.tensor(column, dtype=torch.float64) for column in zip(*runs, strict=True))
     bits = water_fill(weights, cost, share * 16 * float(cost.sum()))
-    widths = sorted(GAUSSIAN_DISTORTION)
+    widths = sorted(DISTORTION)
 
     def slope(i: int, a: int, b: int) -> float:
-        return float(weights[i] * (GAUSSIAN_DISTORTION[a] - GAUSSIAN_DISTORTION[b]) / (cost[i] * (b - a)))
+        return float(weights[i] * (DISTORTION[a] - DISTORTION[b]) / (cost[i] * (b - a)))
 
     gains = [max(slope(i, int(b), w) for w in widths if w > b) for i, b in enumerate(bits) if b < 16]
     losses = [min(slope(i, w, int(b)) for w in widths if w < b) for i, b in enumerate(bits) if b > 0]

@@ -316,7 +316,7 @@ class CompactedLayer(CacheLayerMixin):
                 sample, real = x.transpose(0, 1).flatten(1, 2)[None], real.reshape(1, -1)
             bands = bands.at_most(sample.shape[2])
             spectrum = fit(moments(sample, real.to(torch.float32)), bands.components, self._earlier_rows(stream))
-            if bands.components > bands.counts[0]:
+            if not all(band.is_float for count, band in bands.parts if count):
                 # a Gaussian's steps clip a sequence's outliers, which costs more than all else
                 spectrum = fit_steps(spectrum, sample, token_scale=False)
             self.streams[stream] = replace(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.format import GAUSSIAN_STEP, WIDTHS, Bands, StreamBasis
+from apack_compile.kernels.format import BANDS, Bands, StreamBasis
 
 # Above this width an eigendecomposition of the covariance costs more than a few products with a block, from random rows; above half of
 # it, from an earlier basis (benchmarks/subspace.py).
@@ -43,8 +43,8 @@ class Spectrum:
     def basis(self, bands: Bands, dtype: torch.dtype = torch.float32) -> StreamBasis:
         """The stream basis of these bands; owns its memory."""
         start, steps = 0, []
-        for count, bits in zip(bands.counts, WIDTHS, strict=True):
-            steps.append(self.steps[bits][..., start : start + count])
+        for count, band in bands.parts:
+            steps.append(self.steps[band.bits][..., start : start + count])
             start += count
         rows = self.rows[:, :, : bands.components].to(dtype, copy=True)
         return StreamBasis(self.mean.to(dtype, copy=True), rows, torch.cat(steps, dim=-1).float())
@@ -105,7 +105,7 @@ def fit(stats: Moments, rank: int | None = None, start: Tensor | None = None) ->
     magnitude = (average + stats.mean.square().mean(-1)).sqrt()
     floor = torch.finfo(torch.float32).eps * magnitude + torch.finfo(torch.float32).tiny ** 0.5
     deviation = torch.maximum(variance.sqrt(), floor[..., None])
-    return Spectrum(stats.mean, rows, deviation, {bits: deviation * step for bits, step in GAUSSIAN_STEP.items()})
+    return Spectrum(stats.mean, rows, deviation, {band.bits: deviation * band.step for band in BANDS})
 
 
 def mixed(spectrum: Spectrum) -> Spectrum:
@@ -121,7 +121,7 @@ def mixed(spectrum: Spectrum) -> Spectrum:
     rows[:, :, : runs * size] = (mixing @ whole).flatten(2, 3)
     variance = deviation[:, :, : runs * size].square().unflatten(2, (runs, size)).mean(-1, keepdim=True)
     deviation[:, :, : runs * size] = variance.sqrt().expand(-1, -1, -1, size).flatten(2, 3)
-    return Spectrum(spectrum.mean, rows, deviation, {bits: deviation * step for bits, step in GAUSSIAN_STEP.items()})
+    return Spectrum(spectrum.mean, rows, deviation, {band.bits: deviation * band.step for band in BANDS})
 
 
 def hadamard(size: int) -> Tensor:
@@ -138,14 +138,16 @@ def fit_steps(spectrum: Spectrum, sample: Tensor, token_scale: bool) -> Spectrum
     normalized = coefficients / spectrum.deviation[:, :, None]
     if token_scale:
         normalized = normalized / normalized.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-    steps = {16: spectrum.steps[16]}
-    for bits in WIDTHS[1:]:
-        top = 2**bits - 1
+    steps = {}
+    for band in BANDS:
+        if band.is_float:
+            steps[band.bits] = spectrum.steps[band.bits]
+            continue
         errors = []
         for factor in STEP_FACTORS:
-            step = GAUSSIAN_STEP[bits] * factor
-            quantized = ((normalized / step + top / 2).round().clamp(0, top) - top / 2) * step
+            step = band.step * factor
+            quantized = ((normalized / step + band.top / 2).round().clamp(0, band.top) - band.top / 2) * step
             errors.append((quantized - normalized).square().mean(2))
         best = torch.tensor(STEP_FACTORS, device=sample.device)[torch.stack(errors).argmin(0)]
-        steps[bits] = spectrum.deviation * best * GAUSSIAN_STEP[bits]
+        steps[band.bits] = spectrum.deviation * best * band.step
     return Spectrum(spectrum.mean, spectrum.rows, spectrum.deviation, steps)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.format import GAUSSIAN_DISTORTION, Bands
+from apack_compile.kernels.format import BANDS, WIDTHS, Bands
 from apack_compile.plan.basis import BAND_GRAIN, Spectrum
 
 
@@ -16,8 +16,9 @@ def water_fill(weights: Tensor, cost: Tensor, budget: float) -> Tensor:
     `weight * distortion(width) + slope * cost * width`, and the slope is bisected. `weights` is a run's distortion when
     dropped, `cost` what one bit in it counts, float64.
     """
-    widths = torch.tensor(list(GAUSSIAN_DISTORTION), dtype=torch.float64)
-    distortion = torch.tensor(list(GAUSSIAN_DISTORTION.values()), dtype=torch.float64)
+    # a run that is dropped takes no bits
+    widths = torch.tensor([*WIDTHS, 0], dtype=torch.float64)
+    distortion = torch.tensor([*(band.distortion for band in BANDS), 1.0], dtype=torch.float64)
 
     def choose(slope: float) -> Tensor:
         lagrangian = weights[:, None] * distortion + slope * cost[:, None] * widths
@@ -41,25 +42,21 @@ def runs_of(spectrum_weights: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def largest_ratio(width: int) -> float:
-    """The ratio of a stream of this width with one 2-bit run and a scale per token: nothing smaller is worth storing."""
-    return 16 * width / (2 * min(BAND_GRAIN, width) + 16)
+    """The ratio of a stream of this width with one run of the fewest bits and a scale per token: nothing smaller is worth storing."""
+    return 16 * width / (min(WIDTHS) * min(BAND_GRAIN, width) + 16)
 
 
 def bands_of(bits: Sequence[float], lengths: Sequence[int]) -> Bands:
-    """Bands of runs with falling bits; the first run has two bits at least."""
-    counts = {16: 0, 8: 0, 4: 0, 2: 0}
+    """Bands of runs with falling bits; the first run is not dropped."""
+    components = dict.fromkeys((*WIDTHS, 0), 0)
     for run, (width, length) in enumerate(zip(bits, lengths, strict=True)):
-        width = max(width, 2) if run == 0 else width
-        if width:
-            counts[int(width)] += length
-    return Bands((counts[16], counts[8], counts[4], counts[2]))
+        components[int(max(width, min(WIDTHS)) if run == 0 else width)] += length
+    return Bands.of(components)
 
 
 def expected_error(spectrum: Spectrum, bands: Bands) -> float:
     """Share of a stream's variance that these bands lose, for Gaussian components."""
     variance = spectrum.deviation.double().square().sum((0, 1))
-    lost = torch.tensor(
-        [GAUSSIAN_DISTORTION[bits] for bits in bands.widths], dtype=torch.float64, device=variance.device
-    )
+    lost = torch.tensor([band.distortion for band in bands.each], dtype=torch.float64, device=variance.device)
     kept = variance[: len(lost)]
     return float((variance.sum() - kept.sum() + (kept * lost).sum()) / variance.sum())

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from apack_compile.kernels.format import Bands, StreamBasis
+from apack_compile.kernels.format import BANDS, Bands, StreamBasis
 from apack_compile.plan.importance import CoarseRule, feature_count
 from apack_compile.plan.plan import FITTED_SCOPES, MIN_TAIL_SLOTS, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.rotation import MAX_COORDINATES, KeyTurn
@@ -162,14 +162,14 @@ def stream_claims(stream: StreamPlan, where: str) -> Iterator[Claim]:
     share = isinstance(error, (int, float)) and not isinstance(error, bool) and 0 <= error <= 1
     yield Claim(share, f"{where} expected_error", error, "a number from 0 to 1")
     counts = stream.bands.counts
-    four = isinstance(counts, tuple) and len(counts) == 4 and all(is_count(count) for count in counts)
-    yield Claim(four, f"{where} bands", counts, "four integers >= 0")
+    known = isinstance(counts, tuple) and len(counts) == len(BANDS) and all(is_count(count) for count in counts)
+    yield Claim(known, f"{where} bands", counts, f"{len(BANDS)} integers >= 0")
     if stream.scope in ("as_is", "half"):
-        yield Claim(not any(counts), f"{where} bands", counts, "(0, 0, 0, 0) where the stream is kept as it is")
+        yield Claim(not any(counts), f"{where} bands", counts, f"{Bands().counts} where the stream is kept as it is")
     else:
         yield Claim(any(counts), f"{where} bands", counts, "at least one component")
     if stream.scope in FITTED_SCOPES:
-        one = counts[1] == counts[3] == 0 and 0 in (counts[0], counts[2])
+        one = set(stream.bands.widths) in ({16}, {4})
         yield Claim(
             one, f"{where} bands", counts, "all 16-bit or all 4-bit components where bases are fitted to each cache"
         )

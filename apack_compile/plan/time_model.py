@@ -9,11 +9,8 @@ anew for every block of slots.
 from dataclasses import dataclass
 from functools import partial
 
-from apack_compile.kernels.format import WIDTHS
 from apack_compile.plan.plan import Plan, StreamPlan
 
-# Integer operations per code, by its bits: a float16 needs none, a whole byte is placed, a part of one is also masked.
-UNPACK_OPERATIONS = {16: 0, 8: 1, 4: 2, 2: 2}
 LATENT_BYTES = 2
 MODEL_BASIS_BYTES, OWN_BASIS_BYTES = 4, 2
 # Seconds of a call before any arithmetic (docs/notes/performance.md).
@@ -197,7 +194,7 @@ class _Work:
         for bands, share in ((stream.bands, read), (leading, 1 - read)):
             self.bytes += tokens * share * groups * bands.token_bytes
             self.matrix += self.device.matrix_seconds(rows, groups * bands.components * tokens * share)
-            codes = sum(count * UNPACK_OPERATIONS[bits] for count, bits in zip(bands.counts, WIDTHS, strict=True))
+            codes = sum(count * band.unpack_operations for count, band in bands.parts)
             self.unpack += codes * groups * tokens * share * self.device.unpackings(rows)
         self.bytes += tokens * groups * TOKEN_SCALE_BYTES if stream.token_scale else 0
 

@@ -17,7 +17,7 @@ from apack_compile.kernels.attend.triton_latent import folded_rows
 from apack_compile.kernels.encode.triton import block_of, quantize_token, token_scale
 from apack_compile.kernels.format import Bands
 from apack_compile.kernels.state import AppendState, PackedStream
-from apack_compile.kernels.triton_bands import first_component, key_layout
+from apack_compile.kernels.triton_bands import component_count, key_layout
 from apack_compile.kernels.triton_turns import pairs_of, partner_of, turned_back
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -152,7 +152,7 @@ def project_stream(
             at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
             tl.store(at_out, out, mask=row_ok[:, None] & (column < width)[None, :])
         else:
-            rank: tl.constexpr = first_component(LAYOUT, 4)
+            rank: tl.constexpr = component_count(LAYOUT)
             at_basis = z * stream.next_batch + group
             summed = tl.zeros((ROW_TILE, COLUMNS), tl.float32)
             for first in range(0, width, CHANNELS):
@@ -254,7 +254,7 @@ def write_codes(
                     x = tl.load(stream.coefficients + row * WIDTH + channel, mask=channel < WIDTH, other=0.0)
                     tl.store(codes + channel, x.to(stream.codes.dtype.element_ty), mask=channel < WIDTH)
             else:
-                rank: tl.constexpr = first_component(LAYOUT, 4)
+                rank: tl.constexpr = component_count(LAYOUT)
                 coefficients = stream.coefficients + row * rank
                 step = stream.step + (b * stream.next_batch + group) * rank
                 if stream.scales is not None:
@@ -360,14 +360,14 @@ def append(
     streams = [_stream(stream, new_tokens) for stream in coded]
     sides = zip((state.tail.key, state.tail.value), (key, value), streams, strict=True)
     tensors = [x for tail, new, stream in sides for x in (_dense(tail), _dense(new), stream)]
-    counts = [(0, 0, 0, 0) if stream is None else stream.bands.counts for stream in coded]
+    bands = [Bands() if stream is None else stream.bands for stream in coded]
     kept = [stream is not None and stream.as_is for stream in coded]
     fold = all(stream is None or stream.as_is or stream.basis.mean.shape[0] == 1 for stream in coded)
     rows = batch * new_tokens if fold else new_tokens
     row_tile = 16 if rows <= 16 else 32
     blocks = [0 if s.coefficients is None else triton.cdiv(s.coefficients.shape[-1], COLUMNS) for s in streams]
     before = torch.empty_like(cursor)
-    shapes = {"KEY": key_layout(counts[0]), "VALUE": key_layout(counts[1]), "KEY_KEPT": kept[0], "VALUE_KEPT": kept[1]}
+    shapes = {"KEY": key_layout(bands[0]), "VALUE": key_layout(bands[1]), "KEY_KEPT": kept[0], "VALUE_KEPT": kept[1]}
     shapes |= {"KEY_DIM": key.shape[3], "VALUE_DIM": value.shape[3], "PER": heads // groups}
     with torch.cuda.device_of(key):
         project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](
@@ -404,7 +404,7 @@ def append(
             batch * groups,
             batch * heads,
             **shapes,
-            BLOCK=max((block_of(Bands(c)) for c in counts), default=16),
+            BLOCK=max(map(block_of, bands)),
             CHANNELS=triton.next_power_of_2(max(key.shape[3], value.shape[3])),
         )
     return None

@@ -41,12 +41,13 @@ from apack_compile.kernels.attend.triton_launch import (
     shared_bytes,
 )
 from apack_compile.kernels.attend.triton_softmax import LOG2E
+from apack_compile.kernels.format import Bands
 from apack_compile.kernels.state import COARSE, TEXT, VISION, PackedState, PackedStream, check_tiers
 from apack_compile.kernels.triton_bands import (
     COLUMN_BLOCK,
     column_blocks,
-    first_column,
-    first_component,
+    column_count,
+    component_count,
     key_layout,
     value_layout,
 )
@@ -207,11 +208,11 @@ class _Call:
         for segment, (key, value) in self.streams.items():
             if key.as_is:
                 continue
-            layout, columns = key_layout(key.bands.counts), first_column(value_layout(value.bands.counts), 4)
+            layout, columns = key_layout(key.bands), column_count(value_layout(value.bands))
             dot = torch.float16 if self.half else torch.float32
             anchored = self.batch, self._anchors(segment), self.all_rows
             query = Latent(
-                scratch(*anchored, first_column(layout, 4), dtype=dot),
+                scratch(*anchored, column_count(layout), dtype=dot),
                 scratch(*anchored),
                 scratch(*anchored),
                 scratch(*anchored[:2], column_blocks(layout), self.all_rows) if self.half else None,
@@ -255,8 +256,8 @@ class _Call:
 
     def _layout(self, segment: int, stream: str) -> tuple[int, ...]:
         """Layout of a packed segment's stream."""
-        counts = self._of(segment, stream).bands.counts if segment in self.packed else (0, 0, 0, 0)
-        return key_layout(counts) if stream == "key" else value_layout(counts)
+        bands = self._of(segment, stream).bands if segment in self.packed else Bands()
+        return key_layout(bands) if stream == "key" else value_layout(bands)
 
     def _rows_grid(self, streams: Sequence[PackedStream], anchors: int = 1) -> tuple[bool, int, int, int]:
         """Whether one basis serves all sequences, so that their rows go together; row tile; grid of row tiles and KV heads.
@@ -351,7 +352,7 @@ class _Call:
                 EVEN=tuple(
                     reads_halves(self._of(segment, stream)) for segment in SEGMENTS for stream in ("key", "value")
                 ),
-                PARTIAL=first_component(values, 4) if self.tiers is None else min(partial, first_component(values, 4)),
+                PARTIAL=component_count(values) if self.tiers is None else min(partial, component_count(values)),
                 FIRST_PASS=number == 0,
                 RUNS=tuple(runs),
                 COARSE_TILES=tiles[COARSE],

@@ -6,7 +6,7 @@ import triton.language as tl
 from apack_compile.kernels.attend.triton_arguments import Share
 from apack_compile.kernels.attend.triton_dense import BY_INDEX, BY_RING, attend_dense
 from apack_compile.kernels.attend.triton_packed import attend_packed
-from apack_compile.kernels.triton_bands import first_component
+from apack_compile.kernels.triton_bands import component_count
 
 # What a segment is.
 ABSENT, PACKED_SEGMENT, DENSE_SEGMENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -147,7 +147,7 @@ def attend_kernel(
         if COARSE_KIND == PACKED_SEGMENT:
             attend_packed(
                 work, b, coarse_share, coarse, coarse_rows, results.coarse, results, masks, sizes, cursor, None,
-                COARSE_KEY, COARSE_VALUE, EVEN[0], EVEN[1], first_component(COARSE_VALUE, 4), FIRST_PASS, COARSE_TILES, KEEP_COARSE,
+                COARSE_KEY, COARSE_VALUE, EVEN[0], EVEN[1], component_count(COARSE_VALUE), FIRST_PASS, COARSE_TILES, KEEP_COARSE,
                 RESIDENT, ANCHOR_SLOTS[0], MASK, MASK_ROWS, PACKED_DOT, BLOCK, GROUP_TILE,
             )
         elif COARSE_KIND == DENSE_SEGMENT:
@@ -171,7 +171,7 @@ def attend_kernel(
         if TEXT_KIND == PACKED_SEGMENT:
             attend_packed(
                 work - vision_end, b, text_share, text, text_rows, results.text, results, masks, sizes, cursor, None,
-                TEXT_KEY, TEXT_VALUE, EVEN[4], EVEN[5], first_component(TEXT_VALUE, 4), FIRST_PASS, TEXT_TILES, KEEP_TEXT, RESIDENT,
+                TEXT_KEY, TEXT_VALUE, EVEN[4], EVEN[5], component_count(TEXT_VALUE), FIRST_PASS, TEXT_TILES, KEEP_TEXT, RESIDENT,
                 ANCHOR_SLOTS[2], MASK, MASK_ROWS, PACKED_DOT, BLOCK, GROUP_TILE,
             )
         elif TEXT_KIND == DENSE_SEGMENT:

@@ -7,9 +7,9 @@ from apack_compile.kernels.triton_bands import (
     COLUMN_BLOCK,
     FLOAT16_MAX,
     column_blocks,
+    column_count,
+    component_count,
     component_of,
-    first_column,
-    first_component,
     offset_of,
 )
 from apack_compile.kernels.triton_turns import partner_of, turned_back
@@ -70,7 +70,7 @@ def project_segment(
     column = block * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     component = component_of(column, LAYOUT)
     known = component >= 0
-    rank: tl.constexpr = first_component(LAYOUT, 4)
+    rank: tl.constexpr = component_count(LAYOUT)
     group = z * basis.next_batch + head // per_group
     width = per_group * HEAD_DIM
     of_head = (head % per_group) * HEAD_DIM
@@ -105,7 +105,7 @@ def project_segment(
     step = tl.load(basis.step + group * rank + component, mask=known, other=0.0)
     latent = latent * step[None, :] * ratio[:, None]
     latent = tl.minimum(tl.maximum(latent, -FLOAT16_MAX), FLOAT16_MAX)
-    all_columns: tl.constexpr = first_column(LAYOUT, 4)
+    all_columns: tl.constexpr = column_count(LAYOUT)
     at = out.latent + (at_row * all_columns)[:, None] + column[None, :]
     stored = latent.to(out.latent.dtype.element_ty)
     tl.store(at, stored, mask=row_ok[:, None] & (column < all_columns)[None, :])
@@ -293,8 +293,8 @@ def expand_segment(
 ):
     """`summed` plus a segment's output: latents times step and decoder, and its share of the softmax times the mean."""
     per_group = sizes.kv_heads // sizes.groups
-    rank: tl.constexpr = first_component(LAYOUT, 4)
-    all_columns: tl.constexpr = first_column(LAYOUT, 4)
+    rank: tl.constexpr = component_count(LAYOUT)
+    all_columns: tl.constexpr = column_count(LAYOUT)
     group = z * basis.next_batch + head // per_group
     width = per_group * VALUE_DIM
     of_head = (head % per_group) * VALUE_DIM

@@ -9,11 +9,12 @@ import triton.language as tl
 
 from apack_compile.kernels.format import Bands
 from apack_compile.kernels.triton_bands import (
+    BAND_COUNT,
     channel_tile,
     channel_tiles,
-    first_column,
+    column_count,
     key_layout,
-    per_byte,
+    per_unit,
     tile,
     tiles,
     value_layout,
@@ -69,7 +70,7 @@ def choose_launch(
 
     anchor_slots: slots that share an anchor, 0 where no keys are relative; a block of tokens has one anchor.
     """
-    columns = max((first_column(key_layout(bands.counts), 4) for bands in keys), default=0)
+    columns = max((column_count(key_layout(bands)) for bands in keys), default=0)
     group_tile = row_tile(group_rows)
     while group_tile > 16 and itemsize * columns * group_tile > shared / 2:
         group_tile //= 2
@@ -105,8 +106,8 @@ def choose_launch(
 
 def tile_columns(bands: Bands) -> list[int]:
     """Latent columns of each value tile."""
-    layout = value_layout(bands.counts)
-    return [per_byte(band) * tile(layout, band) for band in range(4) for _ in range(tiles(layout, band))]
+    layout = value_layout(bands)
+    return [per_unit(band) * tile(layout, band) for band in range(BAND_COUNT.value) for _ in range(tiles(layout, band))]
 
 
 def pass_columns(bands: Bands, span: tuple[int, int]) -> int:

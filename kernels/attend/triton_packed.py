@@ -8,18 +8,21 @@ import triton.language as tl
 
 from apack_compile.kernels.attend.triton_softmax import log_sum_exp, masked, softmax_step
 from apack_compile.kernels.triton_bands import (
+    BAND_COUNT,
     column_blocks,
-    first_byte,
-    first_column,
+    column_count,
+    component_count,
     first_component,
+    is_float,
     level_offset,
     levels,
     load_units,
-    per_byte,
+    per_unit,
     tile,
     tile_column,
     tile_number,
     tiles,
+    token_bytes,
 )
 
 
@@ -32,8 +35,8 @@ def in_pass(layout, band, number, value_tiles):
 @triton.constexpr_function
 def tile_tier(layout, band, number, partial):
     """Whether a tile's components are all leading ones (0), none of them (2), or both (1)."""
-    start = first_component(layout, band) + per_byte(band) * tile(layout, band) * number
-    end = min(start + per_byte(band) * tile(layout, band), first_component(layout, band + 1))
+    start = first_component(layout, band) + per_unit(band) * tile(layout, band) * number
+    end = min(start + per_unit(band) * tile(layout, band), first_component(layout, band + 1))
     return 0 if end <= partial else 2 if start >= partial else 1
 
 
@@ -41,7 +44,7 @@ def tile_tier(layout, band, number, partial):
 def load_latent(latent, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, PLACE: tl.constexpr):
     """Latents `[tile, rows]` of one tile of components; latent: pointer to those of the first row."""
     column = tile_column(LAYOUT, BAND, NUMBER, PLACE) + tl.arange(0, tile(LAYOUT, BAND))
-    of_row = tl.arange(0, row_ok.shape[0]) * first_column(LAYOUT, 4)
+    of_row = tl.arange(0, row_ok.shape[0]) * column_count(LAYOUT)
     return tl.load(latent + (of_row[None, :] + column[:, None]), mask=row_ok[None, :], other=0.0)
 
 
@@ -49,9 +52,9 @@ def load_latent(latent, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER
 def load_query(latent, row_ok, LAYOUT: tl.constexpr):
     """All latents, tile by tile."""
     query = ()
-    for band in tl.static_range(4):
+    for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(tiles(LAYOUT, band)):
-            for place in tl.static_range(per_byte(band)):
+            for place in tl.static_range(per_unit(band)):
                 query = query + (load_latent(latent, row_ok, LAYOUT, band, number, place),)
     return query
 
@@ -115,15 +118,15 @@ def attend_packed(
     row = first_row + tl.arange(0, ROW_TILE)
 
     if FIRST_PASS and ANCHOR_SLOTS == 0:
-        latent = rows.latent + (b * sizes.all_rows + first_row) * first_column(KEY, 4)
+        latent = rows.latent + (b * sizes.all_rows + first_row) * column_count(KEY)
         if RESIDENT:
             query = load_query(latent, row_ok, KEY)
         offset, row_scale, shift = load_affine(rows, b, first_row, row_ok, sizes.all_rows, KEY)
     accumulated = ()
-    for band in tl.static_range(4):
+    for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(tiles(VALUE, band)):
             if in_pass(VALUE, band, number, VALUE_TILES):
-                for _ in tl.static_range(per_byte(band)):
+                for _ in tl.static_range(per_unit(band)):
                     accumulated = accumulated + (tl.zeros((tile(VALUE, band), ROW_TILE), tl.float32),)
     top = tl.full((ROW_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((ROW_TILE,), tl.float32)
@@ -146,14 +149,14 @@ def attend_packed(
         if FIRST_PASS:
             if ANCHOR_SLOTS > 0:
                 copy = b * share.anchors + start // ANCHOR_SLOTS
-                latent = rows.latent + (copy * sizes.all_rows + first_row) * first_column(KEY, 4)
+                latent = rows.latent + (copy * sizes.all_rows + first_row) * column_count(KEY)
             score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
-            key = segment.key + (token * first_byte(KEY, 4))[:, None]
+            key = segment.key + (token * token_bytes(KEY))[:, None]
             done = ()
-            for band in tl.static_range(4):
+            for band in tl.static_range(BAND_COUNT):
                 for number in tl.static_range(tiles(KEY, band)):
                     units = load_units(key, inside[:, None], KEY, band, number, KEY_EVEN)
-                    for place in tl.static_range(per_byte(band)):
+                    for place in tl.static_range(per_unit(band)):
                         at_level = levels(units, band, place, DOT)
                         if RESIDENT:
                             operand = query[len(done)]
@@ -185,27 +188,27 @@ def attend_packed(
             weight = tl.where(occupied[:, None], weight, 0.0)
         rounded = weight.to(DOT)
         weight_sum = weight_sum * fade + tl.sum(rounded.to(tl.float32), 0)
-        if PARTIAL < first_component(VALUE, 4):
+        if PARTIAL < component_count(VALUE):
             of_full = (slot < full)[:, None]
             rounded_full = tl.where(of_full, rounded, 0.0)
             full_sum = full_sum * fade + tl.sum(rounded_full.to(tl.float32), 0)
-        value = segment.value + (token * first_byte(VALUE, 4))[:, None]
+        value = segment.value + (token * token_bytes(VALUE))[:, None]
         updated = ()
-        for band in tl.static_range(4):
+        for band in tl.static_range(BAND_COUNT):
             for number in tl.static_range(tiles(VALUE, band)):
                 if in_pass(VALUE, band, number, VALUE_TILES):
                     wanted = inside[:, None]
                     if tile_tier(VALUE, band, number, PARTIAL) == 2:
                         wanted = wanted & of_full
-                    if band == 0:
+                    if is_float(band):
                         # an empty slot's float16 may be NaN, and a weight of 0 would not stop it
                         wanted = wanted & occupied[:, None]
                     units = load_units(value, wanted, VALUE, band, number, VALUE_EVEN)
-                    for place in tl.static_range(per_byte(band)):
+                    for place in tl.static_range(per_unit(band)):
                         at_level = levels(units, band, place, DOT)
                         if tile_tier(VALUE, band, number, PARTIAL) == 1:
                             unit_number = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
-                            component = first_component(VALUE, band) + unit_number * per_byte(band) + place
+                            component = first_component(VALUE, band) + unit_number * per_unit(band) + place
                             at_level = tl.where((component < PARTIAL)[None, :] | of_full, at_level, 0.0)
                         operand = rounded
                         if tile_tier(VALUE, band, number, PARTIAL) == 2:
@@ -219,13 +222,13 @@ def attend_packed(
     if FIRST_PASS:
         tl.store(results.lse + at_split * sizes.all_rows + row, lse, mask=row_ok)
     written = ()
-    at_part = ((b * share.parts + share.first_part + split) * sizes.all_rows + row) * first_column(VALUE, 4)
-    for band in tl.static_range(4):
+    at_part = ((b * share.parts + share.first_part + split) * sizes.all_rows + row) * column_count(VALUE)
+    for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(tiles(VALUE, band)):
             if in_pass(VALUE, band, number, VALUE_TILES):
-                for place in tl.static_range(per_byte(band)):
+                for place in tl.static_range(per_unit(band)):
                     unit_number = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
-                    component = first_component(VALUE, band) + unit_number * per_byte(band) + place
+                    component = first_component(VALUE, band) + unit_number * per_unit(band) + place
                     summed = weight_sum[None, :]
                     if tile_tier(VALUE, band, number, PARTIAL) > 0:
                         summed = tl.where((component < PARTIAL)[:, None], summed, full_sum[None, :])

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "bands.h"
+
 namespace {
 
 constexpr int MAX_PACKED = 3;
@@ -22,7 +24,7 @@ struct Source {
     const uint16_t *scale;
     const void *mean, *decoder;
     const float *step;
-    int64_t basis_dtype, basis_batch, bands[4];
+    int64_t basis_dtype, basis_batch, bands[BANDS];
 };
 
 struct Segment {
@@ -96,7 +98,7 @@ struct Side {
 
 // unit: deviations that a step is of a Gaussian at a token scale of one, by band width (kernels/format.py, token_scales).
 struct Quantizer {
-    double unit[4], least_scale, greatest_half;
+    double unit[BANDS], least_scale, greatest_half;
 };
 
 struct Append {

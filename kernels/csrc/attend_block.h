@@ -146,7 +146,7 @@ __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int s
             return;
         }
         // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
-        for (int i = 0; i < 4; ++i) sum_columns(columns.band[i].column, columns.band[i].columns, w.value[kind - 1].band[i].column);
+        for (int i = 0; i < BANDS; ++i) sum_columns(columns.band[i].column, columns.band[i].columns, w.value[kind - 1].band[i].column);
         return;
     }
     for (int h = 0; h < per_group; ++h) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "arguments.h"
-#include "vector.h"
+#include "levels.h"
 
 namespace {
 
@@ -13,42 +13,39 @@ struct Band {
 };
 
 struct Columns {
-    Band band[4];
+    Band band[BANDS];
     int count;
     int64_t bytes;
 };
 
 inline Columns columns_of(const Source &s, int64_t components) {
-    static const int widths[4] = {16, 8, 4, 2};
     Columns c = {};
     int component = 0;
     int64_t byte = 0;
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < BANDS; ++i) {
         int stored = (int)s.bands[i];
         int count = (int)(component + stored <= components ? stored : components > component ? components - component : 0);
-        c.band[i] = Band{widths[i], count, round_up(count, LANES), c.count, component, byte};
+        c.band[i] = Band{WIDTHS[i], count, round_up(count, LANES), c.count, component, byte};
         c.count += c.band[i].columns;
         component += stored;
-        byte += ((int64_t)stored * widths[i] + 7) / 8;
+        byte += band_bytes(stored, WIDTHS[i]);
     }
     c.bytes = byte;
     return c;
 }
 
-inline int components_of(const Source &s) { return (int)(s.bands[0] + s.bands[1] + s.bands[2] + s.bands[3]); }
+inline int components_of(const Source &s) {
+    int64_t components = 0;
+    for (int64_t count : s.bands) components += count;
+    return (int)components;
+}
 
 inline bool is_packed(const Source &s) { return s.dtype == UINT8; }
-
-// LANES levels of a band, less their middle, as floats; may read LANES bytes past its last code.
-template <int BITS>
-inline Vec levels_at(const uint8_t *p) {
-    return BITS == 16 ? from_half(p) : BITS == 8 ? from_byte(p) : BITS == 4 ? from_nibbles(p) : from_crumbs(p);
-}
 
 // `columns` columns of a band, whole vectors, of which the leading `stored` hold a code; the others are zero.
 template <int BITS>
 inline void unpack_band(float *out, const uint8_t *codes, int columns, int stored) {
-    int whole = BITS < 16 || columns <= stored ? columns : columns - LANES, c = 0;
+    int whole = !is_float(BITS) || columns <= stored ? columns : columns - LANES, c = 0;
 #pragma GCC unroll 4
     for (; c < whole; c += LANES, codes += LANES * BITS / 8) store(out + c, levels_at<BITS>(codes));
     if (columns <= stored) return;
@@ -104,12 +101,9 @@ __attribute__((noinline)) void unpack_tile(const Packed &s, const Columns &colum
         int n = (first + count < end ? first + count : end) - low, from = low - band.column;
         float *out = tile + low - first;
         if (n <= 0) continue;
-        switch (band.bits) {
-            case 16: unpack_rows<16>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
-            case 8: unpack_rows<8>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
-            case 4: unpack_rows<4>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
-            case 2: unpack_rows<2>(s, band, from, n, token, tokens, holds, out, count, row_copy); break;
-        }
+        with_width(band.bits, [&](auto width) {
+            unpack_rows<width.bits>(s, band, from, n, token, tokens, holds, out, count, row_copy);
+        });
     }
 }
 

@@ -48,7 +48,7 @@ inline float clamped(float x, float low, float high) { return x < low ? low : x 
 // One token's scale: root mean square of its coefficients over their deviation, rounded to float16.
 inline uint16_t token_scale(const Source &s, const Quantizer &q, const float *step, const float *x) {
     double squares = 0;
-    for (int band = 0, c = 0; band < 4; ++band)
+    for (int band = 0, c = 0; band < BANDS; ++band)
         for (int64_t j = 0; j < s.bands[band]; ++j, ++c) {
             float normalized = x[c] * ((float)q.unit[band] / step[c]);
             squares += (double)normalized * normalized;
@@ -56,41 +56,38 @@ inline uint16_t token_scale(const Source &s, const Quantizer &q, const float *st
     return float_to_half(clamped((float)sqrt(squares / components_of(s)), (float)q.least_scale, (float)q.greatest_half));
 }
 
-// Levels `[count]` of BITS bits to bytes; the last one is filled up with zeros.
+// Levels `[count]` of BITS bits to units; the last one is filled up with zeros.
 template <int BITS>
 inline void pack_levels(const float *levels, int count, uint8_t *codes) {
-    constexpr int per_byte = 8 / BITS;
-    for (int j = 0; j < count; j += per_byte) {
-        int byte = 0;
-        for (int i = 0; i < per_byte && j + i < count; ++i) byte |= (int)levels[j + i] << (BITS * i);
-        codes[j / per_byte] = (uint8_t)byte;
+    constexpr int EACH = per_unit(BITS), BYTES = unit_bytes(BITS);
+    for (int j = 0; j < count; j += EACH) {
+        int unit = 0;
+        for (int i = 0; i < EACH && j + i < count; ++i) unit |= (int)levels[j + i] << (BITS * i);
+        for (int i = 0; i < BYTES; ++i) codes[j / EACH * BYTES + i] = (uint8_t)(unit >> 8 * i);
     }
 }
 
 // One token's coefficients, which become levels on the way, to its codes and, where there is one, its scale.
 inline void quantize(const Source &s, const Quantizer &q, int64_t basis, float *x, uint8_t *codes, uint16_t *scale) {
-    static const int widths[4] = {16, 8, 4, 2};
     const float *step = s.step + basis * components_of(s);
     float divisor = 1;
     if (scale) {
         *scale = token_scale(s, q, step, x);
         divisor = half_to_float(*scale);
     }
-    for (int band = 0; band < 4; ++band) {
-        int bits = widths[band], count = (int)s.bands[band];
+    for (int band = 0; band < BANDS; ++band) {
+        int bits = WIDTHS[band], count = (int)s.bands[band];
         float top = (float)((1 << bits) - 1), half = (float)q.greatest_half;
         for (int j = 0; j < count; ++j) x[j] = x[j] / step[j] / divisor;
-        if (bits == 16) {
+        if (is_float(bits)) {
             for (int j = 0; j < count; ++j) x[j] = clamped(x[j], -half, half);
             store_row(codes, FLOAT16, x, count);
         } else {
             // NaN becomes level 0
             for (int j = 0; j < count; ++j) x[j] = x[j] == x[j] ? clamped(nearbyintf(x[j] + top / 2), 0, top) : 0;
-            if (bits == 8) pack_levels<8>(x, count, codes);
-            else if (bits == 4) pack_levels<4>(x, count, codes);
-            else pack_levels<2>(x, count, codes);
+            with_width(bits, [&](auto width) { pack_levels<width.bits>(x, count, codes); });
         }
-        codes += (count * bits + 7) / 8;
+        codes += band_bytes(count, bits);
         x += count;
         step += count;
     }

@@ -28,15 +28,6 @@ inline void load_words(const uint8_t *const rows[TOKENS_AT_ONCE], int64_t byte, 
     words[2] = _mm512_unpacklo_epi64(high, later_high), words[3] = _mm512_unpackhi_epi64(high, later_high);
 }
 
-// The i-th level of each word, less the middle.
-template <int BITS>
-inline Vec level_of(__m512i word, int i) {
-    __m512i x = _mm512_srli_epi32(word, BITS * i);
-    if (BITS == 16) return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
-    if (BITS == 8) return _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(255))), broadcast(127.5f));
-    return BITS == 4 ? level_of_nibble(x) : level_of_crumb(x);
-}
-
 // Components of a band from the first one at `byte` of 16 rows, tile[component][token].
 template <int BITS>
 inline void unpack_components(const uint8_t *const rows[TOKENS_AT_ONCE], int64_t byte, int components, float *tile) {
@@ -64,12 +55,7 @@ inline void unpack_group(const uint8_t *const rows[TOKENS_AT_ONCE], const Column
         int stored = band.count - from < n ? band.count - from : n;
         int64_t byte = band.byte + from * band.bits / 8;
         float *out = tile + (int64_t)(low - first) * BLOCK;
-        switch (band.bits) {
-            case 16: unpack_components<16>(rows, byte, stored, out); break;
-            case 8: unpack_components<8>(rows, byte, stored, out); break;
-            case 4: unpack_components<4>(rows, byte, stored, out); break;
-            case 2: unpack_components<2>(rows, byte, stored, out); break;
-        }
+        with_width(band.bits, [&](auto width) { unpack_components<width.bits>(rows, byte, stored, out); });
         for (int c = stored; c < n; ++c) store(out + c * BLOCK, zero());
     }
 }

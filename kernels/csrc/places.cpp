@@ -42,6 +42,9 @@ constexpr Place PLACES[] = {
 
 }  // namespace
 
+// Bits of a band, 0 past the last one.
+extern "C" int64_t apack_bits(int64_t band) { return band < BANDS ? WIDTHS[band] : 0; }
+
 // Offset of `Kind.field`, or size of `Kind`, in bytes; -1 for what there is not.
 extern "C" int64_t apack_place(const char *name) {
     for (const Place &place : PLACES)

@@ -88,35 +88,6 @@ inline Vec from_half(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si2
 inline Vec from_bfloat(const uint8_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
-inline Vec from_byte(const uint8_t *p) {
-    Vec level = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
-    return _mm512_sub_ps(level, broadcast(127.5f));
-}
-inline int read32(const uint8_t *p) {
-    int x;
-    memcpy(&x, p, 4);
-    return x;
-}
-// A permutation of a table reads only the low four bits of each index, so what lies above a code needs no mask.
-inline Vec level_of_nibble(__m512i index) {
-    const Vec levels = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f,
-                                      4.5f, 5.5f, 6.5f, 7.5f);
-    return _mm512_permutexvar_ps(index, levels);
-}
-inline Vec level_of_crumb(__m512i index) {
-    const Vec levels = _mm512_setr_ps(-1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f,
-                                      -1.5f, -0.5f, 0.5f, 1.5f);
-    return _mm512_permutexvar_ps(index, levels);
-}
-inline Vec from_nibbles(const uint8_t *p) {
-    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    __m512i x = _mm512_mask_set1_epi32(_mm512_set1_epi32(read32(p)), (__mmask16)0xff00, read32(p + 4));
-    return level_of_nibble(_mm512_srlv_epi32(x, shift));
-}
-inline Vec from_crumbs(const uint8_t *p) {
-    const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return level_of_crumb(_mm512_srlv_epi32(_mm512_set1_epi32(read32(p)), shift));
-}
 inline void to_half(uint8_t *p, Vec x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline void to_bfloat(uint8_t *p, Vec x) {
     __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -180,23 +151,6 @@ inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT 
 inline Vec from_half(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 inline Vec from_bfloat(const uint8_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
-}
-inline Vec from_byte(const uint8_t *p) {
-    Vec level = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-    return _mm256_sub_ps(level, broadcast(127.5f));
-}
-inline Vec from_nibbles(const uint8_t *p) {
-    int x;
-    memcpy(&x, p, 4);
-    __m256i level = _mm256_srlv_epi32(_mm256_set1_epi32(x), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-    return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(level, _mm256_set1_epi32(15))), broadcast(7.5f));
-}
-inline Vec from_crumbs(const uint8_t *p) {
-    const Vec levels = _mm256_setr_ps(-1.5f, -0.5f, 0.5f, 1.5f, -1.5f, -0.5f, 0.5f, 1.5f);
-    uint16_t x;
-    memcpy(&x, p, 2);
-    return _mm256_permutevar8x32_ps(
-        levels, _mm256_srlv_epi32(_mm256_set1_epi32(x), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14)));
 }
 
 #else
@@ -268,21 +222,6 @@ inline Vec from_bfloat(const uint8_t *p) {
         memcpy(&b, p + 2 * i, 2);
         v.lane[i] = bfloat_to_float(b);
     }
-    return v;
-}
-inline Vec from_byte(const uint8_t *p) {
-    Vec v;
-    EACH_LANE v.lane[i] = p[i] - 127.5f;
-    return v;
-}
-inline Vec from_nibbles(const uint8_t *p) {
-    Vec v;
-    EACH_LANE v.lane[i] = (p[i / 2] >> (4 * (i % 2)) & 15) - 7.5f;
-    return v;
-}
-inline Vec from_crumbs(const uint8_t *p) {
-    Vec v;
-    EACH_LANE v.lane[i] = (p[0] >> (2 * i) & 3) - 1.5f;
     return v;
 }
 inline void to_half(uint8_t *p, Vec x) {

@@ -4,20 +4,12 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.addresses import with_rows
-from apack_compile.kernels.format import (
-    FLOAT16_MAX,
-    GAUSSIAN_STEP,
-    HEADROOM,
-    MIN_TOKEN_SCALE,
-    WIDTHS,
-    Bands,
-    StreamBasis,
-)
+from apack_compile.kernels.format import BANDS, FLOAT16_MAX, MIN_TOKEN_SCALE, Bands, StreamBasis
 from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET
 from apack_compile.kernels.structs import ENCODE
 
 # `Quantizer` of kernels/csrc/arguments.h
-QUANTIZER = (*(GAUSSIAN_STEP[bits] * HEADROOM[bits] for bits in WIDTHS), MIN_TOKEN_SCALE, FLOAT16_MAX)
+QUANTIZER = (*(band.unit_step for band in BANDS), MIN_TOKEN_SCALE, FLOAT16_MAX)
 
 
 def serves(x: Tensor, basis: StreamBasis) -> bool:

@@ -72,6 +72,14 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert native.load_library(path) == (None, "built from other sources: install again")
 
 
+def test_a_library_with_other_bands_is_refused(monkeypatch: pytest.MonkeyPatch):
+    path = native.find_library()
+    if path is None:
+        pytest.skip(native.STATUS)
+    monkeypatch.setattr(native, "WIDTHS", (16, 4, 8, 2))
+    assert native.load_library(path) == (None, "built from other sources: install again")
+
+
 BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 PARALLEL = ctypes.CFUNCTYPE(None, BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 THREAD_NUMBER = ctypes.CFUNCTYPE(ctypes.c_int)

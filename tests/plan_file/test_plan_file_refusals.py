@@ -113,9 +113,9 @@ def stream_change(**changes):
     [
         (stream_change(bands=[0, 1, 0, 0]), "text_value decoder shape is .* for the bands"),
         (stream_change(bands=[0, 33, 0, 0]), r"bands is \(0, 33, 0, 0\), must be at most the basis' 32 components"),
-        (stream_change(bands=[0, -1, 3, 0]), "must be four integers >= 0"),
-        (stream_change(bands=[0, 1.0, 0, 0]), "must be four integers >= 0"),
-        (stream_change(bands=[1, 2, 3]), "must be four integers >= 0"),
+        (stream_change(bands=[0, -1, 3, 0]), "must be 4 integers >= 0"),
+        (stream_change(bands=[0, 1.0, 0, 0]), "must be 4 integers >= 0"),
+        (stream_change(bands=[1, 2, 3]), "must be 4 integers >= 0"),
         (stream_change(scope="as_is", token_scale=False), "bands is .* kept as it is"),
         (stream_change(scope="as_is", token_scale=False, bands=[0] * 4), "basis is .* must be empty"),
         (stream_change(scope="other"), "scope is 'other', must be one of as_is, half, sequence, batch, model"),

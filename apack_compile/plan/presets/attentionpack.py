@@ -96,9 +96,7 @@ def attentionpack_plan(
             for stream in STREAMS:
                 given = ranks[f"{modality}_{stream}"]
                 rank = given if isinstance(given, int) else given[i]
-                streams.append(
-                    StreamPlan(options.basis, Bands((rank, 0, 0, 0) if options.bits == 16 else (0, 0, rank, 0)))
-                )
+                streams.append(StreamPlan(options.basis, Bands.of({options.bits: rank})))
         plans[layer] = LayerPlan(*streams)
     if options.evict == 0 and 1 in (options.full, options.partial):
         return Plan(plans, tail_slots)
