@@ -7,7 +7,6 @@ from those scores too. Nothing waits for the device, and shapes alone choose eve
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -23,6 +22,7 @@ from apack_compile.kernels.attend.triton_arguments import (
     Sizes,
     Splits,
     Strided,
+    Transform,
     alignment,
     basis_of,
     kept_as_is,
@@ -30,7 +30,7 @@ from apack_compile.kernels.attend.triton_arguments import (
     reads_halves,
     strided,
 )
-from apack_compile.kernels.attend.triton_kernel import ABSENT, DENSE_SEGMENT, PACKED_SEGMENT, attend_kernel
+from apack_compile.kernels.attend.triton_kernel import MAX_SEGMENTS, attend_kernel
 from apack_compile.kernels.attend.triton_latent import expand_kernel, importance_kernel, merge_kernel, project_kernel
 from apack_compile.kernels.attend.triton_launch import (
     blocks_per_split,
@@ -41,8 +41,8 @@ from apack_compile.kernels.attend.triton_launch import (
     shared_bytes,
 )
 from apack_compile.kernels.attend.triton_softmax import LOG2E
-from apack_compile.kernels.format import Bands
-from apack_compile.kernels.state import COARSE, TEXT, VISION, PackedState, PackedStream, check_tiers
+from apack_compile.kernels.state import TEXT, VISION, PackedState, PackedStream, check_tiers
+from apack_compile.kernels.state import Segment as StateSegment
 from apack_compile.kernels.triton_bands import (
     COLUMN_BLOCK,
     column_blocks,
@@ -56,8 +56,6 @@ from apack_compile.kernels.triton_turns import pairs_of
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Head channels and slots that one program of the small kernels takes.
 CHANNELS, SLOTS = 64, 64
-# The packed segments that the kernels know, in order; those that a state has not are absent.
-SEGMENTS = (COARSE, VISION, TEXT)
 
 
 def serves(query: Tensor, state: PackedState) -> bool:
@@ -105,24 +103,23 @@ def attend(
         call.attend(mask, scale, partial)
         out = call.merge()
         keep_and_add = {VISION: (ema or ())[:2], TEXT: (ema or ())[2:]}
-        for segment in sorted(wanted):
-            call.update_importance(segment, importance[segment], *keep_and_add[segment])
+        for number, segment in enumerate(held.segments):
+            if segment.kind in wanted:
+                call.update_importance(number, importance[segment.kind], *keep_and_add[segment.kind])
     return out
 
 
-@dataclass
-class _Packed:
-    """A packed segment of a call: its streams, and where its latents go."""
+@dataclass(frozen=True)
+class _Latents:
+    """Scratch of a packed segment: latents of its queries, of its splits' outputs, and of the output."""
 
-    key: PackedStream
-    value: PackedStream
-    part: Tensor
     query: Latent
+    part: Tensor
     output: Latent
 
 
 class _Call:
-    """One call: sizes, launch parameters and scratch, and its launches in order."""
+    """One call: sizes, launch parameters and scratch, and its launches in order. Lists are by packed segment."""
 
     def __init__(
         self,
@@ -133,30 +130,26 @@ class _Call:
         wanted: set[int],
         tiers: Tensor | None,
     ) -> None:
-        self.query, self.key, self.value, self.first, self.tail = query, key, value, state.first, state.tail
-        self.first_positions, self.cursor, self.wanted = state.first_positions.contiguous(), state.cursor, wanted
-        self.positions = {segment.kind: segment.positions.contiguous() for segment in state.segments}
-        self.tiers = None if tiers is None else tiers.contiguous()
-        rotated = [segment for segment in state.segments if segment.rotations is not None]
-        self.turns = {segment.kind: segment.rotations.contiguous() for segment in rotated}
-        self.anchor_slots = state.block
+        self.query, self.key, self.value, self.state, self.wanted = query, key, value, state, wanted
+        self.segments, self.tiers = state.segments, None if tiers is None else tiers.contiguous()
+        self.positions = [segment.positions.contiguous() for segment in self.segments]
+        self.turns = [None if s.rotations is None else s.rotations.contiguous() for s in self.segments]
         self.batch, self.kv_heads, self.new_tokens, self.head_dim = key.shape
         self.value_dim = value.shape[3]
         self.all_rows = query.shape[1] * query.shape[2]
         self.kv_rows = self.all_rows // self.kv_heads
         self.half = query.dtype.itemsize == 2
-        self.streams = {segment.kind: (segment.key, segment.value) for segment in state.segments}
-        coded = [pair for pair in self.streams.values() if not pair[0].as_is]
-        self.groups = coded[0][0].groups if coded else self.kv_heads
+        coded = [segment for segment in self.segments if not segment.key.as_is]
+        self.groups = coded[0].key.groups if coded else self.kv_heads
         self.group_rows = self.all_rows // self.groups
         self.launch = choose_launch(
-            [key.bands for key, _ in coded],
-            [value.bands for _, value in coded],
+            [segment.key.bands for segment in coded],
+            [segment.value.bands for segment in coded],
             self.group_rows,
             self.kv_rows,
             self.head_dim,
             query.dtype.itemsize,
-            len(coded) < len(self.streams),
+            len(coded) < len(self.segments),
             shared_bytes(query.device),
             state.block,
         )
@@ -166,30 +159,27 @@ class _Call:
     def _share_out(self) -> None:
         """Divide segments into splits, and find place for the scores that are kept."""
         block = self.launch.block
-        slots = {segment: pair[0].codes.shape[2] for segment, pair in self.streams.items()}
-        blocks = {segment: triton.cdiv(count, block) for segment, count in slots.items()}
-        tail_blocks = triton.cdiv(self.tail.slots, block)
-        work = [(blocks[segment], self.batch * self._copies(segment)) for segment in self.streams]
-        self.tail_copies = self.kv_heads * triton.cdiv(self.kv_rows, self.launch.head_tile)
-        self.blocks = blocks_per_split([*work, (tail_blocks, self.batch * self.tail_copies)], self.query.device)
+        blocks = [triton.cdiv(segment.slots, block) for segment in self.segments]
+        tail_blocks = triton.cdiv(self.state.tail.slots, block)
+        self.head_copies = self.kv_heads * triton.cdiv(self.kv_rows, self.launch.head_tile)
+        group_copies = self.groups * triton.cdiv(self.group_rows, self.launch.group_tile)
+        # programs that share each split of a segment: units times tiles of their rows
+        self.copies = [self.head_copies if segment.key.as_is else group_copies for segment in self.segments]
+        work = [(count, self.batch * copies) for count, copies in zip(blocks, self.copies, strict=True)]
+        self.blocks = blocks_per_split([*work, (tail_blocks, self.batch * self.head_copies)], self.query.device)
         # the tail's first split has the first and the new tokens, so there is one
         self.tail_splits = max(1, triton.cdiv(tail_blocks, self.blocks))
-        self.splits = {segment: triton.cdiv(blocks[segment], self.blocks) for segment in self.streams}
-        self.slots = {segment: slots[segment] if self._keeps_scores(segment) else 0 for segment in self.streams}
-
-    def _copies(self, segment: int) -> int:
-        """Programs that share each split of a segment: units times tiles of their rows."""
-        if self.streams[segment][0].as_is:
-            return self.kv_heads * triton.cdiv(self.kv_rows, self.launch.head_tile)
-        return self.groups * triton.cdiv(self.group_rows, self.launch.group_tile)
-
-    def _passes(self, segment: int) -> list[tuple[int, int]]:
-        """Value tiles of each pass over a packed segment."""
-        return passes(self.streams[segment][1].bands, self.launch.group_tile)
-
-    def _keeps_scores(self, segment: int) -> bool:
-        """Whether a segment's scores are needed after the first pass."""
-        return segment in self.wanted or (not self.streams[segment][0].as_is and len(self._passes(segment)) > 1)
+        self.splits = [triton.cdiv(count, self.blocks) for count in blocks]
+        # value tiles of each pass over a packed segment; one pass over one that is kept as it is
+        self.passes = [
+            [(0, 0)] if segment.key.as_is else passes(segment.value.bands, self.launch.group_tile)
+            for segment in self.segments
+        ]
+        # slots whose scores are needed after the first pass
+        self.kept_slots = [
+            segment.slots if segment.kind in self.wanted or len(spans) > 1 else 0
+            for segment, spans in zip(self.segments, self.passes, strict=True)
+        ]
 
     def _allocate(self) -> None:
         """Scratch: per split, per row, and kept scores."""
@@ -198,29 +188,34 @@ class _Call:
             return torch.empty(shape, dtype=dtype, device=self.query.device)
 
         rows = self.batch, self.all_rows
-        kept_as_is = [self.splits[segment] for segment, (key, _) in self.streams.items() if key.as_is]
+        kept_as_is = [splits for splits, latents in zip(self.splits, self.segments, strict=True) if latents.key.as_is]
         self.dense_splits = self.tail_splits + sum(kept_as_is)
-        self.lse = scratch(self.batch, self.tail_splits + sum(self.splits.values()), self.all_rows)
+        self.lse = scratch(self.batch, self.tail_splits + sum(self.splits), self.all_rows)
         self.dense_part = scratch(self.batch, self.dense_splits, self.all_rows, self.value_dim)
-        self.scores = scratch(self.batch, sum(self.slots.values()), self.all_rows) if any(self.slots.values()) else None
+        self.scores = scratch(self.batch, sum(self.kept_slots), self.all_rows) if any(self.kept_slots) else None
         self.row_lse = scratch(*rows) if self.wanted else None
-        self.packed: dict[int, _Packed] = {}
-        for segment, (key, value) in self.streams.items():
-            if key.as_is:
+        self.latents: list[_Latents | None] = []
+        for number, segment in enumerate(self.segments):
+            if segment.key.as_is:
+                self.latents.append(None)
                 continue
-            layout, columns = key_layout(key.bands), column_count(value_layout(value.bands))
+            layout, columns = key_layout(segment.key.bands), column_count(value_layout(segment.value.bands))
             dot = torch.float16 if self.half else torch.float32
-            anchored = self.batch, self._anchors(segment), self.all_rows
+            anchored = self.batch, self._anchors(number), self.all_rows
             query = Latent(
                 scratch(*anchored, column_count(layout), dtype=dot),
                 scratch(*anchored),
                 scratch(*anchored),
                 scratch(*anchored[:2], column_blocks(layout), self.all_rows) if self.half else None,
             )
-            output = Latent(scratch(*rows, columns), scratch(*rows))
-            self.packed[segment] = _Packed(
-                key, value, scratch(self.batch, self.splits[segment], self.all_rows, columns), query, output
-            )
+            part = scratch(self.batch, self.splits[number], self.all_rows, columns)
+            self.latents.append(_Latents(query, part, Latent(scratch(*rows, columns), scratch(*rows))))
+
+    @property
+    def packed(self) -> list[tuple[int, StateSegment, _Latents]]:
+        """The segments that are packed: number, tokens and latents."""
+        numbered = zip(range(len(self.segments)), self.segments, self.latents, strict=True)
+        return [(number, segment, latents) for number, segment, latents in numbered if latents is not None]
 
     @property
     def sizes(self) -> Sizes:
@@ -232,7 +227,7 @@ class _Call:
             self.kv_rows,
             self.groups,
             self.kv_heads,
-            self.first.slots,
+            self.state.first.slots,
             self.new_tokens,
         )
 
@@ -241,23 +236,15 @@ class _Call:
         """Of products with a basis: three TF32 products are as good as float32 for 16-bit queries."""
         return "tf32x3" if self.half else "ieee"
 
-    def _anchors(self, segment: int) -> int:
+    @property
+    def rows(self) -> Rows:
+        """Query rows."""
+        return Rows(self.query, *self.query.stride())
+
+    def _anchors(self, number: int) -> int:
         """Anchors that a segment's query latents are turned back to; one where nothing turns."""
-        return self.turns[segment].shape[1] if segment in self.turns else 1
-
-    def _has(self) -> dict[str, bool]:
-        """Which segments are packed, for the kernels."""
-        names = ("HAS_COARSE", "HAS_VISION", "HAS_TEXT")
-        return {name: segment in self.packed for name, segment in zip(names, SEGMENTS, strict=True)}
-
-    def _of(self, segment: int | None, name: str) -> Any:
-        """An attribute of a packed segment, None where there is none."""
-        return getattr(self.packed[segment], name) if segment in self.packed else None
-
-    def _layout(self, segment: int, stream: str) -> tuple[int, ...]:
-        """Layout of a packed segment's stream."""
-        bands = self._of(segment, stream).bands if segment in self.packed else Bands()
-        return key_layout(bands) if stream == "key" else value_layout(bands)
+        turns = self.turns[number]
+        return 1 if turns is None else turns.shape[1]
 
     def _rows_grid(self, streams: Sequence[PackedStream], anchors: int = 1) -> tuple[bool, int, int, int]:
         """Whether one basis serves all sequences, so that their rows go together; row tile; grid of row tiles and KV heads.
@@ -268,33 +255,22 @@ class _Call:
         rows = self.kv_rows * anchors * (self.batch if fold else 1)
         return fold, row_tile(rows), triton.cdiv(rows, row_tile(rows)), self.kv_heads * (1 if fold else self.batch)
 
-    def _rows(self, segment: int | None = None) -> Rows:
-        """Query rows, with a packed segment's latents."""
-        latents = self._of(segment, "query")
-        return Rows(self.query, *self.query.stride(), *(latents or ()))
-
     def project(self, scale: float) -> None:
         """Query latents of the packed segments."""
         if not self.packed:
             return
-        streams = {segment: packed.key for segment, packed in self.packed.items()}
-        fold, tile, *grid = self._rows_grid(list(streams.values()), max(map(self._anchors, streams)))
-        blocks = [column_blocks(self._layout(segment, "key")) if segment in self.packed else 0 for segment in SEGMENTS]
-        project_kernel[(*grid, sum(blocks))](
-            self._rows(),
-            *(basis_of(streams.get(segment)) for segment in SEGMENTS),
-            *(self._of(segment, "query") for segment in SEGMENTS),
-            *(self.turns.get(segment) for segment in SEGMENTS),
-            *(self._anchors(segment) for segment in SEGMENTS),
-            *blocks[:2],
+        keys = [segment.key for _, segment, _ in self.packed]
+        anchors, layouts = [self._anchors(number) for number, *_ in self.packed], [key_layout(k.bands) for k in keys]
+        fold, tile, *grid = self._rows_grid(keys, max(anchors))
+        project_kernel[(*grid, sum(map(column_blocks, layouts)))](
+            self.rows,
+            tuple(Transform(at.query, basis_of(s.key), self.turns[number]) for number, s, at in self.packed),
+            *_of_each(anchors, MAX_SEGMENTS),
             self.sizes,
             self.batch,
             scale,
-            **self._has(),
-            COARSE=self._layout(COARSE, "key"),
-            VISION=self._layout(VISION, "key"),
-            TEXT=self._layout(TEXT, "key"),
-            PAIRS=tuple(pairs_of(self.turns.get(segment)) for segment in SEGMENTS),
+            LAYOUTS=tuple(layouts),
+            PAIRS=tuple(pairs_of(self.turns[number]) for number, *_ in self.packed),
             FOLD=fold,
             HEAD_DIM=self.head_dim,
             PRECISION=self.precision,
@@ -304,66 +280,54 @@ class _Call:
 
     def attend(self, mask: Tensor | None, scale: float, partial: int) -> None:
         """Scores, softmax and latent outputs of every split: all segments in the first launch, values left over in further ones."""
-        launch, packed = self.launch, self.packed
-        spans = {segment: self._passes(segment) for segment in packed}
-        part = {segment: self._of(segment, "part") for segment in SEGMENTS}
-        results = Results(self.lse, part[COARSE], part[VISION], part[TEXT], self.dense_part, self.scores)
-        values = self._layout(VISION, "value")
-        ends = (self.first.key, self.first.value, self.tail.key, self.tail.value)
-        first_key, first_value, tail_key, tail_value = map(strided, ends)
-        segments = [
-            *map(self._segment, SEGMENTS),
-            Segment(first_key, None, first_value, None, self.first_positions),
-            Segment(tail_key, None, tail_value),
-            Segment(strided(self.key), None, strided(self.value)),
-        ]
-        for number in range(max([1, *map(len, spans.values())])):
-            runs = [segment in self.streams and number < len(spans.get(segment, (0,))) for segment in SEGMENTS]
-            programs = self.tail_splits * self.tail_copies if number == 0 else 0
-            for segment, run in zip(SEGMENTS, runs, strict=True):
-                programs += self.splits[segment] * self._copies(segment) if run else 0
+        launch, state, streams = self.launch, self.state, [(s.key, s.value) for s in self.segments]
+        first = Segment(strided(state.first.key), strided(state.first.value), state.first_positions.contiguous())
+        tail = Segment(strided(state.tail.key), strided(state.tail.value))
+        segments, new = tuple(map(self._segment, range(len(streams)))), Segment(strided(self.key), strided(self.value))
+        values = [value_layout(value.bands) for _, value in streams]
+        tiered = [self.tiers is not None and segment.kind == VISION for segment in self.segments]
+        for number in range(max(map(len, self.passes))):
+            runs = [number < len(spans) for spans in self.passes]
+            programs = self.tail_splits * self.head_copies if number == 0 else 0
+            programs += sum(
+                splits * copies for splits, copies, run in zip(self.splits, self.copies, runs, strict=True) if run
+            )
             if programs == 0:
                 continue
-            tiles = {s: spans[s][number] if s in spans and number < len(spans[s]) else (0, 0) for s in SEGMENTS}
             attend_kernel[(programs, self.batch)](
-                *(self.splits.get(segment, 0) for segment in SEGMENTS),
+                *_of_each(self.splits, MAX_SEGMENTS),
+                *_of_each([segment.slots for segment in self.segments], MAX_SEGMENTS),
+                *_of_each([self._anchors(i) for i in range(len(segments))], MAX_SEGMENTS),
                 self.tail_splits,
-                *(self.streams[segment][0].codes.shape[2] if segment in self.streams else 0 for segment in SEGMENTS),
-                self.tail.slots,
+                state.tail.slots,
                 self.blocks,
-                *(self._anchors(segment) for segment in SEGMENTS),
-                *segments,
-                *map(self._rows, SEGMENTS),
-                results,
+                segments,
+                first,
+                tail,
+                new,
+                self.rows,
+                Results(self.lse, self.dense_part, self.scores),
                 masks_of(mask),
                 self.sizes,
-                self.cursor,
-                self.tiers,
+                state.cursor,
                 scale,
-                COARSE_KIND=self._kind(COARSE),
-                VISION_KIND=self._kind(VISION),
-                TEXT_KIND=self._kind(TEXT),
-                COARSE_KEY=self._layout(COARSE, "key"),
-                COARSE_VALUE=self._layout(COARSE, "value"),
-                VISION_KEY=self._layout(VISION, "key"),
-                VISION_VALUE=values,
-                TEXT_KEY=self._layout(TEXT, "key"),
-                TEXT_VALUE=self._layout(TEXT, "value"),
-                EVEN=tuple(
-                    reads_halves(self._of(segment, stream)) for segment in SEGMENTS for stream in ("key", "value")
+                PACKED=tuple(not key.as_is for key, _ in streams),
+                KEY=tuple(key_layout(key.bands) for key, _ in streams),
+                VALUE=tuple(values),
+                EVEN=tuple((reads_halves(key), reads_halves(value)) for key, value in streams),
+                PARTIAL=tuple(
+                    min(partial, component_count(layout)) if read else component_count(layout)
+                    for layout, read in zip(values, tiered, strict=True)
                 ),
-                PARTIAL=component_count(values) if self.tiers is None else min(partial, component_count(values)),
-                FIRST_PASS=number == 0,
+                ANCHOR_SLOTS=tuple(0 if turns is None else state.block for turns in self.turns),
+                KEEPS=tuple(slots > 0 for slots in self.kept_slots),
                 RUNS=tuple(runs),
-                COARSE_TILES=tiles[COARSE],
-                VISION_TILES=tiles[VISION],
-                TEXT_TILES=tiles[TEXT],
+                TILES=tuple(spans[number] if run else (0, 0) for spans, run in zip(self.passes, runs, strict=True)),
+                FIRST_PASS=number == 0,
                 RESIDENT=launch.resident,
-                ANCHOR_SLOTS=tuple(self.anchor_slots if s in self.turns else 0 for s in SEGMENTS),
-                KEEP_COARSE=self.slots.get(COARSE, 0) > 0,
-                KEEP_VISION=self.slots.get(VISION, 0) > 0,
-                KEEP_TEXT=self.slots.get(TEXT, 0) > 0,
-                ALIGNED=alignment([x for s in segments for x in (s.key, s.value) if isinstance(x, Strided)]),
+                ALIGNED=alignment(
+                    [x for s in (*segments, first, tail, new) for x in (s.key, s.value) if isinstance(x, Strided)]
+                ),
                 CAUSAL=mask is None and 1 < self.new_tokens == self.query.shape[2],
                 HEAD_DIM=self.head_dim,
                 VALUE_DIM=self.value_dim,
@@ -378,65 +342,46 @@ class _Call:
                 num_stages=launch.stages,
             )
 
-    def _kind(self, segment: int) -> int:
-        """What a segment is, for the kernel."""
-        if segment not in self.streams:
-            return ABSENT.value
-        return PACKED_SEGMENT.value if segment in self.packed else DENSE_SEGMENT.value
-
-    def _segment(self, segment: int) -> Segment:
+    def _segment(self, number: int) -> Segment:
         """A segment's tensors, for the kernel."""
-        if segment not in self.streams:
-            return Segment()
-        streams, positions = self.streams[segment], self.positions[segment]
-        if segment not in self.packed:
-            key, value = (kept_as_is(stream, self.kv_heads) for stream in streams)
-            return Segment(key, None, value, None, positions)
-        (key, key_scale), (value, value_scale) = (
-            (stream.codes.contiguous(), stream.scale.contiguous() if stream.scale.numel() else None)
-            for stream in streams
-        )
-        return Segment(key, key_scale, value, value_scale, positions)
+        segment, positions, latents = self.segments[number], self.positions[number], self.latents[number]
+        streams, read = (segment.key, segment.value), self.tiers if segment.kind == VISION else None
+        if latents is None:
+            as_is = [kept_as_is(stream, self.kv_heads) for stream in streams]
+            return Segment(as_is[0], as_is[1], positions, read=read)
+        codes = [stream.codes.contiguous() for stream in streams]
+        scales = [stream.scale.contiguous() if stream.scale.numel() else None for stream in streams]
+        return Segment(codes[0], codes[1], positions, scales[0], scales[1], latents.query, latents.part, read)
 
     def merge(self) -> Tensor:
         """The output `[B, H_q, rows, D]`, out of all splits."""
-        query = self.query
+        query, packed = self.query, self.packed
         out = query.new_empty(*query.shape[:3], self.value_dim)
-        merged = Latent(torch.empty_like(out, dtype=torch.float32) if self.packed else out, None)
-        splits = {
-            segment: Splits(packed.part, packed.part.shape[3], packed.output) for segment, packed in self.packed.items()
-        }
-        dense = Splits(self.dense_part, self.value_dim, merged)
+        merged = Latent(torch.empty_like(out, dtype=torch.float32) if packed else out, None)
+        parts = [(self.dense_part, merged), *((latents.part, latents.output) for *_, latents in packed)]
         columns = 128
-        blocks = [triton.cdiv(self.value_dim, columns)]
-        blocks += [max(1, triton.cdiv(splits[s].columns, columns)) if s in splits else 0 for s in SEGMENTS]
-        merge_kernel[(self.all_rows, self.batch, sum(blocks))](
+        segments = [Splits(part, part.shape[3], max(1, triton.cdiv(part.shape[3], columns)), to) for part, to in parts]
+        merge_kernel[(self.all_rows, self.batch, sum(segment.blocks for segment in segments))](
+            *_of_each([self.dense_splits, *(self.splits[number] for number, *_ in packed)], 1 + MAX_SEGMENTS),
             self.lse,
-            dense,
-            *map(splits.get, SEGMENTS),
+            tuple(segments),
             self.row_lse,
-            *blocks[:3],
-            self.dense_splits,
-            *(self.splits[segment] if segment in splits else 0 for segment in SEGMENTS),
             self.all_rows,
-            **self._has(),
+            SEGMENTS=len(segments),
             SPLITS=triton.next_power_of_2(self.lse.shape[1]),
             COLUMNS=columns,
         )
-        if not self.packed:
+        if not packed:
             return out
-        fold, tile, *grid = self._rows_grid([packed.value for packed in self.packed.values()])
+        values = [segment.value for _, segment, _ in packed]
+        fold, tile, *grid = self._rows_grid(values)
         expand_kernel[(*grid, triton.cdiv(self.value_dim, _channels(self.value_dim)))](
             merged.latent,
-            *(self._of(segment, "output") for segment in SEGMENTS),
-            *(basis_of(self._of(segment, "value")) for segment in SEGMENTS),
+            tuple(Transform(latents.output, basis_of(segment.value)) for _, segment, latents in packed),
             out,
             self.sizes,
             self.batch,
-            **self._has(),
-            COARSE=self._layout(COARSE, "value"),
-            VISION=self._layout(VISION, "value"),
-            TEXT=self._layout(TEXT, "value"),
+            LAYOUTS=tuple(value_layout(value.bands) for value in values),
             FOLD=fold,
             VALUE_DIM=self.value_dim,
             PRECISION=self.precision,
@@ -446,25 +391,30 @@ class _Call:
         )
         return out
 
-    def update_importance(self, segment: int, importance: Tensor, keep: float, add: float) -> None:
+    def update_importance(self, number: int, importance: Tensor, keep: float, add: float) -> None:
         """Move a segment's importance towards this step's attention, in place."""
         slots = importance.shape[1]
         importance_kernel[(triton.cdiv(slots, SLOTS), self.batch)](
             self.scores,
             self.row_lse,
-            self.positions[segment],
+            self.positions[number],
             importance,
-            self.cursor,
-            self.tiers if segment == VISION else None,
+            self.state.cursor,
+            self.tiers if self.segments[number].kind == VISION else None,
             keep,
             add,
-            sum(count for before, count in self.slots.items() if before < segment),
+            sum(self.kept_slots[:number]),
             slots,
             self.scores.shape[1],
             self.sizes,
             BLOCK=SLOTS,
             ROWS=32,
         )
+
+
+def _of_each(numbers: Sequence[int], count: int) -> list[int]:
+    """A number for each segment that there is room for, 0 for those that a state has not."""
+    return [*numbers, *[0] * (count - len(numbers))]
 
 
 def _channels(head_dim: int) -> int:

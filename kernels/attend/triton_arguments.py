@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from apack_compile.kernels.state import PackedStream
@@ -26,32 +27,45 @@ class Strided(NamedTuple):
     per: int
 
 
-class Segment(NamedTuple):
-    """What a segment stores. Packed: codes and token scales; dense: `Strided` keys and values. positions: `[B, slots]` or None."""
+class Latent(NamedTuple):
+    """Latents of an output `[B, rows, columns]`, with its share `[B, rows]` of the softmax as scale.
 
-    key: Tensor | Strided | None = None
-    key_scale: Tensor | None = None
-    value: Tensor | Strided | None = None
-    value_scale: Tensor | None = None
+    Of a query: `[B, anchors, all rows, columns]`, with scale and shift `[B, anchors, all rows]`. Where keys are not relative there is one
+    anchor, by which nothing is turned. offset: what the levels' offset adds to scores, of each block of columns,
+    `[B, anchors, blocks, all rows]`; None in float32, where levels have no offset.
+    """
+
+    latent: Tensor
+    scale: Tensor | None
+    shift: Tensor | None = None
+    offset: Tensor | None = None
+
+
+class Segment(NamedTuple):
+    """A segment's tokens. Packed: codes and token scales; dense: `Strided` keys and values. positions: `[B, slots]` or None.
+
+    query: a packed segment's query latents. part: where its outputs go, `[B, splits, rows, columns]`. read: the tier counts `[B, 2]` of
+    the vision segment.
+    """
+
+    key: Tensor | Strided
+    value: Tensor | Strided
     positions: Tensor | None = None
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
+    query: Latent | None = None
+    part: Tensor | None = None
+    read: Tensor | None = None
 
 
 class Rows(NamedTuple):
-    """Query rows `[B, H_q, rows, D]`, and as latents: `[B, anchors, all rows, columns]` with scale and shift `[B, anchors, all rows]`.
-
-    Where keys are not relative there is one anchor, by which nothing is turned. offset: what the levels' offset adds to scores, of each
-    block of columns, `[B, anchors, blocks, all rows]`; None in float32, where levels have no offset.
-    """
+    """Query rows `[B, H_q, rows, D]`."""
 
     pointer: Tensor
     batch: int
     head: int
     row: int
     channel: int
-    latent: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    offset: Tensor | None = None
 
 
 class Masks(NamedTuple):
@@ -99,12 +113,9 @@ class Sizes(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Per split: log-sum-exp `[B, splits, rows]`, latents `[B, own splits, rows, columns]`; scores `[B, slots, rows]` or None."""
+    """Log-sum-exp `[B, splits, rows]`, outputs over dense tokens `[B, dense splits, rows, D]`; scores `[B, slots, rows]` or None."""
 
     lse: Tensor
-    coarse: Tensor | None
-    vision: Tensor | None
-    text: Tensor | None
     dense: Tensor
     scores: Tensor | None
 
@@ -118,21 +129,27 @@ class Basis(NamedTuple):
     next_batch: int
 
 
-class Latent(NamedTuple):
-    """Latents `[B, rows, columns]`. Of a query: as in `Rows`; of an output: with its share `[B, rows]` of the softmax."""
+class Transform(NamedTuple):
+    """A packed segment's latents, and the basis that queries come from or outputs go through; turns: of its relative keys."""
 
-    latent: Tensor
-    scale: Tensor | None
-    shift: Tensor | None = None
-    offset: Tensor | None = None
+    latent: Latent
+    basis: Basis
+    turns: Tensor | None = None
 
 
 class Splits(NamedTuple):
-    """One segment's splits `[B, splits, rows, columns]`, and where their sum goes."""
+    """One segment's splits `[B, splits, rows, columns]`, blocks of their columns, and where their sum goes."""
 
     part: Tensor
     columns: int
+    blocks: int
     out: Latent
+
+
+@triton.constexpr_function
+def entry(values, number):
+    """An entry of a constant tuple. What Triton 3.6 gives by an index is no constant where it is a tuple itself."""
+    return values[number]
 
 
 def strided(x: Tensor) -> Strided:
@@ -148,17 +165,15 @@ def kept_as_is(stream: PackedStream, heads: int) -> Strided:
     return Strided(codes, batch, group, codes.shape[3] // per * channel, token, channel, per)
 
 
-def basis_of(stream: PackedStream | None) -> Basis | None:
+def basis_of(stream: PackedStream) -> Basis:
     """A stream's basis for the kernels."""
-    if stream is None:
-        return None
     mean, decoder, step = (tensor.contiguous() for tensor in stream.basis)
     return Basis(mean, decoder, step, 0 if mean.shape[0] == 1 else stream.groups)
 
 
-def reads_halves(stream: PackedStream | None) -> bool:
+def reads_halves(stream: PackedStream) -> bool:
     """Whether float16 coefficients can be read as such."""
-    return stream is not None and stream.bands.token_bytes % 2 == 0 and stream.codes.data_ptr() % 2 == 0
+    return stream.bands.token_bytes % 2 == 0 and stream.codes.data_ptr() % 2 == 0
 
 
 def masks_of(mask: Tensor | None) -> Masks:

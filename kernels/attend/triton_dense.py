@@ -122,7 +122,6 @@ def attend_dense(
     masks,
     sizes,
     cursor,
-    read,
     scale,
     KIND: tl.constexpr,
     KEEP_SCORES: tl.constexpr,
@@ -157,8 +156,8 @@ def attend_dense(
     total = tl.zeros((ROW_TILE,), tl.float32)
     held, packed = tl.load(cursor), tl.load(cursor + 1)
     end = tl.minimum((split + 1) * share.blocks * BLOCK, share.slots)
-    if read is not None:
-        end = tl.minimum(end, tl.load(read + 2 * b + 1))
+    if segment.read is not None:
+        end = tl.minimum(end, tl.load(segment.read + 2 * b + 1))
     first_end = tl.where(split == 0, sizes.first_slots, 0)
     new_end = tl.where(split == 0, sizes.new_tokens, 0)
     # fmt: off

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from apack_compile.kernels.attend.triton_arguments import entry
 from apack_compile.kernels.triton_bands import (
     COLUMN_BLOCK,
     FLOAT16_MAX,
@@ -117,32 +118,17 @@ def project_segment(
         tl.store(out.shift + at_row, shift * scale, mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["coarse_anchors", "vision_anchors", "text_anchors"])
+@triton.jit(do_not_specialize=["anchors_0", "anchors_1", "anchors_2"])
 def project_kernel(
     query,
-    coarse_basis,
-    vision_basis,
-    text_basis,
-    coarse,
-    vision,
-    text,
-    coarse_turns,
-    vision_turns,
-    text_turns,
-    coarse_anchors,
-    vision_anchors,
-    text_anchors,
-    coarse_blocks,
-    vision_blocks,
+    segments,
+    anchors_0,
+    anchors_1,
+    anchors_2,
     sizes,
     batch,
     scale,
-    HAS_COARSE: tl.constexpr,
-    HAS_VISION: tl.constexpr,
-    HAS_TEXT: tl.constexpr,
-    COARSE: tl.constexpr,
-    VISION: tl.constexpr,
-    TEXT: tl.constexpr,
+    LAYOUTS: tl.constexpr,
     PAIRS: tl.constexpr,
     FOLD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -151,34 +137,23 @@ def project_kernel(
     CHANNELS: tl.constexpr,
 ):
     """Query latents of the packed segments. Grid: tiles of rows, times the anchors of the segment that has most; KV heads (of each
-    sequence); blocks of columns of coarse, vision and text.
+    sequence); blocks of columns of each segment.
     """
     block = tl.program_id(2)
     first_row = tl.program_id(0) * ROW_TILE
     rows = sizes.kv_rows * batch if FOLD else sizes.kv_rows
-    # fmt: off
-    if block < coarse_blocks:
-        if HAS_COARSE:
-            if first_row < rows * coarse_anchors:
+    anchors = anchors_0, anchors_1, anchors_2
+    for i in tl.static_range(len(LAYOUTS)):
+        if block < column_blocks(entry(LAYOUTS, i)):
+            if first_row < rows * anchors[i]:
+                # fmt: off
                 project_segment(
-                    query, coarse_basis, coarse, coarse_turns, coarse_anchors, block, sizes, batch, scale,
-                    COARSE, PAIRS[0], FOLD, HEAD_DIM, PRECISION, ROW_TILE, CHANNELS,
+                    query, segments[i].basis, segments[i].latent, segments[i].turns, anchors[i], block, sizes, batch, scale,
+                    entry(LAYOUTS, i), PAIRS[i], FOLD, HEAD_DIM, PRECISION, ROW_TILE, CHANNELS,
                 )
-    elif block < coarse_blocks + vision_blocks:
-        if HAS_VISION:
-            if first_row < rows * vision_anchors:
-                project_segment(
-                    query, vision_basis, vision, vision_turns, vision_anchors, block - coarse_blocks, sizes, batch, scale,
-                    VISION, PAIRS[1], FOLD, HEAD_DIM, PRECISION, ROW_TILE, CHANNELS,
-                )
-    else:
-        if HAS_TEXT:
-            if first_row < rows * text_anchors:
-                project_segment(
-                    query, text_basis, text, text_turns, text_anchors, block - coarse_blocks - vision_blocks, sizes, batch, scale,
-                    TEXT, PAIRS[2], FOLD, HEAD_DIM, PRECISION, ROW_TILE, CHANNELS,
-                )
-    # fmt: on
+                # fmt: on
+            return
+        block -= column_blocks(entry(LAYOUTS, i))
 
 
 @triton.jit
@@ -208,39 +183,30 @@ def merge_segment(
             tl.store(segment.out.scale + at_row, tl.sum(shares, 0))
 
 
-@triton.jit(do_not_specialize=["dense_splits", "coarse_splits", "vision_splits", "text_splits"])
+@triton.jit(do_not_specialize=["splits_0", "splits_1", "splits_2", "splits_3"])
 def merge_kernel(
+    splits_0,
+    splits_1,
+    splits_2,
+    splits_3,
     lse,
-    dense,
-    coarse,
-    vision,
-    text,
+    segments,
     row_lse,
-    dense_blocks,
-    coarse_blocks,
-    vision_blocks,
-    dense_splits,
-    coarse_splits,
-    vision_splits,
-    text_splits,
     all_rows,
-    HAS_COARSE: tl.constexpr,
-    HAS_VISION: tl.constexpr,
-    HAS_TEXT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sum the splits of the dense tokens, and of coarse, vision and text where these are packed; log-sum-exps lie in this order.
+    """Sum the splits of the dense tokens, and of each packed segment; log-sum-exps lie in this order.
 
-    Grid: rows; batch; blocks of columns in this order. SPLITS: all, padded.
+    Grid: rows; batch; blocks of columns in this order. SEGMENTS: how many there are. SPLITS: all, padded.
     """
     row = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     split = tl.arange(0, SPLITS)
-    vision_first = dense_splits + coarse_splits
-    text_first = vision_first + vision_splits
-    all_splits = text_first + text_splits
+    splits = splits_0, splits_1, splits_2, splits_3
+    all_splits = splits_0 + splits_1 + splits_2 + splits_3
     at_lse = lse + (b * all_splits + split) * all_rows + row
     own = tl.load(at_lse, mask=split < all_splits, other=float("-inf"))
     top = tl.max(own, 0)
@@ -252,33 +218,21 @@ def merge_kernel(
         whole = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
         if block == 0:
             tl.store(row_lse + b * all_rows + row, whole)
-    # fmt: off
-    if block < dense_blocks:
-        merge_segment(lse, dense, 0, dense_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
-    elif block < dense_blocks + coarse_blocks:
-        if HAS_COARSE:
-            block -= dense_blocks
+    first = 0
+    for i in tl.static_range(SEGMENTS):
+        if block < segments[i].blocks:
             merge_segment(
-                lse, coarse, dense_splits, coarse_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS
+                lse, segments[i], first, splits[i], b, row, block, all_splits, all_rows, top, inverse, COLUMNS
             )
-    elif block < dense_blocks + coarse_blocks + vision_blocks:
-        if HAS_VISION:
-            block -= dense_blocks + coarse_blocks
-            merge_segment(
-                lse, vision, vision_first, vision_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS
-            )
-    else:
-        if HAS_TEXT:
-            block -= dense_blocks + coarse_blocks + vision_blocks
-            merge_segment(lse, text, text_first, text_splits, b, row, block, all_splits, all_rows, top, inverse, COLUMNS)
-    # fmt: on
+            return
+        block -= segments[i].blocks
+        first += splits[i]
 
 
 @triton.jit
 def expand_segment(
     summed,
-    latent,
-    basis,
+    segment,
     b,
     z,
     row,
@@ -292,6 +246,7 @@ def expand_segment(
     COLUMNS: tl.constexpr,
 ):
     """`summed` plus a segment's output: latents times step and decoder, and its share of the softmax times the mean."""
+    latent, basis = segment.latent, segment.basis
     per_group = sizes.kv_heads // sizes.groups
     rank: tl.constexpr = component_count(LAYOUT)
     all_columns: tl.constexpr = column_count(LAYOUT)
@@ -320,21 +275,11 @@ def expand_segment(
 @triton.jit
 def expand_kernel(
     dense,
-    coarse,
-    vision,
-    text,
-    coarse_basis,
-    vision_basis,
-    text_basis,
+    segments,
     out,
     sizes,
     batch,
-    HAS_COARSE: tl.constexpr,
-    HAS_VISION: tl.constexpr,
-    HAS_TEXT: tl.constexpr,
-    COARSE: tl.constexpr,
-    VISION: tl.constexpr,
-    TEXT: tl.constexpr,
+    LAYOUTS: tl.constexpr,
     FOLD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -351,20 +296,22 @@ def expand_kernel(
     at = ((b * sizes.all_rows + row) * VALUE_DIM)[:, None] + channel[None, :]
     both = row_ok[:, None] & (channel < VALUE_DIM)[None, :]
     summed = tl.load(dense + at, mask=both, other=0.0)
-    # fmt: off
-    if HAS_COARSE:
+    for i in tl.static_range(len(LAYOUTS)):
         summed = expand_segment(
-            summed, coarse, coarse_basis, b, z, row, row_ok, head, channel, sizes, COARSE, VALUE_DIM, PRECISION, COLUMNS
+            summed,
+            segments[i],
+            b,
+            z,
+            row,
+            row_ok,
+            head,
+            channel,
+            sizes,
+            entry(LAYOUTS, i),
+            VALUE_DIM,
+            PRECISION,
+            COLUMNS,
         )
-    if HAS_VISION:
-        summed = expand_segment(
-            summed, vision, vision_basis, b, z, row, row_ok, head, channel, sizes, VISION, VALUE_DIM, PRECISION, COLUMNS
-        )
-    if HAS_TEXT:
-        summed = expand_segment(
-            summed, text, text_basis, b, z, row, row_ok, head, channel, sizes, TEXT, VALUE_DIM, PRECISION, COLUMNS
-        )
-    # fmt: on
     tl.store(out + at, summed.to(out.dtype.element_ty), mask=both)
 
 

@@ -80,13 +80,10 @@ def attend_packed(
     b,
     share,
     segment,
-    rows,
-    part,
     results,
     masks,
     sizes,
     cursor,
-    read,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     KEY_EVEN: tl.constexpr,
@@ -106,8 +103,8 @@ def attend_packed(
     """One split of a packed segment, for one tile of a head group's rows.
 
     A pass has the value tiles from VALUE_TILES[0] to VALUE_TILES[1]; those after the first read its scores. RESIDENT: query latents are
-    loaded once, not for every tile. read: pointer to the two tier counts, or None. ANCHOR_SLOTS: slots that share an anchor, in whose
-    latents the query is turned back; 0 where keys are not relative. They are whole blocks of tokens.
+    loaded once, not for every tile. ANCHOR_SLOTS: slots that share an anchor, in whose latents the query is turned back; 0 where keys are
+    not relative. They are whole blocks of tokens.
     """
     row_tile = work % share.row_tiles
     split = (work // share.row_tiles) % share.splits
@@ -116,6 +113,7 @@ def attend_packed(
     row_ok = in_unit < sizes.group_rows
     first_row = unit * sizes.group_rows + row_tile * ROW_TILE
     row = first_row + tl.arange(0, ROW_TILE)
+    rows = segment.query
 
     if FIRST_PASS and ANCHOR_SLOTS == 0:
         latent = rows.latent + (b * sizes.all_rows + first_row) * column_count(KEY)
@@ -136,9 +134,9 @@ def attend_packed(
     stored_end = tl.minimum(tl.load(cursor + 1), tl.load(cursor) - sizes.new_tokens)
     end = tl.minimum((split + 1) * share.blocks * BLOCK, share.slots)
     full = share.slots
-    if read is not None:
-        full = tl.load(read + 2 * b)
-        end = tl.minimum(end, tl.load(read + 2 * b + 1))
+    if segment.read is not None:
+        full = tl.load(segment.read + 2 * b)
+        end = tl.minimum(end, tl.load(segment.read + 2 * b + 1))
     first_token = (b * sizes.groups + unit) * share.slots
     for start in range(split * share.blocks * BLOCK, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
@@ -234,5 +232,5 @@ def attend_packed(
                         summed = tl.where((component < PARTIAL)[:, None], summed, full_sum[None, :])
                     out = (accumulated[len(written)] - level_offset(band, DOT) * summed) * inverse[None, :]
                     column = tile_column(VALUE, band, number, place) + tl.arange(0, tile(VALUE, band))
-                    tl.store(part + at_part[None, :] + column[:, None], out, mask=row_ok[None, :])
+                    tl.store(segment.part + at_part[None, :] + column[:, None], out, mask=row_ok[None, :])
                     written = written + (0,)
