@@ -18,7 +18,7 @@ from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.generate.hooks import watch_rotary
 from apack_compile.generate.session import session_of
-from apack_compile.kernels.layout import PACKED
+from apack_compile.kernels.cursor import PACKED
 from apack_compile.models.cache_argument import with_cache
 from apack_compile.models.offload import computing_device
 from apack_compile.models.wrappers import unwrapped

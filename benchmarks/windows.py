@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
-from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.heads import to_groups
 from apack_compile.plan.basis import fit, fit_steps, moments
 from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan
 from apack_compile.plan.ring import block_for

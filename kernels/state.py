@@ -128,7 +128,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class PackedState:
-    """The state of one layer. first_positions: int32 `[B, slots]`; cursor: int64 `[3]` (kernels/layout.py)."""
+    """The state of one layer. first_positions: int32 `[B, slots]`; cursor: int64 `[3]` (kernels/cursor.py)."""
 
     segments: tuple[Segment, ...]
     first: DenseSegment

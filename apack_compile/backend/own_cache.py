@@ -20,7 +20,8 @@ from apack_compile.cache.layer import CompactedLayer
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.calibration.collect import Running, RunningMoments, by_layer
 from apack_compile.checks import counted
-from apack_compile.kernels.layout import HELD, to_groups
+from apack_compile.kernels.cursor import HELD
+from apack_compile.kernels.heads import to_groups
 from apack_compile.plan.budget import budget_key, budget_plan
 from apack_compile.plan.choice import head_groups_for
 from apack_compile.plan.file import versions

@@ -22,7 +22,7 @@ from apack_compile.cache.watch import Watch, WatchedKeys
 from apack_compile.checks import counted
 from apack_compile.errors import StrictError
 from apack_compile.kernels.autocast import without_autocast
-from apack_compile.kernels.layout import HELD
+from apack_compile.kernels.cursor import HELD
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.inference_mode import outside_inference_mode
 from apack_compile.plan.budget import spare_slots

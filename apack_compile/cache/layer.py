@@ -12,9 +12,10 @@ from apack_compile.cache.layer_tiers import LayerTiers
 from apack_compile.cache.shared_index import SharedIndex
 from apack_compile.cache.stored_states import StoredStep
 from apack_compile.cache.token_index import Kept, count_of, extended, flags_at, gather_tokens, kept_slots, positions_of
+from apack_compile.kernels.cursor import HELD, ORIGIN, PACKED
 from apack_compile.kernels.encode import encode
 from apack_compile.kernels.format import FLOAT16_MAX, StreamBasis
-from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, to_groups
+from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.state import KIND_NAMES, TEXT, VISION, DenseSegment, PackedState, PackedStream, Segment
 from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.models.modality import compact

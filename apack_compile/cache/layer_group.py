@@ -13,7 +13,7 @@ from apack_compile.cache.token_index import (
     positions_of,
     without_bad_bargains,
 )
-from apack_compile.kernels.layout import ORIGIN
+from apack_compile.kernels.cursor import ORIGIN
 from apack_compile.plan.ring import block_for, in_order, leading_blocks_dropped, ring_slots, whole_blocks
 from apack_compile.plan.rotation import turns_of_blocks
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from apack_compile.calibration.sensitivity import Observation, observe
 from apack_compile.checks import counted
 from apack_compile.kernels.autocast import without_autocast
-from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.modality import compact, padding_of, vision_of

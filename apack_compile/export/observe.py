@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from apack_compile.calibration.collect import Running, RunningMoments, by_layer
 from apack_compile.kernels.format import FLOAT16_MAX
-from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.models.coordinates import rotary_frequencies
 from apack_compile.passes.buffers.packed_state import new_tokens, positions

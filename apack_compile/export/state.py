@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from apack_compile.kernels.encode import encode
 from apack_compile.kernels.format import StreamBasis
-from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.heads import to_groups
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.plan import StreamPlan
 from apack_compile.plan.rotation import KeyTurn, turns_of_blocks

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.cursor import HELD, ORIGIN, PACKED
 from apack_compile.kernels.encode import encode
-from apack_compile.kernels.layout import HELD, ORIGIN, PACKED, to_groups
+from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.state import AppendState, PackedStream
 from apack_compile.kernels.turns import turned, turns_of_slots
 

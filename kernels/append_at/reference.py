@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.layout import HELD
+from apack_compile.kernels.cursor import HELD
 from apack_compile.kernels.state import AppendState
 
 Append = Callable[..., None]

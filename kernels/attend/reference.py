@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.cursor import HELD, stored_before, tail_positions
 from apack_compile.kernels.format import centered_levels
-from apack_compile.kernels.layout import HELD, stored_before, tail_positions, to_heads
+from apack_compile.kernels.heads import to_heads
 from apack_compile.kernels.state import TEXT, VISION, PackedState, PackedStream, Segment, check_tiers
 from apack_compile.kernels.turns import turned
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.addresses import addresses_of, with_rows
-from apack_compile.kernels.layout import HELD
+from apack_compile.kernels.cursor import HELD
 from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET
 from apack_compile.kernels.state import PackedState
 from apack_compile.kernels.structs import UNPACK

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.cursor import HELD, stored_before, tail_positions
 from apack_compile.kernels.format import decode
-from apack_compile.kernels.layout import HELD, stored_before, tail_positions, to_heads
+from apack_compile.kernels.heads import to_heads
 from apack_compile.kernels.state import PackedState, PackedStream
 from apack_compile.kernels.turns import check_pairs, interleaved, turned, turns_of_slots
 

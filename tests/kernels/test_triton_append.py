@@ -23,7 +23,7 @@ from apack_compile.kernels.format import (
     quantize,
     token_scales,
 )
-from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.heads import to_groups
 from apack_compile.plan.basis import fit, moments
 
 append = append_with(cuda.append)

@@ -12,7 +12,7 @@ from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.format import Bands
-from apack_compile.kernels.layout import to_groups
+from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.turns import turned
 from apack_compile.plan.basis import fit, moments
 from apack_compile.plan.importance import CoarseRule

@@ -10,7 +10,7 @@ from torch import Tensor
 from apack_compile import kernels  # noqa: F401
 from apack_compile.kernels.encode import encode
 from apack_compile.kernels.format import Bands, StreamBasis, decode
-from apack_compile.kernels.layout import to_groups, to_heads
+from apack_compile.kernels.heads import to_groups, to_heads
 from apack_compile.plan.basis import fit, moments
 
 APPEND, UNPACK = append_with(torch.ops.apack.append), unpack_with(torch.ops.apack.unpack)
