@@ -1,8 +1,11 @@
 """The published presets against plain implementations of their papers, row by row."""
 
+import json
+
 import pytest
 import torch
 from preset_rows import PRESET_ROWS
+from small import greedy, llava, picture
 from vlms import IMAGE, build, prompt
 
 import apack_compile
@@ -18,6 +21,44 @@ BATCHES = {
 
 def test_every_preset_has_a_row():
     assert list(PRESET_ROWS) == list(PRESETS)
+
+
+def test_the_options_of_every_preset_are_imported_from_the_package():
+    for name, options in PRESETS.items():
+        assert getattr(apack_compile, options.__name__) is options and options().name == name
+    assert not hasattr(apack_compile, "OtherOptions")
+
+
+@pytest.mark.parametrize("name", PRESET_ROWS)
+def test_a_configuration_takes_the_options_of_its_preset_alone(name):
+    options = PRESET_ROWS[name].config.get("options", PRESETS[name]())
+    config = AttentionPackConfig(preset=name, options=options)
+    assert config.preset_options == options
+    assert AttentionPackConfig.from_json(config.to_json()) == config
+    assert AttentionPackConfig(preset=name).preset_options == PRESETS[name]()
+    with pytest.raises(ValueError, match=r"options=.* are those of a preset; pass preset too"):
+        AttentionPackConfig(options=options)
+    other = next(preset for preset in PRESETS.values() if preset.name != name)
+    with pytest.raises(ValueError, match=f"options=.* must be {PRESETS[name].__name__} with preset='{name}'"):
+        AttentionPackConfig(preset=name, options=other())
+    with pytest.raises(ValueError, match="options is an object with"):
+        AttentionPackConfig.from_json(json.dumps({"preset": name, "options": {"unknown": 1}}))
+
+
+def test_options_are_given_once():
+    AttentionPackConfig(preset="a-vl", a_vl=apack_compile.AVLOptions(core=0.2))
+    with pytest.raises(ValueError, match="options and a_vl exclude each other"):
+        AttentionPackConfig(preset="a-vl", a_vl=apack_compile.AVLOptions(core=0.2), options=apack_compile.AVLOptions())
+
+
+@pytest.mark.parametrize("name", PRESET_ROWS)
+def test_a_saved_plan_gives_the_same_tokens(name, tmp_path):
+    config = AttentionPackConfig(preset=name, compile="none", **PRESET_ROWS[name].config)
+    model, inputs = apack_compile.optimize(llava(), config), picture([60, 40], [30, 50])
+    expected = greedy(model, inputs)
+    apack_compile.plan_for(model, 100, 0.3).save(tmp_path / "plan")
+    other = apack_compile.optimize(llava(), plan=apack_compile.Plan.load(tmp_path / "plan"), compile="none")
+    assert torch.equal(greedy(other, inputs), expected)
 
 
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
