@@ -87,7 +87,7 @@ def score(
         watch_rotary(model)
     cache = session.new_cache(model, max(len(row.inputs) for row in rows))
     none = torch.zeros(1, max(len(row.tokens) for row in rows), dtype=torch.bool)
-    cache.plan_for_prompt(none, none)
+    cache.groups.choose_plans(none, none)
     batch = _Batch(model, cache)
     batch.read([row.read for row in rows])
     scores = [RowScores([0.0] * len(row.targets), [True] * len(row.targets)) for row in rows]

@@ -54,7 +54,7 @@ def main(
         for groups in (1, heads):
             running: Running = {}
             for observation, one in zip(seen, inputs, strict=True):
-                add_observation(running, as_packed(observation, turn), model.config, one, groups, turn)
+                add_observation(running, as_packed(observation, turn), model.config, one, groups)
             found = finish_all(running)
             statistics = {i: {"text": (found[i, "text", 0], found[i, "text", 1])} for i in layers}
             for wanted in ratio or [4.0, 8.0]:

@@ -46,7 +46,7 @@ def row(key_rank: int, value_rank: int, published: float) -> Row:
     """Bytes and ratios of one line of the table."""
     cache = filled_cache(key_rank, value_rank)
     layer, held = cache.packed_layers[0], cache.report()
-    decoders = [stream.basis.decoder for stream in layer.streams]
+    decoders = [stream.basis.decoder for pair in layer.pairs.values() for stream in pair.streams]
     paper_bytes = storage_bytes([layer.first.key, layer.first.value, *layer.packed_tensors(), *decoders])
     ratio = held["dense_bytes"] / paper_bytes
     return {

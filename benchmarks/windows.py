@@ -50,7 +50,7 @@ def held_bytes(ratio: float, tokens: int, streams: dict) -> dict[int | None, tup
         key = budget_key(tokens, 0.0) if window is None else (min(tokens, window), 0.0)
         source = PlanSource(given=budget_plan(streams, ratio, *key, turn=turn, window=window))
         cache = CompactedCache([LayerKind(0, "attention", None, window=window)], DynamicCache(), source)
-        cache.plan_for_prompt(*[torch.zeros(1, tokens, dtype=torch.bool)] * 2)
+        cache.groups.choose_plans(*[torch.zeros(1, tokens, dtype=torch.bool)] * 2)
         for start in range(0, tokens, CHUNK):
             chunk = min(CHUNK, tokens - start)
             cache.update(states(chunk, start), states(chunk, start + 1), 0)

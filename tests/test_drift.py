@@ -51,7 +51,7 @@ def test_tokens_like_the_calibration_keep_the_shared_basis(plan):
     cache, errors = filled(plan, 0)
     layer = cache.layers[0]
     assert cache.notes == [] and layer.refitted == {}
-    assert layer.streams[2].basis.decoder.data_ptr() == plan.bases[0][2].decoder.data_ptr()
+    assert layer.pairs["text"].key.basis.decoder.data_ptr() == plan.bases[0][2].decoder.data_ptr()
     report = cache.report()
     assert report["captured"] == pytest.approx(1 - max(errors), abs=0.02)
 
@@ -60,14 +60,15 @@ def test_other_tokens_are_refitted_and_pay_for_it(plan, monkeypatch):
     cache, errors = filled(plan, 1)
     layer = cache.layers[0]
     assert "2 of 4 shared bases did not fit" in cache.notes[0]
-    assert set(layer.refitted) == {2, 3} and all(fit.is_bad for fit in layer.refitted.values())
-    assert not torch.equal(layer.streams[2].basis.decoder, plan.bases[0][2].decoder)
+    assert set(layer.refitted) == {"text_key", "text_value"} and all(fit.is_bad for fit in layer.refitted.values())
+    assert not torch.equal(layer.pairs["text"].key.basis.decoder, plan.bases[0][2].decoder)
     like, _ = filled(plan, 0)
     assert (
-        cache.report()["sequence_bytes"] > like.report()["sequence_bytes"] + 2 * layer.streams[2].basis.decoder.nbytes
+        cache.report()["sequence_bytes"]
+        > like.report()["sequence_bytes"] + 2 * layer.pairs["text"].key.basis.decoder.nbytes
     )
     assert max(errors) < 3 * max(fit.expected for fit in layer.fits.values())
-    monkeypatch.setattr("apack_compile.cache.layer.refit", lambda *args: StreamBasis(*plan.bases[0][2]))
+    monkeypatch.setattr("apack_compile.cache.layer_store.refit", lambda *args: StreamBasis(*plan.bases[0][2]))
     unhelped, worse = filled(plan, 1)
     assert min(worse) > 3 * max(errors)
     assert "lose more than their calibration promised" in unhelped.notes[-1]

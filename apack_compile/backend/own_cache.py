@@ -38,21 +38,6 @@ Pair = tuple[Tensor, Tensor]
 Layouts = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-class BufferCache(CompactedCache):
-    """A packed cache in the place of static buffers: every slot that they could ever need is there from the start."""
-
-    def __init__(self, layers: int, plan: Plan, max_tokens: int) -> None:
-        kinds = [LayerKind(layer, "static buffer", None) for layer in range(layers)]
-        super().__init__(kinds, DynamicCache(), PlanSource(given=plan))
-        self.max_tokens = max_tokens
-
-    def _spare(self, tokens: int) -> int:
-        return self.max_tokens - tokens
-
-    def _capacity(self, tokens: int) -> int:
-        return self.max_tokens
-
-
 @dataclass(frozen=True)
 class Packed:
     """What stands for one pair of buffers: a layer of a packed cache, and the buffers' versions when they were released.
@@ -60,7 +45,7 @@ class Packed:
     state, layout: as the operations are given them (kernels/state.py); what is written later is written into these tensors.
     """
 
-    cache: BufferCache
+    cache: CompactedCache
     layer: CompactedLayer
     state: tuple[Tensor, ...]
     layout: tuple[int, ...]
@@ -158,7 +143,9 @@ class OwnCaches:
         held = [states_of(pair, how) for pair, how in zip(pairs, layouts, strict=True)]
         filled = [tuple(states[:, :, :tokens] for states in pair) for pair in held]
         plan = self._plan_for(held, filled)
-        cache = BufferCache(len(pairs), plan, held[0][0].shape[2])
+        kinds = [LayerKind(layer, "static buffer", None) for layer in range(len(pairs))]
+        # every slot that the buffers could ever need is there from the start
+        cache = CompactedCache(kinds, DynamicCache(), PlanSource(given=plan), max_tokens=held[0][0].shape[2])
         for i, (key, value) in enumerate(filled):
             cache.update(key, value, i)
         found = []
@@ -206,7 +193,7 @@ class OwnCaches:
         bytes_of = [cache.report() for cache in caches]
         elements = sum(
             layer.batch_size
-            * cache.max_tokens
+            * cache.groups.max_tokens
             * layer.num_heads
             * sum(states.shape[3] for states in (layer.first.key, layer.first.value))
             for cache in caches
@@ -217,7 +204,7 @@ class OwnCaches:
         return {
             "layers": len(live),
             "tokens": sum(held["tokens"] for held in bytes_of),
-            "capacity": caches[0].max_tokens,
+            "capacity": caches[0].groups.max_tokens,
             "buffer_bytes": elements * size,
             "dense_bytes": elements * DENSE_ELEMENT_BYTES,
             "released_bytes": sum(packed.released for packed in live),
@@ -252,7 +239,7 @@ def span_of(positions: Sequence[Tensor]) -> tuple[int, int]:
     return first[0], len(first)
 
 
-def follow(cache: BufferCache, start: int) -> None:
+def follow(cache: CompactedCache, start: int) -> None:
     """Drop tokens from `start` on, as a call that writes there does; raises ValueError where positions would stay empty."""
     held = int(cache.packed_layers[0].cursor[HELD])
     if start > held:

@@ -75,7 +75,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
     dense_bytes / sequence_bytes. parts: sequence_bytes by what they are for.
     """
     packed = [layer for layer in cache.packed_layers if layer.is_initialized]
-    model = [tensor for plan in cache.plans if plan is not None for tensor in shared_tensors(plan)]
+    model = [tensor for plan in cache.groups.plans if plan is not None for tensor in shared_tensors(plan)]
     own = list(unpacked_tensors(cache))
     placed = [t for group in cache.groups for t in (*group.index.positions, *group.index.turns)]
     known = [vars(group.index.coordinates) for group in cache.groups if group.index.coordinates is not None]
@@ -83,7 +83,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
         "packed tokens and free slots": [],
         "first and newest tokens, dense": [],
         "bases of these sequences": [],
-        "positions, turns and tiers": [*placed, *tensors_in(known), *tensors_in(cache.history)],
+        "positions, turns and tiers": [*placed, *tensors_in(known), *tensors_in(cache.groups.history)],
         "layers that are not packed": own,
     }
     dense = sum(t.numel() for t in own) * DENSE_ELEMENT_BYTES

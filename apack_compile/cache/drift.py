@@ -1,6 +1,8 @@
 """Whether a basis that all requests share still fits the tokens of this one, and a new one where it does not."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,6 +10,9 @@ from torch import Tensor
 from apack_compile.kernels.encode import encode
 from apack_compile.kernels.format import Bands, StreamBasis, decode
 from apack_compile.plan.basis import fit, fit_steps, mixed, moments
+
+if TYPE_CHECKING:
+    from apack_compile.cache.layer import CompactedLayer
 
 # A prompt may lose this many times what the calibration's tokens lose, and this share more, before its basis is refitted.
 ERROR_FACTOR = 4.0
@@ -44,3 +49,14 @@ def refit(x: Tensor, real: Tensor, bands: Bands, like: StreamBasis) -> StreamBas
     spectrum = fit_steps(mixed(fit(moments(pooled))), pooled.float(), token_scale=True)
     basis = spectrum.basis(bands)
     return StreamBasis(*(new.to(old.dtype) for new, old in zip(basis, like, strict=True)))
+
+
+def fit_notes(layers: Sequence["CompactedLayer"]) -> Iterator[str]:
+    """What is said of the shared bases that did not fit a prompt."""
+    streams = 4 * len(layers)
+    refitted = sum(len(layer.refitted) for layer in layers)
+    bad = sum(fit.is_bad for layer in layers for fit in layer.fits.values())
+    if refitted:
+        yield f"{refitted} of {streams} shared bases did not fit this prompt: refitted, stored with the sequence"
+    if bad:
+        yield f"{bad} of {streams} streams lose more than their calibration promised; calibrate on such inputs"

@@ -1,11 +1,13 @@
 """Layers that a packed cache keeps as transformers has them, with addresses that a compiled decode step can rely on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from apack_compile.checks import counted
 
 CROSS_ATTENTION = "cross_attention"
 RowChange = Callable[[Tensor], Tensor]
@@ -103,3 +105,15 @@ def why_not_cropped(layer: Any) -> str | None:
     if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
         return "full window" if layer.get_seq_length() >= layer.sliding_window else None
     return None
+
+
+def check_cropped(layers: Sequence[Any], tokens: int) -> None:
+    """Raise ValueError where a layer that is not packed cannot give up its newest tokens."""
+    stuck: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        if (why := why_not_cropped(layer)) is not None:
+            stuck.setdefault(why, []).append(i)
+    for why, those in stuck.items():
+        raise ValueError(
+            f"crop: cannot remove {counted(tokens, 'token')}; the {why} of layers {', '.join(map(str, those))} cannot go back"
+        )

@@ -7,27 +7,22 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from apack_compile.cache.drift import Fit, lost_share, refit
+from apack_compile.cache.drift import Fit
+from apack_compile.cache.layer_store import store
 from apack_compile.cache.layer_tiers import LayerTiers
+from apack_compile.cache.packed_pair import PackedPair, empty_pairs
 from apack_compile.cache.shared_index import SharedIndex
 from apack_compile.cache.stored_states import StoredStep
-from apack_compile.cache.token_index import Kept, count_of, extended, flags_at, gather_tokens, kept_slots, positions_of
+from apack_compile.cache.token_index import extended
 from apack_compile.kernels.cursor import HELD, ORIGIN, PACKED
-from apack_compile.kernels.encode import encode
-from apack_compile.kernels.format import FLOAT16_MAX, StreamBasis
-from apack_compile.kernels.heads import to_groups
-from apack_compile.kernels.state import KIND_NAMES, TEXT, VISION, DenseSegment, PackedState, PackedStream, Segment
-from apack_compile.kernels.turns import turned, turns_of_slots
-from apack_compile.models.modality import compact
-from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.importance import NEWEST, least_important, scores_of
-from apack_compile.plan.plan import FITTED_SCOPES, STREAMS
+from apack_compile.kernels.format import FLOAT16_MAX
+from apack_compile.kernels.state import TEXT, DenseSegment, PackedState, Segment
+from apack_compile.plan.plan import STREAMS, StreamPlan
 from apack_compile.plan.rotation import deinterleaved_keys, turns_of_blocks
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
 MAX_APPEND = 32
-# Fewer tokens do not tell whether a basis fits.
-MIN_WATCHED = 32
+NO_TURNS = (None, None, None)
 
 
 class CompactedLayer(CacheLayerMixin):
@@ -44,19 +39,16 @@ class CompactedLayer(CacheLayerMixin):
         self.is_sliding = index.window is not None
         self.first: DenseSegment | None = None
         self.tail: DenseSegment | None = None
-        # Keys and values of each packed segment, as the plan has them, and these segments' kinds.
-        self.streams: list[PackedStream] = []
-        self.kinds: tuple[int, ...] = ()
+        # The packed segments by name, in the operations' order.
+        self.pairs: dict[str, PackedPair] = {}
         self.cursor: Tensor | None = None
         self.tiers: LayerTiers | None = None
         # Positions and turns of its own, where the plan tells coarse tokens from fine ones; else empty.
         self.own_positions: list[Tensor] = []
         self.own_turns: list[Tensor] = []
         # Of each stream with a shared basis: how it fitted this prompt, and how it would have where it was refitted.
-        self.fits: dict[int, Fit] = {}
-        self.refitted: dict[int, Fit] = {}
-        # Bases of a sequence while they are fitted anew.
-        self.earlier_bases: list[StreamBasis] = []
+        self.fits: dict[str, Fit] = {}
+        self.refitted: dict[str, Fit] = {}
         # Updates so far: states of a step are what the layer holds until the next one.
         self.updates = 0
 
@@ -70,7 +62,7 @@ class CompactedLayer(CacheLayerMixin):
             return self.unpacked(key, value_states, self.index.capacity)
         self.updates += 1
         if not self.is_initialized or self.index.chunk is not None:
-            return self._store(key_states, value_states)
+            return store(self, key_states, value_states)
         key = deinterleaved_keys(key_states, self.index.plan.turn)
         self.append(key, value_states)
         step = StoredStep(self, key, value_states, self.index.length or self.index.capacity)
@@ -90,7 +82,7 @@ class CompactedLayer(CacheLayerMixin):
     @property
     def text_slots(self) -> int:
         """Text slots, free ones included."""
-        return self.streams[-1].codes.shape[2]
+        return self.pairs["text"].slots
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Store a few new tokens `[B, H_kv, n, D]`, keys deinterleaved."""
@@ -109,8 +101,10 @@ class CompactedLayer(CacheLayerMixin):
         return min(tokens, end + self.tail.slots - held) if packed < end < self.index.assigned else tokens
 
     def _append(self, key: Tensor, value: Tensor) -> None:
-        text = self._state(self.positions(), self.turns(), self.cursor, [len(self.kinds) - 1])
-        torch.ops.apack.append.default(key, value, *text.to_append())
+        pair, positions, turns = self.pairs["text"], self.positions(), self.turns()
+        text = Segment(TEXT, pair.key, pair.value, positions[-1], turns[-1] if turns else None)
+        state = self._state([text], positions[0], bool(turns), self.cursor)
+        torch.ops.apack.append.default(key, value, *state.to_append())
 
     def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """K and V `[B, H_kv, tokens, D]` of every token held, the new ones exact; `key` deinterleaved, K as the model has them."""
@@ -147,29 +141,21 @@ class CompactedLayer(CacheLayerMixin):
 
     def state(self) -> PackedState:
         """What a step reads, for the operations: every tensor of a segment without slots would cost a call its time."""
-        pairs = list(zip(self.streams[::2], self.streams[1::2], strict=True))
-        last = len(pairs) - 1
-        read = [i for i, (key, _) in enumerate(pairs) if i == last or self.reads_tiers or key.codes.shape[2]]
-        return self._state(self.positions(), self.turns(), self.cursor, read)
+        return self.state_at(self.positions(), self.turns(), self.cursor, every=self.reads_tiers)
 
-    def _state(
-        self, positions: list[Tensor], turns: list[Tensor], cursor: Tensor, segments: Sequence[int]
-    ) -> PackedState:
-        """The state of these packed segments, with first and tail; turns: empty for keys as they come."""
-        turn = self.index.plan.turn
-        packed = [
-            Segment(
-                self.kinds[i],
-                self.streams[2 * i],
-                self.streams[2 * i + 1],
-                positions[1 + i],
-                turns[i] if turns else None,
-            )
-            for i in segments
+    def state_at(self, positions: list[Tensor], turns: list[Tensor], cursor: Tensor, every: bool) -> PackedState:
+        """The state with its slots at these positions; every: segments without slots too. turns: empty for keys as they come."""
+        segments = [
+            Segment(pair.kind, pair.key, pair.value, where, rotations)
+            for pair, where, rotations in zip(self.pairs.values(), positions[1:], turns or NO_TURNS, strict=False)
+            if every or pair.kind == TEXT or pair.slots
         ]
-        block = turn.block if turns else 0
-        pairs = 0 if turn is None else turn.interleaved_pairs
-        return PackedState(tuple(packed), self.first, positions[0], self.tail, cursor, block, pairs)
+        return self._state(segments, positions[0], bool(turns), cursor)
+
+    def _state(self, segments: list[Segment], first: Tensor, is_turned: bool, cursor: Tensor) -> PackedState:
+        turn = self.index.plan.turn
+        block, pairs = turn.block if is_turned else 0, 0 if turn is None else turn.interleaved_pairs
+        return PackedState(tuple(segments), self.first, first, self.tail, cursor, block, pairs)
 
     def positions(self) -> list[Tensor]:
         """Positions of the slots: int32 `[B, slots]` of first, vision, text."""
@@ -181,59 +167,27 @@ class CompactedLayer(CacheLayerMixin):
 
     def tier_state(self) -> tuple:
         """The last arguments of `unpack` and `attend_tiers`; empty without tiers, and where a step reads all tokens."""
-        return self.tiers.state(self.streams[1].bands.components) if self.reads_tiers else ()
+        return self.tiers.state(self.pairs["vision"].value.bands.components) if self.reads_tiers else ()
 
     @property
     def reads_tiers(self) -> bool:
         """Whether a step reads some tokens in part, or changes their importance."""
         return self.tiers is not None and not self.tiers.rule.reads_all
 
-    @torch.compiler.disable
-    def _store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Lay a chunk out in segments; K and V as `update` returns them."""
-        key, value = key.detach(), value.detach()
-        fresh = not self.is_initialized
-        if fresh:
-            self.lazy_initialization(key, value)
-        held, packed, origin = self.cursor.tolist()
-        end = held + key.shape[2]
-        given, key = key, deinterleaved_keys(key, self.index.plan.turn)
-        out, offset = ((given, value), 0) if fresh else self._exact(key, value)
-        if self.index.plan.per_request:
-            self.earlier_bases = [] if fresh else [stream.basis for stream in self.streams]
-            self.lazy_initialization(key, value)
-            parts, used = [states[:, :, :end] for states in out], [0] * len(self.index.plan.segments)
-        else:
-            parts = [self._tail_then(states, i, held, packed) for i, states in enumerate((key, value))]
-            used = self.index.kept or [*(key.codes.shape[2] for key in self.streams[:-2:2]), packed - origin]
-        self._lay_out(parts, used, end)
-        self.earlier_bases = []
-        return (out[0][:, :, offset:], out[1][:, :, offset:]) if offset else out
-
-    def recompact(self) -> None:
-        """Pack the tail: lay everything out anew with an empty chunk."""
-        batch, heads, _, key_dim = self.first.key.shape
-        none = torch.empty(batch, heads, 0, key_dim, dtype=self.dtype, device=self.device)
-        known = None if self.tiers is None else self.tiers.vision_importance(int(self.cursor[HELD]))
-        was_settled = self.tiers is not None and self.tiers.settled
-        self._store(none, none.new_empty(batch, heads, 0, self.first.value.shape[3]))
-        if was_settled:
-            self.tiers.observe(known)
-            self.rank()
-            self.tiers.settled = True
-
-    def _exact(self, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
-        """What is held, decoded, with the chunk exact at its end; the position from which on `update` returns it."""
-        held = self.cursor + torch.tensor([key.shape[2], 0, 0], device=key.device)
-        length, offset = (self.index.length, 0) if self.index.length else self.get_mask_sizes(key.shape[2])
-        tokens = max(offset + length, int(held[HELD]))
-        positions = self.positions() if self.index.plan.layers_place_tokens else self.index.laid_out
-        turns = self.own_turns or self.index.laid_out_turns
-        state = self._state(positions, turns, held, range(len(self.kinds)))
-        return torch.ops.apack.unpack.default(key, value, *state.flatten(), tokens), offset
-
     def check(self, key: Tensor, value: Tensor) -> None:
-        """Raise ValueError for states that cannot be packed."""
+        """Raise ValueError for states that do not fit what the layer holds, or cannot be packed."""
+        if self.is_initialized:
+            for name, got, want in (
+                ("batch size", key.shape[0], self.batch_size),
+                ("number of KV heads", key.shape[1], self.num_heads),
+                ("head_dim", key.shape[3], self.first.key.shape[3]),
+                ("dtype", key.dtype, self.dtype),
+                ("device", key.device, self.device),
+            ):
+                if got != want:
+                    raise ValueError(
+                        f"layer {self.layer_idx}: {name} is {got}, but this cache holds {want}; use a new cache"
+                    )
         for name, states in zip(STREAMS, (key, value), strict=True):
             states = states.detach() if states.numel() else states.new_zeros(1)
             largest = torch.maximum(states.amax(), -states.amin())
@@ -250,6 +204,10 @@ class CompactedLayer(CacheLayerMixin):
         """Dtype of dense tokens: the model's, 16 bits where the plan is lossy."""
         return dtype if self._lossless() or dtype.itemsize == 2 else torch.float16
 
+    def stream_plan(self, segment: str, name: str) -> StreamPlan:
+        """How a stream of a packed segment is stored."""
+        return getattr(self.index.plan.layers[self.layer_idx], f"{segment}_{name}")
+
     def _lossless(self) -> bool:
         """Whether the plan keeps tokens as they are."""
         return self.index.plan is not None and self.index.plan.layers[self.layer_idx].text_key.scope == "as_is"
@@ -265,15 +223,7 @@ class CompactedLayer(CacheLayerMixin):
             DenseSegment(*(x.new_zeros((*x.shape[:2], slots, x.shape[3]), dtype=dense_dtype) for x in given))
             for slots in (0, tail)
         )
-        self.kinds = tuple(map(KIND_NAMES.index, self.index.plan.segments))
-        self.streams = []
-        for i, plan in enumerate(self.index.plan.layers[self.layer_idx].streams):
-            x = to_groups(given[i % 2][:, :, :0], self.index.plan.groups)
-            basis = self._initial_basis(i, given[i % 2])
-            codes, _ = encode(x, basis, plan.bands)
-            codes = codes.to(dense_dtype) if plan.scope == "half" else codes
-            scale = x.new_empty((*x.shape[:3],) if plan.token_scale else 0, dtype=torch.float16)
-            self.streams.append(PackedStream(codes, scale, basis, plan.bands))
+        self.pairs = empty_pairs(self.index.plan, self.layer_idx, key_states, value_states, dense_dtype)
         self.cursor = torch.zeros(3, dtype=torch.int64, device=self.device)
         # Models look at these to see whether a layer is filled; who would read numbers gets an error.
         self.keys, self.values = (x[:, :, :0].to("meta") for x in (key_states, value_states))
@@ -281,143 +231,7 @@ class CompactedLayer(CacheLayerMixin):
             self.tiers = LayerTiers(self.index.plan.tiers, self.batch_size, self.device)
         self.is_initialized = True
 
-    def _initial_basis(self, stream: int, states: Tensor) -> StreamBasis:
-        """The basis before any token is packed: the plan's, the identity, or zeros that the first fit replaces."""
-        plan = self.index.plan.layers[self.layer_idx].streams[stream]
-        if plan.scope == "model":
-            return self.index.plan.bases[self.layer_idx][stream]
-        empty = states.new_empty(0, dtype=torch.float32)
-        if plan.scope in ("as_is", "half"):
-            return StreamBasis(empty, empty, empty)
-        batch, groups = 1 if plan.scope == "batch" else states.shape[0], self.index.plan.groups
-        width = states.shape[1] * states.shape[3] // groups
-        rank = plan.bands.components
-        shape = (batch, groups, rank, width)
-        half = {"dtype": torch.float16, "device": states.device}
-        return StreamBasis(
-            torch.zeros(batch, groups, width, **half), torch.zeros(shape, **half), empty.new_ones(shape[:3])
-        )
-
-    def _pack(self, states: Tensor, stream: int, index: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
-        """Codes and token scales of chunk states `[B, H_kv, n, D]` at `index` `[B, N]`, for the slots from `first_slot` on.
-
-        A basis of a sequence or batch is fitted on the way.
-        """
-        plan = self.index.plan.layers[self.layer_idx].streams[stream]
-        tokens = gather_tokens(states, index)
-        if stream % 2 == 0 and self.turns():
-            slots = torch.arange(first_slot, first_slot + tokens.shape[2], device=tokens.device)
-            turns = turns_of_slots(self.turns()[stream // 2], self.index.plan.turn.block, slots)[:, None]
-            tokens = turned(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), turns, back=True)
-        x = to_groups(tokens, self.index.plan.groups)
-        bands = plan.bands
-        if plan.scope in FITTED_SCOPES:
-            sample, real = x, index >= 0
-            if plan.scope == "batch":
-                sample, real = x.transpose(0, 1).flatten(1, 2)[None], real.reshape(1, -1)
-            bands = bands.at_most(sample.shape[2])
-            spectrum = fit(moments(sample, real.to(torch.float32)), bands.components, self._earlier_rows(stream))
-            if not all(band.is_float for count, band in bands.parts if count):
-                # a Gaussian's steps clip a sequence's outliers, which costs more than all else
-                spectrum = fit_steps(spectrum, sample, token_scale=False)
-            self.streams[stream] = replace(
-                self.streams[stream], basis=spectrum.basis(bands, torch.float16), bands=bands
-            )
-        if plan.scope == "model":
-            self._watch_fit(x, index >= 0, stream)
-        codes, scale = encode(x, self.streams[stream].basis, bands, plan.token_scale)
-        return (codes.to(self.streams[stream].codes.dtype) if plan.scope == "half" else codes), scale
-
-    def _earlier_rows(self, stream: int) -> Tensor | None:
-        """Rows of the stream's basis before this chunk; None where there was none."""
-        rows = self.earlier_bases[stream].decoder if self.earlier_bases else None
-        return rows if rows is not None and bool(rows.any()) else None
-
-    def _watch_fit(self, x: Tensor, real: Tensor, stream: int) -> None:
-        """Measure how well a shared basis codes tokens `[B, G, N, W_g]`; refit a bad one while nothing is stored with it."""
-        plan = self.index.plan.layers[self.layer_idx].streams[stream]
-        if plan.bands.components == 0 or int(real.sum()) < MIN_WATCHED:
-            return
-        basis = self.streams[stream].basis
-        fitted = Fit(lost_share(x, real, basis, plan.bands, plan.token_scale), plan.expected_error)
-        if fitted.is_bad and self.streams[stream].codes.shape[2] == 0:
-            again = refit(x, real, plan.bands, basis)
-            after = Fit(lost_share(x, real, again, plan.bands, plan.token_scale), plan.expected_error)
-            if after.found < fitted.found:
-                self.streams[stream] = replace(self.streams[stream], basis=again)
-                self.refitted[stream] = fitted
-                fitted = after
-        self.fits[stream] = fitted
-
-    def _tail_then(self, states: Tensor, stream: int, held: int, packed: int) -> Tensor:
-        """The tail's tokens, in order, then the chunk's."""
-        tail = (self.tail.key, self.tail.value)[stream]
-        ring = torch.arange(packed, held, device=states.device) % max(self.tail.slots, 1)
-        return torch.cat([tail[:, :, ring].to(states.dtype), states], dim=2)
-
-    def _lay_out(self, parts: list[Tensor], used: list[Kept], end: int) -> None:
-        """Put the tokens of `parts` (K, V) where the shared assignment says, behind the `used` slots of each segment."""
-        assignment, tiers = self.index.assignment, self.tiers
-        where = [assignment.vision, assignment.text]
-        if self.index.plan.coarse is not None:
-            where = self._told_apart(parts)
-            self._place(where, used)
-        if tiers is not None and self.index.plan.per_request:
-            alive = tiers.alive(end)
-            where = [torch.where(alive.gather(1, i.clamp_min(0)), i, -1) for i in where]
-        first = [gather_tokens(states, assignment.first).to(self.first.key.dtype) for states in parts]
-        self.first = DenseSegment(*map(torch.cat, zip((self.first.key, self.first.value), first, strict=True), (2, 2)))
-        for i in range(2 * len(where)):
-            segment = i // 2
-            codes, scale = self._pack(parts[i % 2], i, where[segment], count_of(used[segment]))
-            stream = self.streams[i]
-            if not self.index.plan.per_request:
-                codes = torch.cat([kept_slots(stream.codes, used[segment], 2), codes], dim=2)
-                scale = (
-                    torch.cat([kept_slots(stream.scale, used[segment], 2), scale], dim=2) if scale.dim() > 1 else scale
-                )
-            self.streams[i] = replace(stream, codes=codes, scale=scale if scale.dim() > 1 else stream.scale)
-        start = end - assignment.tail
-        ring = torch.arange(start, end, device=self.device) % max(self.tail.slots, 1)
-        newest = [x[:, :, x.shape[2] - assignment.tail :].to(self.tail.key.dtype) for x in parts]
-        key, value = self.tail.key, self.tail.value
-        self.tail = DenseSegment(key.index_copy(2, ring, newest[0]), value.index_copy(2, ring, newest[1]))
-        self.cursor = torch.tensor([end, start, start - self.text_slots], device=self.device)
-        if tiers is not None:
-            if self.index.plan.per_request:
-                tiers.lay_out(self.index.positions, dict(zip((VISION, TEXT), where, strict=True)), end)
-            else:
-                tiers.add_chunk(
-                    self.index.positions, dict(zip((VISION, TEXT), used, strict=True)), end - parts[0].shape[2], end
-                )
-        self.grow(self.index.spare)
-
-    def _told_apart(self, parts: list[Tensor]) -> list[Tensor]:
-        """Where a chunk's tokens go, chunk indices `[B, slots]` per packed segment; the newest text is fine."""
-        plan, chunk, assignment = self.index.plan, self.index.chunk, self.index.assignment
-        tokens, recent = parts[0].shape[2], assignment.recent - assignment.tail
-        older, newest = assignment.text.split([assignment.text.shape[1] - recent, recent], dim=1)
-        column = torch.arange(tokens, device=older.device)
-        candidates = flags_at(assignment.vision if plan.coarse.modality == "vision" else older, tokens)
-        candidates &= column < tokens - NEWEST
-        coordinates = self.index.coordinates.at((chunk.start + column).expand(len(older), -1))
-        scores = scores_of(parts[0], parts[1], coordinates, plan.turn, plan.coarse.weights[self.layer_idx])
-        coarse = least_important(candidates, scores, plan.coarse.share)
-        if plan.coarse.modality == "vision":
-            return [compact(coarse), compact(flags_at(assignment.vision, tokens) & ~coarse), assignment.text]
-        return [compact(coarse), assignment.vision, torch.cat([compact(flags_at(older, tokens) & ~coarse), newest], 1)]
-
-    def _place(self, where: list[Tensor], used: list[int]) -> None:
-        """Positions and turns of a chunk's tokens, behind those of the `used` slots."""
-        new = [positions_of(i, self.index.chunk.start) for i in (self.index.assignment.first, *where)]
-        if self.own_positions:
-            first, *packed = self.own_positions
-            old = [first, *(p[:, :slots] for p, slots in zip(packed, used, strict=True))]
-            new = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
-        self.own_positions = new
-        self._follow_positions()
-
-    def _follow_positions(self) -> None:
+    def follow_positions(self) -> None:
         """Turns of its own slots as they are now."""
         turn = self.index.plan.turn
         if turn is not None:
@@ -431,13 +245,13 @@ class CompactedLayer(CacheLayerMixin):
                 self.tiers.grow(start, slots)
             if self.own_positions:
                 self.own_positions[-1] = extended(self.own_positions[-1], start, slots)
-                self._follow_positions()
-            self.streams[-2:] = [stream.with_tokens(lambda x: with_slots(x, slots)) for stream in self.streams[-2:]]
+                self.follow_positions()
+            self.pairs["text"] = self.pairs["text"].with_tokens(lambda x: with_slots(x, slots))
         self.mark_static()
 
     def packed_tensors(self) -> list[Tensor]:
         """Codes and token scales."""
-        return tensors_of(self.streams)
+        return [x for pair in self.pairs.values() for x in pair.tensors]
 
     def dense_tensors(self) -> list[Tensor]:
         """First and newest tokens."""
@@ -445,7 +259,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def basis_tensors(self) -> list[Tensor]:
         """Bases, shared ones too."""
-        return [x for stream in self.streams for x in stream.basis]
+        return [x for pair in self.pairs.values() for stream in pair.streams for x in stream.basis]
 
     def mark_static(self) -> None:
         """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
@@ -466,7 +280,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def keep_text(self, kept: Tensor) -> None:
         """Leave only the text slots `kept` `[N]`, in this order; the newest packed token is in the last one."""
-        self.streams[-2:] = [stream.with_tokens(lambda x: x.index_select(2, kept)) for stream in self.streams[-2:]]
+        self.pairs["text"] = self.pairs["text"].with_tokens(lambda x: x.index_select(2, kept))
         self.cursor[ORIGIN] = self.cursor[PACKED] - len(kept)
 
     def free_slots(self) -> int:
@@ -498,7 +312,7 @@ class CompactedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self.first = self.tail = self.cursor = self.tiers = None
-        self.streams = []
+        self.pairs = {}
         self.own_positions, self.own_turns = [], []
         self.fits, self.refitted = {}, {}
         self.is_initialized = False
@@ -513,20 +327,13 @@ class CompactedLayer(CacheLayerMixin):
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch to every tensor that has a row per sequence."""
-        for stream in range(len(self.streams) if self._own_bases() else 0):
-            held = self.streams[stream]
-            basis = StreamBasis(*(change(x) if x.dim() > 1 else x for x in held.basis))
-            self.streams[stream] = replace(held, basis=basis)
-        self.streams = [stream.with_tokens(change) for stream in self.streams]
+        own_bases = any(stream.scope == "sequence" for stream in self.index.plan.layers[self.layer_idx].streams)
+        self.pairs = {name: pair.with_rows(change, own_bases) for name, pair in self.pairs.items()}
         self.first, self.tail = (DenseSegment(change(x.key), change(x.value)) for x in (self.first, self.tail))
         own = [] if self.tiers is None else self.tiers.batched()
         for tensors in (self.own_positions, self.own_turns, *own):
             tensors[:] = map(change, tensors)
         self.batch_size = self.first.key.shape[0]
-
-    def _own_bases(self) -> bool:
-        """Whether each row has bases of its own."""
-        return any(stream.scope == "sequence" for stream in self.index.plan.layers[self.layer_idx].streams)
 
     @property
     def has_evicted(self) -> bool:
@@ -558,7 +365,7 @@ class CompactedLayer(CacheLayerMixin):
     @torch.no_grad()
     def rank(self) -> None:
         """Put the vision tokens in the order of their importance, in place."""
-        self.tiers.rank(tensors_of(self.streams[:2]))
+        self.tiers.rank(self.pairs["vision"].tensors)
 
     @torch.no_grad()
     def evict(self, pools: Sequence[tuple[str, ...]], settled: int) -> int:
@@ -569,24 +376,19 @@ class CompactedLayer(CacheLayerMixin):
             self.tiers.count_text(end)
         keep = {name: flags for pool in pools for name, flags in self.tiers.chosen(pool, end - origin).items()}
         if "vision" in keep and keep["vision"].numel():
-            self.streams[:2] = self.tiers.keep_vision(self.streams[:2], keep["vision"])
+            self.pairs["vision"] = self.tiers.keep_vision(self.pairs["vision"], keep["vision"])
         return self._keep_text(keep["text"], end) if "text" in keep else 0
 
     def _keep_text(self, keep: Tensor, end: int) -> int:
         """Evict text before position `end`, in place where the slots stay as many; first position that can be cropped after it."""
         origin = int(self.cursor[ORIGIN])
-        kept, croppable = self.tiers.keep_text(tensors_of(self.streams[2:]), keep, end)
+        kept, croppable = self.tiers.keep_text(self.pairs["text"].tensors, keep, end)
         if not self.tiers.settled:
             slots = kept + self.text_slots - (end - origin)
-            self.streams[2:] = [stream.with_tokens(lambda x: x[:, :, :slots].clone()) for stream in self.streams[2:]]
+            self.pairs["text"] = self.pairs["text"].with_tokens(lambda x: x[:, :, :slots].clone())
             self.tiers.keep_text_slots(slots)
         self.cursor[ORIGIN] = end - kept
         return end - croppable
-
-
-def tensors_of(streams: Sequence[PackedStream]) -> list[Tensor]:
-    """Codes and token scales of some streams."""
-    return [x for stream in streams for x in (stream.codes, stream.scale)]
 
 
 def with_slots(x: Tensor, slots: int) -> Tensor:

@@ -1,19 +1,23 @@
 """The packed layers of a cache that see the same tokens: where chunks go, and room for tokens to come, decided once for all of them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from apack_compile.cache.layer import CompactedLayer
-from apack_compile.cache.shared_index import SharedIndex
+from apack_compile.cache.shared_index import ChunkPlan, SharedIndex
 from apack_compile.cache.token_index import (
     Chunk,
+    Kept,
     assign,
     extended,
     kept_slots,
     positions_of,
     without_bad_bargains,
 )
-from apack_compile.kernels.cursor import ORIGIN
+from apack_compile.kernels.cursor import ORIGIN, PACKED
+from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.ring import block_for, in_order, leading_blocks_dropped, ring_slots, whole_blocks
 from apack_compile.plan.rotation import turns_of_blocks
 
@@ -21,12 +25,21 @@ Flags = tuple[Tensor, Tensor]
 
 
 class LayerGroup:
-    """Layers with one index. window: newest tokens that a query of theirs sees, itself included; None for all."""
+    """Layers with one index. window: newest tokens that a query of theirs sees, itself included; None for all.
+
+    floor: first position that can still be cropped. steps: decode steps since the last layout; refreshed_at: tokens held at the last one.
+    """
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
         self.index = SharedIndex(window)
         self.layers: list[CompactedLayer] = []
+        self.floor, self.steps, self.refreshed_at = 0, 0, -1
+
+    def forget(self) -> None:
+        """Forget every token; the plan stays."""
+        self.index.forget()
+        self.floor, self.steps, self.refreshed_at = 0, 0, -1
 
     @property
     def held(self) -> int:
@@ -60,65 +73,60 @@ class LayerGroup:
         index, plan, first = self.index, self.index.plan, self.layers[0]
         vision, padding = chunk if plan.separates_vision else (torch.zeros_like(chunk[0]), chunk[1])
         end = held + vision.shape[1]
-        packed, origin = (int(first.cursor[1]), int(first.cursor[2])) if held else (0, 0)
-        old = [vision.new_empty((vision.shape[0], 0), dtype=torch.int32)] * 3
-        index.kept = None
+        packed, origin = (int(first.cursor[PACKED]), int(first.cursor[ORIGIN])) if held else (0, 0)
+        old, kept = [vision.new_empty((vision.shape[0], 0), dtype=torch.int32)] * 3, None
         if plan.per_request:
             every_vision, every_padding = history or chunk
-            index.chunk = Chunk(every_vision, every_padding, 0)
-            whole = assign(index.chunk, plan.first_tokens, 0, drafted, self.window)
-            index.assignment = without_bad_bargains(whole, plan, width)
-            floor = self._floor_after(end, drafted)
+            tokens = Chunk(every_vision, every_padding, 0)
+            whole = assign(tokens, plan.first_tokens, 0, drafted, self.window)
+            assignment = without_bad_bargains(whole, plan, width)
         else:
             waiting = held - packed
             if waiting:
                 none = torch.zeros(vision.shape[0], waiting, dtype=torch.bool, device=vision.device)
                 vision, padding = torch.cat([none, vision], 1), torch.cat([none, padding], 1)
-            index.chunk = Chunk(vision, padding, packed)
+            tokens = Chunk(vision, padding, packed)
             # a row whose first chunk was short, or mostly padding, still lacks first tokens
             found = (first.positions()[0] >= 0).sum(1, keepdim=True) if held else 0
             if self.window is not None and held >= self.window:
                 found = plan.first_tokens
-            index.assignment = assign(index.chunk, plan.first_tokens - found, plan.tail_slots, drafted, self.window)
-            floor = self._floor_after(end, drafted)
-            if held and not plan.layers_place_tokens:
-                self._choose_kept(packed, packed - origin, floor)
-                slots = zip(index.positions, (index.positions[0].shape[1], *index.kept), strict=True)
-                old = [kept_slots(positions, kept, 1) for positions, kept in slots]
-        assignment = index.assignment
+            assignment = assign(tokens, plan.first_tokens - found, plan.tail_slots, drafted, self.window)
+        self.floor = self._floor_after(end, drafted, assignment.recent, tokens.vision.shape[1])
+        if held and not plan.per_request and not plan.layers_place_tokens:
+            kept = self._kept(packed, packed - origin)
+            slots = (index.positions[0].shape[1], kept["vision"], kept["text"])
+            old = [kept_slots(p, count, 1) for p, count in zip(index.positions, slots, strict=True)]
         start = end - assignment.tail
-        index.floor = floor
-        new = [positions_of(i, index.chunk.start) for i in (assignment.first, assignment.vision, assignment.text)]
-        index.laid_out, index.laid_out_turns = index.positions, index.turns
+        new = [positions_of(i, tokens.start) for i in (assignment.first, assignment.vision, assignment.text)]
+        before = index.positions, index.turns
         index.positions = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
-        index.spare = self._spare(index.positions[2].shape[1], spare)
-        index.assigned = start + index.spare
+        spare = self._spare(index.positions[2].shape[1], spare)
+        index.chunk = ChunkPlan(tokens, assignment, spare, kept, *before)
+        index.assigned = start + spare
         if plan.coarse is not None:
             index.positions = []
         elif not plan.per_request and plan.tiers is None:
-            index.positions[2] = extended(index.positions[2], start, index.spare)
+            index.positions[2] = extended(index.positions[2], start, spare)
         self.follow_positions()
 
-    def _floor_after(self, end: int, drafted: int) -> int:
-        """First position that can be cropped once the chunk up to `end` is laid out."""
-        index, recent = self.index, self.index.assignment.recent
+    def _floor_after(self, end: int, drafted: int, recent: int, tokens: int) -> int:
+        """First position that can be cropped once a chunk of so many tokens, the newest text `recent` of them, ends at `end`."""
         # a chunk that is all newest text has the slots behind those of the text before it, which can still be cropped
-        goes_on = recent == index.chunk.vision.shape[1]
+        goes_on = recent == tokens
         # tokens that no state from an earlier floor on needs may be gone
-        earlier = index.floor if goes_on or self.window is not None else 0
+        earlier = self.floor if goes_on or self.window is not None else 0
         return max(end - (max(recent, drafted) if goes_on else recent), earlier)
 
-    def _choose_kept(self, packed: int, used: int, floor: int) -> None:
-        """Slots of vision and text that a chunk leaves: of a window, those that a query at `floor` or later sees, in order."""
-        index = self.index
-        _, vision, text = index.positions
-        index.kept = [vision.shape[1], used]
-        if self.window is not None:
-            keep_from = floor - self.window + 1
-            index.kept = [
-                leading_blocks_dropped(vision, self.block, keep_from, packed),
-                in_order(text, used, self.block, keep_from, packed),
-            ]
+    def _kept(self, packed: int, used: int) -> dict[str, Kept]:
+        """Slots of vision and text that a chunk leaves: of a window, those that a query at the floor or later sees, in order."""
+        _, vision, text = self.index.positions
+        if self.window is None:
+            return {"vision": vision.shape[1], "text": used}
+        keep_from = self.floor - self.window + 1
+        return {
+            "vision": leading_blocks_dropped(vision, self.block, keep_from, packed),
+            "text": in_order(text, used, self.block, keep_from, packed),
+        }
 
     def _spare(self, used: int, spare: int) -> int:
         """Free text slots behind the used ones: `spare`, or what completes a ring."""
@@ -198,19 +206,36 @@ class LayerGroup:
             anchor = index.coordinates.at(block[:, :1])
             index.turns[1][:, start // self.block] = index.plan.turn.at(anchor)[:, 0]
         index.assigned += self.block
-        index.floor = max(index.floor, unseen_from)
+        self.floor = max(self.floor, unseen_from)
         return True
 
     def _straighten(self) -> None:
         """Put the text slots in the order of their positions, without those that are free or that no query sees."""
         index, layer = self.index, self.layers[0]
         packed = layer.packed
-        keep_from = index.floor - self.window + 1
+        keep_from = self.floor - self.window + 1
         kept = in_order(index.positions[2], packed - layer.origin, self.block, keep_from, packed)
         index.positions[2] = kept_slots(index.positions[2], kept, 1)
         for layer in self.layers:
             layer.keep_text(kept)
         index.assigned = packed
+
+    def refresh(self, held: int, settled: int) -> None:
+        """Before a step, once: choose anew by importance, where the plan has tiers. settled: tokens of which none will be cropped."""
+        plan = self.index.plan.tiers
+        if plan is None or plan.reads_all or self.refreshed_at == held:
+            return
+        if not all(layer.tiers.settled for layer in self.layers):
+            return
+        self.refreshed_at, done = held, self.steps
+        self.steps += 1
+        for layer in self.layers:
+            if done and done % plan.refresh_every == 0:
+                layer.rank()
+            if plan.revisits and self.steps % plan.refresh_every == 0:
+                layer.tiers.attend_all()
+        if plan.prune_every is not None and done and done % plan.prune_every == 0:
+            self.floor = max(self.floor, *(layer.evict([("text",)], settled) for layer in self.layers))
 
     def crop(self, tokens: int) -> None:
         """Remove the newest `tokens` tokens; the cache has checked that it can."""
@@ -220,3 +245,13 @@ class LayerGroup:
         if self.reuses_slots and first.packed < first.origin:
             for layer in self.layers:
                 layer.cursor[ORIGIN] -= layer.text_slots
+
+    def change_rows(self, change: Callable[[Tensor], Tensor], coordinates: TokenCoordinates) -> None:
+        """Apply a change of the batch to every tensor that has a row per sequence; coordinates: these, changed."""
+        for tensors in (self.index.positions, self.index.turns):
+            tensors[:] = map(change, tensors)
+        self.index.coordinates = coordinates
+        for layer in self.layers:
+            layer.change_rows(change)
+            layer.mark_static()
+        self.mark_positions()

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from apack_compile.cache.packed_pair import PackedPair
 from apack_compile.cache.token_index import extended
-from apack_compile.kernels.state import TEXT, VISION, PackedStream
+from apack_compile.kernels.state import TEXT, VISION
 from apack_compile.plan.tiers import (
     ROUNDING,
     TierRule,
@@ -171,15 +172,15 @@ class LayerTiers:
         stay = most_scored(self.rule.score(tokens), self.rule.budget(tokens), tokens)
         return dict(zip(pool, stay.split(ends, 1), strict=True))
 
-    def keep_vision(self, streams: list[PackedStream], keep: Tensor) -> list[PackedStream]:
-        """Streams of the vision tokens in the slots `keep`, bool `[B, slots]`; positions and importance follow."""
+    def keep_vision(self, pair: PackedPair, keep: Tensor) -> PackedPair:
+        """The vision tokens in the slots `keep`, bool `[B, slots]`; positions and importance follow."""
         self.has_evicted, count = True, keep.sum(1)
         most = int(count.max())
         order = by_importance(self.importance[0], keep)[:, :most]
         inside = torch.arange(most, device=order.device) < count[:, None]
         self.positions[VISION] = self.positions[VISION].gather(1, order).masked_fill(~inside, -1)
         self.importance[0] = self.importance[0].gather(1, order)
-        return [stream.with_tokens(lambda x: select_slots(x, order)) for stream in streams]
+        return pair.with_tokens(lambda x: select_slots(x, order))
 
     def rank(self, codes: list[Tensor]) -> None:
         """Put the vision slots in the order of their importance, in place; the most important are read."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.models.modality import compact
-from apack_compile.plan.plan import Plan
+from apack_compile.plan.plan import MODALITIES, STREAMS, Plan
 
 # How many of a prompt's newest tokens can be cropped at least.
 MAX_CROP = 32
@@ -120,12 +120,13 @@ def without_bad_bargains(assignment: Assignment, plan: Plan, width: int) -> Assi
 
     Per row and stream, rank r and N tokens of width W: packed r (N + W), dense N W; rows that share a basis share its r W.
     """
-    streams = next(iter(plan.layers.values())).streams
-    for i, modality in enumerate(("vision", "text")):
+    layer = next(iter(plan.layers.values()))
+    for modality in MODALITIES:
         index: Tensor = getattr(assignment, modality)
         tokens = index.shape[1]
-        basis_width = width / len(index) if streams[2 * i].scope == "batch" else width
-        rank = sum(stream.bands.components for stream in streams[2 * i : 2 * i + 2]) / 2
+        key, value = (getattr(layer, f"{modality}_{stream}") for stream in STREAMS)
+        basis_width = width / len(index) if key.scope == "batch" else width
+        rank = (key.bands.components + value.bands.components) / 2
         if tokens and rank * (tokens + basis_width) >= tokens * width:
             first = torch.cat([assignment.first, index], dim=1)
             assignment = replace(assignment, first=first, **{modality: index[:, :0]})

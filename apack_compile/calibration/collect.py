@@ -43,11 +43,6 @@ PRIOR_QUERIES = 32
 Turns = KeyTurn | None | Mapping[int, KeyTurn | None]
 
 
-def turn_of(turns: Turns, layer: int) -> KeyTurn | None:
-    """How the keys of a layer turn."""
-    return turns[layer] if isinstance(turns, Mapping) else turns
-
-
 @dataclass
 class RunningMoments:
     """Sums over tokens `[G, N, W_g]`, taken around the first batch's mean, and an even sample of the tokens."""
@@ -148,14 +143,14 @@ def collect(
     modality's rule, in the layers that are `ranked` (None for all). Raises ValueError when no input has a usable token (padding and
     the first tokens are left out).
     """
-    config, turn, layers = observations.model.config, observations.turn, observations.layers
+    config, layers = observations.model.config, observations.layers
     running: Running = {}
     importance: dict[tuple[str, int], RunningImportance] = {}
     reasons: list[str | None] = []
     for batch, seen in observations:
         reasons.append(seen.without_gradients)
-        add_observation(running, seen, config, batch, groups, turn)
-        add_importance(importance, only_layers(seen, ranked), config, batch, turn, coarse)
+        add_observation(running, seen, config, batch, groups)
+        add_importance(importance, only_layers(seen, ranked), config, batch, coarse)
     if not running:
         raise ValueError(
             f"inputs: no usable token in {counted(len(reasons), 'calibration input')} (only padding or first tokens)"
@@ -166,7 +161,7 @@ def collect(
                 running[layer, "text", stream] = running[layer, "vision", stream]
     rules = rules_of(importance, layers if ranked is None else ranked)
     for batch, seen in observations if rules else ():
-        add_observation(running, only_layers(seen, ranked), config, batch, groups, turn, rules)
+        add_observation(running, only_layers(seen, ranked), config, batch, groups, rules)
     return Collected(by_layer(running), rules, None if None in reasons else reasons[0])
 
 
@@ -180,11 +175,13 @@ def only_layers(seen: Observation, layers: Collection[int] | None) -> Observatio
 
 def as_packed(seen: Observation, turn: Turns) -> Observation:
     """An observation with keys, and their gradients, as a packed cache has them."""
+    turns = turn if isinstance(turn, Mapping) else dict.fromkeys(seen.states, turn)
     return replace(
         seen,
-        states={i: (deinterleaved_keys(key, turn_of(turn, i)), value) for i, (key, value) in seen.states.items()},
+        turns=turns,
+        states={i: (deinterleaved_keys(key, turns[i]), value) for i, (key, value) in seen.states.items()},
         gradients={
-            i: ([deinterleaved_keys(gradient, turn_of(turn, i)) for gradient in keys], values)
+            i: ([deinterleaved_keys(gradient, turns[i]) for gradient in keys], values)
             for i, (keys, values) in seen.gradients.items()
         },
     )
@@ -207,15 +204,13 @@ def add_observation(
     config: Any,
     batch: Mapping[str, Any],
     groups: int,
-    turn: Turns = None,
     rules: Mapping[str, CoarseRule] | None = None,
 ) -> None:
     """Add one input's states and gradients to the streams of their modality or, with rules, of its coarse and fine tokens."""
-    usable, turns_by_layer = usable_tokens(config, batch, next(iter(seen.states.values()))[0]), turn
+    usable = usable_tokens(config, batch, next(iter(seen.states.values()))[0])
     for layer, both in seen.states.items():
-        turn = turn_of(turns_by_layer, layer)
-        coordinates = tokens_at(seen, batch, both[0], turn)
-        segments = usable if rules is None else separated(rules, layer, seen, usable, coordinates, turn)
+        turn, coordinates = seen.turns[layer], tokens_at(seen, batch, layer)
+        segments = usable if rules is None else separated(rules, layer, seen, usable, coordinates)
         for name, chosen in segments.items():
             if not bool(chosen.any()):
                 continue
@@ -234,14 +229,13 @@ def separated(
     seen: Observation,
     usable: Mapping[str, Tensor],
     coordinates: Tensor,
-    turn: KeyTurn | None,
 ) -> dict[str, Tensor]:
     """Coarse and fine tokens of each modality with a rule, bool `[B, T]`, among the usable ones."""
     segments: dict[str, Tensor] = {}
     column = torch.arange(coordinates.shape[1], device=coordinates.device)
     older = column < len(column) - seen.queries - NEWEST
     for modality, rule in rules.items():
-        scores = scores_of(*seen.states[layer], coordinates, turn, rule.weights[layer])
+        scores = scores_of(*seen.states[layer], coordinates, seen.turns[layer], rule.weights[layer])
         coarse = least_important(usable[modality] & older, scores, rule.share)
         segments |= {f"coarse_{modality}": coarse, f"fine_{modality}": usable[modality] & ~coarse}
     return segments
@@ -253,14 +247,13 @@ def add_importance(
     seen: Observation,
     config: Any,
     batch: Mapping[str, Any],
-    turn: Turns,
     coarse: Collection[str],
 ) -> None:
     """Add one input's tokens of the `coarse` modalities, and how much disturbing each of them costs, by modality and layer."""
     for layer, both in seen.gradients.items() if coarse else ():
         key, value = seen.states[layer]
         usable = {name: flags for name, flags in usable_tokens(config, batch, key).items() if name in coarse}
-        x = features(unturned(key, tokens_at(seen, batch, key, turn_of(turn, layer)), turn_of(turn, layer)), value)
+        x = features(unturned(key, tokens_at(seen, batch, layer), seen.turns[layer]), value)
         energy = sum(
             gradient.double().square().sum((1, 3)) * float(states.float().var())
             for states, drawn in zip((key, value), both, strict=True)
@@ -292,8 +285,12 @@ def chosen_tokens(states: Tensor, chosen: Tensor, turns: Tensor | None, groups: 
     return to_groups(still, groups).transpose(0, 1)[:, chosen[:, :tokens]]
 
 
-def tokens_at(seen: Observation, batch: Mapping[str, Any], keys: Tensor, turn: KeyTurn | None) -> Tensor:
-    """Rotary coordinates `[B, T, C]` of an input's tokens; raises ValueError where keys turn by several and they were not seen."""
+def tokens_at(seen: Observation, batch: Mapping[str, Any], layer: int) -> Tensor:
+    """Coordinates `[B, T, C]` of an input's tokens, by which a layer's keys turn.
+
+    Raises ValueError where keys turn by several and they were not seen.
+    """
+    keys, turn = seen.states[layer][0], seen.turns[layer]
     rows, tokens = keys.shape[0], keys.shape[2]
     if turn is not None and turn.coordinates is not None:
         found = coordinates_of(seen.positions, rows, tokens, turn.coordinate_count)

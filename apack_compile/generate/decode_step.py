@@ -64,7 +64,7 @@ class DecodeSteps:
         cache = cache_of(args, kwargs)
         if not isinstance(cache, CompactedCache) or not cache.is_filled or tokens_of(model, args, kwargs) != 1:
             return model(*args, **kwargs)
-        step = self._step_for(cache.plans)
+        step = self._step_for(cache.groups.plans)
         seen, elsewhere = cache.eager_chunks, is_uncompiled()
         out = step(model, args, kwargs)
         if cache.eager_chunks != seen and not elsewhere:

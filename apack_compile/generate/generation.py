@@ -86,14 +86,14 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
     elif cache.is_compileable:
         kwargs["compile_config"] = session.decode.config
     if plain is GenerationMixin.generate:
-        cache.prompt_end = prompt_end(kwargs, prompt, int(cache.get_seq_length()) if drafts else 0)
+        cache.groups.prompt_end = prompt_end(kwargs, prompt, int(cache.get_seq_length()) if drafts else 0)
     try:
         out = plain(model, *args, **kwargs)
     except BaseException:
         cache.recover()
         raise
     finally:
-        cache.prompt_end = None
+        cache.groups.prompt_end = None
         if not (drafts or recorded):
             # assisted decoding asks for it, and is over
             cache.deactivate_past_recording()
@@ -184,18 +184,18 @@ def plan_chunks(
     model: nn.Module, session: Session, cache: CompactedCache, kwargs: Mapping[str, Any], prompt: torch.Tensor | None
 ) -> None:
     """Choose the plan for a whole prompt that is read in chunks; raises ValueError where a chunk would have to calibrate."""
-    if cache.source is None or prompt is None:
+    if cache.groups.source is None or prompt is None:
         return
     if session.source.needs_calibration:
         raise ValueError(
             f"prefill_chunk_size: with ratio={session.ratio:g} the first chunk would be all that bases are calibrated on; "
             "call apack_compile.calibrate(model, inputs) first"
         )
-    cache.source = session.newest(cache.source)
+    cache.groups.source = session.newest(cache.groups.source)
     vision = vision_of(model.config, {"input_ids": prompt if prompt.dim() == 2 else None})
     padding = padding_of(kwargs, prompt.shape[1])
     none = torch.zeros(prompt.shape[:2], dtype=torch.bool)
-    cache.plan_for_prompt(*(none if flags is None else flags.cpu() for flags in (vision, padding)))
+    cache.groups.choose_plans(*(none if flags is None else flags.cpu() for flags in (vision, padding)))
 
 
 def prompt_of(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

@@ -81,16 +81,16 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
         cache.recover()
     cache.check_whole()
     session = session_of(model)
-    if cache.source is not None:
+    if cache.groups.source is not None:
         session.calibrate_on_first(part if part in generating_parts(model) else model, inputs)
-        cache.source = session.newest(cache.source)
+        cache.groups.source = session.newest(cache.groups.source)
         watch_rotary(model)
     if inputs.get("input_ids") is None:
         cache.note("inputs_embeds without input_ids: vision positions unknown, all tokens taken as text")
     # A single token is a generated one, whatever its id: no picture is that small.
     vision, held = vision_of(model.config, inputs) if states.shape[1] > 1 else None, int(cache.get_seq_length())
-    if vision is not None and cache.prompt_end is not None:
-        vision[:, max(cache.prompt_end - held, 0) :] = False
+    if vision is not None and cache.groups.prompt_end is not None:
+        vision[:, max(cache.groups.prompt_end - held, 0) :] = False
     cache.expect(vision, padding_of(inputs, states.shape[1], held))
 
 
@@ -124,7 +124,7 @@ def end_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str
     if cache.is_told:
         why = " (gradient checkpointing in train mode)" if is_checkpointing(part) else ""
         session.tell(cache, f"{type(part).__name__}.forward stored nothing in the packed cache that it was given{why}")
-    tiers = [plan.tiers for plan in cache.plans if plan is not None and plan.tiers is not None]
+    tiers = [plan.tiers for plan in cache.groups.plans if plan is not None and plan.tiers is not None]
     in_part = not all(rule.reads_all for rule in tiers)
     if cache.is_filled and in_part and cache.eager_chunks == cache.chunks_before:
         cache.note(

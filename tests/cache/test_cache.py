@@ -39,7 +39,7 @@ def test_any_sequence_of_operations_keeps_every_token(data, plan, dtype):
             for _ in range(data.draw(st.integers(1, 20))):
                 pair.feed(1)
         elif step == "crop":
-            loose = pair.held - pair.cache.index.floor
+            loose = pair.held - pair.cache.groups.floor
             pair.cache.crop(-loose if (count := data.draw(st.integers(0, 30))) > loose else -count)
             left = pair.held - min(count, loose)
             pair.change(lambda x, n=left: x[:, :, :n], lambda x, n=left: x[:, :n])
@@ -135,7 +135,7 @@ def test_vision_and_text_lie_in_segments_of_their_own(plan):
         rest[first[row].long()] = False
         assert text[row][(text[row] >= 0) & (text[row] < 90)].tolist() == rest.nonzero().flatten().tolist()
     assert (seen[1] == -1).sum() == 40 - 35
-    assert pair.cache.packed_layers[0].streams[0].codes.shape[2] == 40
+    assert pair.cache.packed_layers[0].pairs["vision"].slots == 40
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_a_step_reads_no_segment_without_slots(plan, read):
         pair.feed(160, vision)
         layer = pair.cache.packed_layers[1]
         segments = list(range(len(pair.cache.index.plan.segments))) if pictures else read
-        state = layer.state()
-        assert [segment.kind for segment in state.segments] == [layer.kinds[i] for i in segments]
+        state, pairs = layer.state(), list(layer.pairs.values())
+        assert [segment.kind for segment in state.segments] == [pairs[i].kind for i in segments]
         for i, segment in zip(segments, state.segments, strict=True):
             assert segment.slots > 0
-            assert segment.key is layer.streams[2 * i] and segment.value is layer.streams[2 * i + 1]
+            assert segment.key is pairs[i].key and segment.value is pairs[i].value
             assert segment.positions is layer.positions()[1 + i]
             assert segment.rotations is (layer.turns()[i] if layer.turns() else None)
 
@@ -215,17 +215,19 @@ def test_rows_that_share_a_basis_hold_it_once():
     empty_vision = mean
     saved = 2 * LAYERS * 2 * (mean + decoder + step + empty_vision)
     assert own.cache.report()["sequence_bytes"] - shared.cache.report()["sequence_bytes"] == saved
-    assert all(len(b) == 1 for layer in shared.cache.packed_layers for s in layer.streams[2:] for b in s.basis)
+    assert all(
+        len(b) == 1 for layer in shared.cache.packed_layers for s in layer.pairs["text"].streams for b in s.basis
+    )
 
 
 def test_a_full_tail_of_a_sequence_basis_is_packed_anew():
     pair = Pair("sequence")
     pair.feed(50)
     layer = pair.cache.packed_layers[0]
-    packed, old_basis = layer.text_slots, layer.streams[2].basis.decoder
+    packed, old_basis = layer.text_slots, layer.pairs["text"].key.basis.decoder
     for _ in range(MAX_APPEND + 1):
         pair.feed(1)
     assert layer.text_slots == packed + MAX_APPEND
-    assert not torch.equal(layer.streams[2].basis.decoder, old_basis)
+    assert not torch.equal(layer.pairs["text"].key.basis.decoder, old_basis)
     assert layer.cursor.tolist()[:2] == [50 + MAX_APPEND + 1, 50 + MAX_APPEND]
     pair.check()

@@ -19,7 +19,7 @@ from packed_pair import (
     states_of,
 )
 
-from apack_compile.cache import layer as layer_module
+from apack_compile.cache import layer_store
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
@@ -32,7 +32,7 @@ def test_crop_gives_back_the_newest_tokens_only(plan):
     before = copy.deepcopy(pair.cache)
     for _ in range(3):
         pair.feed(1)
-    loose = pair.held - pair.cache.index.floor
+    loose = pair.held - pair.cache.groups.floor
     with pytest.raises(ValueError, match=f"cannot remove {loose + 1} of 43"):
         pair.cache.crop(-loose - 1)
     with pytest.raises(ValueError, match="negative"):
@@ -172,9 +172,9 @@ def test_rows_with_other_padding_keep_their_turns(plan, change):
 
 @pytest.mark.parametrize("scope", ("sequence", "batch"))
 def test_a_basis_fitted_anew_starts_from_the_earlier_one(scope, monkeypatch):
-    starts, fitted = [], layer_module.fit
+    starts, fitted = [], layer_store.fit
     monkeypatch.setattr(
-        layer_module, "fit", lambda stats, rank, start: starts.append(start) or fitted(stats, rank, start)
+        layer_store, "fit", lambda stats, rank, start: starts.append(start) or fitted(stats, rank, start)
     )
     options = AttentionPackOptions(1.0, 1.0, basis=scope)
     cache = new_cache(attentionpack_plan(range(LAYERS), RANKS, MAX_APPEND, options))
@@ -186,5 +186,4 @@ def test_a_basis_fitted_anew_starts_from_the_earlier_one(scope, monkeypatch):
             cache.update(*(states_of(part, layer, stream, torch.float32) for stream in range(2)), layer)
         text = [start for start in starts if start is not None]
         assert len(text) == (0 if part.shape[1] == 50 else 2 * LAYERS)
-    assert not any(layer.earlier_bases for layer in cache.layers)
     assert all(start.shape[-2:] == (RANK, WIDTH) for start in text)

@@ -59,7 +59,7 @@ def by_hand(model, row: Row, chunk: int) -> list[float]:
     """A row's log-probabilities: a prompt, then chunks after it, through the model's own call."""
     cache = apack_compile.new_cache(model, len(row.inputs))
     none = torch.zeros(1, len(row.tokens), dtype=torch.bool)
-    cache.plan_for_prompt(none, none)
+    cache.groups.choose_plans(none, none)
     logits = []
     with torch.no_grad():
         if row.read:

@@ -116,7 +116,7 @@ class WindowedPair:
 
     def check(self) -> None:
         """Every token that a query from the first position that can be cropped on sees, as `unpack` gives it."""
-        floor = self.cache.floor
+        floor = self.cache.groups.floor
         assert self.held - self.cache.croppable == floor <= self.held
         for layer, window in zip(self.cache.packed_layers, self.windows, strict=True):
             none = torch.empty(layer.batch_size, HEADS, 0, HEAD_DIM)

@@ -1,0 +1,204 @@
+"""All groups of packed layers of a cache: their plans, room for tokens to come, and which tokens may be cropped again."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
+from apack_compile.cache.layer_group import Flags, LayerGroup
+from apack_compile.cache.layer_kinds import LayerKind
+from apack_compile.cache.layer_store import recompact
+from apack_compile.cache.packed_layers import packed_layer
+from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
+from apack_compile.plan.budget import spare_slots
+from apack_compile.plan.plan import Plan
+from apack_compile.plan.rotation import rotary_start
+from apack_compile.plan.source import PlanSource
+
+CAPACITY_GRAIN = 256
+
+
+class LayerGroups:
+    """The groups; the first one sees the most tokens.
+
+    source: gives the plans; None once it was asked. expected_tokens: to make room for. max_tokens: of a cache with room for all of
+    them from the start. history: which tokens are vision and which padding, where bases are fitted to all of them. prompt_end: where
+    generate's prompt ends, tokens from there on are generated or drafted, never pictures. recorded_from: while tokens may be cropped
+    again in any number, where none of those before it will be.
+    """
+
+    def __init__(self, source: PlanSource, expected_tokens: int, max_tokens: int | None) -> None:
+        self._groups: list[LayerGroup] = []
+        self.source: PlanSource | None = source
+        self.expected_tokens = expected_tokens
+        self.max_tokens = max_tokens
+        self.history: Flags | None = None
+        self.prompt_end: int | None = None
+        self.recorded_from: int | None = None
+
+    def __iter__(self) -> Iterator[LayerGroup]:
+        return iter(self._groups)
+
+    def __getitem__(self, i: int) -> LayerGroup:
+        return self._groups[i]
+
+    def add(self, kind: LayerKind, own: Any) -> CompactedLayer:
+        """The packed layer in the place of transformers' `own`, in the group with its window."""
+        group = next((group for group in self if group.window == kind.window), None)
+        if group is None:
+            group = LayerGroup(kind.window)
+            self._groups = sorted((*self, group), key=lambda group: group.window is not None)
+        group.layers.append(packed_layer(kind.layer, group.index, own))
+        return group.layers[-1]
+
+    @property
+    def held(self) -> int:
+        """Tokens of a row."""
+        return self[0].held
+
+    @property
+    def floor(self) -> int:
+        """First position that can still be cropped."""
+        return max(group.floor for group in self)
+
+    @property
+    def plans(self) -> tuple[Plan | None, ...]:
+        """The plan of each group."""
+        return tuple(group.index.plan for group in self)
+
+    def drafted(self, held: int, end: int) -> int:
+        """How many of the newest of `end` tokens may be cropped again, whatever their number, once a chunk from `held` on is stored."""
+        # while its past is recorded, what an empty cache is given is a prompt, unless generate says where that ends
+        recorded = self.recorded_from if held else None
+        known = [position for position in (recorded, self.prompt_end) if position is not None]
+        return max(end - max(known), 0) if known else 0
+
+    def settled(self, held: int, floor: int) -> int:
+        """Of `held` tokens, the first that may be cropped again, with `floor` the first that can be."""
+        if self.recorded_from is None:
+            return held
+        return min(max(self.recorded_from, self.prompt_end or 0, floor), held)
+
+    def choose_plans(self, vision: Tensor, padding: Tensor) -> None:
+        """Choose the plans, once, for a prompt of which these tokens are vision and padding, bool `[B, T]` each."""
+        for group in self if self.source is not None else ():
+            newest = slice(None if group.window is None else -group.window, None)
+            real = ~padding[:, newest]
+            share = float((vision[:, newest] & real).sum() / real.sum().clamp_min(1))
+            group.index.plan = self.source.plan_for(real.shape[1], share, group.window)
+        self.source = None
+
+    def lay_out(self, chunk: Flags, held: int, width: int) -> None:
+        """Assign a chunk's tokens, of which these are vision and padding, to slots."""
+        tokens = chunk[0].shape[1]
+        end = held + tokens
+        self._extend_history(chunk, held)
+        for group in self:
+            group.lay_out(chunk, held, self.drafted(held, end), self._spare(end), width, self.history)
+            # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
+            if tokens > MAX_APPEND or end > group.index.capacity:
+                group.index.capacity = max(group.index.capacity, self._capacity(end))
+
+    def end_chunk(self) -> None:
+        """All layers have stored it."""
+        for group in self:
+            group.index.chunk = None
+
+    def follow_coordinates(self, shown: Tensor | None, padding: Tensor, held: int) -> bool:
+        """Follow a chunk that begins at index `held` and whose rotary embedding was `shown` these positions; padding: bool `[B, n]`.
+
+        Gives whether all that plans need was shown.
+        """
+        known: dict[tuple[int, bool], TokenCoordinates] = {}
+        was_shown, (rows, tokens) = True, padding.shape
+        for group in self:
+            plan = group.index.plan
+            count, must_be_shown = 1 if plan.turn is None else plan.turn.coordinate_count, plan.has_coordinates
+            if (count, must_be_shown) not in known:
+                coordinates = group.index.coordinates
+                if not held:
+                    coordinates = TokenCoordinates.starting_at(rotary_start(padding), count)
+                seen = coordinates_of(shown, rows, tokens, count) if must_be_shown else None
+                if seen is not None:
+                    coordinates = coordinates.followed_by(seen.to(padding.device), padding, held)
+                was_shown &= seen is not None or not must_be_shown
+                known[count, must_be_shown] = coordinates
+            group.index.coordinates = known[count, must_be_shown]
+        return was_shown
+
+    def _extend_history(self, chunk: Flags, held: int) -> None:
+        """Where bases are fitted to every token, follow which are vision and padding. Those appended since the last layout are text."""
+        if not any(plan.per_request for plan in self.plans):
+            return
+        past: Flags = self.history or (chunk[0][:, :0], chunk[1][:, :0])
+        more = max(held - past[0].shape[1], 0)
+        padded = [torch.nn.functional.pad(flags[:, :held], (0, more)) for flags in past]
+        self.history = (torch.cat([padded[0], chunk[0]], 1), torch.cat([padded[1], chunk[1]], 1))
+
+    def _spare(self, tokens: int) -> int:
+        """Free text slots to keep when `tokens` tokens are held."""
+        if self.max_tokens is not None:
+            return self.max_tokens - tokens
+        return max(16, min(self.expected_tokens, spare_slots(tokens)))
+
+    def _capacity(self, tokens: int) -> int:
+        """Logical length to offer when `tokens` tokens are held."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return -(-(tokens + max(self.expected_tokens, MAX_APPEND)) // CAPACITY_GRAIN) * CAPACITY_GRAIN
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens: grow the storage, reuse it, or pack a full tail."""
+        held = self.held
+        if held + tokens > self[0].index.capacity:
+            for group in self:
+                group.index.capacity = self._capacity(held + tokens)
+        self.refresh(held)
+        if any(group.index.plan.per_request and group.missing(tokens) > 0 for group in self):
+            self._pack_tails(held)
+        for group in self:
+            if not group.index.plan.per_request:
+                group.reserve(tokens, self._spare(held), self.settled(held, group.floor))
+
+    def _pack_tails(self, held: int) -> None:
+        """Lay out what is held anew, where bases are fitted to it."""
+        layers = sorted((layer for group in self for layer in group.layers), key=lambda layer: layer.layer_idx)
+        first = layers[0]
+        none = torch.zeros(first.batch_size, 0, dtype=torch.bool, device=first.device)
+        self.lay_out((none, none), held, first.num_heads * first.first.key.shape[3])
+        for layer in layers:
+            recompact(layer)
+        self.end_chunk()
+
+    def refresh(self, held: int) -> None:
+        """Before a step, once: choose anew by importance, where plans have tiers."""
+        for group in self:
+            group.refresh(held, self.settled(held, group.floor))
+
+    def check_cropped(self, tokens: int) -> None:
+        """Raise ValueError where so many of the newest tokens cannot be removed."""
+        held = self.held
+        croppable = held - self.floor
+        if tokens > croppable:
+            why = "" if held == croppable else ", the others are packed for good"
+            if why and self.recorded_from is None:
+                why += "; call activate_past_recording() on the cache before the tokens that may have to go"
+            raise ValueError(f"crop: cannot remove {tokens} of {held} tokens; only the newest {croppable} can go{why}")
+
+    def forget(self) -> None:
+        """Forget every token; plans stay."""
+        for group in self:
+            group.forget()
+        self.history, self.recorded_from = None, None if self.recorded_from is None else 0
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch to every tensor that has a row per sequence."""
+        if self.history is not None:
+            self.history = (change(self.history[0]), change(self.history[1]))
+        # once for all groups that share them: a change may be in place
+        known = {id(group.index.coordinates): group.index.coordinates for group in self}
+        changed = {shared: coordinates.mapped(change) for shared, coordinates in known.items()}
+        for group in self:
+            group.change_rows(change, changed[id(group.index.coordinates)])

@@ -1,0 +1,37 @@
+"""What it takes to undo a chunk that does not end."""
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Undo:
+    """Attributes of some objects, and what was in some tensors, before a chunk.
+
+    A layout makes new tensors, so attributes are enough; `append` writes in place.
+    """
+
+    attributes: Sequence[tuple[Any, dict[str, Any]]]
+    contents: Sequence[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, holders: Iterable[Any], written: Iterable[Tensor], *others: tuple[Any, dict[str, Any]]) -> "Undo":
+        """What these objects and tensors are now, and some attributes of others."""
+        attributes = [(holder, attributes_of(holder)) for holder in holders]
+        return cls([*attributes, *others], [(x, x.clone()) for x in written])
+
+    def apply(self) -> None:
+        """Make them so again."""
+        for holder, before in self.attributes:
+            vars(holder).update(before)
+        for tensor, before in self.contents:
+            tensor.copy_(before)
+
+
+def attributes_of(holder: object) -> dict[str, Any]:
+    """Attributes of an object, its lists and dictionaries copied."""
+    return {name: copy(value) if isinstance(value, (list, dict)) else value for name, value in vars(holder).items()}
