@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.models.modality import compact
-from apack_compile.plan.plan import MODALITIES, STREAMS, Plan
+from apack_compile.plan.plan import MODALITIES, Plan
 
 # How many of a prompt's newest tokens can be cropped at least.
 MAX_CROP = 32
@@ -124,7 +124,7 @@ def without_bad_bargains(assignment: Assignment, plan: Plan, width: int) -> Assi
     for modality in MODALITIES:
         index: Tensor = getattr(assignment, modality)
         tokens = index.shape[1]
-        key, value = (getattr(layer, f"{modality}_{stream}") for stream in STREAMS)
+        key, value = layer.pair(modality)
         basis_width = width / len(index) if key.scope == "batch" else width
         rank = (key.bands.components + value.bands.components) / 2
         if tokens and rank * (tokens + basis_width) >= tokens * width:

@@ -7,6 +7,7 @@ the Fisher information as its second moment: a small disturbance e costs about E
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -139,8 +140,8 @@ def with_gradients(model: torch.nn.Module, batch: Mapping[str, Any], layers: lis
     mask = following.get("attention_mask")
     hidden = None if mask is None else mask[:, -queries:] == 0
     drawn = [gradients_of(logits, leaves, hidden, seed) for seed in range(LABEL_DRAWS)]
-    streams = list(zip(*drawn, strict=True))
-    gradients = {i: (list(streams[2 * n]), list(streams[2 * n + 1])) for n, i in enumerate(layers)}
+    found = dict(zip(product(layers, "kv"), map(list, zip(*drawn, strict=True)), strict=True))
+    gradients = {i: (found[i, "k"], found[i, "v"]) for i in layers}
     return Observation(states_in(cache, layers), gradients, queries, positions)
 
 

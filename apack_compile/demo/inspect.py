@@ -156,7 +156,7 @@ def shared_basis_bytes(packed: list[InspectedLayer], ratio: float, pictures: boo
     for layer in packed:
         load = Load(layer.query_heads, layer.heads, layer.widths[0] // layer.heads, tokens)
         plan = typical_plan(layer.heads, load.head_dim, tokens, ratio, groups, BLOCK)
-        total += segments * sum(basis_bytes(stream, load, groups) for stream in plan.layers[0].streams[-2:])
+        total += segments * sum(basis_bytes(stream, load, groups) for stream in plan.layers[0].pair("text"))
     return total
 
 

@@ -88,7 +88,7 @@ def fewest_groups(shapes: Shapes, element_bytes: int, ratio: float, key_block: i
 def bases_are_light(device: Device, plan: Plan, load: Load) -> bool:
     """Whether a layer's bases have no more bytes than the dense cache of a short request, where the device asks for it."""
     keys_and_values = 2 * device.short_tokens * load.width * load.element_bytes
-    bases = sum(basis_bytes(stream, load, plan.groups) for stream in plan.layers[0].streams[-2:])
+    bases = sum(basis_bytes(stream, load, plan.groups) for stream in plan.layers[0].pair("text"))
     return bases <= keys_and_values or not device.short_tokens
 
 

@@ -60,6 +60,10 @@ class LayerPlan:
         """The streams, in the operations' order."""
         return tuple(self.named.values())
 
+    def pair(self, segment: str) -> tuple[StreamPlan, StreamPlan]:
+        """Key and value of a packed segment."""
+        return getattr(self, f"{segment}_key"), getattr(self, f"{segment}_value")
+
 
 @dataclass(frozen=True)
 class Provenance:

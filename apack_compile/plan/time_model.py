@@ -217,17 +217,17 @@ def dense_limits(load: Load, device: Device) -> Limits:
 
 def packed_limits(plan: Plan, layer: int, load: Load, device: Device) -> Limits:
     """Limits of attention over one layer of a packed cache; turned queries' latents are products of their own, written and read once."""
-    work, streams = _Work(device), plan.layers[layer].streams
+    work = _Work(device)
     stored = max(load.tokens - plan.first_tokens - plan.tail_slots, 0)
     tiers, turning = plan.tiers, 0.0
-    for i, (segment, share) in enumerate(plan.shares(load.vision_share).items()):
+    for segment, share in plan.shares(load.vision_share).items():
         tokens, vision = load.batch * stored * share, segment == "vision"
         if not tokens:
             continue
         if tiers is not None:
             tokens *= tiers.read_share(segment)
         work.bytes += tokens * POSITION_BYTES
-        for name, stream in zip(("key", "value"), streams[2 * i : 2 * i + 2], strict=True):
+        for name, stream in zip(("key", "value"), plan.layers[layer].pair(segment), strict=True):
             if stream.scope in ("as_is", "half"):
                 half = _Work(device)
                 half.dense(load, tokens, load.element_bytes if stream.scope == "as_is" else 2)
