@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apack_compile.kernels.append import reference
+from apack_compile.kernels.attend.triton_arguments import entry
 from apack_compile.kernels.attend.triton_latent import folded_rows
 from apack_compile.kernels.encode.triton import block_of, quantize_token, token_scale
 from apack_compile.kernels.format import Bands
@@ -55,11 +56,21 @@ class Stream(NamedTuple):
     coefficients: Tensor | None = None
 
 
+class Side(NamedTuple):
+    """Keys or values: the tail, the new tokens, where those that leave are packed, and by what they are turned back."""
+
+    tail: Dense
+    new: Dense
+    stream: Stream
+    turns: Tensor | None
+
+
 @triton.jit
 def pushed_tile(
-    tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM: tl.constexpr, PER: tl.constexpr
+    side, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM: tl.constexpr, PER: tl.constexpr
 ):
     """Channels `[rows, channels]` of a head group, of the tokens that leave: `token` is counted from the oldest in the tail."""
+    tail, new = side.tail, side.new
     head = group * PER + channel // HEAD_DIM
     of_head = channel % HEAD_DIM
     position = start + token
@@ -76,9 +87,7 @@ def pushed_tile(
 
 @triton.jit
 def leaving_tile(
-    tail,
-    new,
-    turns,
+    side,
     anchors,
     b,
     token,
@@ -96,23 +105,20 @@ def leaving_tile(
     ANCHOR_SLOTS: tl.constexpr,
 ):
     """Channels of the tokens that leave, turned back by the anchors of their text slots where there are PAIRS that turn."""
-    x = pushed_tile(tail, new, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER)
+    x = pushed_tile(side, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER)
     if PAIRS > 0:
         of_head = channel % HEAD_DIM
         other = channel - of_head + partner_of(of_head, PAIRS)
-        partner = pushed_tile(tail, new, b, token, row_ok, group, other, held, start, slots, width, HEAD_DIM, PER)
+        partner = pushed_tile(side, b, token, row_ok, group, other, held, start, slots, width, HEAD_DIM, PER)
         # a token without a slot is not written, whatever its turn
         anchor = tl.minimum(tl.maximum(start + token - origin, 0) // ANCHOR_SLOTS, anchors - 1)
-        x = turned_back(x, partner, turns, (b * anchors + anchor) * 2 * PAIRS, row_ok, of_head, PAIRS)
+        x = turned_back(x, partner, side.turns, (b * anchors + anchor) * 2 * PAIRS, row_ok, of_head, PAIRS)
     return x
 
 
 @triton.jit
 def project_stream(
-    tail,
-    new,
-    stream,
-    turns,
+    side,
     anchors,
     block,
     cursor,
@@ -133,6 +139,7 @@ def project_stream(
     CHANNELS: tl.constexpr,
 ):
     """A block of coefficients of the tokens that leave the tail; the tokens themselves where the stream is KEPT as it is."""
+    stream = side.stream
     held, start, origin = tl.load(cursor), tl.load(cursor + 1), tl.load(cursor + 2)
     leaving = tl.maximum(held + new_tokens - slots - start, 0)
     group = tl.program_id(1) % groups
@@ -146,7 +153,7 @@ def project_stream(
     if leaving > 0:
         if KEPT:
             out = leaving_tile(
-                tail, new, turns, anchors, b, token, row_ok, group, column, held, start, origin, slots, width,
+                side, anchors, b, token, row_ok, group, column, held, start, origin, slots, width,
                 HEAD_DIM, PER, PAIRS, ANCHOR_SLOTS,
             )
             at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
@@ -159,7 +166,7 @@ def project_stream(
                 channel = first + tl.arange(0, CHANNELS)
                 real = channel < width
                 x = leaving_tile(
-                    tail, new, turns, anchors, b, token, row_ok, group, channel, held, start, origin, slots, width,
+                    side, anchors, b, token, row_ok, group, channel, held, start, origin, slots, width,
                     HEAD_DIM, PER, PAIRS, ANCHOR_SLOTS,
                 )
                 mean = tl.load(stream.mean + at_basis * width + channel, mask=real, other=0.0).to(tl.float32)
@@ -174,13 +181,7 @@ def project_stream(
 
 @triton.jit(do_not_specialize=["anchors"])
 def project_kernel(
-    key_tail,
-    key_new,
-    key,
-    value_tail,
-    value_new,
-    value,
-    turns,
+    sides,
     anchors,
     cursor,
     before,
@@ -188,14 +189,11 @@ def project_kernel(
     new_tokens,
     slots,
     groups,
-    key_blocks,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    KEY_KEPT: tl.constexpr,
-    VALUE_KEPT: tl.constexpr,
+    LAYOUTS: tl.constexpr,
+    KEPT: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     FOLD: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
     PER: tl.constexpr,
     PAIRS: tl.constexpr,
     ANCHOR_SLOTS: tl.constexpr,
@@ -204,25 +202,25 @@ def project_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Coefficients of what leaves the tail. Grid: row tiles; groups (of each sequence); blocks of columns, the keys' first."""
+    """Coefficients of what leaves the tail. Grid: row tiles; groups (of each sequence); BLOCKS of columns, the keys' first.
+
+    Tuples are of keys and values.
+    """
     block = tl.program_id(2)
     if tl.program_id(0) + tl.program_id(1) + block == 0:
         for i in tl.static_range(3):
             tl.store(before + i, tl.load(cursor + i))
-    # fmt: off
-    if block < key_blocks:
-        if key.coefficients is not None:
-            project_stream(
-                key_tail, key_new, key, turns, anchors, block, cursor, batch, new_tokens, slots, groups,
-                KEY, KEY_KEPT, FOLD, KEY_DIM, PER, PAIRS, ANCHOR_SLOTS, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
-            )
-    else:
-        if value.coefficients is not None:
-            project_stream(
-                value_tail, value_new, value, None, 0, block - key_blocks, cursor, batch, new_tokens, slots, groups,
-                VALUE, VALUE_KEPT, FOLD, VALUE_DIM, PER, 0, 0, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
-            )
-    # fmt: on
+    for i in tl.static_range(2):
+        if BLOCKS[i] > 0:
+            if block < BLOCKS[i]:
+                # fmt: off
+                project_stream(
+                    sides[i], anchors, block, cursor, batch, new_tokens, slots, groups, entry(LAYOUTS, i), KEPT[i], FOLD, DIMS[i],
+                    PER, PAIRS[i], ANCHOR_SLOTS, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                )
+                # fmt: on
+                return
+            block -= BLOCKS[i]
 
 
 @triton.jit
@@ -267,8 +265,9 @@ def write_codes(
 
 
 @triton.jit
-def enter_tail(tail, new, at_head, before, new_tokens, slots, heads, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
+def enter_tail(side, at_head, before, new_tokens, slots, heads, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
     """Put the newest tokens of one head into their ring slots."""
+    tail, new = side.tail, side.new
     held = tl.load(before)
     b, head = at_head // heads, at_head % heads
     channel = tl.arange(0, CHANNELS)
@@ -282,12 +281,7 @@ def enter_tail(tail, new, at_head, before, new_tokens, slots, heads, HEAD_DIM: t
 
 @triton.jit(do_not_specialize=["capacity"])
 def write_kernel(
-    key_tail,
-    key_new,
-    key,
-    value_tail,
-    value_new,
-    value,
+    sides,
     cursor,
     before,
     new_tokens,
@@ -298,46 +292,32 @@ def write_kernel(
     tokens_coded,
     all_groups,
     all_heads,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    KEY_KEPT: tl.constexpr,
-    VALUE_KEPT: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+    LAYOUTS: tl.constexpr,
+    KEPT: tl.constexpr,
+    DIMS: tl.constexpr,
     PER: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Codes, tail and cursor. Grid: per token and group, then per head, then one for the cursor; keys and values."""
     work = tl.program_id(0)
-    is_key = tl.program_id(1) == 0
     coded = tokens_coded * all_groups
-    # fmt: off
-    if work < coded:
-        at_group = (work // tokens_coded).to(tl.int64)
-        if is_key:
-            if key.coefficients is not None:
-                write_codes(
-                    key, work % tokens_coded, at_group, before, new_tokens, slots, groups, capacity,
-                    KEY, KEY_KEPT, KEY_DIM * PER, BLOCK,
-                )
-        else:
-            if value.coefficients is not None:
-                write_codes(
-                    value, work % tokens_coded, at_group, before, new_tokens, slots, groups, capacity,
-                    VALUE, VALUE_KEPT, VALUE_DIM * PER, BLOCK,
-                )
-    elif work < coded + all_heads:
-        at_head = (work - coded).to(tl.int64)
-        if is_key:
-            enter_tail(key_tail, key_new, at_head, before, new_tokens, slots, heads, KEY_DIM, CHANNELS)
-        else:
-            enter_tail(value_tail, value_new, at_head, before, new_tokens, slots, heads, VALUE_DIM, CHANNELS)
-    elif is_key:
-        held, start = tl.load(before), tl.load(before + 1)
-        tl.store(cursor, held + new_tokens)
-        tl.store(cursor + 1, tl.maximum(start, held + new_tokens - slots))
-    # fmt: on
+    for i in tl.static_range(2):
+        if tl.program_id(1) == i:
+            if work < coded:
+                if sides[i].stream.coefficients is not None:
+                    # fmt: off
+                    write_codes(
+                        sides[i].stream, work % tokens_coded, (work // tokens_coded).to(tl.int64), before, new_tokens, slots, groups,
+                        capacity, entry(LAYOUTS, i), KEPT[i], DIMS[i] * PER, BLOCK,
+                    )
+                    # fmt: on
+            elif work < coded + all_heads:
+                enter_tail(sides[i], (work - coded).to(tl.int64), before, new_tokens, slots, heads, DIMS[i], CHANNELS)
+            elif i == 0:
+                held, start = tl.load(before), tl.load(before + 1)
+                tl.store(cursor, held + new_tokens)
+                tl.store(cursor + 1, tl.maximum(start, held + new_tokens - slots))
 
 
 def append(
@@ -358,21 +338,21 @@ def append(
     slots, groups, capacity = state.tail.slots, state.key.groups, state.key.codes.shape[2]
     coded = list(packed) if capacity else [None, None]
     streams = [_stream(stream, new_tokens) for stream in coded]
-    sides = zip((state.tail.key, state.tail.value), (key, value), streams, strict=True)
-    tensors = [x for tail, new, stream in sides for x in (_dense(tail), _dense(new), stream)]
+    turns = None if rotations is None else rotations.contiguous()
+    parts = zip((state.tail.key, state.tail.value), (key, value), streams, (turns, None), strict=True)
+    sides = tuple(Side(_dense(tail), _dense(new), stream, turned) for tail, new, stream, turned in parts)
     bands = [Bands() if stream is None else stream.bands for stream in coded]
-    kept = [stream is not None and stream.as_is for stream in coded]
+    kept = tuple(stream is not None and stream.as_is for stream in coded)
     fold = all(stream is None or stream.as_is or stream.basis.mean.shape[0] == 1 for stream in coded)
     rows = batch * new_tokens if fold else new_tokens
     row_tile = 16 if rows <= 16 else 32
-    blocks = [0 if s.coefficients is None else triton.cdiv(s.coefficients.shape[-1], COLUMNS) for s in streams]
+    blocks = tuple(0 if s.coefficients is None else triton.cdiv(s.coefficients.shape[-1], COLUMNS) for s in streams)
     before = torch.empty_like(cursor)
-    shapes = {"KEY": key_layout(bands[0]), "VALUE": key_layout(bands[1]), "KEY_KEPT": kept[0], "VALUE_KEPT": kept[1]}
-    shapes |= {"KEY_DIM": key.shape[3], "VALUE_DIM": value.shape[3], "PER": heads // groups}
+    shapes = {"LAYOUTS": tuple(map(key_layout, bands)), "KEPT": kept, "DIMS": (key.shape[3], value.shape[3])}
+    shapes["PER"] = heads // groups
     with torch.cuda.device_of(key):
         project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](
-            *tensors,
-            None if rotations is None else rotations.contiguous(),
+            sides,
             0 if rotations is None else rotations.shape[1],
             cursor,
             before,
@@ -380,10 +360,10 @@ def append(
             new_tokens,
             slots,
             groups,
-            blocks[0],
             **shapes,
+            BLOCKS=blocks,
             FOLD=fold,
-            PAIRS=pairs_of(rotations),
+            PAIRS=(pairs_of(rotations), 0),
             ANCHOR_SLOTS=state.block,
             PRECISION="ieee" if key.dtype == torch.float32 else "tf32x3",
             ROW_TILE=row_tile,
@@ -392,7 +372,7 @@ def append(
         )
         tokens_coded = new_tokens if any(blocks) else 0
         write_kernel[(tokens_coded * batch * groups + batch * heads + 1, 2)](
-            *tensors,
+            sides,
             cursor,
             before,
             new_tokens,
