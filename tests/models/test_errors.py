@@ -25,6 +25,8 @@ import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.generate.quantize import resolve
 
+RANKS = ("vision_key", "vision_value", "text_key", "text_value")
+
 
 @pytest.fixture(scope="module")
 def llava():
@@ -55,6 +57,10 @@ def untouched(model) -> bool:
         ({"min_tokens": 64.0}, r"min_tokens=64\.0 must be an integer >= 0, or None"),
         ({"min_tokens": True}, "min_tokens=True must be an integer >= 0, or None"),
         ({"config": {"ratio": 4}}, "config=.* must be an AttentionPackConfig"),
+        (
+            {"config": AttentionPackConfig(preset="attentionpack", ranks=dict.fromkeys(RANKS, [8] * 7))},
+            "vision_key has 7 ranks, but 3 layers can be packed",
+        ),
     ],
 )
 def test_a_bad_argument_is_named_and_the_model_left_alone(llava, arguments, message):
