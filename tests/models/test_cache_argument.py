@@ -111,6 +111,15 @@ def test_the_first_prompt_is_calibrated_on_beside_the_callers_cache(way):
     assert session_of(model).calibration.inputs == "the first request"
 
 
+@torch.no_grad()
+def test_a_cache_has_the_calibration_that_came_after_it():
+    model = apack_compile.optimize(llama(), ratio=3, compile="none", min_tokens=0)
+    cache = apack_compile.new_cache(model)
+    apack_compile.calibrate(model, prompt())
+    model(**prompt(), past_key_values=cache)
+    assert cache.index.plan.provenance.calibrated_on == "calibrate"
+
+
 @pytest.mark.parametrize("way", [None, *NAMES])
 @pytest.mark.parametrize("kind", KINDS)
 def test_generate_packs_for_every_forward(kind, way):
