@@ -1,6 +1,7 @@
 """Settings shared by all tests."""
 
 import os
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Triton reads this when it is imported, and decides for all kernels of the process."""
     if config.getoption("device") == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1" and "triton.language" in sys.modules:
+            raise pytest.UsageError(
+                "a conftest imports Triton, before it is known where kernels run: let a fixture do so"
+            )
         os.environ["TRITON_INTERPRET"] = "1"
 
 

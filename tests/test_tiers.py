@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
+from apack_compile.cache.watch import newest_attention, newest_rows
 from apack_compile.plan.file import tensors_of, values_of
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.presets.a_vl import AVLOptions, a_vl_plan
@@ -22,8 +23,6 @@ from apack_compile.plan.tiers import (
     Tokens,
     at_positions,
     most_scored,
-    newest_attention,
-    newest_rows,
     newest_without_gap,
     places_of,
     share_of,

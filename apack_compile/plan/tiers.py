@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.autocast import without_autocast
-
 # Shares are rounded up, but 0.3 * 10 is 3.
 ROUNDING = 1e-9
 
@@ -112,41 +110,6 @@ class TierRule:
 def share_of(count: Tensor, share: float) -> Tensor:
     """That share of some counts, rounded up."""
     return (count.double() * share - ROUNDING).ceil().to(torch.int32)
-
-
-@torch.compiler.disable
-@without_autocast
-def newest_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, rows: Tensor) -> Tensor:
-    """Head-mean attention `[B, R, T]`, float32, of the queries at `rows` `[B, R]` of `[B, H_q, n, D]` over keys `[B, H, T, D]`.
-
-    mask: as for scaled_dot_product_attention, or None for causal. rows: -1 for none, whose attention is 0. Only these queries'
-    attention matrix is built.
-    """
-    batch, heads, tokens, head_dim = query.shape
-    at = rows.clamp_min(0)[:, None, :, None]
-    chosen = query.gather(2, at.expand(batch, heads, -1, head_dim)).float() * scale
-    grouped = chosen.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    scores = (grouped @ key.float().mT).reshape(batch, heads, rows.shape[1], -1)
-    columns = torch.arange(key.shape[2], device=key.device)
-    if mask is None:
-        scores = scores.masked_fill((columns > rows[..., None] + key.shape[2] - tokens)[:, None], float("-inf"))
-    else:
-        whole = mask.expand(batch, -1, tokens, -1)
-        at_rows = whole.gather(2, at.expand(batch, whole.shape[1], -1, whole.shape[3]))
-        hidden = ~at_rows if mask.dtype == torch.bool else None
-        scores = scores + at_rows.float() if hidden is None else scores.masked_fill(hidden, float("-inf"))
-    return scores.softmax(-1).nan_to_num(0.0).mean(1).masked_fill(rows[..., None] < 0, 0.0)
-
-
-def newest_rows(newest: int, queries: int, batch: int, padding: Tensor | None, device: torch.device) -> Tensor:
-    """Rows `[B, R]` of the newest real tokens up to row `newest`, in falling order; -1 where there are fewer, 0 < R <= queries.
-
-    padding: bool `[B, tokens]`; a sequence of padding alone has the row `newest`.
-    """
-    columns = torch.arange(newest + 1, device=device).expand(batch, -1)
-    real = columns if padding is None else columns.masked_fill(padding[:, : newest + 1].to(device), -1)
-    rows = real.topk(min(queries, newest + 1), dim=1).values
-    return torch.cat([rows[:, :1].masked_fill(rows[:, :1] < 0, newest), rows[:, 1:]], 1)
 
 
 def at_positions(by_position: Tensor, positions: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def test_the_order_of_questions_depends_on_the_seed_only() -> None:
 )
 def test_the_command_line_says_a_known_error_in_one_line(arguments: list[str], named: str, tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "apack_compile.cli", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]

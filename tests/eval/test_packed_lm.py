@@ -305,7 +305,6 @@ def test_the_command_line_evaluates_a_model_from_a_folder(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     assert "9 of 9 requests were answered from packed keys and values" in done.stderr + done.stdout

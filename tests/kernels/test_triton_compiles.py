@@ -40,7 +40,6 @@ def test_kernels_compile_for_hopper_use_its_matrix_unit_and_spill_little(case, t
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]

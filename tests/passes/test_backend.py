@@ -90,7 +90,7 @@ step = torch.compile(lambda x: x * 2 + 1, backend="attentionpack", options={"inn
 assert step(torch.ones(2)).tolist() == [3.0, 3.0]
 assert "apack_compile.backend.backend" in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_it_loads_no_optional_backend():
@@ -101,7 +101,7 @@ import apack_compile.backend.backend
 heavy = ("triton", "torchao", "matplotlib", "transformers", "torch._inductor")
 assert not [m for m in set(sys.modules) - before if m.startswith(heavy)]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_strict_names_the_layers_that_still_unpack():
