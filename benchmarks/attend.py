@@ -39,7 +39,7 @@ from apack_compile.plan.choice import head_groups_for, typical_variance
 from apack_compile.plan.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
 from apack_compile.plan.plan import FIRST_TOKENS, Plan, StreamPlan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
-from apack_compile.plan.rotation import BLOCK, KeyTurn, turns_of_blocks
+from apack_compile.plan.rotation import BLOCK, KeyRotation, rotations_of_blocks
 from apack_compile.plan.time_model import Load
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -144,17 +144,17 @@ def packed_state(
         streams.append(PackedStream(*codes, basis, stream.bands))
     position = torch.arange(FIRST_TOKENS + sum(slots), dtype=torch.int32, device=device).expand(batch, -1)
     first_positions, *positions = (x.contiguous() for x in position.split([FIRST_TOKENS, *slots], dim=1))
-    turn = None if plan.turn is None else plan.turn.to(torch.device(device))
+    rotation = None if plan.rotation is None else plan.rotation.to(torch.device(device))
     kinds = map(KIND_NAMES.index, plan.segments)
     segments = [
-        Segment(kind, key, value, where, None if turn is None else turns_of(where, turn))
+        Segment(kind, key, value, where, None if rotation is None else rotations_of(where, rotation))
         for kind, key, value, where in zip(kinds, streams[::2], streams[1::2], positions, strict=True)
         if kind == TEXT or where.shape[1]
     ]
     # the newest token is the query's own
     cursor = torch.tensor([tokens + 1, FIRST_TOKENS + stored, FIRST_TOKENS], device=device)
     first, tail = DenseSegment(*dense[:2]), DenseSegment(*dense[2:])
-    block = 0 if turn is None else turn.block
+    block = 0 if rotation is None else rotation.block
     state = PackedState(tuple(segments), first, first_positions, tail, cursor, block)
     return Packed(state, tuple(stream.bands for stream in streams))
 
@@ -263,7 +263,7 @@ def measured(
         "dtype": str(dtype).removeprefix("torch."),
         "ratio": 2 * 2 * batch * shape.heads * shape.head_dim * tokens / held_bytes(packed.state),
         "groups": groups,
-        "key_block": 0 if plan.turn is None else plan.turn.block,
+        "key_block": 0 if plan.rotation is None else plan.rotation.block,
         "bands_key": named_bands(packed.bands[-2]),
         "bands_value": named_bands(packed.bands[-1]),
         "bands_coarse_key": named_bands(packed.bands[0]) if plan.coarse else "",
@@ -292,13 +292,15 @@ def named_bands(bands: Bands) -> str:
 
 
 def with_relative_keys(plan: Plan, shape: Shape, key_block: int) -> Plan:
-    """The plan with keys turned back to the start of their block of so many slots; 0 leaves it as it is."""
-    return replace(plan, turn=KeyTurn(shape.frequencies, key_block)) if key_block else plan
+    """The plan with keys rotated back to the start of their block of so many slots; 0 leaves it as it is."""
+    return replace(plan, rotation=KeyRotation(shape.frequencies, key_block)) if key_block else plan
 
 
-def turns_of(positions: Tensor, turn: KeyTurn) -> Tensor:
-    """Turns of the blocks of slots with these positions `[B, slots]`."""
-    return turns_of_blocks(positions, TokenCoordinates.starting_at(positions.new_zeros(len(positions), 1)), turn)
+def rotations_of(positions: Tensor, rotation: KeyRotation) -> Tensor:
+    """Rotations of the blocks of slots with these positions `[B, slots]`."""
+    return rotations_of_blocks(
+        positions, TokenCoordinates.starting_at(positions.new_zeros(len(positions), 1)), rotation
+    )
 
 
 def own_tensors(state: PackedState) -> list[Tensor]:

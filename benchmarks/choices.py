@@ -27,13 +27,13 @@ class Option:
     @property
     def key_block(self) -> int:
         """Slots that share an anchor; 0 for keys stored as they come."""
-        return 0 if self.plan.turn is None else self.plan.turn.block
+        return 0 if self.plan.rotation is None else self.plan.rotation.block
 
 
 def option_of(plan: Plan, load: Load, device: Device) -> Option:
     """What a plan is predicted to do for a load."""
     limits = [packed_limits(plan, layer, load, device) for layer in plan.layers]
-    summed = Limits(*(sum(getattr(one, name) for one in limits) for name in ("bytes", "matrix", "unpack", "turning")))
+    summed = Limits(*(sum(getattr(one, name) for one in limits) for name in ("bytes", "matrix", "unpack", "rotating")))
     return Option(plan, predicted_speedup(plan, load, device), summed, expected_error(plan, load.vision_share))
 
 

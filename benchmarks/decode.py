@@ -199,7 +199,7 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
         "plan": packing.name,
         "tokens": tokens,
         "batch": batch,
-        "key_block": 0 if plan.turn is None else plan.turn.block,
+        "key_block": 0 if plan.rotation is None else plan.rotation.block,
         "groups": plan.groups,
         "dtype": str(model.dtype).removeprefix("torch."),
         "compiled": compiled,

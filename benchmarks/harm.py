@@ -13,7 +13,7 @@ from harness import Row, print_table, write_json
 from text_quality import CALIBRATION_PLACES, text_ids
 
 from apack_compile.calibration.collect import Running, add_observation, as_packed, finish_all
-from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.calibration.sensitivity import observe
 from apack_compile.demo.assets import load_model, load_tokenizer
 from apack_compile.plan.budget import budget_plan
@@ -50,15 +50,15 @@ def main(
     seen = [observe(model, one, layers) for one in inputs]
     rows: list[Row] = []
     for block in KEY_BLOCKS:
-        turn = find_turn(model, layers, inputs[0], block)[0]
+        rotation = find_rotation(model, layers, inputs[0], block)[0]
         for groups in (1, heads):
             running: Running = {}
             for observation, one in zip(seen, inputs, strict=True):
-                add_observation(running, as_packed(observation, turn), model.config, one, groups)
+                add_observation(running, as_packed(observation, rotation), model.config, one, groups)
             found = finish_all(running)
             statistics = {i: {"text": (found[i, "text", 0], found[i, "text", 1])} for i in layers}
             for wanted in ratio or [4.0, 8.0]:
-                plan = budget_plan(statistics, wanted, PLANNED_TOKENS, 0.0, turn=turn)
+                plan = budget_plan(statistics, wanted, PLANNED_TOKENS, 0.0, rotation=rotation)
                 lost = {
                     f"{stream}_error": sum(getattr(p, f"text_{stream}").expected_error for p in plan.layers.values())
                     / len(layers)

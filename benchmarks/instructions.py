@@ -62,7 +62,7 @@ def described(name: str, ratio: float | None, key_block: int, groups: int) -> Ro
         "issue_us": 1e6 * per_token * TOKENS * BATCH / INSTRUCTIONS_PER_SECOND,
         "limit": limits.tightest,
         "limit_us": 1e6 * max(limits.bytes, limits.matrix, limits.unpack),
-        "turning_us": 1e6 * limits.turning,
+        "rotating_us": 1e6 * limits.rotating,
         "dense_us": 1e6 * dense_limits(load, H200).seconds,
         "harm": plan.layers[0].text_key.expected_error if ratio else None,
     }

@@ -41,7 +41,7 @@ def limit_columns(plan: Plan, load: Load, device: str, bandwidth: float, packed_
         "limit_of_bytes_ms": 1e3 * limits.bytes,
         "limit_of_matrix_ms": 1e3 * limits.matrix,
         "limit_of_unpack_ms": 1e3 * limits.unpack,
-        "limit_of_turning_ms": 1e3 * limits.turning,
+        "limit_of_rotating_ms": 1e3 * limits.rotating,
         "limit_of_dense_ms": 1e3 * dense_limits(load, known).seconds,
         "share_of_limit": limits.seconds / packed_seconds,
         "predicted_speedup": predicted_speedup(plan, load, known),

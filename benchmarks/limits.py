@@ -20,7 +20,7 @@ from choices import DEVICES, Option, choose_groups, option_of, shortest_length
 from harness import Row, print_table, write_json
 
 from apack_compile.plan.plan import LayerPlan, Plan
-from apack_compile.plan.rotation import BLOCK, KeyTurn
+from apack_compile.plan.rotation import BLOCK, KeyRotation
 from apack_compile.plan.time_model import Device, Load, dense_limits, packed_seconds
 
 KEY_BLOCKS = (0, 32, 64, 128, 256)
@@ -47,11 +47,11 @@ def plan_of(shape: Shape, ratio: float | None, tokens: int, groups: int, key_blo
     plan = synthetic_plan(shape, groups, ratio, tokens)
     if ratio is None:
         return plan
-    turn = KeyTurn(torch.zeros(shape.head_dim // 2), key_block) if key_block else None
+    rotation = KeyRotation(torch.zeros(shape.head_dim // 2), key_block) if key_block else None
     share = math.log(groups) / math.log(shape.heads) if groups > 1 else 0.0
     harm = HARM_OF_BLOCKS[key_block] * HARM_OF_A_BASIS_PER_HEAD**share
     streams = LayerPlan(*(replace(stream, expected_error=harm) for stream in plan.layers[0].streams))
-    return replace(plan, layers={0: streams}, turn=turn)
+    return replace(plan, layers={0: streams}, rotation=rotation)
 
 
 def group_counts(shape: Shape) -> list[int]:
@@ -69,7 +69,7 @@ def described(option: Option, load: Load, device: Device) -> Row:
         "bytes_us": 1e6 * limits.bytes,
         "matrix_us": 1e6 * limits.matrix,
         "unpack_us": 1e6 * limits.unpack,
-        "turning_us": 1e6 * limits.turning,
+        "rotating_us": 1e6 * limits.rotating,
         "limit": limits.tightest,
         "time_us": 1e6 * packed_seconds(option.plan, 0, load, device),
         "predicted_speedup": option.speedup,

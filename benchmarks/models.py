@@ -13,7 +13,7 @@ import apack_compile
 from apack_compile.config import AttentionPackConfig
 from apack_compile.plan.plan import LayerPlan, Plan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.signature import signature_of
 
 # Width of the hidden states, of the feed-forward part, and layers of the shapes' models.
@@ -120,15 +120,15 @@ def random_plan(model: nn.Module, name: str, packing: Packing, tokens: int) -> P
     plan = synthetic_plan(shape, packing.groups or chosen, packing.ratio, tokens)
     streams = LayerPlan(*(replace(stream, expected_error=LOSES_ALL) for stream in plan.layers[0].streams))
     layers = range(model.config.num_hidden_layers)
-    turn = None
+    rotation = None
     if packing.key_block:
-        turn = KeyTurn(model.model.rotary_emb.inv_freq.float().cpu().clone(), packing.key_block)
+        rotation = KeyRotation(model.model.rotary_emb.inv_freq.float().cpu().clone(), packing.key_block)
     return replace(
         plan,
         layers=dict.fromkeys(layers, streams),
         bases=dict.fromkeys(layers, plan.bases[0]),
         signature=signature_of(model),
-        turn=turn,
+        rotation=rotation,
     )
 
 

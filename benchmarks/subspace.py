@@ -29,8 +29,8 @@ def leading_eigenvectors(covariance: Tensor, rank: int) -> Tensor:
 def measured(width: int, seconds: float) -> Row:
     """One row: a width."""
     variance = (1 + DECAY_PER_WIDTH * torch.arange(width) / width) ** -DECAY_POWER
-    turned = torch.linalg.qr(torch.randn(width, width)).Q
-    x = (torch.randn(1, 1, TOKENS, width) * variance.sqrt()) @ turned
+    rotated = torch.linalg.qr(torch.randn(width, width)).Q
+    x = (torch.randn(1, 1, TOKENS, width) * variance.sqrt()) @ rotated
     covariance, before = moments(x).covariance, moments(x[:, :, :-TAIL]).covariance
     start = leading_eigenvectors(before, PAPER_RANK).half()
     calls = {

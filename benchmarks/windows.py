@@ -15,7 +15,7 @@ from apack_compile.kernels.heads import to_groups
 from apack_compile.plan.basis import fit, fit_steps, moments
 from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan
 from apack_compile.plan.ring import block_for
-from apack_compile.plan.rotation import BLOCK, KeyTurn
+from apack_compile.plan.rotation import BLOCK, KeyRotation
 from apack_compile.plan.source import PlanSource
 
 HEADS, HEAD_DIM, WINDOW = 4, 256, 1024
@@ -25,7 +25,7 @@ CHUNK = 4_096
 
 
 def states(tokens: int, seed: int) -> Tensor:
-    """Keys or values `[1, H_kv, tokens, D]` whose components fall by two orders of magnitude, those that turn together alike."""
+    """Keys or values `[1, H_kv, tokens, D]` whose components fall by two orders of magnitude, those that rotate together alike."""
     generator = torch.Generator().manual_seed(seed)
     scale = (
         torch.logspace(0, -2, HEADS * HEAD_DIM // 2).view(HEADS, 1, 1, -1).expand(-1, -1, 2, -1).reshape(HEADS, 1, -1)
@@ -46,9 +46,9 @@ def held_bytes(ratio: float, tokens: int, streams: dict) -> dict[int | None, tup
     found = {}
     for window in LAYERS:
         block = BLOCK if window is None else block_for(window, BLOCK)
-        turn = KeyTurn(10_000.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)), block)
+        rotation = KeyRotation(10_000.0 ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)), block)
         key = budget_key(tokens, 0.0) if window is None else (min(tokens, window), 0.0)
-        source = PlanSource(given=budget_plan(streams, ratio, *key, turn=turn, window=window))
+        source = PlanSource(given=budget_plan(streams, ratio, *key, rotation=rotation, window=window))
         cache = CompactedCache([LayerKind(0, "attention", None, window=window)], DynamicCache(), source)
         cache.groups.choose_plans(*[torch.zeros(1, tokens, dtype=torch.bool)] * 2)
         for start in range(0, tokens, CHUNK):

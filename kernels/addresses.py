@@ -46,7 +46,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Addresses:
-    """A state for the compiled operations: `State` of arguments.h, words of `Turns` for each packed segment.
+    """A state for the compiled operations: `State` of arguments.h, words of `Rotations` for each packed segment.
 
     rotates_as_is: whether keys that are kept as they are were rotated back, which no compiled operation reads. kinds: of the packed
     segments. copies: what must live as long as this.
@@ -63,7 +63,7 @@ class Addresses:
 
 @dataclass(frozen=True)
 class AppendAddresses:
-    """What append is given: words of tail and text stream of K and of V, those of `Turns`, slots of the tail and of text."""
+    """What append is given: words of tail and text stream of K and of V, those of `Rotations`, slots of the tail and of text."""
 
     key: tuple[int, ...]
     value: tuple[int, ...]
@@ -143,7 +143,7 @@ def _plain(x: Tensor, copies: list[Tensor]) -> Tensor:
 
 
 def _rotation_words(rotations: Tensor | None, block: int, copies: list[Tensor]) -> tuple[int, ...]:
-    """`Turns` of arguments.h."""
+    """`Rotations` of arguments.h."""
     if rotations is None:
         return NO_ROTATION
     if rotations.dtype != torch.float32 or not rotations.is_contiguous():

@@ -42,7 +42,7 @@ class Importance(Structure):
     _fields_ = (("known", c_void_p), ("keep", c_double), ("add", c_double))
 
 
-class Turns(Structure):
+class Rotations(Structure):
     """How the keys of each block of slots were rotated back."""
 
     _fields_ = (("data", c_void_p), ("blocks", c_int64), ("pairs", c_int64), ("block", c_int64))
@@ -74,7 +74,7 @@ class Attend(Structure):
         ("key_strides", STRIDES),
         ("value_dtype", c_int64),
         ("value_strides", STRIDES),
-        ("turns", Turns * MAX_PACKED),
+        ("rotations", Rotations * MAX_PACKED),
     )
 
 
@@ -107,7 +107,7 @@ class Append(Structure):
         ("cursor", c_void_p),
         ("quantizer", Quantizer),
         ("sides", Side * 2),
-        ("turns", Turns),
+        ("rotations", Rotations),
     )
 
 
@@ -137,13 +137,13 @@ class Unpack(Structure):
         *((name, c_int64) for name in ("threads", "batch", "heads", "new_tokens", "tokens")),
         ("cursor", c_void_p),
         ("sides", Restored * 2),
-        ("turns", Turns * MAX_PACKED),
+        ("rotations", Rotations * MAX_PACKED),
         ("interleaved_pairs", c_int64),
     )
 
 
 STRUCTURES = (
-    Source, Segment, State, Importance, Turns, Attend, Side, Quantizer, Append, Encode, Restored, Unpack,
+    Source, Segment, State, Importance, Rotations, Attend, Side, Quantizer, Append, Encode, Restored, Unpack,
 )  # fmt: skip
 
 

@@ -18,9 +18,9 @@ WIDTH = HEADS * HEAD_DIM
 def states(kind: int, tokens: int, seed: int) -> torch.Tensor:
     """Tokens `[1, H, T, D]` of one of two kinds of text: their variances lie in other directions."""
     generator = torch.Generator().manual_seed(100 + kind)
-    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
     x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed)) * 0.7 ** torch.arange(WIDTH)
-    return (x @ turn + kind).view(1, tokens, HEADS, HEAD_DIM).transpose(1, 2)
+    return (x @ rotation + kind).view(1, tokens, HEADS, HEAD_DIM).transpose(1, 2)
 
 
 @pytest.fixture(scope="module")

@@ -245,12 +245,12 @@ def test_more_components_than_tokens_still_decode_every_token():
     torch.testing.assert_close(decode(*encode(x, basis, bands), basis, bands), x, atol=2e-3, rtol=2e-3)
 
 
-def falling_covariance(width: int, turned: float, seed: int) -> torch.Tensor:
-    """Covariance `[1, 2, W, W]` in float64 with the spectrum of text's keys, its directions `turned` a little; the same ones at 0."""
+def falling_covariance(width: int, rotated: float, seed: int) -> torch.Tensor:
+    """Covariance `[1, 2, W, W]` in float64 with the spectrum of text's keys, its directions `rotated` a little; the same ones at 0."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.linalg.qr(torch.randn(2, width, width, generator=generator, dtype=torch.float64)).Q
     noise = torch.randn(2, width, width, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    rows = torch.linalg.qr(rows + turned / width**0.5 * noise).Q
+    rows = torch.linalg.qr(rows + rotated / width**0.5 * noise).Q
     variance = (1 + 24 * torch.arange(width, dtype=torch.float64) / width) ** -2.2
     return (rows * variance @ rows.mT)[None]
 

@@ -105,7 +105,7 @@ def test_a_typical_plan_keeps_the_byte_budget(ratio, groups):
     held = sum(groups * (stream.bands.token_bytes + 2) for stream in plan.layers[0].streams[2:])
     # bits are given to runs of 16 components
     assert 0.93 <= held * ratio / (2 * 2 * 8 * 64) <= 1.0
-    assert plan.groups == groups and plan.turn.block == 64
+    assert plan.groups == groups and plan.rotation.block == 64
 
 
 def many_heads() -> LlamaForCausalLM:

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.calibration.collect import Observations, collect
-from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.plan.importance import (
     NEWEST,
     RIDGE,
@@ -21,7 +21,7 @@ from apack_compile.plan.importance import (
     feature_count,
     features,
     least_important,
-    unturned,
+    unrotated,
 )
 from apack_compile.plan.rotation import BLOCK
 
@@ -107,17 +107,17 @@ def test_many_heads_are_averaged(heads, head_dim):
     torch.testing.assert_close(found[0, 1, :head_dim], states[0, :share, 1].mean(0))
 
 
-def test_unturned_keys_of_a_token_are_the_same_wherever_it_stands():
+def test_unrotated_keys_of_a_token_are_the_same_wherever_it_stands():
     model = small_model()
-    turn, _ = find_turn(model, [0, 1], {"input_ids": prompt(40)}, BLOCK)
+    rotation, _ = find_rotation(model, [0, 1], {"input_ids": prompt(40)}, BLOCK)
     cache = DynamicCache()
     with torch.no_grad():
         model(input_ids=torch.full((1, 40), 7), past_key_values=cache)
     keys = cache.layers[0].keys
-    still = unturned(keys, torch.arange(40)[None, :, None], turn)
+    still = unrotated(keys, torch.arange(40)[None, :, None], rotation)
     torch.testing.assert_close(still, still[:, :, :1].expand_as(still), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(keys, keys[:, :, :1].expand_as(keys), atol=1e-2)
-    assert unturned(keys, torch.arange(40)[None, :, None], None) is keys
+    assert unrotated(keys, torch.arange(40)[None, :, None], None) is keys
 
 
 def test_a_rule_needs_tokens_enough():

@@ -18,7 +18,7 @@ from apack_compile.plan.budget import budget_key, budget_plan, tail_slots_for
 from apack_compile.plan.plan import FIRST_TOKENS, LayerPlan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.source import PlanSource
 
 DISTORTION = {band.bits: band.distortion for band in BANDS} | {0: 1.0}
@@ -120,9 +120,9 @@ def test_a_cache_holds_the_ratio_that_was_asked_for(
 
 
 @pytest.mark.parametrize("coordinates", (None, torch.arange(16) % 3), ids=("one", "three"))
-def test_turns_and_coordinates_count_towards_the_ratio(statistics_of, coordinates):
-    turn = KeyTurn(torch.rand(16, generator=torch.Generator().manual_seed(0)), 16, coordinates=coordinates)
-    plan = budget_plan(statistics_of(2, 3, 64), 8, *budget_key(8192, 0.3), turn=turn)
+def test_rotations_and_coordinates_count_towards_the_ratio(statistics_of, coordinates):
+    rotation = KeyRotation(torch.rand(16, generator=torch.Generator().manual_seed(0)), 16, coordinates=coordinates)
+    plan = budget_plan(statistics_of(2, 3, 64), 8, *budget_key(8192, 0.3), rotation=rotation)
     report = held(plan, 8192, 0.3, 2, 3, 64)
     assert abs(report["sequence_bytes"] * 8 / report["dense_bytes"] - 1) <= 0.03
 

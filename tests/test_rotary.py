@@ -1,4 +1,4 @@
-"""Relative keys: which models' keys turn as we know it, and what turning them back does to a cache."""
+"""Relative keys: which models' keys rotate as we know it, and what rotating them back does to a cache."""
 
 import re
 
@@ -21,12 +21,12 @@ from transformers.cache_utils import DynamicCache
 
 import apack_compile
 from apack_compile import AttentionPackConfig
-from apack_compile.calibration.collect import Observations, collect, turns_of_tokens
-from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.calibration.collect import Observations, collect, rotations_of_tokens
+from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.demo.evaluate import _decoded
-from apack_compile.kernels.turns import turned, turns_of_slots
+from apack_compile.kernels.rotations import rotated, rotations_of_slots
 from apack_compile.models.coordinates import TokenCoordinates
-from apack_compile.plan.rotation import BLOCK, KeyTurn, rotary_start, turns_at, turns_of_blocks
+from apack_compile.plan.rotation import BLOCK, KeyRotation, rotary_start, rotations_at, rotations_of_blocks
 
 SIZES = {
     "vocab_size": 64,
@@ -62,14 +62,14 @@ def prompt(tokens: int = 300, rows: int = 1, seed: int = 0) -> torch.Tensor:
     ids=("whole head", "scaled", "part of a head", "interleaved", "interleaved, Ernie", "interleaved part of a head"),
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_the_turn_of_a_rotary_embedding_is_found(config, pairs, interleaved, dtype):
-    turn, reason = find_turn(model_of(config).to(dtype), [0, 1], {"input_ids": prompt()}, BLOCK)
-    assert turn is not None and turn.frequencies.shape == (pairs,), reason
-    assert turn.frequencies.dtype == torch.float32
-    assert turn.interleaved == interleaved == ("interleaved pairs" in reason) and "inv_freq" in reason
+def test_the_rotation_of_a_rotary_embedding_is_found(config, pairs, interleaved, dtype):
+    rotation, reason = find_rotation(model_of(config).to(dtype), [0, 1], {"input_ids": prompt()}, BLOCK)
+    assert rotation is not None and rotation.frequencies.shape == (pairs,), reason
+    assert rotation.frequencies.dtype == torch.float32
+    assert rotation.interleaved == interleaved == ("interleaved pairs" in reason) and "inv_freq" in reason
 
 
-def test_the_turn_is_found_behind_linear_layers_that_make_a_repeated_token_differ():
+def test_the_rotation_is_found_behind_linear_layers_that_make_a_repeated_token_differ():
     linear = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 2,
@@ -85,8 +85,8 @@ def test_the_turn_is_found_behind_linear_layers_that_make_a_repeated_token_diffe
     model = model_of(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    turn, reason = find_turn(model, [1, 3], {"input_ids": prompt()}, BLOCK)
-    assert turn is not None and turn.frequencies.shape == (2,), reason
+    rotation, reason = find_rotation(model, [1, 3], {"input_ids": prompt()}, BLOCK)
+    assert rotation is not None and rotation.frequencies.shape == (2,), reason
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -94,55 +94,55 @@ def test_the_turn_is_found_behind_linear_layers_that_make_a_repeated_token_diffe
     ("config", "why"),
     [
         (GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4), "no rotary frequencies"),
-        (Cohere2Config(**SIZES, layer_types=["full_attention"] * 2), "do not turn with their position"),
+        (Cohere2Config(**SIZES, layer_types=["full_attention"] * 2), "do not rotate with their position"),
         (
             Cohere2Config(**SIZES, layer_types=["sliding_attention", "full_attention"]),
-            "do not turn by .*inv_freq alone",
+            "do not rotate by .*inv_freq alone",
         ),
     ],
     ids=("no rotary embedding", "layers without one", "one layer without one"),
 )
-def test_keys_that_turn_otherwise_are_left_with_a_reason(config, why):
-    turn, reason = find_turn(model_of(config), [0, 1], {"input_ids": prompt()}, BLOCK)
-    assert turn is None and re.search(why, reason)
+def test_keys_that_rotate_otherwise_are_left_with_a_reason(config, why):
+    rotation, reason = find_rotation(model_of(config), [0, 1], {"input_ids": prompt()}, BLOCK)
+    assert rotation is None and re.search(why, reason)
 
 
 @given(st.integers(1, 3), st.integers(0, 9), st.integers(1, 5), st.integers(1, 4))
-def test_turning_back_undoes_turning_and_keeps_scores(batch, slots, block, pairs):
+def test_rotating_back_undoes_rotating_and_keeps_scores(batch, slots, block, pairs):
     generator = torch.Generator().manual_seed(slots)
     positions = torch.randint(0, 5000, (batch, slots), generator=generator, dtype=torch.int32)
-    turn = KeyTurn(torch.rand(pairs, generator=generator), block)
+    rotation = KeyRotation(torch.rand(pairs, generator=generator), block)
     start = torch.zeros(batch, 1, dtype=torch.int64)
     coordinates = TokenCoordinates.starting_at(start)
-    turns = turns_of_slots(turns_of_blocks(positions, coordinates, turn), block, torch.arange(slots))
+    rotations = rotations_of_slots(rotations_of_blocks(positions, coordinates, rotation), block, torch.arange(slots))
     keys, query = (torch.randn(batch, slots, 2 * pairs + 3, generator=generator).double() for _ in range(2))
-    back = turned(keys, turns, back=True)
-    torch.testing.assert_close(turned(back, turns), keys, atol=1e-5, rtol=1e-5)
+    back = rotated(keys, rotations, back=True)
+    torch.testing.assert_close(rotated(back, rotations), keys, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        (turned(query, turns, back=True) * back).sum(-1), (query * keys).sum(-1), atol=1e-5, rtol=0
+        (rotated(query, rotations, back=True) * back).sum(-1), (query * keys).sum(-1), atol=1e-5, rtol=0
     )
     if slots:
-        expected = turns_at(positions[:, :1] - start, turn.frequencies)
-        torch.testing.assert_close(turns[:, : min(block, slots)], expected.expand(-1, min(block, slots), -1, -1))
+        expected = rotations_at(positions[:, :1] - start, rotation.frequencies)
+        torch.testing.assert_close(rotations[:, : min(block, slots)], expected.expand(-1, min(block, slots), -1, -1))
 
 
-def test_calibration_and_cache_turn_a_token_by_the_same_anchor():
+def test_calibration_and_cache_rotate_a_token_by_the_same_anchor():
     flags = torch.rand(3, 200, generator=torch.Generator().manual_seed(0)) < 0.4
-    turn, start = KeyTurn(torch.tensor([1.0, 0.01]), 16), torch.tensor([[0], [3], [7]])
+    rotation, start = KeyRotation(torch.tensor([1.0, 0.01]), 16), torch.tensor([[0], [3], [7]])
     coordinates = TokenCoordinates.starting_at(start)
-    by_token = turns_of_tokens(flags, coordinates.at(torch.arange(200).expand(3, -1)), turn)
+    by_token = rotations_of_tokens(flags, coordinates.at(torch.arange(200).expand(3, -1)), rotation)
     for row in range(3):
         positions = flags[row].nonzero().flatten()[None].to(torch.int32)
-        blocks = turns_of_blocks(positions, TokenCoordinates.starting_at(start[row : row + 1]), turn)
-        expected = turns_of_slots(blocks, turn.block, torch.arange(positions.shape[1]))[0]
+        blocks = rotations_of_blocks(positions, TokenCoordinates.starting_at(start[row : row + 1]), rotation)
+        expected = rotations_of_slots(blocks, rotation.block, torch.arange(positions.shape[1]))[0]
         assert torch.equal(by_token[row][flags[row]], expected)
 
 
 @pytest.mark.parametrize("config", (LlamaConfig, CohereConfig), ids=("halves", "interleaved"))
-def test_fewer_components_explain_keys_that_are_turned_back(config):
+def test_fewer_components_explain_keys_that_are_rotated_back(config):
     model, inputs = model_of(config(**SIZES)), {"input_ids": prompt(600)}
-    turn, _ = find_turn(model, [0, 1], inputs, BLOCK)
-    plain, relative = (collect(Observations(model, [0, 1], inputs, t))[0] for t in (None, turn))
+    rotation, _ = find_rotation(model, [0, 1], inputs, BLOCK)
+    plain, relative = (collect(Observations(model, [0, 1], inputs, t))[0] for t in (None, rotation))
     for layer in range(2):
         shares = []
         for statistics in (plain, relative):
@@ -158,7 +158,7 @@ def held_by(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> li
     cache = apack_compile.new_cache(model, 8)
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache)
-    assert cache.index.plan.turn.block == BLOCK
+    assert cache.index.plan.rotation.block == BLOCK
     return [layer.packed_tensors()[4:6] for layer in cache.packed_layers]
 
 
@@ -181,21 +181,21 @@ def test_the_report_says_how_keys_are_packed_and_optimize_again_keeps_it():
     assert apack_compile.report(model).keys == ""
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     said = apack_compile.report(model).keys
-    assert said.startswith("turned back to the start of their 64 slots, by") and said in str(
+    assert said.startswith("rotated back to the start of their 64 slots, by") and said in str(
         apack_compile.report(model)
     )
     apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     assert apack_compile.report(model).keys == said
-    assert apack_compile.plan_for(model, 300).turn is not None
+    assert apack_compile.plan_for(model, 300).rotation is not None
     apack_compile.optimize(model, preset="lossless", compile="none")
-    assert apack_compile.report(model).keys == "" and apack_compile.plan_for(model, 300).turn is None
+    assert apack_compile.report(model).keys == "" and apack_compile.plan_for(model, 300).rotation is None
     other = AttentionPackConfig(ratio=4, key_block=0, compile="none", min_tokens=0)
     apack_compile.optimize(model, other)
     with pytest.raises(RuntimeError, match="no calibrated statistics"):
         apack_compile.plan_for(model, 300)
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     assert apack_compile.report(model).keys == "stored as they are: key_block=0"
-    assert apack_compile.plan_for(model, 300).turn is None
+    assert apack_compile.plan_for(model, 300).rotation is None
     apack_compile.optimize(model, AttentionPackConfig(ratio=2, head_groups=2, compile="none", min_tokens=0))
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     plan = apack_compile.plan_for(model, 300)
@@ -209,7 +209,7 @@ def test_the_report_says_how_keys_are_packed_and_optimize_again_keeps_it():
     assert apack_compile.report(gpt).keys == "stored as they are: the model has no rotary frequencies"
 
 
-def test_the_demo_reads_back_keys_that_were_turned():
+def test_the_demo_reads_back_keys_that_were_rotated():
     model = apack_compile.optimize(model_of(LlamaConfig(**SIZES)), ratio=2, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": prompt(seed=1)})
     cache, exact = apack_compile.new_cache(model, 8), DynamicCache(config=model.config)

@@ -33,7 +33,7 @@ def test_dense_reads_every_key_and_value_and_pads_the_rows_of_a_kv_head():
     assert limits.bytes == 2 * 100 * 2 * 4 * 8 * 2
     # 3 query heads share a KV head; 16 rows are multiplied
     assert limits.matrix == 2 * (2 * 16 * 8 * 4 * 100 * 2)
-    assert (limits.unpack, limits.turning) == (0, 0)
+    assert (limits.unpack, limits.rotating) == (0, 0)
 
 
 def test_packed_reads_codes_scales_positions_and_bases():
@@ -76,13 +76,13 @@ def test_narrow_products_run_below_the_full_rate():
     assert device.matrix_seconds(65, 10) == 2 * 128 * 10
 
 
-def test_turned_queries_are_products_before_the_pass_and_latents_written_and_read():
+def test_rotated_queries_are_products_before_the_pass_and_latents_written_and_read():
     bands, load = (Bands((0, 0, 16, 0)), Bands((0, 0, 16, 0))), Load(12, 4, 8, tokens=128, batch=2)
-    plain, turned = (packed_limits(plan_with(*bands, block=block), 0, load, UNIT) for block in (0, 32))
+    plain, rotated = (packed_limits(plan_with(*bands, block=block), 0, load, UNIT) for block in (0, 32))
     blocks, latents = 8, 2 * 8 * 12 * 16
-    assert turned.turning == max(2 * 12 * 8 * 16 * blocks, latents)
-    assert turned.bytes - plain.bytes == latents + blocks * 2 * 4 * 4
-    assert turned.matrix == plain.matrix
+    assert rotated.rotating == max(2 * 12 * 8 * 16 * blocks, latents)
+    assert rotated.bytes - plain.bytes == latents + blocks * 2 * 4 * 4
+    assert rotated.matrix == plain.matrix
 
 
 def test_dense_tokens_of_a_plan_are_read_dense():
@@ -147,8 +147,8 @@ def test_more_tokens_batch_components_or_bits_never_take_less_time(device, compo
 def test_a_limit_is_never_larger_than_the_time(groups, components):
     plan = plan_with(Bands((16, 0, components, components)), Bands((0, components, 0, components)), groups, block=64)
     limits = packed_limits(plan, 0, QWEN, H200)
-    assert max(limits.bytes, limits.matrix, limits.unpack, limits.turning) <= limits.seconds
-    assert getattr(limits, limits.tightest) == max(limits.bytes, limits.matrix, limits.unpack, limits.turning)
+    assert max(limits.bytes, limits.matrix, limits.unpack, limits.rotating) <= limits.seconds
+    assert getattr(limits, limits.tightest) == max(limits.bytes, limits.matrix, limits.unpack, limits.rotating)
     assert packed_seconds(plan, 0, QWEN, H200) > limits.seconds
 
 

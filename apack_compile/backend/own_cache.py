@@ -64,7 +64,7 @@ class OwnCaches:
     def __init__(self, ratio: float, plan: Plan | None = None, options: Mapping[str, Any] | None = None) -> None:
         if plan is not None and plan.has_coordinates:
             raise ValueError(
-                "option plan: its keys turn by several coordinates of a token, and static buffers do not say where their tokens are; "
+                "option plan: its keys rotate by several coordinates of a token, and static buffers do not say where their tokens are; "
                 "make it with AttentionPackConfig(key_block=0)"
             )
         if plan is not None and (plan.per_request or plan.tiers is not None):

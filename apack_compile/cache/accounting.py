@@ -53,8 +53,8 @@ def more_than_dense(held: int, dense: int, parts: Mapping[str, int] | None = Non
 def shared_tensors(plan: "Plan") -> list[Tensor]:
     """What a plan holds for all requests."""
     shared = [tensor for bases in plan.bases.values() for basis in bases for tensor in basis]
-    if plan.turn is not None:
-        shared += tensors_in(list(vars(plan.turn).values()))
+    if plan.rotation is not None:
+        shared += tensors_in(list(vars(plan.rotation).values()))
     return shared if plan.coarse is None else [*shared, *plan.coarse.weights.values()]
 
 
@@ -69,21 +69,21 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
 
     tokens: logical tokens of all rows. dense_bytes: a 16-bit dense cache of them (for layers with a window, of the tokens inside
     of it; for what is not packed, of what is held).
-    sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, turns.
-    unpacked_bytes: of them, what is held as transformers has it. model_bytes: model-scoped bases, the turn's tensors and a
+    sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, rotations.
+    unpacked_bytes: of them, what is held as transformers has it. model_bytes: model-scoped bases, the rotation's tensors and a
     coarse rule's weights. captured: smallest share of a stream's variance that a shared basis kept (1 without any). ratio:
     dense_bytes / sequence_bytes. parts: sequence_bytes by what they are for.
     """
     packed = [layer for layer in cache.packed_layers if layer.is_initialized]
     model = [tensor for plan in cache.groups.plans if plan is not None for tensor in shared_tensors(plan)]
     own = list(unpacked_tensors(cache))
-    placed = [t for group in cache.groups for t in (*group.index.positions, *group.index.turns)]
+    placed = [t for group in cache.groups for t in (*group.index.positions, *group.index.rotations)]
     known = [vars(group.index.coordinates) for group in cache.groups if group.index.coordinates is not None]
     parts: dict[str, list[Tensor]] = {
         "packed tokens and free slots": [],
         "first and newest tokens, dense": [],
         "bases of these sequences": [],
-        "positions, turns and tiers": [*placed, *tensors_in(known), *tensors_in(cache.groups.history)],
+        "positions, rotations and tiers": [*placed, *tensors_in(known), *tensors_in(cache.groups.history)],
         "layers that are not packed": own,
     }
     dense = sum(t.numel() for t in own) * DENSE_ELEMENT_BYTES
@@ -98,10 +98,10 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
         parts["bases of these sequences"] += [
             t for t in layer.basis_tensors() if t.untyped_storage().data_ptr() not in shared
         ]
-        parts["positions, turns and tiers"] += [
+        parts["positions, rotations and tiers"] += [
             layer.cursor,
             *layer.own_positions,
-            *layer.own_turns,
+            *layer.own_rotations,
             *(layer.tiers.tensors() if layer.tiers is not None else ()),
         ]
     sequence_bytes = storage_bytes([t for tensors in parts.values() for t in tensors])

@@ -212,7 +212,7 @@ class CompactedCache(Cache):
         self.groups.choose_plans(vision, padding)
         if not self.groups.follow_coordinates(incoming.shown, padding, held):
             self._tell(
-                "a chunk's rotary coordinates were not seen (a prefill that is not eager?): its keys are turned back as if it were all "
+                "a chunk's rotary coordinates were not seen (a prefill that is not eager?): its keys are rotated back as if it were all "
                 "text, and coded worse"
             )
         if not all(plan.separates_vision for plan in self.groups.plans) and bool(vision.any()):

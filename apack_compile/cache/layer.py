@@ -18,11 +18,11 @@ from apack_compile.kernels.cursor import HELD, ORIGIN, PACKED
 from apack_compile.kernels.format import FLOAT16_MAX
 from apack_compile.kernels.state import TEXT, DenseSegment, PackedState, Segment
 from apack_compile.plan.plan import STREAMS, StreamPlan
-from apack_compile.plan.rotation import deinterleaved_keys, turns_of_blocks
+from apack_compile.plan.rotation import deinterleaved_keys, rotations_of_blocks
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
 MAX_APPEND = 32
-NO_TURNS = (None, None, None)
+NO_ROTATIONS = (None, None, None)
 
 
 class CompactedLayer(CacheLayerMixin):
@@ -43,9 +43,9 @@ class CompactedLayer(CacheLayerMixin):
         self.pairs: dict[str, PackedPair] = {}
         self.cursor: Tensor | None = None
         self.tiers: LayerTiers | None = None
-        # Positions and turns of its own, where the plan tells coarse tokens from fine ones; else empty.
+        # Positions and rotations of its own, where the plan tells coarse tokens from fine ones; else empty.
         self.own_positions: list[Tensor] = []
-        self.own_turns: list[Tensor] = []
+        self.own_rotations: list[Tensor] = []
         # Of each stream with a shared basis: how it fitted this prompt, and how it would have where it was refitted.
         self.fits: dict[str, Fit] = {}
         self.refitted: dict[str, Fit] = {}
@@ -57,13 +57,13 @@ class CompactedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store `[B, H_kv, n, D]` tokens; K and V of every token held, in order, the new ones exact."""
         if torch.compiler.is_dynamo_compiling() and self.is_initialized:
-            key = deinterleaved_keys(key_states, self.index.plan.turn)
+            key = deinterleaved_keys(key_states, self.index.plan.rotation)
             self.append(key, value_states)
             return self.unpacked(key, value_states, self.index.capacity)
         self.updates += 1
         if not self.is_initialized or self.index.chunk is not None:
             return store(self, key_states, value_states)
-        key = deinterleaved_keys(key_states, self.index.plan.turn)
+        key = deinterleaved_keys(key_states, self.index.plan.rotation)
         self.append(key, value_states)
         step = StoredStep(self, key, value_states, self.index.length or self.index.capacity)
         # what is kept as it is gets the very attention of a dense cache
@@ -101,9 +101,9 @@ class CompactedLayer(CacheLayerMixin):
         return min(tokens, end + self.tail.slots - held) if packed < end < self.index.assigned else tokens
 
     def _append(self, key: Tensor, value: Tensor) -> None:
-        pair, positions, turns = self.pairs["text"], self.positions(), self.turns()
-        text = Segment(TEXT, pair.key, pair.value, positions[-1], turns[-1] if turns else None)
-        state = self._state([text], positions[0], bool(turns), self.cursor)
+        pair, positions, rotations = self.pairs["text"], self.positions(), self.rotations()
+        text = Segment(TEXT, pair.key, pair.value, positions[-1], rotations[-1] if rotations else None)
+        state = self._state([text], positions[0], bool(rotations), self.cursor)
         torch.ops.apack.append.default(key, value, *state.to_append())
 
     def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
-        query = deinterleaved_keys(query.to(key.dtype), self.index.plan.turn)
+        query = deinterleaved_keys(query.to(key.dtype), self.index.plan.rotation)
         state = self.state()
         if self.reads_tiers and self.index.is_draft and key.shape[2] > 1:
             return self._attend_of_draft(query, key, value, mask, state, scale)
@@ -141,29 +141,31 @@ class CompactedLayer(CacheLayerMixin):
 
     def state(self) -> PackedState:
         """What a step reads, for the operations: every tensor of a segment without slots would cost a call its time."""
-        return self.state_at(self.positions(), self.turns(), self.cursor, every=self.reads_tiers)
+        return self.state_at(self.positions(), self.rotations(), self.cursor, every=self.reads_tiers)
 
-    def state_at(self, positions: list[Tensor], turns: list[Tensor], cursor: Tensor, every: bool) -> PackedState:
-        """The state with its slots at these positions; every: segments without slots too. turns: empty for keys as they come."""
+    def state_at(self, positions: list[Tensor], rotations: list[Tensor], cursor: Tensor, every: bool) -> PackedState:
+        """The state with its slots at these positions; every: segments without slots too. rotations: empty for keys as they come."""
         segments = [
             Segment(pair.kind, pair.key, pair.value, where, rotations)
-            for pair, where, rotations in zip(self.pairs.values(), positions[1:], turns or NO_TURNS, strict=False)
+            for pair, where, rotations in zip(
+                self.pairs.values(), positions[1:], rotations or NO_ROTATIONS, strict=False
+            )
             if every or pair.kind == TEXT or pair.slots
         ]
-        return self._state(segments, positions[0], bool(turns), cursor)
+        return self._state(segments, positions[0], bool(rotations), cursor)
 
-    def _state(self, segments: list[Segment], first: Tensor, is_turned: bool, cursor: Tensor) -> PackedState:
-        turn = self.index.plan.turn
-        block, pairs = turn.block if is_turned else 0, 0 if turn is None else turn.interleaved_pairs
+    def _state(self, segments: list[Segment], first: Tensor, is_rotated: bool, cursor: Tensor) -> PackedState:
+        rotation = self.index.plan.rotation
+        block, pairs = rotation.block if is_rotated else 0, 0 if rotation is None else rotation.interleaved_pairs
         return PackedState(tuple(segments), self.first, first, self.tail, cursor, block, pairs)
 
     def positions(self) -> list[Tensor]:
         """Positions of the slots: int32 `[B, slots]` of first, vision, text."""
         return self.tiers.positions if self.tiers is not None else self.own_positions or self.index.positions
 
-    def turns(self) -> list[Tensor]:
-        """Turns of the slots of vision and text; empty where keys are not turned back."""
-        return self.own_turns or self.index.turns
+    def rotations(self) -> list[Tensor]:
+        """Rotations of the slots of vision and text; empty where keys are not rotated back."""
+        return self.own_rotations or self.index.rotations
 
     def tier_state(self) -> tuple:
         """The last arguments of `unpack` and `attend_tiers`; empty without tiers, and where a step reads all tokens."""
@@ -232,10 +234,12 @@ class CompactedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def follow_positions(self) -> None:
-        """Turns of its own slots as they are now."""
-        turn = self.index.plan.turn
-        if turn is not None:
-            self.own_turns = [turns_of_blocks(p, self.index.coordinates, turn) for p in self.own_positions[1:]]
+        """Rotations of its own slots as they are now."""
+        rotation = self.index.plan.rotation
+        if rotation is not None:
+            self.own_rotations = [
+                rotations_of_blocks(p, self.index.coordinates, rotation) for p in self.own_positions[1:]
+            ]
 
     def grow(self, slots: int) -> None:
         """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""
@@ -264,7 +268,7 @@ class CompactedLayer(CacheLayerMixin):
     def mark_static(self) -> None:
         """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
         own = self.tiers.tensors() if self.tiers is not None else ()
-        placed = (*self.own_positions, *self.own_turns)
+        placed = (*self.own_positions, *self.own_rotations)
         dense, packed, bases = self.dense_tensors(), self.packed_tensors(), self.basis_tensors()
         for tensor in (*dense, *packed, *bases, self.cursor, *placed, *own):
             torch._dynamo.mark_static_address(tensor, guard=False)
@@ -313,7 +317,7 @@ class CompactedLayer(CacheLayerMixin):
         """Forget every token."""
         self.first = self.tail = self.cursor = self.tiers = None
         self.pairs = {}
-        self.own_positions, self.own_turns = [], []
+        self.own_positions, self.own_rotations = [], []
         self.fits, self.refitted = {}, {}
         self.is_initialized = False
 
@@ -331,7 +335,7 @@ class CompactedLayer(CacheLayerMixin):
         self.pairs = {name: pair.with_rows(change, own_bases) for name, pair in self.pairs.items()}
         self.first, self.tail = (DenseSegment(change(x.key), change(x.value)) for x in (self.first, self.tail))
         own = [] if self.tiers is None else self.tiers.batched()
-        for tensors in (self.own_positions, self.own_turns, *own):
+        for tensors in (self.own_positions, self.own_rotations, *own):
             tensors[:] = map(change, tensors)
         self.batch_size = self.first.key.shape[0]
 

@@ -19,7 +19,7 @@ from apack_compile.cache.token_index import (
 from apack_compile.kernels.cursor import ORIGIN, PACKED
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.ring import block_for, in_order, leading_blocks_dropped, ring_slots, whole_blocks
-from apack_compile.plan.rotation import turns_of_blocks
+from apack_compile.plan.rotation import rotations_of_blocks
 
 Flags = tuple[Tensor, Tensor]
 
@@ -54,8 +54,8 @@ class LayerGroup:
     @property
     def block(self) -> int:
         """Text slots that are reused at once."""
-        turn = self.index.plan.turn
-        return block_for(self.window) if turn is None else turn.block
+        rotation = self.index.plan.rotation
+        return block_for(self.window) if rotation is None else rotation.block
 
     @property
     def ring_slots(self) -> int:
@@ -98,7 +98,7 @@ class LayerGroup:
             old = [kept_slots(p, count, 1) for p, count in zip(index.positions, slots, strict=True)]
         start = end - assignment.tail
         new = [positions_of(i, tokens.start) for i in (assignment.first, assignment.vision, assignment.text)]
-        before = index.positions, index.turns
+        before = index.positions, index.rotations
         index.positions = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
         spare = self._spare(index.positions[2].shape[1], spare)
         index.chunk = ChunkPlan(tokens, assignment, spare, kept, *before)
@@ -135,17 +135,18 @@ class LayerGroup:
         return max(self.ring_slots, whole_blocks(used, self.block)) - used
 
     def follow_positions(self) -> None:
-        """Turns of the slots as they are now."""
+        """Rotations of the slots as they are now."""
         index = self.index
-        if index.plan.turn is not None:
-            index.turns = [
-                turns_of_blocks(positions, index.coordinates, index.plan.turn) for positions in index.positions[1:]
+        if index.plan.rotation is not None:
+            index.rotations = [
+                rotations_of_blocks(positions, index.coordinates, index.plan.rotation)
+                for positions in index.positions[1:]
             ]
         self.mark_positions()
 
     def mark_positions(self) -> None:
         """As the layers do with their tensors: static addresses, any number of slots."""
-        for position in (*self.index.positions, *self.index.turns):
+        for position in (*self.index.positions, *self.index.rotations):
             torch._dynamo.mark_static_address(position, guard=False)
             if position.shape[1] > 1:
                 torch._dynamo.maybe_mark_dynamic(position, 1)
@@ -202,9 +203,9 @@ class LayerGroup:
         if unseen_from > settled:
             return False
         block.copy_(torch.arange(index.assigned, index.assigned + self.block, device=block.device))
-        if index.turns:
+        if index.rotations:
             anchor = index.coordinates.at(block[:, :1])
-            index.turns[1][:, start // self.block] = index.plan.turn.at(anchor)[:, 0]
+            index.rotations[1][:, start // self.block] = index.plan.rotation.at(anchor)[:, 0]
         index.assigned += self.block
         self.floor = max(self.floor, unseen_from)
         return True
@@ -248,7 +249,7 @@ class LayerGroup:
 
     def change_rows(self, change: Callable[[Tensor], Tensor], coordinates: TokenCoordinates) -> None:
         """Apply a change of the batch to every tensor that has a row per sequence; coordinates: these, changed."""
-        for tensors in (self.index.positions, self.index.turns):
+        for tensors in (self.index.positions, self.index.rotations):
             tensors[:] = map(change, tensors)
         self.index.coordinates = coordinates
         for layer in self.layers:

@@ -115,7 +115,7 @@ class LayerGroups:
         was_shown, (rows, tokens) = True, padding.shape
         for group in self:
             plan = group.index.plan
-            count, must_be_shown = 1 if plan.turn is None else plan.turn.coordinate_count, plan.has_coordinates
+            count, must_be_shown = 1 if plan.rotation is None else plan.rotation.coordinate_count, plan.has_coordinates
             if (count, must_be_shown) not in known:
                 coordinates = group.index.coordinates
                 if not held:

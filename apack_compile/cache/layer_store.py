@@ -14,8 +14,8 @@ from apack_compile.kernels.cursor import HELD
 from apack_compile.kernels.encode import encode
 from apack_compile.kernels.format import StreamBasis
 from apack_compile.kernels.heads import to_groups
+from apack_compile.kernels.rotations import rotated, rotations_of_slots
 from apack_compile.kernels.state import TEXT, VISION, DenseSegment, PackedStream
-from apack_compile.kernels.turns import turned, turns_of_slots
 from apack_compile.models.modality import compact
 from apack_compile.plan.basis import fit, fit_steps, moments
 from apack_compile.plan.importance import NEWEST, least_important, scores_of
@@ -40,7 +40,7 @@ def store(layer: "CompactedLayer", key: Tensor, value: Tensor) -> Pair:
         layer.lazy_initialization(key, value)
     held, packed, origin = layer.cursor.tolist()
     end = held + key.shape[2]
-    given, key = key, deinterleaved_keys(key, plan.turn)
+    given, key = key, deinterleaved_keys(key, plan.rotation)
     out, offset = ((given, value), 0) if fresh else _exact(layer, key, value)
     earlier: Mapping[str, PackedPair] = {}
     used: Mapping[str, Kept]
@@ -77,7 +77,7 @@ def _exact(layer: "CompactedLayer", key: Tensor, value: Tensor) -> tuple[Pair, i
     length, offset = (index.length, 0) if index.length else layer.get_mask_sizes(key.shape[2])
     tokens = max(offset + length, int(cursor[HELD]))
     positions = layer.positions() if index.plan.layers_place_tokens else index.chunk.positions
-    state = layer.state_at(positions, layer.own_turns or index.chunk.turns, cursor, every=True)
+    state = layer.state_at(positions, layer.own_rotations or index.chunk.rotations, cursor, every=True)
     return torch.ops.apack.unpack.default(key, value, *state.flatten(), tokens), offset
 
 
@@ -143,12 +143,12 @@ def _with_chunk(
     plan, stream = layer.index.plan, getattr(layer.pairs[segment], name)
     planned = layer.stream_plan(segment, name)
     tokens, real = gather_tokens(states, where), where >= 0
-    if name == "key" and layer.turns():
+    if name == "key" and layer.rotations():
         first_slot = count_of(used)
         slots = torch.arange(first_slot, first_slot + tokens.shape[2], device=tokens.device)
-        blocks = dict(zip(layer.pairs, layer.turns(), strict=True))[segment]
-        turns = turns_of_slots(blocks, plan.turn.block, slots)[:, None]
-        tokens = turned(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), turns, back=True)
+        blocks = dict(zip(layer.pairs, layer.rotations(), strict=True))[segment]
+        rotations = rotations_of_slots(blocks, plan.rotation.block, slots)[:, None]
+        tokens = rotated(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), rotations, back=True)
     x = to_groups(tokens, plan.groups)
     if planned.scope in FITTED_SCOPES:
         stream = _fitted(stream, planned, x, real, before)
@@ -209,7 +209,7 @@ def _told_apart(layer: "CompactedLayer", parts: Pair) -> dict[str, Tensor]:
         column < tokens - NEWEST
     )
     coordinates = index.coordinates.at((chunk.start + column).expand(len(older), -1))
-    scores = scores_of(parts[0], parts[1], coordinates, index.plan.turn, rule.weights[layer.layer_idx])
+    scores = scores_of(parts[0], parts[1], coordinates, index.plan.rotation, rule.weights[layer.layer_idx])
     coarse = least_important(candidates, scores, rule.share)
     fine = {"vision": assignment.vision, "text": assignment.text}
     if rule.modality == "vision":
@@ -220,7 +220,7 @@ def _told_apart(layer: "CompactedLayer", parts: Pair) -> dict[str, Tensor]:
 
 
 def _place(layer: "CompactedLayer", where: Mapping[str, Tensor], used: Mapping[str, int]) -> None:
-    """Positions and turns of a chunk's tokens, behind those of the `used` slots."""
+    """Positions and rotations of a chunk's tokens, behind those of the `used` slots."""
     chunk = layer.index.chunk
     new = [positions_of(i, chunk.chunk.start) for i in (chunk.assignment.first, *where.values())]
     if layer.own_positions:

@@ -27,7 +27,7 @@ class ChunkPlan:
     """Where the tokens of a chunk go in every layer, and what layers have which it has not reached.
 
     assignment: of the chunk's tokens to slots. spare: free text slots behind them. kept: slots of vision and text that the chunk
-    leaves, in their new order; None where these are all that are used. positions, turns: those of before.
+    leaves, in their new order; None where these are all that are used. positions, rotations: those of before.
     """
 
     chunk: Chunk
@@ -35,7 +35,7 @@ class ChunkPlan:
     spare: int
     kept: Mapping[str, Kept] | None
     positions: list[Tensor]
-    turns: list[Tensor]
+    rotations: list[Tensor]
 
 
 @dataclass
@@ -43,8 +43,8 @@ class SharedIndex:
     """The plan, the slots' positions, and the chunk being stored, of all layers that see so many of the newest tokens.
 
     window: newest tokens that a query sees, itself included; None for all. positions: int32 `[B, slots]` of first, vision, text.
-    turns: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are turned back; empty where they are not.
-    coordinates: of the tokens, by which keys turn. assigned: end of the positions that have a text slot. capacity: logical length of
+    rotations: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are rotated back; empty where they are not.
+    coordinates: of the tokens, by which keys rotate. assigned: end of the positions that have a text slot. capacity: logical length of
     what `unpack` returns; length: instead of it, of an eager step that may return held tokens alone. chunk: None while tokens are
     only appended. is_draft: whether all tokens of the chunk that came last may be cropped again. is_watched: whether a forward pass
     that runs eagerly is known to have begun, so that its attentions can be served by `attend`.
@@ -53,7 +53,7 @@ class SharedIndex:
     window: int | None = None
     plan: Plan | None = None
     positions: list[Tensor] = field(default_factory=list)
-    turns: list[Tensor] = field(default_factory=list)
+    rotations: list[Tensor] = field(default_factory=list)
     coordinates: TokenCoordinates | None = None
     assigned: int = 0
     capacity: int = 0

@@ -1,1 +1,1 @@
-"""Statistics of a model's keys and values, and how its keys turn."""
+"""Statistics of a model's keys and values, and how its keys rotate."""

@@ -1,4 +1,4 @@
-"""What calibration inputs tell of a model: how its keys turn, head groups, statistics."""
+"""What calibration inputs tell of a model: how its keys rotate, head groups, statistics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apack_compile.calibration.collect import Observations, collect
-from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.models.offload import computing_device
 from apack_compile.models.wrappers import adapters_of
@@ -30,19 +30,19 @@ def calibrate(
     """
     blocks = {w: config.key_block if w is None else block_for(w, config.key_block) for w in layers}
     with torch.inference_mode(False), torch.no_grad():
-        found = {window: find_turn(model, layers[window], batches[0], blocks[window]) for window in layers}
-        turns = {window: turn for window, (turn, _) in found.items()}
+        found = {window: find_rotation(model, layers[window], batches[0], blocks[window]) for window in layers}
+        rotations = {window: rotation for window, (rotation, _) in found.items()}
         identity = agreed_id(model)
-        turn_of_layer = {layer: turns[window] for window, those in layers.items() for layer in those}
-        seen = Observations(model, sorted(turn_of_layer), batches, turn_of_layer)
+        rotation_of_layer = {layer: rotations[window] for window, those in layers.items() for layer in those}
+        seen = Observations(model, sorted(rotation_of_layer), batches, rotation_of_layer)
         groups = groups_for(model, config, attention_shapes(model, seen))
         ranked = layers.get(None, ())
         collected = collect(seen, groups.count, config.coarse if ranked else (), ranked)
     return Calibration(
         *collected[:2],
         ranked=config.coarse,
-        turns=turns,
-        turn_reasons={window: reason for window, (_, reason) in found.items()},
+        rotations=rotations,
+        rotation_reasons={window: reason for window, (_, reason) in found.items()},
         groups=groups,
         key_block=config.key_block,
         inputs=source,

@@ -12,7 +12,7 @@ from apack_compile.calibration.sensitivity import Observation, observe
 from apack_compile.checks import counted
 from apack_compile.kernels.autocast import without_autocast
 from apack_compile.kernels.heads import to_groups
-from apack_compile.kernels.turns import turned
+from apack_compile.kernels.rotations import rotated
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.modality import compact, padding_of, vision_of
 from apack_compile.plan.basis import Moments, Spectrum, fit, fit_steps, mixed
@@ -25,10 +25,10 @@ from apack_compile.plan.importance import (
     features,
     least_important,
     scores_of,
-    unturned,
+    unrotated,
 )
 from apack_compile.plan.plan import FIRST_TOKENS, MODALITIES
-from apack_compile.plan.rotation import KeyTurn, deinterleaved_keys, rotary_start
+from apack_compile.plan.rotation import KeyRotation, deinterleaved_keys, rotary_start
 from apack_compile.plan.source import Statistics
 
 # Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/notes/quality.md).
@@ -39,8 +39,8 @@ SENSITIVITY_POWER = 0.5
 # The sensitivity of single components is drawn towards their mean as if this many queries had seen them all alike.
 PRIOR_QUERIES = 32
 
-# How keys turn: in all layers alike, or in each by itself.
-Turns = KeyTurn | None | Mapping[int, KeyTurn | None]
+# How keys rotate: in all layers alike, or in each by itself.
+Rotations = KeyRotation | None | Mapping[int, KeyRotation | None]
 
 
 @dataclass
@@ -107,9 +107,9 @@ class Observations:
         model: torch.nn.Module,
         layers: Iterable[int],
         inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
-        turn: Turns = None,
+        rotation: Rotations = None,
     ) -> None:
-        self.model, self.layers, self.turn = model, list(layers), turn
+        self.model, self.layers, self.rotation = model, list(layers), rotation
         self.batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
         self._first: Observation | None = None
 
@@ -128,7 +128,7 @@ class Observations:
             yield batch, seen
 
     def _observe(self, batch: Mapping[str, Any]) -> Observation:
-        return as_packed(observe(self.model, batch, self.layers), self.turn)
+        return as_packed(observe(self.model, batch, self.layers), self.rotation)
 
 
 def collect(
@@ -137,7 +137,7 @@ def collect(
     coarse: Collection[str] = ("text",),
     ranked: Collection[int] | None = None,
 ) -> Collected:
-    """Statistics of the layers that were observed, for so many head groups, keys turned back; coarse rules.
+    """Statistics of the layers that were observed, for so many head groups, keys rotated back; coarse rules.
 
     By modality and, of the `coarse` modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the
     modality's rule, in the layers that are `ranked` (None for all). Raises ValueError when no input has a usable token (padding and
@@ -173,15 +173,15 @@ def only_layers(seen: Observation, layers: Collection[int] | None) -> Observatio
     return replace(seen, states=states, gradients=gradients)
 
 
-def as_packed(seen: Observation, turn: Turns) -> Observation:
+def as_packed(seen: Observation, rotation: Rotations) -> Observation:
     """An observation with keys, and their gradients, as a packed cache has them."""
-    turns = turn if isinstance(turn, Mapping) else dict.fromkeys(seen.states, turn)
+    rotations = rotation if isinstance(rotation, Mapping) else dict.fromkeys(seen.states, rotation)
     return replace(
         seen,
-        turns=turns,
-        states={i: (deinterleaved_keys(key, turns[i]), value) for i, (key, value) in seen.states.items()},
+        rotations=rotations,
+        states={i: (deinterleaved_keys(key, rotations[i]), value) for i, (key, value) in seen.states.items()},
         gradients={
-            i: ([deinterleaved_keys(gradient, turns[i]) for gradient in keys], values)
+            i: ([deinterleaved_keys(gradient, rotations[i]) for gradient in keys], values)
             for i, (keys, values) in seen.gradients.items()
         },
     )
@@ -209,17 +209,17 @@ def add_observation(
     """Add one input's states and gradients to the streams of their modality or, with rules, of its coarse and fine tokens."""
     usable = usable_tokens(config, batch, next(iter(seen.states.values()))[0])
     for layer, both in seen.states.items():
-        turn, coordinates = seen.turns[layer], tokens_at(seen, batch, layer)
+        rotation, coordinates = seen.rotations[layer], tokens_at(seen, batch, layer)
         segments = usable if rules is None else separated(rules, layer, seen, usable, coordinates)
         for name, chosen in segments.items():
             if not bool(chosen.any()):
                 continue
-            turns = None if turn is None else turns_of_tokens(chosen, coordinates, turn)[:, None]
+            rotations = None if rotation is None else rotations_of_tokens(chosen, coordinates, rotation)[:, None]
             for stream, states in enumerate(both):
                 moments = running.setdefault((layer, name, stream), RunningMoments())
-                moments.add(chosen_tokens(states, chosen, None if stream else turns, groups))
+                moments.add(chosen_tokens(states, chosen, None if stream else rotations, groups))
                 for gradient in seen.gradients[layer][stream] if seen.queries else ():
-                    known = chosen_tokens(gradient, chosen, None if stream else turns, groups)
+                    known = chosen_tokens(gradient, chosen, None if stream else rotations, groups)
                     moments.add_gradients(known, seen.queries)
 
 
@@ -235,7 +235,7 @@ def separated(
     column = torch.arange(coordinates.shape[1], device=coordinates.device)
     older = column < len(column) - seen.queries - NEWEST
     for modality, rule in rules.items():
-        scores = scores_of(*seen.states[layer], coordinates, seen.turns[layer], rule.weights[layer])
+        scores = scores_of(*seen.states[layer], coordinates, seen.rotations[layer], rule.weights[layer])
         coarse = least_important(usable[modality] & older, scores, rule.share)
         segments |= {f"coarse_{modality}": coarse, f"fine_{modality}": usable[modality] & ~coarse}
     return segments
@@ -253,7 +253,7 @@ def add_importance(
     for layer, both in seen.gradients.items() if coarse else ():
         key, value = seen.states[layer]
         usable = {name: flags for name, flags in usable_tokens(config, batch, key).items() if name in coarse}
-        x = features(unturned(key, tokens_at(seen, batch, layer), seen.turns[layer]), value)
+        x = features(unrotated(key, tokens_at(seen, batch, layer), seen.rotations[layer]), value)
         energy = sum(
             gradient.double().square().sum((1, 3)) * float(states.float().var())
             for states, drawn in zip((key, value), both, strict=True)
@@ -278,22 +278,22 @@ def rules_of(importance: Mapping[tuple[str, int], RunningImportance], layers: It
     return rules
 
 
-def chosen_tokens(states: Tensor, chosen: Tensor, turns: Tensor | None, groups: int) -> Tensor:
-    """The chosen tokens `[G, N, W_g]` of states `[B, H_kv, T, D]`, turned back; states may end before the flags `[B, T]`."""
+def chosen_tokens(states: Tensor, chosen: Tensor, rotations: Tensor | None, groups: int) -> Tensor:
+    """The chosen tokens `[G, N, W_g]` of states `[B, H_kv, T, D]`, rotated back; states may end before the flags `[B, T]`."""
     tokens = states.shape[2]
-    still = states if turns is None else turned(states, turns[:, :, :tokens], back=True)
+    still = states if rotations is None else rotated(states, rotations[:, :, :tokens], back=True)
     return to_groups(still, groups).transpose(0, 1)[:, chosen[:, :tokens]]
 
 
 def tokens_at(seen: Observation, batch: Mapping[str, Any], layer: int) -> Tensor:
-    """Coordinates `[B, T, C]` of an input's tokens, by which a layer's keys turn.
+    """Coordinates `[B, T, C]` of an input's tokens, by which a layer's keys rotate.
 
-    Raises ValueError where keys turn by several and they were not seen.
+    Raises ValueError where keys rotate by several and they were not seen.
     """
-    keys, turn = seen.states[layer][0], seen.turns[layer]
+    keys, rotation = seen.states[layer][0], seen.rotations[layer]
     rows, tokens = keys.shape[0], keys.shape[2]
-    if turn is not None and turn.coordinates is not None:
-        found = coordinates_of(seen.positions, rows, tokens, turn.coordinate_count)
+    if rotation is not None and rotation.coordinates is not None:
+        found = coordinates_of(seen.positions, rows, tokens, rotation.coordinate_count)
         if found is None:
             raise ValueError("inputs: the model did not give its rotary embedding the positions of every token")
         return found
@@ -303,11 +303,11 @@ def tokens_at(seen: Observation, batch: Mapping[str, Any], layer: int) -> Tensor
     return TokenCoordinates.starting_at(start).at(torch.arange(tokens, device=keys.device).expand(rows, -1))
 
 
-def turns_of_tokens(flags: Tensor, coordinates: Tensor, turn: KeyTurn) -> Tensor:
-    """Turns `[B, T, 2, P]` of the tokens that are flagged `[B, T]`, stored in order; anything for the others."""
+def rotations_of_tokens(flags: Tensor, coordinates: Tensor, rotation: KeyRotation) -> Tensor:
+    """Rotations `[B, T, 2, P]` of the tokens that are flagged `[B, T]`, stored in order; anything for the others."""
     slot = (flags.cumsum(1) - 1).clamp_min(0)
-    anchors = compact(flags).gather(1, slot // turn.block * turn.block).clamp_min(0)
-    return turn.at(coordinates.gather(1, anchors[..., None].expand(-1, -1, coordinates.shape[-1])))
+    anchors = compact(flags).gather(1, slot // rotation.block * rotation.block).clamp_min(0)
+    return rotation.at(coordinates.gather(1, anchors[..., None].expand(-1, -1, coordinates.shape[-1])))
 
 
 def finish_all(running: Running) -> dict[StreamKey, StreamStatistics]:

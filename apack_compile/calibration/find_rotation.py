@@ -1,4 +1,4 @@
-"""How the keys of a model turn with their position, seen in keys of one repeated token."""
+"""How the keys of a model rotate with their position, seen in keys of one repeated token."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,23 +13,23 @@ from torch.nn.functional import normalize
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.calibration.sensitivity import pictures_beside
-from apack_compile.kernels.turns import turned
+from apack_compile.kernels.rotations import rotated
 from apack_compile.models.cache_argument import with_cache
 from apack_compile.models.coordinates import owner_of, replaced_positions, rotary_frequencies, seen_positions
 from apack_compile.models.uncompiled import uncompiled
-from apack_compile.plan.rotation import MAX_COORDINATES, KeyTurn, deinterleaved_keys, turns_at
+from apack_compile.plan.rotation import MAX_COORDINATES, KeyRotation, deinterleaved_keys, rotations_at
 
 PROBE_TOKENS = 32
-# Largest relative difference of keys that are the same key turned; rounding to bfloat16 over many layers stays below.
+# Largest relative difference of keys that are the same key rotated; rounding to bfloat16 over many layers stays below.
 TURN_TOLERANCE = 0.05
 # Where a model does not say how long its sequences can be.
 FARTHEST = 4_096
 
 
-def find_turn(
+def find_rotation(
     model: nn.Module, layers: Iterable[int], batch: Mapping[str, Any], block: int
-) -> tuple[KeyTurn | None, str]:
-    """How the keys of these layers turn, or None; and why.
+) -> tuple[KeyRotation | None, str]:
+    """How the keys of these layers rotate, or None; and why.
 
     Each attention is given one hidden state, repeated, so its keys differ by their rotation alone, whatever the layers before do.
     The frequencies are those of the model's own buffers that explain it in every layer.
@@ -47,36 +47,38 @@ def find_turn(
     # an embedding that was not called, as a vision tower's, may have the same frequencies
     known = used or known
     ways = [
-        (name, KeyTurn(frequencies.float().clone(), block, interleaved=interleaved))
+        (name, KeyRotation(frequencies.float().clone(), block, interleaved=interleaved))
         for name, frequencies in known.items()
         for interleaved in (False, True)
     ]
-    errors = [turning_error([deinterleaved_keys(k, turn) for k in keys], turn.frequencies) for _, turn in ways]
-    name, turn = ways[errors.index(min(errors))]
+    errors = [
+        rotating_error([deinterleaved_keys(k, rotation) for k in keys], rotation.frequencies) for _, rotation in ways
+    ]
+    name, rotation = ways[errors.index(min(errors))]
     if not min(errors) < TURN_TOLERANCE:
-        if turning_error(keys, torch.zeros(1)) < TURN_TOLERANCE:
-            return None, "stored as they are: they do not turn with their position"
-        return None, f"stored as they are: they do not turn by {name} alone (relative difference {min(errors):.2g})"
-    pairs = " in interleaved pairs" if turn.interleaved else ""
-    said = f"turned back to the start of their {block} slots, by {name}{pairs}"
+        if rotating_error(keys, torch.zeros(1)) < TURN_TOLERANCE:
+            return None, "stored as they are: they do not rotate with their position"
+        return None, f"stored as they are: they do not rotate by {name} alone (relative difference {min(errors):.2g})"
+    pairs = " in interleaved pairs" if rotation.interleaved else ""
+    said = f"rotated back to the start of their {block} slots, by {name}{pairs}"
     rotary = owner_of(model, name)
     count = given[rotary].shape[0] if rotary in given and given[rotary].dim() == 3 else 1
     if count == 1:
-        return turn, said
+        return rotation, said
     if count > MAX_COORDINATES:
         return None, f"stored as they are: positions have {count} coordinates"
     probes = keys_by_coordinate(model, rotary, layers, batch, count)
-    probes = [(places, [deinterleaved_keys(k, turn) for k in keys]) for places, keys in probes]
-    firsts, seconds, error = coordinates_of_pairs(probes, turn.frequencies)
+    probes = [(places, [deinterleaved_keys(k, rotation) for k in keys]) for places, keys in probes]
+    firsts, seconds, error = coordinates_of_pairs(probes, rotation.frequencies)
     if not error < TURN_TOLERANCE:
         return None, (
-            f"stored as they are: positions have {count} coordinates, and pairs do not turn by one of them each "
+            f"stored as they are: positions have {count} coordinates, and pairs do not rotate by one of them each "
             f"(relative difference {error:.2g})"
         )
     said = f"{said}, each pair by one of {count} coordinates"
     if not torch.equal(firsts, seconds):
         said += ": that of its first component, the other has another (no difference in text)"
-    return replace(turn, coordinates=firsts), said
+    return replace(rotation, coordinates=firsts), said
 
 
 Probes = list[tuple[Tensor, list[Tensor]]]
@@ -100,7 +102,7 @@ def keys_by_coordinate(
 
 
 def coordinates_of_pairs(probes: Probes, frequencies: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The coordinates `[P]` that each pair's first and second component turn by, int64, and the largest error that they leave."""
+    """The coordinates `[P]` that each pair's first and second component rotate by, int64, and the largest error that they leave."""
     each = [pair_errors(keys, frequencies, places) for places, keys in probes]
     ways = list(product(range(len(probes)), repeat=2))
     errors = torch.stack(
@@ -112,12 +114,12 @@ def coordinates_of_pairs(probes: Probes, frequencies: Tensor) -> tuple[Tensor, T
 
 
 def pair_errors(keys: list[Tensor], frequencies: Tensor, places: Tensor) -> Tensor:
-    """How far keys are from the first one with a pair's components turned or not `[first turned, second turned, P]`.
+    """How far keys are from the first one with a pair's components rotated or not `[first rotated, second rotated, P]`.
 
-    Largest over layers, relative to a layer's longest key. How long a pair is does not count: it may be normalised after it was turned.
+    Largest over layers, relative to a layer's longest key. How long a pair is does not count: it may be normalised after it was rotated.
     """
     pairs = len(frequencies)
-    cos, sin = turns_at(places.to(frequencies.device), frequencies).unbind(-2)
+    cos, sin = rotations_at(places.to(frequencies.device), frequencies).unbind(-2)
     errors = []
     for k in keys:
         x = k.float()[..., : 2 * pairs].unflatten(-1, (2, pairs))
@@ -185,14 +187,14 @@ def first_repeated(states: Any) -> Any:
     return states
 
 
-def turning_error(keys: list[Tensor], frequencies: Tensor) -> float:
-    """Largest relative difference, over layers, between the first key and the others turned back to it; inf where they cannot turn."""
+def rotating_error(keys: list[Tensor], frequencies: Tensor) -> float:
+    """Largest relative difference, over layers, between the first key and the others rotated back to it; inf where they cannot rotate."""
     if any(2 * len(frequencies) > k.shape[-1] for k in keys):
         return float("inf")
-    turns = turns_at(torch.arange(keys[0].shape[1], device=frequencies.device), frequencies)
+    rotations = rotations_at(torch.arange(keys[0].shape[1], device=frequencies.device), frequencies)
     errors = []
     for k in keys:
-        still = turned(k.float(), turns.to(k.device), back=True)
+        still = rotated(k.float(), rotations.to(k.device), back=True)
         first = still[:, :1]
         errors.append(float((still - first).norm(dim=-1).amax() / first.norm(dim=-1).amax().clamp_min(1e-12)))
     return max(errors)

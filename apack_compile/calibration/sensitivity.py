@@ -25,7 +25,7 @@ from apack_compile.models.cache_argument import with_cache
 from apack_compile.models.coordinates import seen_positions
 from apack_compile.models.modality import padding_of, vision_of
 from apack_compile.models.uncompiled import uncompiled
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 
 QUERY_TOKENS = 128
 # Of a short prompt, at most this part plays the tokens to come.
@@ -42,8 +42,8 @@ class Observation:
 
     states: K and V `[B, H_kv, T, D]`. gradients: of K and V, one `[B, H_kv, cached, D]` per draw of labels; none where no
     token could play the tokens to come. queries: tokens that did. positions: what the model's rotary embedding was given,
-    `[C, B, T]` or `[B, T]`; None where that was not seen. without_gradients: why there are none, and what to do instead. turns: how
-    keys turn, where they are as a packed cache has them.
+    `[C, B, T]` or `[B, T]`; None where that was not seen. without_gradients: why there are none, and what to do instead. rotations: how
+    keys rotate, where they are as a packed cache has them.
     """
 
     states: Mapping[int, tuple[Tensor, Tensor]]
@@ -51,7 +51,7 @@ class Observation:
     queries: int
     positions: Tensor | None = None
     without_gradients: str | None = None
-    turns: Mapping[int, KeyTurn | None] = field(default_factory=dict)
+    rotations: Mapping[int, KeyRotation | None] = field(default_factory=dict)
 
 
 class WholeLayer(DynamicLayer):

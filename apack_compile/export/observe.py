@@ -10,14 +10,14 @@ from torch import Tensor, fx, nn
 from apack_compile.calibration.collect import Running, RunningMoments, by_layer
 from apack_compile.kernels.format import FLOAT16_MAX
 from apack_compile.kernels.heads import to_groups
-from apack_compile.kernels.turns import turned
+from apack_compile.kernels.rotations import rotated
 from apack_compile.models.coordinates import rotary_frequencies
 from apack_compile.passes.buffers.packed_state import new_tokens, positions
 from apack_compile.passes.buffers.pairs import BufferPair
 from apack_compile.passes.graph.nodes import value_of
 from apack_compile.plan.choice import head_groups_for
 from apack_compile.plan.plan import FIRST_TOKENS, STREAMS
-from apack_compile.plan.rotation import BLOCK, KeyTurn, deinterleaved_keys, turns_at
+from apack_compile.plan.rotation import BLOCK, KeyRotation, deinterleaved_keys, rotations_at
 from apack_compile.plan.source import Statistics
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -25,16 +25,16 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Observed:
-    """Statistics of each cache by number, of keys turned back by `turn`."""
+    """Statistics of each cache by number, of keys rotated back by `rotation`."""
 
     statistics: Statistics
-    turn: KeyTurn | None
+    rotation: KeyRotation | None
 
 
 class Observer(nn.Module):
-    """Takes moments of what one cache is given: of keys as they come, and turned back in each of the ways there are."""
+    """Takes moments of what one cache is given: of keys as they come, and rotated back in each of the ways there are."""
 
-    def __init__(self, number: int, name: str, groups: int, running: dict[KeyTurn | None, Running]) -> None:
+    def __init__(self, number: int, name: str, groups: int, running: dict[KeyRotation | None, Running]) -> None:
         super().__init__()
         self.number, self.name, self.groups, self.running = number, name, groups, running
 
@@ -49,12 +49,12 @@ class Observer(nn.Module):
                 )
         later = index >= FIRST_TOKENS
         key, value, index = key[:, :, later], value[:, :, later], index[later]
-        for turn, running in self.running.items() if len(index) else ():
+        for rotation, running in self.running.items() if len(index) else ():
             still = key
-            if turn is not None:
-                turns = turns_at(index // turn.block * turn.block, turn.frequencies)
-                halves = deinterleaved_keys(key.to(torch.promote_types(key.dtype, torch.float32)), turn)
-                still = turned(halves, turns, back=True)
+            if rotation is not None:
+                rotations = rotations_at(index // rotation.block * rotation.block, rotation.frequencies)
+                halves = deinterleaved_keys(key.to(torch.promote_types(key.dtype, torch.float32)), rotation)
+                still = rotated(halves, rotations, back=True)
             for stream, states in enumerate((still, value)):
                 tokens = to_groups(states, self.groups).transpose(0, 1).flatten(1, 2)
                 running.setdefault((self.number, "text", stream), RunningMoments()).add(tokens)
@@ -81,10 +81,10 @@ def calls_of(inputs: Any) -> list[Call]:
 def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Call], ratio: float) -> Observed:
     """Statistics of the caches, for plans of a ratio; `gm` is changed and its state used.
 
-    Raises ValueError where a cache saw no usable token. Keys are turned back by the frequencies of one of the program's buffers where
+    Raises ValueError where a cache saw no usable token. Keys are rotated back by the frequencies of one of the program's buffers where
     that leaves them fewer bits to code. Wrong ones would cost quality, never correctness.
     """
-    running: dict[KeyTurn | None, Running] = {None: {}, **{turn: {} for turn in key_turns(gm, caches)}}
+    running: dict[KeyRotation | None, Running] = {None: {}, **{rotation: {} for rotation in key_rotations(gm, caches)}}
     groups = head_groups(caches, ratio, BLOCK if len(running) > 1 else 0)
     for cache in caches:
         gm.add_module(f"observer_{cache.number}", Observer(cache.number, cache.name, groups, running))
@@ -102,8 +102,8 @@ def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Ca
             raise ValueError(
                 f"calibration_inputs: {cache.name} saw no token past the first {FIRST_TOKENS}; pass longer or more calls"
             )
-    found = {turn: by_layer(sums) for turn, sums in running.items()}
-    best = min(found, key=lambda turn: key_bits(found[turn]))
+    found = {rotation: by_layer(sums) for rotation, sums in running.items()}
+    best = min(found, key=lambda rotation: key_bits(found[rotation]))
     return Observed(found[best], best)
 
 
@@ -114,13 +114,15 @@ def head_groups(caches: Sequence[BufferPair], ratio: float, key_block: int) -> i
     return head_groups_for(tuple(sorted(shapes)), key.dtype, ratio, key_block, key.device.type).count
 
 
-def key_turns(gm: fx.GraphModule, caches: Sequence[BufferPair]) -> list[KeyTurn]:
-    """Ways to turn keys back: by each buffer of rotary frequencies, in either pairs."""
+def key_rotations(gm: fx.GraphModule, caches: Sequence[BufferPair]) -> list[KeyRotation]:
+    """Ways to rotate keys back: by each buffer of rotary frequencies, in either pairs."""
     width = min(cache.key.size[3] for cache in caches)
     known = (frequencies.float() for frequencies in rotary_frequencies(gm).values())
     fitting = [frequencies for frequencies in known if 2 * len(frequencies) <= width]
     return [
-        KeyTurn(frequencies, BLOCK, interleaved=interleaved) for frequencies in fitting for interleaved in (False, True)
+        KeyRotation(frequencies, BLOCK, interleaved=interleaved)
+        for frequencies in fitting
+        for interleaved in (False, True)
     ]
 
 

@@ -27,7 +27,7 @@ def budget_plans(seen: Observed, caches: Sequence[BufferPair], ratio: float) -> 
                 f"ratio={ratio!r} is out of reach: the largest for KV width {width} is {largest_ratio(width):.1f}"
             )
         statistics = {cache.number: seen.statistics[cache.number] for cache in alike}
-        plan = budget_plan(statistics, ratio, tokens, 0.0, turn=seen.turn)
+        plan = budget_plan(statistics, ratio, tokens, 0.0, rotation=seen.rotation)
         plans |= {cache.number: cache_plan(plan, cache.number) for cache in alike}
     return plans
 
@@ -44,7 +44,7 @@ def given_plans(plan: Plan, caches: Sequence[BufferPair], total: int) -> dict[in
         raise ValueError("plan: orders or separates tokens by importance; make it with AttentionPackConfig(coarse=())")
     if any(part.has_coordinates for part in parts):
         raise ValueError(
-            "plan: its keys turn by several coordinates of a token, and a program does not say where its tokens are; "
+            "plan: its keys rotate by several coordinates of a token, and a program does not say where its tokens are; "
             "make it with AttentionPackConfig(key_block=0)"
         )
     layers, plans = plan.every_layer, {}
@@ -67,5 +67,10 @@ def cache_plan(plan: Plan, layer: int) -> CachePlan:
     streams, bases = plan.layers[layer], plan.bases.get(layer)
     key, value = LOSSLESS.bases if bases is None else bases[-2:]
     return CachePlan(
-        (streams.text_key, streams.text_value), (key, value), plan.tail_slots, plan.first_tokens, plan.groups, plan.turn
+        (streams.text_key, streams.text_value),
+        (key, value),
+        plan.tail_slots,
+        plan.first_tokens,
+        plan.groups,
+        plan.rotation,
     )

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, more_than_dense, storage_bytes
 from apack_compile.checks import counted
 from apack_compile.export.find import drop_checks, find_caches
-from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, TURNS
+from apack_compile.export.state import BASES, CURSOR, POSITIONS, ROOT, ROTATIONS
 from apack_compile.kernels.ops import implementations
 from apack_compile.kernels.state import check_version
 from apack_compile.passes.buffers.pairs import BufferPair
@@ -42,7 +42,7 @@ class LeftLine:
 class ProgramReport:
     """Packed and dense caches of a program, all bytes of the packed ones, and what serves each operation.
 
-    dense_bytes: a 16-bit dense buffer of each packed cache; sequence_bytes: what is held instead, with slots' positions and turns;
+    dense_bytes: a 16-bit dense buffer of each packed cache; sequence_bytes: what is held instead, with slots' positions and rotations;
     model_bytes: bases; ratio: dense_bytes / sequence_bytes. keys: how packed keys are stored. notes: what a reader must know.
     """
 
@@ -127,9 +127,9 @@ def _line(name: str, held: dict[str, Tensor]) -> PackedLine:
 
 
 def _keys(by_owner: dict[str, dict[str, Tensor]]) -> str:
-    """Whether packed keys are turned back."""
-    turned = any(TURNS[0] in held for held in by_owner.values())
-    return "turned back to the start of their block of slots" if turned else "stored as the graph makes them"
+    """Whether packed keys are rotated back."""
+    rotated = any(ROTATIONS[0] in held for held in by_owner.values())
+    return "rotated back to the start of their block of slots" if rotated else "stored as the graph makes them"
 
 
 def _operations(gm: fx.GraphModule, device: str) -> dict[str, str]:

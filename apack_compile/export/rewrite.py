@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from apack_compile.export.state import (
     POSITIONS,
     ROOT,
-    TURNS,
+    ROTATIONS,
     CachePlan,
     buffer_name,
     empty_cache,
@@ -61,7 +61,7 @@ def _free_name(gm: fx.GraphModule, layer: str) -> str:
 
 
 class SlotsOf:
-    """Positions and turns of slots, once for all caches that agree on them."""
+    """Positions and rotations of slots, once for all caches that agree on them."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
@@ -105,13 +105,13 @@ class Buffers:
 
 def _state(buffers: Buffers, plan: CachePlan, own: str, shared: str) -> PackedState:
     """The packed state of a cache as nodes, at the graph's insertion point."""
-    turn = plan.turn
-    shared_names = (*POSITIONS, *TURNS)
+    rotation = plan.rotation
+    shared_names = (*POSITIONS, *ROTATIONS)
     layout = Layout(
         (TEXT,),
         ((plan.streams[0].bands, plan.streams[1].bands),),
-        0 if turn is None else turn.block,
-        0 if turn is None else turn.interleaved_pairs,
+        0 if rotation is None else rotation.block,
+        0 if rotation is None else rotation.interleaved_pairs,
     )
 
     def read(name: str) -> fx.Node:

@@ -10,7 +10,7 @@ from apack_compile.kernels.format import StreamBasis
 from apack_compile.kernels.heads import to_groups
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.plan import StreamPlan
-from apack_compile.plan.rotation import KeyTurn, turns_of_blocks
+from apack_compile.plan.rotation import KeyRotation, rotations_of_blocks
 
 # Where a packed program keeps it: `packed_cache.<layer>` of each cache, `packed_cache.slots_<i>` of each set of slot positions.
 ROOT = "packed_cache"
@@ -20,26 +20,26 @@ CODES = ("key_codes", "key_scale", "value_codes", "value_scale")
 BASES = ("key_mean", "key_decoder", "key_step", "value_mean", "value_decoder", "value_step")
 CURSOR = "cursor"
 POSITIONS = ("first_positions", "text_positions")
-TURNS = ("text_turns",)
+ROTATIONS = ("text_rotations",)
 
 
 def buffer_name(tensor: str) -> str:
     """The buffer that holds a tensor of the state (kernels/state.py, `Layout.tensor_names`)."""
     if tensor == "text_rotations":
-        return TURNS[0]
+        return ROTATIONS[0]
     return tensor.removeprefix("text_") if tensor.startswith(("text_key", "text_value")) else tensor
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How one cache is packed: its key and value streams with their bases, newest and first tokens kept dense, head groups, turn."""
+    """How one cache is packed: its key and value streams with their bases, newest and first tokens kept dense, head groups, rotation."""
 
     streams: tuple[StreamPlan, StreamPlan]
     bases: tuple[StreamBasis, StreamBasis]
     tail_slots: int
     first_tokens: int
     groups: int = 1
-    turn: KeyTurn | None = None
+    rotation: KeyRotation | None = None
 
     @property
     def keeps_tokens(self) -> bool:
@@ -63,10 +63,10 @@ class Held(nn.Module):
 
 
 def slots_key(size: tuple[int, int, int], plan: CachePlan, device: torch.device) -> tuple:
-    """What caches must agree on to share positions and turns: batch, slots, first tokens, device, turn."""
+    """What caches must agree on to share positions and rotations: batch, slots, first tokens, device, rotation."""
     batch, _, tokens = size
-    turn = None if plan.turn is None else (plan.turn.block, *plan.turn.frequencies.tolist())
-    return batch, tokens - plan.tail_slots, plan.first_tokens, str(device), turn
+    rotation = None if plan.rotation is None else (plan.rotation.block, *plan.rotation.frequencies.tolist())
+    return batch, tokens - plan.tail_slots, plan.first_tokens, str(device), rotation
 
 
 def empty_cache(key: Tensor, value: Tensor, plan: CachePlan) -> Held:
@@ -97,14 +97,16 @@ def empty_cache(key: Tensor, value: Tensor, plan: CachePlan) -> Held:
 
 
 def slot_positions(key: Tensor, plan: CachePlan) -> Held:
-    """Positions of the slots of first and of text; turns of text where keys are turned back."""
+    """Positions of the slots of first and of text; rotations of text where keys are rotated back."""
     batch, _, tokens, _ = key.shape
     first = torch.arange(plan.first_tokens, dtype=torch.int32, device=key.device)
     text = torch.arange(tokens - plan.tail_slots, dtype=torch.int32, device=key.device)
     positions = [first, torch.where(text < plan.first_tokens, -1, text)]
     rows = [where.expand(batch, -1).contiguous() for where in positions]
     tensors = dict(zip(POSITIONS, rows, strict=True))
-    if plan.turn is not None:
+    if plan.rotation is not None:
         start = TokenCoordinates.starting_at(torch.zeros(batch, 1, device=key.device))
-        tensors |= dict(zip(TURNS, [turns_of_blocks(text.expand(batch, -1), start, plan.turn)], strict=True))
+        tensors |= dict(
+            zip(ROTATIONS, [rotations_of_blocks(text.expand(batch, -1), start, plan.rotation)], strict=True)
+        )
     return Held(tensors)

@@ -38,8 +38,8 @@ def function_of_its_own() -> Callable:
 def shape_of(plan: Plan) -> Hashable:
     """What a graph has as constants of a plan."""
     bands = tuple(tuple(stream.bands.counts) for layer in plan.layers.values() for stream in layer.streams)
-    turn = None if plan.turn is None else (plan.turn.block, plan.turn.interleaved_pairs)
-    return tuple(plan.layers), bands, plan.groups, plan.tail_slots, turn, plan.tiers
+    rotation = None if plan.rotation is None else (plan.rotation.block, plan.rotation.interleaved_pairs)
+    return tuple(plan.layers), bands, plan.groups, plan.tail_slots, rotation, plan.tiers
 
 
 class DecodeSteps:

@@ -147,7 +147,7 @@ def is_checkpointing(part: nn.Module) -> bool:
 
 
 def watch_rotary(model: nn.Module) -> None:
-    """Where keys turn by several coordinates, see what rotary embeddings are given, from now on."""
+    """Where keys rotate by several coordinates, see what rotary embeddings are given, from now on."""
     session = session_of(model)
     if session is None or not session.source.needs_coordinates or session.rotary_hooks:
         return

@@ -19,7 +19,7 @@ from apack_compile.passes import GraphRecord
 from apack_compile.plan.file import versions
 from apack_compile.plan.importance import LEAST_RATIO
 from apack_compile.plan.plan import FIRST_TOKENS
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 
 # A graph of a single layer does not name it.
 ONE_BY_ONE = "decode is compiled layer by layer: every site was rewritten, no graph names its layer"
@@ -134,19 +134,21 @@ def setting_of(session: Any) -> str:
 
 
 def keys_of(session: Any) -> str:
-    """How keys are packed: turned back or as they come, and why; empty where there is no choice or it is still open."""
+    """How keys are packed: rotated back or as they come, and why; empty where there is no choice or it is still open."""
     if session.plan is None:
         calibrated = session.ratio is not None and session.calibration is not None
-        return by_window(session.calibration.turn_reasons) if calibrated else ""
-    return by_window({window: turn_of(part.turn) for window, part in session.plan.by_window.items()})
+        return by_window(session.calibration.rotation_reasons) if calibrated else ""
+    return by_window({window: rotation_of(part.rotation) for window, part in session.plan.by_window.items()})
 
 
-def turn_of(turn: KeyTurn | None) -> str:
+def rotation_of(rotation: KeyRotation | None) -> str:
     """How a plan's keys are packed."""
-    if turn is None:
+    if rotation is None:
         return "stored as they are, says the plan"
-    said = f"turned back to the start of their {turn.block} slots"
-    return said if turn.coordinates is None else f"{said}, each pair by one of {turn.coordinate_count} coordinates"
+    said = f"rotated back to the start of their {rotation.block} slots"
+    return (
+        said if rotation.coordinates is None else f"{said}, each pair by one of {rotation.coordinate_count} coordinates"
+    )
 
 
 def by_window(said: Mapping[int | None, str]) -> str:

@@ -12,7 +12,7 @@ from apack_compile.plan.bits import bands_of, expected_error, runs_of, water_fil
 from apack_compile.plan.importance import NEWEST, CoarseRule
 from apack_compile.plan.plan import FIRST_TOKENS, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.ring import block_for, ring_slots
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 
 # The tail of newest tokens may take this share of the budget, in tokens of these sizes.
 TAIL_SHARE = 0.06
@@ -44,15 +44,15 @@ def budget_plan(
     tokens: int,
     vision_share: float,
     element_bytes: int = 2,
-    turn: KeyTurn | None = None,
+    rotation: KeyRotation | None = None,
     rules: Mapping[str, CoarseRule] | None = None,
     window: int | None = None,
 ) -> Plan:
     """The plan that holds prompts of about `tokens` tokens, `vision_share` of them vision, at `ratio`.
 
-    `statistics[layer][segment]` are the key's and the value's, of keys turned back by `turn`. The modality that most tokens are of is
+    `statistics[layer][segment]` are the key's and the value's, of keys rotated back by `rotation`. The modality that most tokens are of is
     told apart where it has one of the `rules`. The budget is what a 16-bit dense cache takes, divided by the ratio, less what
-    stays dense: the first tokens, the tail, and positions and turns, shared or by layer. window: newest tokens that a query sees;
+    stays dense: the first tokens, the tail, and positions and rotations, shared or by layer. window: newest tokens that a query sees;
     a prompt that fills it is held in a ring of text slots, without its first tokens.
     """
     fills = window is not None and tokens >= window
@@ -61,7 +61,7 @@ def budget_plan(
     packed_tokens = max(tokens - first_tokens - tail_slots, 1) + spare_slots(tokens) // 2
     placed_tokens = tokens
     if fills:
-        packed_tokens = ring_slots(window, tail_slots, block_for(window) if turn is None else turn.block)
+        packed_tokens = ring_slots(window, tail_slots, block_for(window) if rotation is None else rotation.block)
         placed_tokens = packed_tokens
     separates_vision = all("vision" in layer for layer in statistics.values())
     share = {"vision": vision_share, "text": 1 - vision_share} if separates_vision else {"text": 1.0}
@@ -75,11 +75,11 @@ def budget_plan(
         sources |= grades
     sources.setdefault("vision", sources["text"])
     dense_bits = sum(8 * element_bytes * width_of(s) for layer in statistics.values() for s in layer["text"])
-    place_bits = 32 + (0 if turn is None else 64 * len(turn.frequencies) / turn.block)
+    place_bits = 32 + (0 if rotation is None else 64 * len(rotation.frequencies) / rotation.block)
     if coarse is not None:
         place_bits *= len(statistics)
-    if turn is not None and turn.coordinates is not None:
-        place_bits += 32 * turn.coordinate_count
+    if rotation is not None and rotation.coordinates is not None:
+        place_bits += 32 * rotation.coordinate_count
     fixed = (first_tokens + tail_slots) * dense_bits + place_bits * placed_tokens
     scale_bits = 16 * sum(len(layer["text"]) * groups_of(layer["text"][0]) for layer in statistics.values())
     budget = (tokens * dense_bits / ratio - fixed) / packed_tokens - scale_bits
@@ -109,7 +109,13 @@ def budget_plan(
         bases[layer] = tuple(layer_bases[name] for name in layers[layer].named)
     groups = groups_of(next(iter(statistics.values()))["text"][0])
     return Plan(
-        layers, tail_slots, groups=groups, bases=bases, separates_vision=separates_vision, turn=turn, coarse=coarse
+        layers,
+        tail_slots,
+        groups=groups,
+        bases=bases,
+        separates_vision=separates_vision,
+        rotation=rotation,
+        coarse=coarse,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from apack_compile.kernels.format import BANDS, Bands, StreamBasis
 from apack_compile.plan.importance import CoarseRule, feature_count
 from apack_compile.plan.plan import FITTED_SCOPES, MIN_TAIL_SLOTS, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
-from apack_compile.plan.rotation import MAX_COORDINATES, KeyTurn
+from apack_compile.plan.rotation import MAX_COORDINATES, KeyRotation
 
 SCOPES = ("as_is", "half", *FITTED_SCOPES, "model")
 
@@ -73,10 +73,12 @@ def claims(plan: Plan) -> Iterator[Claim]:
         heads = about_model[1]
         dims = {i: [plan.groups * b.mean.shape[-1] // heads for b in bases[-2:]] for i, bases in plan.bases.items()}
         yield from coarse_claims(plan.coarse, {i: feature_count(heads, *both) for i, both in sorted(dims.items())})
-    if plan.turn is not None:
-        yield from turn_claims(plan.turn, head_dim_limit(plan))
-        yield Claim(plan.tiers is None, "turn", "given", "null where there are tiers: they move tokens between blocks")
-        yield Claim(scopes <= {"model"}, "turn", "given", "null unless all bases are model-scoped")
+    if plan.rotation is not None:
+        yield from rotation_claims(plan.rotation, head_dim_limit(plan))
+        yield Claim(
+            plan.tiers is None, "rotation", "given", "null where there are tiers: they move tokens between blocks"
+        )
+        yield Claim(scopes <= {"model"}, "rotation", "given", "null unless all bases are model-scoped")
     yield from window_claims(plan)
 
 
@@ -128,29 +130,29 @@ def head_dim_limit(plan: Plan) -> int:
     return head_dim if set(widths) <= {heads * head_dim // plan.groups} else min(widths)
 
 
-def turn_claims(turn: KeyTurn, head_dim: int) -> Iterator[Claim]:
-    """What must hold of the way keys are turned back."""
-    yield Claim(is_count(turn.block) and turn.block > 0, "turn block", turn.block, "an integer >= 1")
-    yield Claim(isinstance(turn.interleaved, bool), "turn interleaved", turn.interleaved, "True or False")
-    frequencies = turn.frequencies
-    yield Claim(isinstance(frequencies, torch.Tensor), "turn frequencies", type(frequencies).__name__, "a tensor")
-    yield Claim(frequencies.dtype == torch.float32, "turn frequencies dtype", frequencies.dtype, "torch.float32")
+def rotation_claims(rotation: KeyRotation, head_dim: int) -> Iterator[Claim]:
+    """What must hold of the way keys are rotated back."""
+    yield Claim(is_count(rotation.block) and rotation.block > 0, "rotation block", rotation.block, "an integer >= 1")
+    yield Claim(isinstance(rotation.interleaved, bool), "rotation interleaved", rotation.interleaved, "True or False")
+    frequencies = rotation.frequencies
+    yield Claim(isinstance(frequencies, torch.Tensor), "rotation frequencies", type(frequencies).__name__, "a tensor")
+    yield Claim(frequencies.dtype == torch.float32, "rotation frequencies dtype", frequencies.dtype, "torch.float32")
     fits = frequencies.dim() == 1 and 0 < 2 * len(frequencies) <= head_dim
-    yield Claim(fits, "turn frequencies shape", shape_of(frequencies), f"(P,) with 1 <= P <= {head_dim // 2}")
-    yield Claim(bool(frequencies.isfinite().all()), "turn frequencies", "NaN or Inf somewhere", "finite")
-    if turn.coordinates is not None:
-        yield from coordinate_claims(turn.coordinates, len(frequencies))
+    yield Claim(fits, "rotation frequencies shape", shape_of(frequencies), f"(P,) with 1 <= P <= {head_dim // 2}")
+    yield Claim(bool(frequencies.isfinite().all()), "rotation frequencies", "NaN or Inf somewhere", "finite")
+    if rotation.coordinates is not None:
+        yield from coordinate_claims(rotation.coordinates, len(frequencies))
 
 
 def coordinate_claims(coordinates: torch.Tensor, pairs: int) -> Iterator[Claim]:
-    """What must hold of which coordinate each of so many pairs turns by."""
+    """What must hold of which coordinate each of so many pairs rotates by."""
     yield Claim(
-        isinstance(coordinates, torch.Tensor), "turn coordinates", type(coordinates).__name__, "a tensor or None"
+        isinstance(coordinates, torch.Tensor), "rotation coordinates", type(coordinates).__name__, "a tensor or None"
     )
-    yield Claim(coordinates.dtype == torch.int64, "turn coordinates dtype", coordinates.dtype, "torch.int64")
-    yield Claim(coordinates.shape == (pairs,), "turn coordinates shape", shape_of(coordinates), f"({pairs},)")
+    yield Claim(coordinates.dtype == torch.int64, "rotation coordinates dtype", coordinates.dtype, "torch.int64")
+    yield Claim(coordinates.shape == (pairs,), "rotation coordinates shape", shape_of(coordinates), f"({pairs},)")
     low, high = int(coordinates.min()), int(coordinates.max())
-    about, allowed = "smallest and largest turn coordinate", f"from 0 to {MAX_COORDINATES - 1}"
+    about, allowed = "smallest and largest rotation coordinate", f"from 0 to {MAX_COORDINATES - 1}"
     yield Claim(low >= 0 and high < MAX_COORDINATES, about, (low, high), allowed)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from apack_compile.plan.bits import bands_of, largest_ratio, runs_of, water_fill
 from apack_compile.plan.budget import tail_slots_for
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, uniform_plan
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.time_model import OF_TYPE, Device, Load, basis_bytes, predicted_speedup
 
 # Component k of W has variance (1 + 24 k / W) ** -2.2: the mean over layers of SmolLM2-135M's keys and values (text, calibration
@@ -34,7 +34,9 @@ def typical_plan(heads: int, head_dim: int, tokens: int, ratio: float, groups: i
     bits = water_fill(weights, torch.tensor(lengths, dtype=torch.float64), 16 * width / ratio - scale_bits)
     stream = StreamPlan("model", bands_of(bits.tolist(), lengths), token_scale=True)
     plan = uniform_plan([0], LayerPlan(stream, stream, stream, stream), tail_slots_for(tokens, ratio))
-    return replace(plan, groups=groups, turn=KeyTurn(torch.zeros(head_dim // 2), key_block) if key_block else None)
+    return replace(
+        plan, groups=groups, rotation=KeyRotation(torch.zeros(head_dim // 2), key_block) if key_block else None
+    )
 
 
 # Query heads, KV heads and head_dim of packed layers.

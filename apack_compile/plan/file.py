@@ -22,7 +22,7 @@ from apack_compile.plan.plan import LayerPlan, Plan, Provenance, StreamPlan
 from apack_compile.plan.presets import PRESETS, AttentionPackOptions, AVLOptions
 from apack_compile.plan.presets.base import Preset
 from apack_compile.plan.ranks import ALONE, Ranks, rank_here
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.tiers import TierRule
 from apack_compile.version import __version__
 
@@ -184,11 +184,11 @@ def tensors_of(plan: Plan) -> dict[str, Tensor]:
 
 
 def named(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of every basis, of the turn and of the coarse rule; of the layers with other windows too."""
-    if plan.turn is not None:
-        yield FREQUENCIES, plan.turn.frequencies
-        if plan.turn.coordinates is not None:
-            yield COORDINATES, plan.turn.coordinates
+    """Names and tensors of every basis, of the rotation and of the coarse rule; of the layers with other windows too."""
+    if plan.rotation is not None:
+        yield FREQUENCIES, plan.rotation.frequencies
+        if plan.rotation.coordinates is not None:
+            yield COORDINATES, plan.rotation.coordinates
     for layer, weights in plan.coarse.weights.items() if plan.coarse is not None else ():
         yield f"{COARSE}{layer}", weights
     for layer, bases in plan.bases.items():
@@ -211,7 +211,9 @@ def values_of(plan: Plan) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in SCALARS},
         "layers": layers,
         "tiers": tier_values(plan.tiers),
-        "turn": None if plan.turn is None else {"block": plan.turn.block, "interleaved": plan.turn.interleaved},
+        "turn": None
+        if plan.rotation is None
+        else {"block": plan.rotation.block, "interleaved": plan.rotation.interleaved},
         "coarse": None if plan.coarse is None else {"modality": plan.coarse.modality, "share": plan.coarse.share},
         "window": plan.window,
         "windows": {str(window): values_of(part) for window, part in plan.windows.items()},
@@ -250,9 +252,9 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], source: Sourc
     if set(map(type, (*provenance.versions, *provenance.versions.values()))) != {str}:
         raise TypeError(f"versions is {provenance.versions!r}, must be an object of strings")
     scalars = {name: values[name] for name in SCALARS}
-    turn = None
+    rotation = None
     if values["turn"] is not None:
-        turn = KeyTurn(tensors[FREQUENCIES], **values["turn"], coordinates=tensors.get(COORDINATES))
+        rotation = KeyRotation(tensors[FREQUENCIES], **values["turn"], coordinates=tensors.get(COORDINATES))
     weights = {int(name.removeprefix(COARSE)): t for name, t in tensors.items() if name.startswith(COARSE)}
     coarse = None if values["coarse"] is None else CoarseRule(**values["coarse"], weights=weights)
     windows = {
@@ -263,7 +265,7 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], source: Sourc
         layers,
         bases=bases,
         tiers=tiers_of(values["tiers"]),
-        turn=turn,
+        rotation=rotation,
         coarse=coarse,
         signature=tuple(values["signature"]),
         provenance=provenance,

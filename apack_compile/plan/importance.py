@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.turns import turned
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.kernels.rotations import rotated
+from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.tiers import rank_of
 
 # Tokens are told apart from this ratio and this length on: below, all need their bits, or a segment more costs more than it gives
@@ -68,14 +68,14 @@ def feature_count(heads: int, key_dim: int, value_dim: int) -> int:
     return sum(averages(heads, dim) * dim + heads for dim in (key_dim, value_dim))
 
 
-def scores_of(key: Tensor, value: Tensor, coordinates: Tensor, turn: KeyTurn | None, weights: Tensor) -> Tensor:
+def scores_of(key: Tensor, value: Tensor, coordinates: Tensor, rotation: KeyRotation | None, weights: Tensor) -> Tensor:
     """Scores `[B, T]` of tokens `[B, H_kv, T, D]` at rotary `coordinates` `[B, T, C]`."""
-    return features(unturned(key, coordinates, turn), value) @ weights
+    return features(unrotated(key, coordinates, rotation), value) @ weights
 
 
-def unturned(key: Tensor, coordinates: Tensor, turn: KeyTurn | None) -> Tensor:
-    """Keys `[B, H_kv, T, D]` as they were before they were turned by their `coordinates` `[B, T, C]`, where that is known."""
-    return key if turn is None else turned(key.float(), turn.at(coordinates)[:, None], back=True)
+def unrotated(key: Tensor, coordinates: Tensor, rotation: KeyRotation | None) -> Tensor:
+    """Keys `[B, H_kv, T, D]` as they were before they were rotated by their `coordinates` `[B, T, C]`, where that is known."""
+    return key if rotation is None else rotated(key.float(), rotation.at(coordinates)[:, None], back=True)
 
 
 class RunningImportance:

@@ -9,7 +9,7 @@ import torch
 from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.importance import CoarseRule
 from apack_compile.plan.ranks import ALONE, Ranks
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.tiers import TierRule
 
 MODALITIES = ("vision", "text")
@@ -84,8 +84,8 @@ class Plan:
 
     layers: plan of each packed layer, by its index in the model. tail_slots: newest tokens kept dense. first_tokens: tokens
     at the start kept dense. groups: head groups. bases: of the streams of each model-scoped layer, in their order.
-    signature: layers, KV heads, head_dim and dtype of the model it is for. tiers: what a step reads; None for all. turn: how packed
-    keys were turned back; None for keys stored as they come. coarse: which tokens the coarse segment holds; None for none.
+    signature: layers, KV heads, head_dim and dtype of the model it is for. tiers: what a step reads; None for all. rotation: how packed
+    keys were rotated back; None for keys stored as they come. coarse: which tokens the coarse segment holds; None for none.
     ranks: of tensor parallelism, which it was made on; the signature's KV heads are that rank's. window: newest tokens that a
     query of these layers sees, itself included; None for all, or where a file of an earlier format does not say. windows: plans of
     the layers with other windows, by window.
@@ -100,7 +100,7 @@ class Plan:
     signature: tuple = ()
     provenance: Provenance = Provenance()
     tiers: TierRule | None = None
-    turn: KeyTurn | None = None
+    rotation: KeyRotation | None = None
     coarse: CoarseRule | None = None
     ranks: Ranks = ALONE
     window: int | None = None
@@ -137,8 +137,8 @@ class Plan:
 
     @property
     def has_coordinates(self) -> bool:
-        """Whether packed keys turn by several coordinates of a token, which a cache must be shown."""
-        return self.turn is not None and self.turn.coordinates is not None
+        """Whether packed keys rotate by several coordinates of a token, which a cache must be shown."""
+        return self.rotation is not None and self.rotation.coordinates is not None
 
     @property
     def layers_place_tokens(self) -> bool:
@@ -170,10 +170,10 @@ class Plan:
     def to(self, device: torch.device) -> "Plan":
         """This plan with its bases on a device."""
         moved = {i: tuple(StreamBasis(*(t.to(device) for t in b)) for b in bases) for i, bases in self.bases.items()}
-        turn = None if self.turn is None else self.turn.to(device)
+        rotation = None if self.rotation is None else self.rotation.to(device)
         coarse = None if self.coarse is None else self.coarse.to(device)
         windows = {window: part.to(device) for window, part in self.windows.items()}
-        return replace(self, bases=moved, turn=turn, coarse=coarse, windows=windows)
+        return replace(self, bases=moved, rotation=rotation, coarse=coarse, windows=windows)
 
 
 def uniform_plan(layers: Sequence[int], streams: LayerPlan, tail_slots: int) -> Plan:

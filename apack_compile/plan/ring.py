@@ -1,13 +1,13 @@
 """The text slots of layers that see only the newest tokens: a ring of whole blocks.
 
 Text is stored in the order of its positions. When the last slot is taken, the oldest block is out of the window and is taken again:
-its slots get the positions to come. A block is reused as a whole, because its keys were turned back to its first slot.
+its slots get the positions to come. A block is reused as a whole, because its keys were rotated back to its first slot.
 """
 
 import torch
 from torch import Tensor
 
-# Slots that are reused together where keys are not turned back.
+# Slots that are reused together where keys are not rotated back.
 BLOCK = 32
 # Of a window, at most this part is reused at once: the ring is longer than the window by as much.
 BLOCK_SHARE = 1 / 8

@@ -1,7 +1,7 @@
-"""Relative keys: a key is turned back to where its block of slots starts, so that one basis serves every position.
+"""Relative keys: a key is rotated back to where its block of slots starts, so that one basis serves every position.
 
 A rotary embedding gives the token at position p the key R(p) k. Stored is R(-anchor) R(p) k = R(p - anchor) k, where the anchor
-is the position of the first slot of the token's block. R is orthogonal, so a score is exact whatever R is: a query is turned back
+is the position of the first slot of the token's block. R is orthogonal, so a score is exact whatever R is: a query is rotated back
 by each block's anchor instead. Frequencies that are not the model's cost quality, never correctness.
 """
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.turns import deinterleaved
+from apack_compile.kernels.rotations import deinterleaved
 from apack_compile.models.coordinates import TokenCoordinates
 
-# Slots that share an anchor by default. Fewer serve the basis better, and cost a query more turns (docs/notes/quality.md).
+# Slots that share an anchor by default. Fewer serve the basis better, and cost a query more rotations (docs/notes/quality.md).
 BLOCK = 64
 # More than any model has; a plan file that claims more is damaged, and would take memory for each.
 MAX_COORDINATES = 8
 
 
 @dataclass(frozen=True)
-class KeyTurn:
-    """How keys turn with their position.
+class KeyRotation:
+    """How keys rotate with their position.
 
-    frequencies: radians a position, float32 `[P]`; component i of a head turns with component i + P or, interleaved, component 2 i
-    with 2 i + 1. block: slots that share an anchor. coordinates: int64 `[P]`, by which of a token's coordinates each pair turns; None
+    frequencies: radians a position, float32 `[P]`; component i of a head rotates with component i + P or, interleaved, component 2 i
+    with 2 i + 1. block: slots that share an anchor. coordinates: int64 `[P]`, by which of a token's coordinates each pair rotates by; None
     where there is only one.
     """
 
@@ -43,26 +43,28 @@ class KeyTurn:
         each = coordinates if self.coordinates is None else coordinates[..., self.coordinates]
         return cosine_and_sine(each.double() * self.frequencies.double())
 
-    def to(self, device: torch.device) -> "KeyTurn":
-        """This turn with its tensors on a device."""
+    def to(self, device: torch.device) -> "KeyRotation":
+        """This rotation with its tensors on a device."""
         coordinates = None if self.coordinates is None else self.coordinates.to(device)
         return replace(self, frequencies=self.frequencies.to(device), coordinates=coordinates)
 
     @property
     def interleaved_pairs(self) -> int:
-        """Pairs (2 i, 2 i + 1) of components that turn; 0 where pairs are not interleaved."""
+        """Pairs (2 i, 2 i + 1) of components that rotate; 0 where pairs are not interleaved."""
         return len(self.frequencies) if self.interleaved else 0
 
 
-def deinterleaved_keys(states: Tensor, turn: KeyTurn | None) -> Tensor:
+def deinterleaved_keys(states: Tensor, rotation: KeyRotation | None) -> Tensor:
     """The model's keys `[..., D]` as a packed cache has them: interleaved pairs at i and i + P, all others as they come.
 
-    A score does not change where queries are put so as well; so whatever turns keys knows one order of components.
+    A score does not change where queries are put so as well; so whatever rotates keys knows one order of components.
     """
-    return deinterleaved(states, turn.interleaved_pairs) if turn is not None and turn.interleaved else states
+    return (
+        deinterleaved(states, rotation.interleaved_pairs) if rotation is not None and rotation.interleaved else states
+    )
 
 
-def turns_at(anchors: Tensor, frequencies: Tensor) -> Tensor:
+def rotations_at(anchors: Tensor, frequencies: Tensor) -> Tensor:
     """Cosine and sine `[..., 2, P]` of the angles at positions `[...]`, float32."""
     return cosine_and_sine(anchors.double()[..., None] * frequencies.double())
 
@@ -72,13 +74,13 @@ def cosine_and_sine(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-2).float()
 
 
-def turns_of_blocks(positions: Tensor, coordinates: TokenCoordinates, turn: KeyTurn) -> Tensor:
-    """Turns `[B, blocks, 2, P]` of the blocks of slots that hold `positions` `[B, N]`.
+def rotations_of_blocks(positions: Tensor, coordinates: TokenCoordinates, rotation: KeyRotation) -> Tensor:
+    """Rotations `[B, blocks, 2, P]` of the blocks of slots that hold `positions` `[B, N]`.
 
     One block more than needed: a dimension of 1 would be compiled as a constant.
     """
-    anchors = torch.nn.functional.pad(positions[:, :: turn.block], (0, 2 - min(positions.shape[1], 1)), value=-1)
-    return turn.at(coordinates.at(anchors.clamp_min(0)))
+    anchors = torch.nn.functional.pad(positions[:, :: rotation.block], (0, 2 - min(positions.shape[1], 1)), value=-1)
+    return rotation.at(coordinates.at(anchors.clamp_min(0)))
 
 
 def rotary_start(padding: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from apack_compile.plan.file import versions
 from apack_compile.plan.importance import CoarseRule, tells_apart
 from apack_compile.plan.plan import Plan, Provenance
 from apack_compile.plan.ranks import ALONE, Ranks
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 
 # Of each layer and segment, the key's and the value's.
 Statistics = dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]
@@ -22,16 +22,17 @@ Statistics = dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]
 class Calibration:
     """What the inputs of a calibration tell of a model.
 
-    rules: which tokens are coarse, by modality; ranked: modalities that a rule was looked for in. turns, turn_reasons: how keys turn
-    and why, by window. inputs: what it was calibrated on; identity: the same on all ranks of tensor parallelism. adapters: those
-    of the model then. without_gradients: why all components of a stream count alike; None where gradients were seen.
+    rules: which tokens are coarse, by modality; ranked: modalities that a rule was looked for in. rotations,
+    rotation_reasons: how keys rotate and why, by window. inputs: what it was calibrated on; identity: the same on all
+    ranks of tensor parallelism. adapters: those of the model then. without_gradients: why all components of a stream
+    count alike; None where gradients were seen.
     """
 
     statistics: Statistics
     rules: Mapping[str, CoarseRule]
     ranked: tuple[str, ...]
-    turns: Mapping[int | None, KeyTurn | None]
-    turn_reasons: Mapping[int | None, str]
+    rotations: Mapping[int | None, KeyRotation | None]
+    rotation_reasons: Mapping[int | None, str]
     groups: Groups
     key_block: int
     inputs: str
@@ -67,11 +68,11 @@ class PlanSource:
 
     @property
     def needs_coordinates(self) -> bool:
-        """Whether keys of some layers turn by several coordinates of a token, which a cache must be shown."""
-        turns = [] if self.calibration is None else self.calibration.turns.values()
+        """Whether keys of some layers rotate by several coordinates of a token, which a cache must be shown."""
+        rotations = [] if self.calibration is None else self.calibration.rotations.values()
         if self.given is not None:
-            turns = [part.turn for part in self.given.by_window.values()]
-        return any(turn is not None and turn.coordinates is not None for turn in turns)
+            rotations = [part.rotation for part in self.given.by_window.values()]
+        return any(rotation is not None and rotation.coordinates is not None for rotation in rotations)
 
     def of_model(self, signature: tuple, device: torch.device) -> "PlanSource":
         """This source for a model with another dtype, or on another device."""
@@ -112,7 +113,9 @@ class PlanSource:
         asked = self.coarse if window is None and tells_apart(self.ratio, key[0]) else ()
         rules = {modality: rule for modality, rule in calibration.rules.items() if modality in asked}
         statistics = {layer: calibration.statistics[layer] for layer in self.layers[window]}
-        plan = budget_plan(statistics, self.ratio, *key, turn=calibration.turns[window], rules=rules, window=window)
+        plan = budget_plan(
+            statistics, self.ratio, *key, rotation=calibration.rotations[window], rules=rules, window=window
+        )
         plan = plan if self.device is None else plan.to(self.device)
         return self._signed(plan, window, calibration, key)
 

@@ -2,7 +2,7 @@
 
 A step over a packed cache reads bytes; multiplies every token's components with the rows of its head group, `2 * rows * components`
 operations a stream, rows padded to the matrix unit's tile; and turns codes into numbers, up to two integer operations each. On a GPU
-the three overlap, so the tightest one is the limit; a CPU core does one after the other. Relative keys add queries turned and projected
+the three overlap, so the tightest one is the limit; a CPU core does one after the other. Relative keys add queries rotated and projected
 anew for every block of slots.
 """
 
@@ -144,27 +144,27 @@ class Load:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds of one step: of its bytes, its matrix work, its unpacking, and of turning queries, which comes before."""
+    """Seconds of one step: of its bytes, its matrix work, its unpacking, and of rotating queries, which comes before."""
 
     bytes: float
     matrix: float
     unpack: float
-    turning: float = 0.0
+    rotating: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """The time of a step where the three overlap: turning, then the tightest of them."""
-        return self.turning + max(self.bytes, self.matrix, self.unpack)
+        """The time of a step where the three overlap: rotating, then the tightest of them."""
+        return self.rotating + max(self.bytes, self.matrix, self.unpack)
 
     @property
     def in_turn(self) -> float:
         """The time of a step where nothing overlaps."""
-        return self.turning + self.bytes + self.matrix + self.unpack
+        return self.rotating + self.bytes + self.matrix + self.unpack
 
     @property
     def tightest(self) -> str:
         """Name of the largest of all four."""
-        return max(("bytes", "matrix", "unpack", "turning"), key=partial(getattr, self))
+        return max(("bytes", "matrix", "unpack", "rotating"), key=partial(getattr, self))
 
 
 def basis_bytes(stream: StreamPlan, load: Load, groups: int) -> int:
@@ -216,10 +216,10 @@ def dense_limits(load: Load, device: Device) -> Limits:
 
 
 def packed_limits(plan: Plan, layer: int, load: Load, device: Device) -> Limits:
-    """Limits of attention over one layer of a packed cache; turned queries' latents are products of their own, written and read once."""
+    """Limits of attention over one layer of a packed cache; rotated queries' latents are products of their own, written and read once."""
     work = _Work(device)
     stored = max(load.tokens - plan.first_tokens - plan.tail_slots, 0)
-    tiers, turning = plan.tiers, 0.0
+    tiers, rotating = plan.tiers, 0.0
     for segment, share in plan.shares(load.vision_share).items():
         tokens, vision = load.batch * stored * share, segment == "vision"
         if not tokens:
@@ -237,17 +237,17 @@ def packed_limits(plan: Plan, layer: int, load: Load, device: Device) -> Limits:
             read, part = (tiers.full, tiers.partial) if tiered else (1.0, 1.0)
             work.packed(load, plan.groups, stream, read, part, tokens)
             work.basis(load, plan.groups, stream)
-            if name == "key" and plan.turn is not None:
-                turning += _turn(work, plan, load, stream.bands.components, tokens)
+            if name == "key" and plan.rotation is not None:
+                rotating += _rotation(work, plan, load, stream.bands.components, tokens)
     work.dense(load, load.batch * (load.tokens - stored), load.element_bytes)
     seconds = work.bytes / device.bytes_per_second, work.matrix, work.unpack / device.unpack_operations
-    return Limits(*seconds, turning)
+    return Limits(*seconds, rotating)
 
 
-def _turn(work: _Work, plan: Plan, load: Load, components: int, tokens: float) -> float:
+def _rotation(work: _Work, plan: Plan, load: Load, components: int, tokens: float) -> float:
     """Add what a segment's relative keys cost to the pass over it; seconds of the products before the pass."""
-    device, blocks = work.device, tokens / plan.turn.block
-    work.bytes += 8 * blocks * len(plan.turn.frequencies)
+    device, blocks = work.device, tokens / plan.rotation.block
+    work.bytes += 8 * blocks * len(plan.rotation.frequencies)
     rows, products = load.rows(load.heads), blocks * load.heads * load.head_dim * components
     latents = LATENT_BYTES * blocks * load.query_heads * load.query_tokens * components
     work.bytes += latents

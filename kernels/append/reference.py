@@ -8,8 +8,8 @@ from torch import Tensor
 from apack_compile.kernels.cursor import HELD, ORIGIN, PACKED
 from apack_compile.kernels.encode import encode
 from apack_compile.kernels.heads import to_groups
+from apack_compile.kernels.rotations import rotated, rotations_of_slots
 from apack_compile.kernels.state import AppendState, PackedStream
-from apack_compile.kernels.turns import turned, turns_of_slots
 
 
 def append(
@@ -21,7 +21,7 @@ def append(
 ) -> None:
     """Append `[B, H_kv, n, D]` tokens in place; docs/format.md has the lists.
 
-    Tokens enter the tail, a ring. Those it pushes out, oldest first, are encoded into the text slots, keys turned back by
+    Tokens enter the tail, a ring. Those it pushes out, oldest first, are encoded into the text slots, keys rotated back by
     the rotation of their block of slots. Raises IndexError when there is no slot left for one of them.
     """
     state = AppendState.parse(stores, bases, layout)
@@ -45,7 +45,7 @@ def append(
             if i == 0 and state.rotations is not None:
                 target = text_slot.clamp(0, capacity - 1)
                 exact = leaving.to(torch.promote_types(leaving.dtype, torch.float32))
-                leaving = turned(exact, turns_of_slots(state.rotations, state.block, target)[:, None], back=True)
+                leaving = rotated(exact, rotations_of_slots(state.rotations, state.block, target)[:, None], back=True)
             _push_out(leaving, packed[i], any_pushed, text_slot)
     kept = min(new_tokens, slots)
     if kept:

@@ -19,7 +19,7 @@ from apack_compile.kernels.encode.triton import block_of, quantize_token, token_
 from apack_compile.kernels.format import Bands
 from apack_compile.kernels.state import AppendState, PackedStream
 from apack_compile.kernels.triton_bands import component_count, key_layout
-from apack_compile.kernels.triton_turns import pairs_of, partner_of, turned_back
+from apack_compile.kernels.triton_rotations import pairs_of, partner_of, rotated_back
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 COLUMNS, CHANNELS = 32, 64
@@ -57,12 +57,12 @@ class Stream(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Keys or values: the tail, the new tokens, where those that leave are packed, and by what they are turned back."""
+    """Keys or values: the tail, the new tokens, where those that leave are packed, and by what they are rotated back."""
 
     tail: Dense
     new: Dense
     stream: Stream
-    turns: Tensor | None
+    rotations: Tensor | None
 
 
 @triton.jit
@@ -104,15 +104,15 @@ def leaving_tile(
     PAIRS: tl.constexpr,
     ANCHOR_SLOTS: tl.constexpr,
 ):
-    """Channels of the tokens that leave, turned back by the anchors of their text slots where there are PAIRS that turn."""
+    """Channels of the tokens that leave, rotated back by the anchors of their text slots where there are PAIRS that rotate."""
     x = pushed_tile(side, b, token, row_ok, group, channel, held, start, slots, width, HEAD_DIM, PER)
     if PAIRS > 0:
         of_head = channel % HEAD_DIM
         other = channel - of_head + partner_of(of_head, PAIRS)
         partner = pushed_tile(side, b, token, row_ok, group, other, held, start, slots, width, HEAD_DIM, PER)
-        # a token without a slot is not written, whatever its turn
+        # a token without a slot is not written, whatever its rotation
         anchor = tl.minimum(tl.maximum(start + token - origin, 0) // ANCHOR_SLOTS, anchors - 1)
-        x = turned_back(x, partner, side.turns, (b * anchors + anchor) * 2 * PAIRS, row_ok, of_head, PAIRS)
+        x = rotated_back(x, partner, side.rotations, (b * anchors + anchor) * 2 * PAIRS, row_ok, of_head, PAIRS)
     return x
 
 
@@ -338,9 +338,9 @@ def append(
     slots, groups, capacity = state.tail.slots, state.key.groups, state.key.codes.shape[2]
     coded = list(packed) if capacity else [None, None]
     streams = [_stream(stream, new_tokens) for stream in coded]
-    turns = None if rotations is None else rotations.contiguous()
-    parts = zip((state.tail.key, state.tail.value), (key, value), streams, (turns, None), strict=True)
-    sides = tuple(Side(_dense(tail), _dense(new), stream, turned) for tail, new, stream, turned in parts)
+    rotations = None if rotations is None else rotations.contiguous()
+    parts = zip((state.tail.key, state.tail.value), (key, value), streams, (rotations, None), strict=True)
+    sides = tuple(Side(_dense(tail), _dense(new), stream, rotated) for tail, new, stream, rotated in parts)
     bands = [Bands() if stream is None else stream.bands for stream in coded]
     kept = tuple(stream is not None and stream.as_is for stream in coded)
     fold = all(stream is None or stream.as_is or stream.basis.mean.shape[0] == 1 for stream in coded)

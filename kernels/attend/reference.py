@@ -13,8 +13,8 @@ from torch import Tensor
 from apack_compile.kernels.cursor import HELD, stored_before, tail_positions
 from apack_compile.kernels.format import centered_levels
 from apack_compile.kernels.heads import to_heads
+from apack_compile.kernels.rotations import rotated
 from apack_compile.kernels.state import TEXT, VISION, PackedState, PackedStream, Segment, check_tiers
-from apack_compile.kernels.turns import turned
 
 
 def attend(
@@ -130,14 +130,14 @@ def _packed_scores(q: Tensor, stream: PackedStream, levels: Tensor | None) -> Te
     return (scores + offset).unflatten(2, (per_group, -1)).flatten(1, 2)
 
 
-def _relative_scores(q: Tensor, stream: PackedStream, levels: Tensor | None, turns: Tensor, block: int) -> Tensor:
-    """Scores `[B, H, Q, N]` against keys that were turned back block by block: a query is turned back alike."""
+def _relative_scores(q: Tensor, stream: PackedStream, levels: Tensor | None, rotations: Tensor, block: int) -> Tensor:
+    """Scores `[B, H, Q, N]` against keys that were rotated back block by block: a query is rotated back alike."""
     slots = stream.codes.shape[2]
     scores = []
     for i, start in enumerate(range(0, slots, block)):
         part = slice(start, min(start + block, slots))
         within = replace(stream, codes=stream.codes[:, :, part], scale=stream.scale[..., part])
-        back = turned(q, turns[:, i, None, None], back=True)
+        back = rotated(q, rotations[:, i, None, None], back=True)
         scores.append(_packed_scores(back, within, None if levels is None else levels[:, :, part]))
     return torch.cat(scores, dim=-1) if scores else q.new_empty((*q.shape[:3], 0))
 

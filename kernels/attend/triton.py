@@ -51,7 +51,7 @@ from apack_compile.kernels.triton_bands import (
     key_layout,
     value_layout,
 )
-from apack_compile.kernels.triton_turns import pairs_of
+from apack_compile.kernels.triton_rotations import pairs_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Head channels and slots that one program of the small kernels takes.
@@ -133,7 +133,7 @@ class _Call:
         self.query, self.key, self.value, self.state, self.wanted = query, key, value, state, wanted
         self.segments, self.tiers = state.segments, None if tiers is None else tiers.contiguous()
         self.positions = [segment.positions.contiguous() for segment in self.segments]
-        self.turns = [None if s.rotations is None else s.rotations.contiguous() for s in self.segments]
+        self.rotations = [None if s.rotations is None else s.rotations.contiguous() for s in self.segments]
         self.batch, self.kv_heads, self.new_tokens, self.head_dim = key.shape
         self.value_dim = value.shape[3]
         self.all_rows = query.shape[1] * query.shape[2]
@@ -242,9 +242,9 @@ class _Call:
         return Rows(self.query, *self.query.stride())
 
     def _anchors(self, number: int) -> int:
-        """Anchors that a segment's query latents are turned back to; one where nothing turns."""
-        turns = self.turns[number]
-        return 1 if turns is None else turns.shape[1]
+        """Anchors that a segment's query latents are rotated back to; one where nothing rotates."""
+        rotations = self.rotations[number]
+        return 1 if rotations is None else rotations.shape[1]
 
     def _rows_grid(self, streams: Sequence[PackedStream], anchors: int = 1) -> tuple[bool, int, int, int]:
         """Whether one basis serves all sequences, so that their rows go together; row tile; grid of row tiles and KV heads.
@@ -264,13 +264,13 @@ class _Call:
         fold, tile, *grid = self._rows_grid(keys, max(anchors))
         project_kernel[(*grid, sum(map(column_blocks, layouts)))](
             self.rows,
-            tuple(Transform(at.query, basis_of(s.key), self.turns[number]) for number, s, at in self.packed),
+            tuple(Transform(at.query, basis_of(s.key), self.rotations[number]) for number, s, at in self.packed),
             *_of_each(anchors, MAX_SEGMENTS),
             self.sizes,
             self.batch,
             scale,
             LAYOUTS=tuple(layouts),
-            PAIRS=tuple(pairs_of(self.turns[number]) for number, *_ in self.packed),
+            PAIRS=tuple(pairs_of(self.rotations[number]) for number, *_ in self.packed),
             FOLD=fold,
             HEAD_DIM=self.head_dim,
             PRECISION=self.precision,
@@ -319,7 +319,7 @@ class _Call:
                     min(partial, component_count(layout)) if read else component_count(layout)
                     for layout, read in zip(values, tiered, strict=True)
                 ),
-                ANCHOR_SLOTS=tuple(0 if turns is None else state.block for turns in self.turns),
+                ANCHOR_SLOTS=tuple(0 if rotations is None else state.block for rotations in self.rotations),
                 KEEPS=tuple(slots > 0 for slots in self.kept_slots),
                 RUNS=tuple(runs),
                 TILES=tuple(spans[number] if run else (0, 0) for spans, run in zip(self.passes, runs, strict=True)),

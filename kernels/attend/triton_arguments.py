@@ -31,7 +31,7 @@ class Latent(NamedTuple):
     """Latents of an output `[B, rows, columns]`, with its share `[B, rows]` of the softmax as scale.
 
     Of a query: `[B, anchors, all rows, columns]`, with scale and shift `[B, anchors, all rows]`. Where keys are not relative there is one
-    anchor, by which nothing is turned. offset: what the levels' offset adds to scores, of each block of columns,
+    anchor, by which nothing is rotated. offset: what the levels' offset adds to scores, of each block of columns,
     `[B, anchors, blocks, all rows]`; None in float32, where levels have no offset.
     """
 
@@ -130,11 +130,11 @@ class Basis(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """A packed segment's latents, and the basis that queries come from or outputs go through; turns: of its relative keys."""
+    """A packed segment's latents, and the basis that queries come from or outputs go through; rotations: of its relative keys."""
 
     latent: Latent
     basis: Basis
-    turns: Tensor | None = None
+    rotations: Tensor | None = None
 
 
 class Splits(NamedTuple):

@@ -13,7 +13,7 @@ from apack_compile.kernels.triton_bands import (
     component_of,
     offset_of,
 )
-from apack_compile.kernels.triton_turns import partner_of, turned_back
+from apack_compile.kernels.triton_rotations import partner_of, rotated_back
 
 # Where the float16 latents of a query row are put in their range: none can overflow, and small ones keep their digits.
 LATENT_BOUND = tl.constexpr(16384.0)
@@ -35,7 +35,7 @@ def project_segment(
     query,
     basis,
     out,
-    turns,
+    rotations,
     anchors,
     block,
     sizes,
@@ -53,15 +53,15 @@ def project_segment(
 
     The levels' offset is taken times the latents as they are stored: the scores have it off them exactly.
 
-    Where PAIRS turn, each row stands there once per anchor, turned back by it.
+    Where PAIRS rotate, each row stands there once per anchor, rotated back by it.
     """
     head = tl.program_id(1) % sizes.kv_heads
     z = (tl.program_id(1) // sizes.kv_heads).to(tl.int64)
     per_group = sizes.kv_heads // sizes.groups
     if PAIRS > 0:
-        b, turned_row, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows * anchors, FOLD, ROW_TILE)
-        row = head * sizes.kv_rows + turned_row // anchors
-        anchor = turned_row % anchors
+        b, rotated_row, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows * anchors, FOLD, ROW_TILE)
+        row = head * sizes.kv_rows + rotated_row // anchors
+        anchor = rotated_row % anchors
         copy = b * anchors + anchor
     else:
         b, in_head, row_ok = folded_rows(tl.program_id(0), z, batch, sizes.kv_rows, FOLD, ROW_TILE)
@@ -88,7 +88,7 @@ def project_segment(
         if PAIRS > 0:
             at_partner = start_of[:, None] + (partner_of(channel, PAIRS) * query.channel)[None, :]
             partner = tl.load(at_partner, mask=row_ok[:, None] & real[None, :], other=0.0).to(tl.float32)
-            q = turned_back(q, partner, turns, (b * anchors + anchor) * 2 * PAIRS, row_ok, channel, PAIRS)
+            q = rotated_back(q, partner, rotations, (b * anchors + anchor) * 2 * PAIRS, row_ok, channel, PAIRS)
         at_component = (group * rank + component) * width + of_head
         at_decoder = basis.decoder + at_component[None, :] + channel[:, None]
         decoder = tl.load(at_decoder, mask=known[None, :] & real[:, None], other=0.0).to(tl.float32)
@@ -148,7 +148,7 @@ def project_kernel(
             if first_row < rows * anchors[i]:
                 # fmt: off
                 project_segment(
-                    query, segments[i].basis, segments[i].latent, segments[i].turns, anchors[i], block, sizes, batch, scale,
+                    query, segments[i].basis, segments[i].latent, segments[i].rotations, anchors[i], block, sizes, batch, scale,
                     entry(LAYOUTS, i), PAIRS[i], FOLD, HEAD_DIM, PRECISION, ROW_TILE, CHANNELS,
                 )
                 # fmt: on

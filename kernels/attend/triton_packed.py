@@ -103,7 +103,7 @@ def attend_packed(
     """One split of a packed segment, for one tile of a head group's rows.
 
     A pass has the value tiles from VALUE_TILES[0] to VALUE_TILES[1]; those after the first read its scores. RESIDENT: query latents are
-    loaded once, not for every tile. ANCHOR_SLOTS: slots that share an anchor, in whose latents the query is turned back; 0 where keys are
+    loaded once, not for every tile. ANCHOR_SLOTS: slots that share an anchor, in whose latents the query is rotated back; 0 where keys are
     not relative. They are whole blocks of tokens.
     """
     row_tile = work % share.row_tiles

@@ -38,7 +38,7 @@ inline void center(const Leaving &l, int stream, int64_t b, int64_t group) {
         for (int64_t h = 0; h < per_group; ++h) {
             float *row = rows + i * W + h * side.width;
             load_leaving(a, side, b, group * per_group + h, l.first + i, row);
-            if (stream == 0 && a.turns.data) turn_back(row, turn_of(a.turns, b, l.first + i - a.cursor[2]), a.turns.pairs);
+            if (stream == 0 && a.rotations.data) rotate_back(row, rotation_of(a.rotations, b, l.first + i - a.cursor[2]), a.rotations.pairs);
         }
     if (!is_packed(s)) {
         for (int64_t i = 0; i < l.count; ++i) {

@@ -44,27 +44,27 @@ struct Importance {
     double keep, add;
 };
 
-// How the keys of each block of slots were turned back: cosine and sine of every pair, [B][blocks][2][pairs]; null for not turned.
-struct Turns {
+// How the keys of each block of slots were rotated back: cosine and sine of every pair, [B][blocks][2][pairs]; null for not rotated.
+struct Rotations {
     const float *data;
     int64_t blocks, pairs, block;
 };
 
 // Cosine and sine of a slot's block.
-inline const float *turn_of(const Turns &t, int64_t b, int64_t slot) { return t.data + (b * t.blocks + slot / t.block) * 2 * t.pairs; }
+inline const float *rotation_of(const Rotations &t, int64_t b, int64_t slot) { return t.data + (b * t.blocks + slot / t.block) * 2 * t.pairs; }
 
-// A row's leading 2 pairs turned by one block's cosine and sine.
-inline void turn_forward(float *row, const float *turn, int64_t pairs) {
+// A row's leading 2 pairs rotated by one block's cosine and sine.
+inline void rotation_forward(float *row, const float *rotation, int64_t pairs) {
     for (int64_t i = 0; i < pairs; ++i) {
-        float first = row[i], second = row[pairs + i], cosine = turn[i], sine = turn[pairs + i];
+        float first = row[i], second = row[pairs + i], cosine = rotation[i], sine = rotation[pairs + i];
         row[i] = first * cosine - second * sine;
         row[pairs + i] = second * cosine + first * sine;
     }
 }
 
-inline void turn_back(float *row, const float *turn, int64_t pairs) {
+inline void rotate_back(float *row, const float *rotation, int64_t pairs) {
     for (int64_t i = 0; i < pairs; ++i) {
-        float first = row[i], second = row[pairs + i], cosine = turn[i], sine = turn[pairs + i];
+        float first = row[i], second = row[pairs + i], cosine = rotation[i], sine = rotation[pairs + i];
         row[i] = first * cosine + second * sine;
         row[pairs + i] = second * cosine - first * sine;
     }
@@ -84,7 +84,7 @@ struct Attend {
     Importance importance[2];
     const void *key, *value;
     int64_t key_dtype, key_strides[3], value_dtype, value_strides[3];
-    Turns turns[MAX_PACKED];
+    Rotations rotations[MAX_PACKED];
 };
 
 // K or V of an append: the new tokens, the tail, and the text stream that takes what leaves it.
@@ -106,7 +106,7 @@ struct Append {
     int64_t *cursor;
     Quantizer quantizer;
     Side sides[2];
-    Turns turns;
+    Rotations rotations;
 };
 
 // Tokens [B][G][tokens][width] to a stream of as many slots.
@@ -129,7 +129,7 @@ struct Unpack {
     int64_t threads, batch, heads, new_tokens, tokens;
     const int64_t *cursor;
     Restored sides[2];
-    Turns turns[MAX_PACKED];
+    Rotations rotations[MAX_PACKED];
     int64_t interleaved_pairs;
 };
 

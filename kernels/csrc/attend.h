@@ -25,7 +25,7 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
         latent = w.latent[kind - 1] + row * columns;
         offsets = w.offset[kind - 1] + row;
     }
-    const int64_t key_block = ahead ? a.turns[segment - 1].block : 0;
+    const int64_t key_block = ahead ? a.rotations[segment - 1].block : 0;
     int64_t known = 0, end_known = 0;  // blocks of relative keys whose latents are there
     Slots slots;
     int tokens;
@@ -43,7 +43,7 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
             if (block >= end_known) {
                 known = block;
                 end_known = block + ahead < last + 1 ? block + ahead : last + 1;
-                project_turned(w, item, segment, known, (int)(end_known - known), local);
+                project_rotated(w, item, segment, known, (int)(end_known - known), local);
             }
             latent = local.latent + (block - known) * M * columns;
             offsets = local.offset + (block - known) * M;
@@ -184,7 +184,7 @@ inline int run_attend(const Attend &a, const State &state) {
     Arena count = {};
     lay_out(w, count);
     int most_rows = w.R, most_width = (int)a.value_dim;
-    int64_t most_bytes = 0, turned = 0, latents = 0, offsets = 0;
+    int64_t most_bytes = 0, rotated = 0, latents = 0, offsets = 0;
     for (int kind = 1; kind < KINDS; ++kind) {
         if (!w.parts[kind]) continue;
         int M = heads_per_group(w, kind) * w.R;
@@ -193,12 +193,12 @@ inline int run_attend(const Attend &a, const State &state) {
         int64_t key = w.key[kind - 1].bytes, value = w.value[kind - 1].bytes, more = key > value ? key : value;
         most_bytes = more > most_bytes ? more : most_bytes;
         int64_t ahead = w.ahead[kind - 1], columns = ahead * M * w.key[kind - 1].count;
-        turned = ahead * M * a.head_dim > turned ? ahead * M * a.head_dim : turned;
+        rotated = ahead * M * a.head_dim > rotated ? ahead * M * a.head_dim : rotated;
         latents = columns > latents ? columns : latents;
         offsets = ahead * M > offsets ? ahead * M : offsets;
     }
     int64_t score = (int64_t)most_rows * BLOCK, merged = (int64_t)w.R * (most_width + a.value_dim);
-    int64_t relative = round_up(turned, LANES) + round_up(latents, LANES) + round_up(offsets, LANES);
+    int64_t relative = round_up(rotated, LANES) + round_up(latents, LANES) + round_up(offsets, LANES);
     int64_t local = TILE + LANES + score + relative + merged + most_bytes / 4 + 32;
     size_t each = (size_t)(local * sizeof(float) + 63) / 64 * 64;
     char *memory = scratch(count.size + each * a.threads + Team::bytes(a.threads));
@@ -214,8 +214,8 @@ inline int run_attend(const Attend &a, const State &state) {
     on_threads(a.threads, [&](int thread) {
         float *own = (float *)(memory + count.size + each * thread);
         Local local = {own, own + TILE + LANES};
-        local.turned = local.score + score;
-        local.latent = local.turned + round_up(turned, LANES);
+        local.rotated = local.score + score;
+        local.latent = local.rotated + round_up(rotated, LANES);
         local.offset = local.latent + round_up(latents, LANES);
         float *latent = local.offset + round_up(offsets, LANES), *out = latent + (int64_t)w.R * most_width;
         local.row = (uint8_t *)(out + w.R * a.value_dim);

@@ -13,8 +13,8 @@ constexpr int KEY_COLUMNS = 512;     // columns of a tile of keys
 constexpr int VALUE_COLUMNS = 128;   // of values
 constexpr int KINDS = 1 + MAX_PACKED;  // of items: dense segments, each packed one
 constexpr int MIN_PART = 256;        // tokens that are worth a part of their own
-constexpr int TURNED = 8;            // blocks of relative keys that queries are turned to at once, at most
-constexpr int TURNED_LATENTS = 1 << 17;  // and floats of their latents: 512 KiB
+constexpr int ROTATED = 8;            // blocks of relative keys that queries are rotated to at once, at most
+constexpr int ROTATED_LATENTS = 1 << 17;  // and floats of their latents: 512 KiB
 
 // A sum over the lanes for each row and component costs more than transposing the decoder, where so many times the rows are a head's D.
 constexpr int TRANSPOSED_ROWS = 6;
@@ -32,7 +32,7 @@ struct Work {
     int used[SEGMENTS];                       // slots that any sequence reads, by segment
     Columns key[MAX_PACKED], value[MAX_PACKED], partial[MAX_PACKED];
     int width[KINDS];                         // columns of an item's sums
-    int ahead[MAX_PACKED];                    // blocks of relative keys that queries are turned to at once; 0 for none
+    int ahead[MAX_PACKED];                    // blocks of relative keys that queries are rotated to at once; 0 for none
     bool transposes[MAX_PACKED];              // whether their decoders are transposed for that
     float *query;                             // [B][H][R][D], scaled
     float *latent[MAX_PACKED], *offset[MAX_PACKED];  // [B][H][R][columns], [B][H][R]
@@ -148,14 +148,14 @@ inline Work work_of(const Attend &a, const State &state) {
         int wanted = (int)(a.threads == 1 ? 1 : (4 * a.threads + a.batch * groups - 1) / (a.batch * groups));
         int most_parts = (w.used[FIRST_PACKED + i] + MIN_PART - 1) / MIN_PART;
         // every part of relative keys reads the decoder anew
-        bool turned = is_packed(s.key) && a.turns[i].data, even = a.batch * groups % a.threads == 0;
-        if (most_parts > 1 && turned && even && w.used[FIRST_PACKED + i] <= TURNED * a.turns[i].block) most_parts = 1;
+        bool rotated = is_packed(s.key) && a.rotations[i].data, even = a.batch * groups % a.threads == 0;
+        if (most_parts > 1 && rotated && even && w.used[FIRST_PACKED + i] <= ROTATED * a.rotations[i].block) most_parts = 1;
         w.parts[1 + i] = wanted < most_parts ? wanted : most_parts;
-        if (w.used[FIRST_PACKED + i] && is_packed(s.key) && a.turns[i].data) {
-            int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count, slots = w.parts[1 + i] * a.turns[i].block;
-            int64_t most = latents ? TURNED_LATENTS / latents : TURNED, there = (w.used[FIRST_PACKED + i] + slots - 1) / slots;
+        if (w.used[FIRST_PACKED + i] && is_packed(s.key) && a.rotations[i].data) {
+            int64_t latents = (int64_t)heads_per_group(w, 1 + i) * w.R * w.key[i].count, slots = w.parts[1 + i] * a.rotations[i].block;
+            int64_t most = latents ? ROTATED_LATENTS / latents : ROTATED, there = (w.used[FIRST_PACKED + i] + slots - 1) / slots;
             if (most > there) most = there;
-            w.ahead[i] = (int)(most < 1 ? 1 : most > TURNED ? TURNED : most);
+            w.ahead[i] = (int)(most < 1 ? 1 : most > ROTATED ? ROTATED : most);
             int64_t rows = (int64_t)w.ahead[i] * w.R;
             w.transposes[i] = TRANSPOSES && s.key.basis_dtype == FLOAT32 && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim;
         }
@@ -168,7 +168,7 @@ inline Work work_of(const Attend &a, const State &state) {
 
 struct Local {
     float *tile, *score;      // [TILE], [M][BLOCK]
-    float *turned;            // [heads of a group][TURNED][R][D]
+    float *rotated;            // [heads of a group][ROTATED][R][D]
     float *latent, *offset;   // [TURNED][M][columns], [TURNED][M]
     uint8_t *row;             // one token's codes and a vector
 };

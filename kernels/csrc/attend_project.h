@@ -18,22 +18,22 @@ inline void load_queries(const Work &w, int64_t b, int64_t head) {
     }
 }
 
-// Components of a head that are the same in all turned queries, and those that are not.
-struct Turning {
+// Components of a head that are the same in all rotated queries, and those that are not.
+struct Rotating {
     Ranges still, moving;
 };
 
-// Which pairs turn otherwise in one of the blocks [first, first + count) than in the one before it: a coordinate that stands still turns none.
-inline Turning turning_of(const Turns &turns, int64_t b, int64_t first, int count, int D) {
-    int P = (int)turns.pairs, low = P, high = 0;
+// Which pairs rotate otherwise in one of the blocks [first, first + count) than in the one before it: a coordinate that stands still rotates none.
+inline Rotating rotating_of(const Rotations &rotations, int64_t b, int64_t first, int count, int D) {
+    int P = (int)rotations.pairs, low = P, high = 0;
     for (int k = 1; k < count; ++k) {
-        const float *before = turn_of(turns, b, (first + k - 1) * turns.block), *turn = turn_of(turns, b, (first + k) * turns.block);
+        const float *before = rotation_of(rotations, b, (first + k - 1) * rotations.block), *rotation = rotation_of(rotations, b, (first + k) * rotations.block);
         for (int i = 0; i < low; ++i)
-            if (turn[i] != before[i] || turn[P + i] != before[P + i]) low = i;
+            if (rotation[i] != before[i] || rotation[P + i] != before[P + i]) low = i;
         for (int i = P - 1; i >= high; --i)
-            if (turn[i] != before[i] || turn[P + i] != before[P + i]) high = i + 1;
+            if (rotation[i] != before[i] || rotation[P + i] != before[P + i]) high = i + 1;
     }
-    Turning found = {};
+    Rotating found = {};
     if (low >= high) {
         add_range(found.still, 0, D);
         return found;
@@ -91,8 +91,8 @@ __attribute__((noinline)) void project_queries(const Work &w, int kind, int64_t 
     mean_scores(query, w.R, D, basis_row(s, s.mean, at * W + inside, D, tile), offset);
 }
 
-// Latents of one head group's turned queries, `[turns][M][columns]`: each row of the decoder is read once, for all heads.
-__attribute__((noinline)) void project_turned_rows(const Work &w, const Item &item, int segment, int turns, const Turning &over, const Local &local) {
+// Latents of one head group's rotated queries, `[rotations][M][columns]`: each row of the decoder is read once, for all heads.
+__attribute__((noinline)) void project_rotated_rows(const Work &w, const Item &item, int segment, int rotations, const Rotating &over, const Local &local) {
     const Source &s = w.segments[segment].key;
     const Columns &columns = w.key[segment - 1];
     int D = (int)w.a->head_dim, per_group = heads_per_group(w, segment), M = per_group * w.R, r = components_of(s);
@@ -110,17 +110,17 @@ __attribute__((noinline)) void project_turned_rows(const Work &w, const Item &it
                     stride = D;
                     for (int i = 0; i < n; ++i) convert_row(local.tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
                 }
-                const float *queries = local.turned + (int64_t)h * turns * w.R * D, *at[4];
+                const float *queries = local.rotated + (int64_t)h * rotations * w.R * D, *at[4];
                 four_rows(rows, stride, n, 0, at);
                 float *latent = local.latent + (int64_t)h * w.R * columns.count + band.column + c;
                 auto place = [&](int m) { return latent + m / w.R * step + (int64_t)(m % w.R) * columns.count; };
                 const bool still = over.still.count;
                 if (still) dot_rows(queries, D, w.R, at, over.still, false, place);
-                for (int m = w.R; still && m < turns * w.R; ++m) memcpy(place(m), place(m % w.R), 4 * sizeof(float));
-                dot_rows(queries, D, turns * w.R, at, over.moving, still, place);
+                for (int m = w.R; still && m < rotations * w.R; ++m) memcpy(place(m), place(m % w.R), 4 * sizeof(float));
+                dot_rows(queries, D, rotations * w.R, at, over.moving, still, place);
             }
         }
-        for (int m = 0; m < turns * M; ++m)
+        for (int m = 0; m < rotations * M; ++m)
             scale_band(local.latent + (int64_t)m * columns.count + band.column, s.step + basis * r + band.component, band);
     }
 }
@@ -149,12 +149,12 @@ __attribute__((noinline)) void transpose_decoder(const Work &w, int kind, int64_
 }
 
 // The same by transposed decoders: sums then stay in their lanes.
-__attribute__((noinline)) void project_transposed(const Work &w, const Item &item, int segment, int turns, const Turning &over, const Local &local) {
+__attribute__((noinline)) void project_transposed(const Work &w, const Item &item, int segment, int rotations, const Rotating &over, const Local &local) {
     const int columns = w.key[segment - 1].count, D = (int)w.a->head_dim, per_group = heads_per_group(w, segment);
-    const int64_t turn_step = (int64_t)per_group * w.R * columns, basis = w.segments[segment].key.basis_batch == 1 ? 0 : item.b;
+    const int64_t rotation_step = (int64_t)per_group * w.R * columns, basis = w.segments[segment].key.basis_batch == 1 ? 0 : item.b;
     const size_t size = (size_t)w.R * columns * sizeof(float);
     for (int h = 0; h < per_group; ++h) {
-        const float *query = local.turned + (int64_t)h * turns * w.R * D;
+        const float *query = local.rotated + (int64_t)h * rotations * w.R * D;
         const float *decoder = w.transposed[segment - 1] + (basis * w.a->heads + item.group * per_group + h) * D * columns;
         float *latent = local.latent + (int64_t)h * w.R * columns;
         auto add = [&](const float *rows, const Ranges &ranges, float *out) {
@@ -165,31 +165,31 @@ __attribute__((noinline)) void project_transposed(const Work &w, const Item &ite
         };
         memset(latent, 0, size);
         add(query, over.still, latent);
-        for (int k = 1; k < turns; ++k) memcpy(latent + k * turn_step, latent, size);
-        for (int k = 0; k < turns; ++k) add(query + (int64_t)k * w.R * D, over.moving, latent + k * turn_step);
+        for (int k = 1; k < rotations; ++k) memcpy(latent + k * rotation_step, latent, size);
+        for (int k = 0; k < rotations; ++k) add(query + (int64_t)k * w.R * D, over.moving, latent + k * rotation_step);
     }
 }
 
-// Latents of one head group's queries, turned back to the anchors of blocks [first, first + count) of relative keys.
-__attribute__((noinline)) void project_turned(const Work &w, const Item &item, int segment, int64_t first, int count, const Local &local) {
+// Latents of one head group's queries, rotated back to the anchors of blocks [first, first + count) of relative keys.
+__attribute__((noinline)) void project_rotated(const Work &w, const Item &item, int segment, int64_t first, int count, const Local &local) {
     const Attend &a = *w.a;
     const Source &s = w.segments[segment].key;
-    const Turns &turns = a.turns[segment - 1];
+    const Rotations &rotations = a.rotations[segment - 1];
     int D = (int)a.head_dim, per_group = heads_per_group(w, segment), M = per_group * w.R;
     int64_t size = w.R * a.head_dim, at = basis_at(s, item.b, item.group);
     for (int h = 0; h < per_group; ++h) {
         const float *query = w.query + (item.b * a.heads + item.group * per_group + h) * size;
         const float *mean = basis_row(s, s.mean, (at * per_group + h) * D, D, local.tile);
         for (int k = 0; k < count; ++k) {
-            float *rows = local.turned + ((int64_t)h * count + k) * size;
+            float *rows = local.rotated + ((int64_t)h * count + k) * size;
             memcpy(rows, query, size * sizeof(float));
-            const float *turn = turn_of(turns, item.b, (first + k) * turns.block);
-            for (int i = 0; i < w.R; ++i) turn_back(rows + i * D, turn, turns.pairs);
+            const float *rotation = rotation_of(rotations, item.b, (first + k) * rotations.block);
+            for (int i = 0; i < w.R; ++i) rotate_back(rows + i * D, rotation, rotations.pairs);
             mean_scores(rows, w.R, D, mean, local.offset + k * M + h * w.R);
         }
     }
-    const Turning over = turning_of(turns, item.b, first, count, D);
-    auto project = w.transposes[segment - 1] ? project_transposed : project_turned_rows;
+    const Rotating over = rotating_of(rotations, item.b, first, count, D);
+    auto project = w.transposes[segment - 1] ? project_transposed : project_rotated_rows;
     project(w, item, segment, count, over, local);
 }
 

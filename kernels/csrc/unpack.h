@@ -1,7 +1,7 @@
 // `apack::unpack` (kernels/unpack/reference.py is the specification).
 //
 // A task decodes one head of one stream for a piece of a segment: the head's columns of the decoder, times the steps, are laid out as
-// panels once; then, for blocks of tokens, codes to floats, times the panels, turned forward, interleaved, to the tokens' positions.
+// panels once; then, for blocks of tokens, codes to floats, times the panels, rotated forward, interleaved, to the tokens' positions.
 #pragma once
 
 #include "codes.h"
@@ -119,11 +119,11 @@ inline void decode_slots(const Unpacking &w, int stream, int segment, int64_t b,
     int64_t slots = w.segments[segment].slots;
     const Source &s = source_of(w, stream, segment);
     const Columns &columns = w.columns[stream][segment - 1];
-    const Turns &turns = u.turns[segment - 1];
+    const Rotations &rotations = u.rotations[segment - 1];
     int D = (int)u.sides[stream].width, padded = round_up(D, LANES), per_group = (int)(u.heads / s.groups);
     int64_t group = head / per_group, inside = head % per_group * D, W = (int64_t)per_group * D;
     int64_t basis = basis_at(s, b, group);
-    bool turned = stream == 0 && turns.data;
+    bool rotated = stream == 0 && rotations.data;
     Packed codes = packed_of(s, u.batch, b, group, slots, columns.bytes);
     lay_out_panels(s, columns, basis, W, inside, D, d);
     const float *mean = basis_row(s, s.mean, basis * W + inside, D, d.mean);
@@ -149,7 +149,7 @@ inline void decode_slots(const Unpacking &w, int stream, int segment, int64_t b,
             float *row = d.rows + (int64_t)t * padded;
             float scale = s.scale ? half_to_float(s.scale[(b * s.groups + group) * slots + token + t]) : 1;
             for (int i = 0; i < D; ++i) row[i] = row[i] * scale + mean[i];
-            if (turned) turn_forward(row, turn_of(turns, b, token + t), turns.pairs);
+            if (rotated) rotation_forward(row, rotation_of(rotations, b, token + t), rotations.pairs);
             write_row(w, stream, b, head, positions[t], row, d);
         }
     }
@@ -160,17 +160,17 @@ inline void copy_slots(const Unpacking &w, int stream, int segment, int64_t b, i
     const Unpack &u = *w.u;
     const Source &s = source_of(w, stream, segment);
     int64_t width = u.sides[stream].width;
-    const Turns *turns = stream == 0 && segment >= FIRST_PACKED && segment < TAIL ? &u.turns[segment - 1] : nullptr;
+    const Rotations *rotations = stream == 0 && segment >= FIRST_PACKED && segment < TAIL ? &u.rotations[segment - 1] : nullptr;
     for (int slot = begin; slot < end; ++slot) {
         int64_t position = held_position(w, segment, b, slot);
         if (position < 0) continue;
         const void *from = dense_row(s, b, head, slot, u.heads / s.groups, width);
-        if (!turns || !turns->data) {
+        if (!rotations || !rotations->data) {
             copy_row(w, stream, b, head, position, from, s.dtype, d);
             continue;
         }
         convert_row(d.row, from, s.dtype, (int)width);
-        turn_forward(d.row, turn_of(*turns, b, slot), turns->pairs);
+        rotation_forward(d.row, rotation_of(*rotations, b, slot), rotations->pairs);
         write_row(w, stream, b, head, position, d.row, d);
     }
 }

@@ -8,9 +8,9 @@ from torch import Tensor
 from apack_compile.kernels.addresses import addresses_of, with_rows
 from apack_compile.kernels.cursor import HELD
 from apack_compile.kernels.native import COMPILED, DTYPES, INSTRUCTION_SET
+from apack_compile.kernels.rotations import check_pairs
 from apack_compile.kernels.state import PackedState
 from apack_compile.kernels.structs import UNPACK
-from apack_compile.kernels.turns import check_pairs
 from apack_compile.kernels.unpack.reference import unpack as reference
 
 

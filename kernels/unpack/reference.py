@@ -8,8 +8,8 @@ from torch import Tensor
 from apack_compile.kernels.cursor import HELD, stored_before, tail_positions
 from apack_compile.kernels.format import decode
 from apack_compile.kernels.heads import to_heads
+from apack_compile.kernels.rotations import check_pairs, interleaved, rotated, rotations_of_slots
 from apack_compile.kernels.state import PackedState, PackedStream
-from apack_compile.kernels.turns import check_pairs, interleaved, turned, turns_of_slots
 
 
 def unpack(
@@ -44,7 +44,7 @@ def _decoded(packed: PackedStream, new: Tensor, rotations: Tensor | None = None,
     dtype = new.dtype if rotations is None else torch.promote_types(new.dtype, torch.float32)
     x = to_heads(decode(packed.codes, packed.scale, packed.basis, packed.bands, dtype), new.shape[1])
     if rotations is not None:
-        x = turned(x, turns_of_slots(rotations, block, torch.arange(x.shape[2], device=x.device))[:, None])
+        x = rotated(x, rotations_of_slots(rotations, block, torch.arange(x.shape[2], device=x.device))[:, None])
     return x.to(new.dtype)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from apack_compile.kernels.turns import halves_of
+from apack_compile.kernels.rotations import halves_of
 from apack_compile.passes.graph.nodes import value_of
 
 
 def deinterleaved_node(graph: fx.Graph, node: fx.Node, pairs: int) -> fx.Node:
-    """`kernels.turns.deinterleaved` of a node that has a recorded value, at the graph's insertion point; without pairs the node."""
+    """`kernels.rotations.deinterleaved` of a node that has a recorded value, at the graph's insertion point; without pairs the node."""
     recorded = "example_value" if "example_value" in node.meta else "val"
 
     def call(function: Any, *args: Any) -> fx.Node:

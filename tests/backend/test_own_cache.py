@@ -424,7 +424,7 @@ def test_a_plan_of_an_optimized_model_serves_its_static_cache(config, ratio, spr
     apack_compile.optimize(model, ratio=ratio, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": tokens})
     plan = apack_compile.plan_for(model, 1_024)
-    assert plan.turn.interleaved == (config is CohereConfig) and (plan.coarse is not None) == (ratio == 6)
+    assert plan.rotation.interleaved == (config is CohereConfig) and (plan.coarse is not None) == (ratio == 6)
     plan.save(tmp_path / "plan")
     apack_compile.restore(model)
     step, log = compiled(model.forward, plan=str(tmp_path / "plan"))

@@ -29,7 +29,7 @@ def test_a_random_plan_is_one_that_a_cache_can_use(subject, groups, key_block):
     plan = models.random_plan(subject.model, SHAPE, Packing(4.0, key_block, groups), 2_048)
     check_plan(plan, "plan")
     assert plan.groups == groups
-    assert (0 if plan.turn is None else plan.turn.block) == key_block
+    assert (0 if plan.rotation is None else plan.rotation.block) == key_block
     assert all(stream.expected_error == 1 for stream in plan.layers[0].streams)
 
 

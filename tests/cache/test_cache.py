@@ -156,7 +156,7 @@ def test_a_step_reads_no_segment_without_slots(plan, read):
             assert segment.slots > 0
             assert segment.key is pairs[i].key and segment.value is pairs[i].value
             assert segment.positions is layer.positions()[1 + i]
-            assert segment.rotations is (layer.turns()[i] if layer.turns() else None)
+            assert segment.rotations is (layer.rotations()[i] if layer.rotations() else None)
 
 
 @pytest.mark.parametrize("plan", ("coarse text", "coarse vision", "coarse several"))
@@ -172,7 +172,7 @@ def test_the_tokens_of_least_predicted_importance_are_coarse_by_layer(plan):
     seen = []
     for i, layer in enumerate(pair.cache.packed_layers):
         first, coarse, *others = layer.own_positions
-        scores = scores_of(*pair.dense[i], places, held.turn, rule.weights[i])
+        scores = scores_of(*pair.dense[i], places, held.rotation, rule.weights[i])
         for row in range(2):
             packed_first = {p for p in first[row].tolist() if p >= 0}
             of_modality = vision[row] if rule.modality == "vision" else ~vision[row] & ~padding[row]

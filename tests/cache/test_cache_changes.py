@@ -151,7 +151,7 @@ def test_a_reset_cache_holds_the_next_prompt_like_a_new_one():
 
 @pytest.mark.parametrize("change", ("reorder", "select", "repeat"))
 @pytest.mark.parametrize("plan", ("relative", "several coordinates"))
-def test_rows_with_other_padding_keep_their_turns(plan, change):
+def test_rows_with_other_padding_keep_their_rotations(plan, change):
     pair = Pair(plan, batch=3)
     padding = torch.arange(30) < torch.tensor([[0], [7], [19]])
     vision = torch.rand(3, 30, generator=pair.generator) < torch.tensor([[0.2], [0.5], [0.8]])

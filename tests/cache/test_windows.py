@@ -101,7 +101,7 @@ def tensors(pair):
         for group in groups
         for t in (
             *group.index.positions,
-            *group.index.turns,
+            *group.index.rotations,
             *(t for x in group.layers for t in (*x.packed_tensors(), x.cursor)),
         )
     ]
@@ -160,11 +160,11 @@ def test_attention_over_a_ring_is_attention_over_its_decoded_states(plan):
     layer, window = pair.cache.packed_layers[0], 12
     query, key, value = (torch.randn(2, heads, 1, HEAD_DIM, generator=pair.generator) for heads in (4, 2, 2))
     pair.cache.reserve(1)
-    layer.append(deinterleaved_keys(key, layer.index.plan.turn), value)
+    layer.append(deinterleaved_keys(key, layer.index.plan.rotation), value)
     held = pair.held + 1
     column = torch.arange(held)
     mask = (column > held - 1 - window)[None, None, None].expand(2, 1, 1, held)
-    new = deinterleaved_keys(key, layer.index.plan.turn), value
+    new = deinterleaved_keys(key, layer.index.plan.rotation), value
     states = layer.unpacked(*new, held)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query.double(), *(x.double() for x in states), attn_mask=mask, enable_gqa=True

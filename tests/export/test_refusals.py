@@ -15,7 +15,7 @@ from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.importance import CoarseRule, feature_count
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 
 TOKENS, CHUNKS = 64, (9, *[1] * 8, 6)
 
@@ -302,11 +302,11 @@ def test_a_plan_that_tells_coarse_tokens_apart_is_refused(statistics_of):
         apack_compile.optimize(exported(Decoder()), plan=plan)
 
 
-def test_a_plan_whose_keys_turn_by_several_coordinates_is_refused(statistics_of):
-    turn = KeyTurn(torch.ones(2), 16, coordinates=torch.tensor([0, 1]))
-    plan = budget_plan(statistics_of(2, KV_HEADS, WIDTH, vision=False), 4, TOKENS, 0.0, turn=turn)
+def test_a_plan_whose_keys_rotate_by_several_coordinates_is_refused(statistics_of):
+    rotation = KeyRotation(torch.ones(2), 16, coordinates=torch.tensor([0, 1]))
+    plan = budget_plan(statistics_of(2, KV_HEADS, WIDTH, vision=False), 4, TOKENS, 0.0, rotation=rotation)
     plan = replace(plan, signature=(2, KV_HEADS, WIDTH, "torch.float32"))
-    with pytest.raises(ValueError, match=r"plan: its keys turn by several coordinates .*key_block=0"):
+    with pytest.raises(ValueError, match=r"plan: its keys rotate by several coordinates .*key_block=0"):
         apack_compile.optimize(exported(Decoder()), plan=plan)
 
 

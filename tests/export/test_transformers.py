@@ -90,7 +90,7 @@ def test_attention_spelled_as_two_products_is_packed_and_one_that_rounds_to_floa
         apack_compile.optimize(exported(model), plan=lossless_plan_of(model))
 
 
-def test_a_ratio_holds_and_keys_are_turned_back():
+def test_a_ratio_holds_and_keys_are_rotated_back():
     model = llama(spread=0.05)
     program = exported(model)
     inputs = [{"input_ids": IDS, "cache_position": torch.arange(TOKENS - 1)}]
@@ -98,29 +98,29 @@ def test_a_ratio_holds_and_keys_are_turned_back():
     packed = apack_compile.optimize(program, ratio=4, calibration_inputs=inputs)
     report = apack_compile.report(packed)
     assert report.ratio >= 4
-    assert report.keys == "turned back to the start of their block of slots"
+    assert report.keys == "rotated back to the start of their block of slots"
     (_, logits), (_, dense) = generate(packed, steps=1), generate(program, steps=1)
     assert (logits - dense).norm() < 0.5 * dense.norm()
 
 
 @pytest.mark.parametrize("kind", (LlamaConfig, CohereConfig))
-def test_the_pairs_that_turn_are_found_among_the_programs_buffers(kind):
+def test_the_pairs_that_rotate_are_found_among_the_programs_buffers(kind):
     program = exported(llama(spread=0.05, kind=kind))
     watched = copied(graph_module_of(program, None))
     calls = [((), {"input_ids": IDS[:, :-1], "cache_position": torch.arange(TOKENS - 1)})]
-    turn = observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls, 4.0).turn
-    assert turn is not None and turn.interleaved == (kind is CohereConfig)
+    rotation = observe(watched, pairs_of(find_caches(watched, tried=True)[0]), calls, 4.0).rotation
+    assert rotation is not None and rotation.interleaved == (kind is CohereConfig)
 
 
 @pytest.mark.parametrize("kind", (LlamaConfig, CohereConfig))
 def test_a_plan_calibrated_on_the_model_serves_its_program(kind):
-    """The same plan, with turned keys, costs the program about what it costs the model's own cache."""
+    """The same plan, with rotated keys, costs the program about what it costs the model's own cache."""
     model = llama(kind=kind)
     program = exported(model)
     apack_compile.optimize(model, AttentionPackConfig(ratio=4, coarse=(), compile="none"))
     apack_compile.calibrate(model, {"input_ids": IDS})
     plan = apack_compile.plan_for(model, TOKENS)
-    assert plan.turn.interleaved == (kind is CohereConfig)
+    assert plan.rotation.interleaved == (kind is CohereConfig)
     cache = apack_compile.new_cache(model)
     with torch.no_grad():
         model(input_ids=IDS[:, :PROMPT], past_key_values=cache)

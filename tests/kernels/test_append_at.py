@@ -6,10 +6,10 @@ from state_lists import append_lists, state_of
 from torch import Tensor
 
 from apack_compile.kernels.format import Bands, StreamBasis
-from apack_compile.kernels.turns import turned
+from apack_compile.kernels.rotations import rotated
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.rotation import KeyTurn, turns_of_blocks
+from apack_compile.plan.rotation import KeyRotation, rotations_of_blocks
 
 BATCH, HEADS, WIDTH, TOKENS = 2, 2, 16, 40
 FIRST, TAIL, BLOCK = 4, 3, 8
@@ -18,7 +18,7 @@ FIRST, TAIL, BLOCK = 4, 3, 8
 class State:
     """An empty cache; `bands` None keeps tokens as they are."""
 
-    def __init__(self, dtype=torch.float64, first=FIRST, tail=TAIL, bands=None, turn=None, device="cpu") -> None:
+    def __init__(self, dtype=torch.float64, first=FIRST, tail=TAIL, bands=None, rotation=None, device="cpu") -> None:
         slots, self.device = TOKENS - tail, device
         options = {"dtype": dtype, "device": device}
         self.first = [torch.full((BATCH, HEADS, first, WIDTH), torch.nan, **options) for _ in range(2)]
@@ -43,14 +43,18 @@ class State:
         places = torch.arange(first, dtype=torch.int32, device=device).expand(BATCH, -1).contiguous()
         self.positions = [places, text[:, :0], torch.where(text < first, -1, text)]
         self.cursor = torch.zeros(3, dtype=torch.int64, device=device)
-        self.turns = {}
-        if turn is not None:
+        self.rotations = {}
+        if rotation is not None:
             start = TokenCoordinates.starting_at(torch.zeros(BATCH, 1))
-            turns = [turns_of_blocks(where, start, turn) for where in (text[:, :0], text)]
-            self.turns = {"turns": turns, "block": turn.block}
+            rotations = [rotations_of_blocks(where, start, rotation) for where in (text[:, :0], text)]
+            self.rotations = {"rotations": rotations, "block": rotation.block}
 
     def append(self, key: Tensor, value: Tensor, index: Tensor) -> None:
-        by = {"text_turns": self.turns["turns"][1], "block": self.turns["block"]} if self.turns else {}
+        by = (
+            {"text_rotations": self.rotations["rotations"][1], "block": self.rotations["block"]}
+            if self.rotations
+            else {}
+        )
         stores = [*self.tail, *self.codes]
         lists = append_lists(stores, self.bases, self.bands, self.cursor, **by)
         torch.ops.apack.append_at(key, value, index, self.first, *lists)
@@ -58,7 +62,7 @@ class State:
     def unpack(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All tokens, those of the last append given."""
         state = ([*self.first, *self.tail], [*self.no_codes, *self.codes], self.bases * 2, self.bands * 2)
-        lists = state_of(*state, self.positions, self.cursor, **self.turns).flatten()
+        lists = state_of(*state, self.positions, self.cursor, **self.rotations).flatten()
         return torch.ops.apack.unpack(key, value, *lists, TOKENS)
 
 
@@ -91,9 +95,11 @@ def test_tokens_come_back_from_where_they_were_put(chunks, first, tail, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("turn", [None, KeyTurn(torch.logspace(0, -2, 5), BLOCK)], ids=["as they come", "turned"])
-def test_only_tokens_between_first_and_tail_lose_anything(turn, dtype):
-    found, _, held = fill(State(dtype, bands=Bands((0, 0, 32, 0)), turn=turn), (9, 1, 1, 1, 12), dtype)
+@pytest.mark.parametrize(
+    "rotation", [None, KeyRotation(torch.logspace(0, -2, 5), BLOCK)], ids=["as they come", "rotated"]
+)
+def test_only_tokens_between_first_and_tail_lose_anything(rotation, dtype):
+    found, _, held = fill(State(dtype, bands=Bands((0, 0, 32, 0)), rotation=rotation), (9, 1, 1, 1, 12), dtype)
     key = tokens(dtype)[0]
     error = (found[:, :, :held] - key[:, :, :held]).norm(dim=-1) / key[:, :, :held].norm(dim=-1)
     exact = torch.zeros(held, dtype=torch.bool)
@@ -102,15 +108,15 @@ def test_only_tokens_between_first_and_tail_lose_anything(turn, dtype):
     assert (error[:, :, ~exact] > 0).all() and error.mean() < 0.2
 
 
-def test_keys_are_stored_turned_back_by_their_block():
-    turn = KeyTurn(torch.logspace(0, -2, 8), BLOCK)
-    state, key = State(turn=turn, tail=0), tokens()[0]
+def test_keys_are_stored_rotated_back_by_their_block():
+    rotation = KeyRotation(torch.logspace(0, -2, 8), BLOCK)
+    state, key = State(rotation=rotation, tail=0), tokens()[0]
     fill(state, (20,))
     stored = state.codes[0].reshape(BATCH, TOKENS, HEADS, WIDTH).transpose(1, 2)
     for position in (5, 13, 19):
-        angles = (position // BLOCK * BLOCK) * turn.frequencies.double()
+        angles = (position // BLOCK * BLOCK) * rotation.frequencies.double()
         by = torch.stack([angles.cos(), angles.sin()])
-        torch.testing.assert_close(turned(stored[:, :, position], by), key[:, :, position], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rotated(stored[:, :, position], by), key[:, :, position], rtol=1e-5, atol=1e-5)
 
 
 def test_position_0_begins_anew():

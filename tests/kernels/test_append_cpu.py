@@ -39,13 +39,13 @@ class Case:
     block: int = 0
 
 
-def turns_of(case: Case) -> dict:
-    """Random turns of the text slots' blocks."""
+def rotations_of(case: Case) -> dict:
+    """Random rotations of the text slots' blocks."""
     if not case.block:
         return {}
     g = torch.Generator().manual_seed(case.seed + 2)
     angles = torch.randn(case.batch, CAPACITY // case.block + 1, case.dims[0] // 3, generator=g)
-    return {"text_turns": torch.stack([angles.cos(), angles.sin()], 2), "block": case.block}
+    return {"text_rotations": torch.stack([angles.cos(), angles.sin()], 2), "block": case.block}
 
 
 def build(case: Case) -> tuple[list[Tensor], list[Tensor], list[int], Tensor]:
@@ -115,8 +115,8 @@ def assert_appends_like_the_reference(case: Case) -> None:
     for n in case.chunks:
         states = [torch.randn(case.batch, n, case.heads, dim, generator=g) for dim in case.dims]
         key, value = (x.to(case.dtype).transpose(1, 2) for x in states)
-        append(key, value, *own, **turns_of(case))
-        reference(key, value, *wanted, **turns_of(case))
+        append(key, value, *own, **rotations_of(case))
+        reference(key, value, *wanted, **rotations_of(case))
     assert torch.equal(own[3], wanted[3])
     for got, expected in zip(own[0][:2], wanted[0][:2], strict=True):
         assert torch.equal(got, expected)

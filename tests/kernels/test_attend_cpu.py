@@ -22,7 +22,7 @@ SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
 
 def run(function, call: Call) -> list[Tensor]:
     """Output and importance after it."""
-    return [function(*call.arguments, *call.tiers, **call.turns), *(x for x in call.tiers[:2])]
+    return [function(*call.arguments, *call.tiers, **call.rotations), *(x for x in call.tiers[:2])]
 
 
 def assert_close_to_float64(case: Case, call: Call) -> None:
@@ -113,7 +113,7 @@ SHARING = {
 @pytest.mark.parametrize("scope", ("model", "sequence"))
 @pytest.mark.parametrize(("share", "head_dim"), ((1, 72), (2, 128), (7, 64)), ids=str)
 @pytest.mark.parametrize("sharing", SHARING.values(), ids=SHARING)
-def test_blocks_that_share_the_turns_of_some_pairs(sharing, share, head_dim, scope, instructions, monkeypatch):
+def test_blocks_that_share_the_rotations_of_some_pairs(sharing, share, head_dim, scope, instructions, monkeypatch):
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
     bands = ((0, 0, 16, 35), (0, 0, 16, 0), (0, 0, 18, 64), (0, 0, 16, 0))
     case = Case(
@@ -159,7 +159,7 @@ def test_strides_do_not_matter():
     wanted = run(attend, plain)
     arguments = [spread(x) for x in strided.arguments]
     got = run(
-        attend, Call(arguments, [*strided.tiers[:2], spread(strided.tiers[2]), *strided.tiers[3:]], strided.turns)
+        attend, Call(arguments, [*strided.tiers[:2], spread(strided.tiers[2]), *strided.tiers[3:]], strided.rotations)
     )
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
@@ -183,9 +183,9 @@ def assert_reads_nothing_past_the_end(case: Case) -> None:
             return [placed(y) for y in x]
         return guarded(x.contiguous(), keep) if isinstance(x, Tensor) and x.numel() else x
 
-    turns = {name: placed(x) for name, x in call.turns.items()}
+    rotations = {name: placed(x) for name, x in call.rotations.items()}
     wanted = run(attend, call.copy())
-    got = run(attend, Call(placed(call.arguments), placed(call.tiers), turns))
+    got = run(attend, Call(placed(call.arguments), placed(call.tiers), rotations))
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 

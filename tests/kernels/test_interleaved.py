@@ -1,4 +1,4 @@
-"""Keys whose interleaved pairs (2 i, 2 i + 1) turn, held in halves: against the rotation of complex numbers, and dense attention."""
+"""Keys whose interleaved pairs (2 i, 2 i + 1) rotate, held in halves: against the rotation of complex numbers, and dense attention."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from apack_compile.kernels import native
 from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.attend import reference
-from apack_compile.kernels.turns import check_pairs, deinterleaved, interleaved, turned
+from apack_compile.kernels.rotations import check_pairs, deinterleaved, interleaved, rotated
 from apack_compile.kernels.unpack import cpu as unpack_cpu
 from apack_compile.kernels.unpack import reference as unpack_specification
 
@@ -42,14 +42,14 @@ def test_halves_are_another_order_of_the_components_and_come_back(made):
 
 
 @given(heads_of(), st.booleans())
-def test_turned_in_halves_interleaved_pairs_turn_as_complex_numbers_do(made, back):
+def test_rotated_in_halves_interleaved_pairs_rotate_as_complex_numbers_do(made, back):
     keys, pairs = made
     angles = torch.randn(keys.shape[2], pairs, dtype=torch.float64)
-    turns = torch.stack([angles.cos(), angles.sin()], dim=-2)
-    got = interleaved(turned(deinterleaved(keys, pairs), turns, back=back), pairs)
+    rotations = torch.stack([angles.cos(), angles.sin()], dim=-2)
+    got = interleaved(rotated(deinterleaved(keys, pairs), rotations, back=back), pairs)
     numbers = torch.view_as_complex(keys[..., : 2 * pairs].unflatten(-1, (pairs, 2)).contiguous())
-    rotated = numbers * torch.polar(torch.ones_like(angles), -angles if back else angles)
-    torch.testing.assert_close(got[..., : 2 * pairs], torch.view_as_real(rotated).flatten(-2))
+    as_numbers = numbers * torch.polar(torch.ones_like(angles), -angles if back else angles)
+    torch.testing.assert_close(got[..., : 2 * pairs], torch.view_as_real(as_numbers).flatten(-2))
     assert torch.equal(got[..., 2 * pairs :], keys[..., 2 * pairs :])
 
 
@@ -74,26 +74,26 @@ def test_attending_in_halves_is_dense_attention_over_what_unpack_gives(block, pa
         empty=0.1, block=block, seed=pairs,
     )  # fmt: skip
     call = without_garbage(build(case))
-    # fewer pairs turn than the case made angles for
-    turns = {"turns": [x[..., :pairs].contiguous() for x in call.turns["turns"]], "block": block}
+    # fewer pairs rotate than the case made angles for
+    rotations = {"rotations": [x[..., :pairs].contiguous() for x in call.rotations["rotations"]], "block": block}
     attend, unpack = implementations()[name]
     query, key, value = call.arguments[:3]
     held = int(call.arguments[STATE][-1][0])
     halves = [deinterleaved(query, pairs), deinterleaved(key, pairs)]
-    keys, values = unpack(halves[1], value, *call.arguments[STATE], held, **turns, interleaved_pairs=pairs)
+    keys, values = unpack(halves[1], value, *call.arguments[STATE], held, **rotations, interleaved_pairs=pairs)
     assert torch.equal(keys[:, :, -2:], key), "the new keys are the model's"
     mask = torch.rand(3, 1, 2, held, generator=torch.Generator().manual_seed(pairs)) < 0.7
 
     exact = [x.double() for x in (halves[1], value)]
-    keys, values = unpack_reference(*exact, *call.arguments[STATE], held, **turns, interleaved_pairs=pairs)
+    keys, values = unpack_reference(*exact, *call.arguments[STATE], held, **rotations, interleaved_pairs=pairs)
     seen = keys.any(-1).any(1)[:, None, None] & mask
     scores = query.double() @ keys.repeat_interleave(case.share, 1).mT * case.head_dim**-0.5
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     wanted = weights @ values.repeat_interleave(case.share, 1)
     rest = [mask, *call.arguments[STATE], None]
-    got = attend(*halves, value, *rest, **turns)
+    got = attend(*halves, value, *rest, **rotations)
     torch.testing.assert_close(got.double(), wanted, atol=2e-3 if name == "triton" else 1e-5, rtol=0)
-    other = attend(query, key, value, *rest, **turns)
+    other = attend(query, key, value, *rest, **rotations)
     assert not torch.allclose(got, other, atol=0.05), "the order of components matters here"
 
 

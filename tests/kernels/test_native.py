@@ -65,10 +65,10 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch):
     if path is None:
         pytest.skip(native.STATUS)
 
-    class Turns(ctypes.Structure):
-        _fields_ = [structs.Turns._fields_[i] for i in (0, 2, 1, 3)]
+    class Rotations(ctypes.Structure):
+        _fields_ = [structs.Rotations._fields_[i] for i in (0, 2, 1, 3)]
 
-    monkeypatch.setattr(native, "STRUCTURES", (Turns,))
+    monkeypatch.setattr(native, "STRUCTURES", (Rotations,))
     assert native.load_library(path) == (None, "built from other sources: install again")
 
 

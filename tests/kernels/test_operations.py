@@ -24,7 +24,7 @@ attend, unpack = attend_with(attend_reference.attend), unpack_with(unpack_refere
 def test_unpack_returns_every_token_where_it_was(shape, more):
     state = filled(shape)
     tokens = state.held + more
-    unpacked = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
+    unpacked = UNPACK(state.key, state.value, *state.stored, tokens, **state.rotated)
     for got, expected, new in zip(unpacked, state.expected, (state.key, state.value), strict=True):
         n = new.shape[2]
         assert got.shape == (shape.batch, shape.heads, tokens, shape.head_dim)
@@ -48,7 +48,7 @@ def test_attend_is_attention_over_the_unpacked_tokens(shape, data):
     grouped = data.draw(st.booleans())
     heads, rows = (shape.heads, share * n) if grouped else (shape.heads * share, n)
     query = torch.randn(shape.batch, heads, rows, shape.head_dim, generator=state.generator, dtype=torch.float64)
-    key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
+    key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.rotated)
     mask, added = None, torch.zeros((), dtype=torch.float64)
     allowed = allowed_by(state, tokens, rows)
     kind = data.draw(st.sampled_from(("none", "bool", "float", "infinite")))
@@ -63,7 +63,7 @@ def test_attend_is_attention_over_the_unpacked_tokens(shape, data):
             mask = mask.masked_fill(~keep, float("-inf")) if kind == "infinite" else mask
             added = added + mask
     scale = data.draw(st.sampled_from((None, 0.3)))
-    out = ATTEND(query, state.key, state.value, mask, *state.stored, scale, **state.turned)
+    out = ATTEND(query, state.key, state.value, mask, *state.stored, scale, **state.rotated)
     torch.testing.assert_close(out, attention(query, key, value, allowed, added, scale), atol=1e-10, rtol=1e-10)
 
 
@@ -74,7 +74,7 @@ def test_the_reference_attends_to_what_it_unpacks_whatever_the_lengths_of_segmen
     query, key, value, mask, *state, _ = (call := without_garbage(build_call(case)).copy(torch.float64)).arguments
     key, value, cursor, positions = key.double(), value.double(), state[5], state[4]
     held, new = int(cursor[0]), key.shape[2]
-    unpacked = unpack(key, value, *state, held, **call.turns)
+    unpacked = unpack(key, value, *state, held, **call.rotations)
     allowed = torch.zeros(case.batch, held, dtype=torch.bool)
     ring = int(cursor[1]) + torch.arange(held - int(cursor[1]))
     allowed[:, ring] = True
@@ -87,7 +87,7 @@ def test_the_reference_attends_to_what_it_unpacks_whatever_the_lengths_of_segmen
     if mask is not None:
         mask = mask[..., :held]
         allowed, added = (allowed & mask, added) if mask.dtype == torch.bool else (allowed, added + mask.double())
-    out = attend(*call.arguments, **call.turns)
+    out = attend(*call.arguments, **call.rotations)
     torch.testing.assert_close(out, attention(query, *unpacked, allowed, added, None), atol=1e-10, rtol=1e-10)
 
 
@@ -105,12 +105,12 @@ def test_attend_is_no_further_from_float64_than_attention_in_the_same_dtype(dtyp
         )
         state = filled(shape)
         query = torch.randn(2, 6, 1, 20, generator=state.generator).to(dtype)
-        exact = UNPACK(state.key.double(), state.value.double(), *state.stored, state.held, **state.turned)
-        rounded = UNPACK(state.key, state.value, *state.stored, state.held, **state.turned)
+        exact = UNPACK(state.key.double(), state.value.double(), *state.stored, state.held, **state.rotated)
+        rounded = UNPACK(state.key, state.value, *state.stored, state.held, **state.rotated)
         allowed = allowed_by(state, state.held, 1)
         reference = attention(query.double(), *exact, allowed, 0.0, None)
         plain = attention(query, *rounded, allowed, 0.0, None)
-        own = ATTEND(query, state.key, state.value, None, *state.stored, None, **state.turned)
+        own = ATTEND(query, state.key, state.value, None, *state.stored, None, **state.rotated)
         assert own.dtype == dtype
         worst_own = max(worst_own, float((own.double() - reference).abs().max()))
         worst_plain = max(worst_plain, float((plain.double() - reference).abs().max()))
@@ -123,9 +123,9 @@ def test_autocast_casts_nothing_inside_of_an_operation():
     state = filled(Shape(head_dim=20, laid_out=111, scope="as is", dtype=torch.float32, block=16))
     query = torch.randn(2, 6, 1, 20, generator=state.generator)
     arguments = query, state.key, state.value, None, *state.stored, None
-    outside = ATTEND(*arguments, **state.turned)
+    outside = ATTEND(*arguments, **state.rotated)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ATTEND(*arguments, **state.turned), outside)
+        assert torch.equal(ATTEND(*arguments, **state.rotated), outside)
 
 
 def test_a_row_that_may_attend_nothing_gives_zeros():
@@ -134,7 +134,7 @@ def test_a_row_that_may_attend_nothing_gives_zeros():
     query = torch.randn(2, 4, 2, 5, dtype=torch.float64)
     mask = torch.ones(2, 1, 2, state.held, dtype=torch.bool)
     mask[1, :, 0] = False
-    out = ATTEND(query, state.key, state.value, mask, *state.stored, None, **state.turned)
+    out = ATTEND(query, state.key, state.value, mask, *state.stored, None, **state.rotated)
     assert not out[1, :, 0].any()
     assert out[1, :, 1].all() and out[0].all()
 
@@ -148,8 +148,8 @@ def test_what_lies_in_unused_slots_never_shows(shape, poison):
     state = filled(replace(shape, bands=bands))
     n = state.key.shape[2]
     query = torch.randn(shape.batch, shape.heads, n, shape.head_dim, generator=state.generator, dtype=torch.float64)
-    before = ATTEND(query, state.key, state.value, None, *state.stored, None, **state.turned)
-    clean = UNPACK(state.key, state.value, *state.stored, state.held, **state.turned)
+    before = ATTEND(query, state.key, state.value, None, *state.stored, None, **state.rotated)
+    clean = UNPACK(state.key, state.value, *state.stored, state.held, **state.rotated)
     empty = state.positions[0] < 0
     ring = torch.full((shape.tail,), True)
     ring[torch.arange(int(state.cursor[1]), state.held) % max(shape.tail, 1)] = False
@@ -161,9 +161,9 @@ def test_what_lies_in_unused_slots_never_shows(shape, poison):
             where = state.positions[1 + i // 4]
             unused = (where < 0) | (where >= state.cursor[1])
             state.codes[i].masked_fill_(unused[:, None, :, None], 0xFF)
-    assert torch.equal(ATTEND(query, state.key, state.value, None, *state.stored, None, **state.turned), before)
+    assert torch.equal(ATTEND(query, state.key, state.value, None, *state.stored, None, **state.rotated), before)
     for got, expected in zip(
-        UNPACK(state.key, state.value, *state.stored, state.held, **state.turned), clean, strict=True
+        UNPACK(state.key, state.value, *state.stored, state.held, **state.rotated), clean, strict=True
     ):
         assert torch.equal(got, expected)
 
@@ -175,9 +175,9 @@ def test_appending_at_once_equals_appending_one_by_one(shape):
     at_once, one_by_one = build(shape), build(shape)
     size = (shape.batch, shape.heads, total, shape.head_dim)
     key, value = (torch.randn(size, generator=at_once.generator, dtype=torch.float64) for _ in range(2))
-    APPEND(key, value, *at_once.appended, **at_once.turned_text)
+    APPEND(key, value, *at_once.appended, **at_once.rotated_text)
     for i in range(total):
-        APPEND(key[:, :, i : i + 1], value[:, :, i : i + 1], *one_by_one.appended, **one_by_one.turned_text)
+        APPEND(key[:, :, i : i + 1], value[:, :, i : i + 1], *one_by_one.appended, **one_by_one.rotated_text)
     assert torch.equal(at_once.cursor, one_by_one.cursor)
     none = key[:, :, :0]
     both = [UNPACK(none, none, *state.stored, at_once.held) for state in (at_once, one_by_one)]
@@ -223,14 +223,14 @@ OPCHECK_SHAPES = (
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
 def test_append_declares_what_it_does(shape):
     state = filled(shape)
-    lists = append_lists(*state.appended, **state.turned_text)
+    lists = append_lists(*state.appended, **state.rotated_text)
     torch.library.opcheck(torch.ops.apack.append.default, (state.key, state.value, *lists))
 
 
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
 def test_unpack_declares_what_it_does(shape):
     state = filled(shape)
-    lists = state_of(*state.stored, **state.turned).flatten()
+    lists = state_of(*state.stored, **state.rotated).flatten()
     torch.library.opcheck(torch.ops.apack.unpack.default, (state.key, state.value, *lists, state.held + 3))
 
 
@@ -240,7 +240,7 @@ def test_attend_declares_what_it_does(shape):
     n = state.key.shape[2]
     query = torch.randn(shape.batch, 2 * shape.heads, n, shape.head_dim).to(shape.dtype)
     mask = torch.rand(1, 1, n, state.held) < 0.7
-    lists = state_of(*state.stored, **state.turned).flatten()
+    lists = state_of(*state.stored, **state.rotated).flatten()
     attend = torch.ops.apack.attend.default
     torch.library.opcheck(attend, (query, state.key, state.value, None, *lists, None))
     torch.library.opcheck(attend, (query, state.key, state.value, mask, *lists, 0.4))
@@ -296,9 +296,9 @@ def test_lists_that_are_no_state_are_refused(dtype, operation, change, message):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_append_takes_the_lists_of_text_alone(dtype):
     state = filled(Shape(dtype=dtype, block=4))
-    stores, bases, layout = append_lists(*state.appended, **state.turned_text)
+    stores, bases, layout = append_lists(*state.appended, **state.rotated_text)
     before = [x.clone() for x in stores]
-    two = state_of(*state.stored, **state.turned).layout.flatten()
+    two = state_of(*state.stored, **state.rotated).layout.flatten()
     for wrong, message in (
         ((stores[:-1], bases, layout), "stores: 6 tensors must be 7"),
         ((stores, bases[:-1], layout), "bases: 6 tensors must be 7"),
@@ -314,7 +314,7 @@ def test_append_takes_the_lists_of_text_alone(dtype):
 @pytest.mark.parametrize("shape", OPCHECK_SHAPES, ids=range(len(OPCHECK_SHAPES)))
 def test_a_state_comes_back_from_its_lists(shape):
     state = filled(shape)
-    made = state_of(*state.stored, **state.turned, interleaved_pairs=2)
+    made = state_of(*state.stored, **state.rotated, interleaved_pairs=2)
     lists = made.flatten()
     back = PackedState.parse(*lists)
     assert back.flatten() == lists and back.layout == made.layout == Layout.parse(lists[1])
@@ -346,10 +346,10 @@ def test_tiers_are_of_vision_and_text_only(dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-def test_no_turns_and_an_empty_list_of_them_are_keys_as_they_come(dtype):
+def test_no_rotations_and_an_empty_list_of_them_are_keys_as_they_come(dtype):
     state = filled(Shape(dtype=dtype))
     given = (state.key, state.value, *state.stored, state.held)
-    for got, wanted in zip(UNPACK(*given, turns=[]), UNPACK(*given), strict=True):
+    for got, wanted in zip(UNPACK(*given, rotations=[]), UNPACK(*given), strict=True):
         assert torch.equal(got, wanted)
     query = (state.key, state.key, state.value, None, *state.stored, None)
-    assert torch.equal(ATTEND(*query, turns=[]), ATTEND(*query))
+    assert torch.equal(ATTEND(*query, rotations=[]), ATTEND(*query))

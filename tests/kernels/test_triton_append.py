@@ -53,9 +53,9 @@ def assert_codes_of(x: Tensor, codes: Tensor, scales: Tensor, basis: StreamBasis
     assert ((centered_levels(codes, bands, torch.float64) - wanted).abs() <= allowed + rounding).all()
 
 
-def turns_on(state: State, device: torch.device) -> dict:
-    """What append is told about turns."""
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.turned_text.items()}
+def rotations_on(state: State, device: torch.device) -> dict:
+    """What append is told about rotations."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in state.rotated_text.items()}
 
 
 def copied(state: State, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[int], Tensor]:
@@ -102,7 +102,7 @@ def test_append_packs_what_leaves_the_tail_and_nothing_else(device, shape):
     for count in shape.chunks:
         append_and_expect(state, shape, count)
         strided = [x.transpose(1, 2).contiguous().transpose(1, 2).to(device) for x in (state.key, state.value)]
-        append(*strided, stores, bases, bands, cursor, **turns_on(state, device))
+        append(*strided, stores, bases, bands, cursor, **rotations_on(state, device))
         for kept, new in zip(tokens, (state.key, state.value), strict=True):
             kept.append(new)
     assert torch.equal(cursor.cpu(), state.cursor)
@@ -116,13 +116,13 @@ def test_append_packs_what_leaves_the_tail_and_nothing_else(device, shape):
                 assert torch.equal(own[:, :, :first_slot], untouched[:, :, :first_slot])
                 assert torch.equal(own[:, :, last_slot:], untouched[:, :, last_slot:])
         left = torch.cat(tokens[i], dim=2)[:, :, : last_slot - first_slot]
-        if i == 0 and state.turned:
-            left = each_slot(left.double(), state.turned, -1, list(range(first_slot, last_slot)), -1)
+        if i == 0 and state.rotated:
+            left = each_slot(left.double(), state.rotated, -1, list(range(first_slot, last_slot)), -1)
         left = to_groups(left, shape.groups)
         written = slice(first_slot, last_slot)
         if shape.scope == "as is":
             # float32 products may fall on the other side of a tie
-            rounding = torch.finfo(codes.dtype).eps * left.abs() + 1e-6 if i == 0 and state.turned else 0
+            rounding = torch.finfo(codes.dtype).eps * left.abs() + 1e-6 if i == 0 and state.rotated else 0
             assert ((codes[:, :, written].double() - left.double()).abs() <= rounding).all()
         elif left.shape[2]:
             basis = StreamBasis(*(x.cpu() for x in bases[3 * i : 3 * i + 3]))

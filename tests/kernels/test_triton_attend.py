@@ -30,8 +30,8 @@ def moved(state: State, device: torch.device) -> State:
     """The same state elsewhere; what is random stays on the CPU."""
     lists = {name: [x.to(device) for x in getattr(state, name)] for name in ("dense", "codes", "bases", "positions")}
     single = {name: getattr(state, name).to(device) for name in ("key", "value", "cursor")}
-    turned = state.turned and {**state.turned, "turns": [x.to(device) for x in state.turned["turns"]]}
-    return replace(state, **lists, **single, turned=turned)
+    rotated = state.rotated and {**state.rotated, "rotations": [x.to(device) for x in state.rotated["rotations"]]}
+    return replace(state, **lists, **single, rotated=rotated)
 
 
 def littered(state: State, shape: Shape) -> State:
@@ -39,7 +39,7 @@ def littered(state: State, shape: Shape) -> State:
 
     The reference multiplies what empty slots hold by weights of 0.
     """
-    if not triton.serves(state.key, state_of(*state.stored, **state.turned)):
+    if not triton.serves(state.key, state_of(*state.stored, **state.rotated)):
         return state
     n, held, packed = state.key.shape[2], state.held, int(state.cursor[1])
     dense, codes = [x.clone() for x in state.dense], [x.clone() for x in state.codes]
@@ -150,9 +150,9 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
     if data is not None:
         mask = data.draw(masks(state, tokens, (shape.batch, heads, rows)))
     exact = exactly(
-        query.double(), state.key.double(), state.value.double(), mask, *state.stored, scale, **state.turned
+        query.double(), state.key.double(), state.value.double(), mask, *state.stored, scale, **state.rotated
     )
-    key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.turned)
+    key, value = UNPACK(state.key, state.value, *state.stored, tokens, **state.rotated)
     allowed, added = allowed_by(state, tokens, rows), torch.zeros(())
     if mask is not None:
         allowed = allowed_by(state, tokens, -1)[:, :, :1]
@@ -171,7 +171,7 @@ def test_attend_is_no_further_from_float64_than_attention_over_unpacked_tokens(d
             None if mask is None else mask.to(device),
             *given_state.stored,
             scale,
-            **given_state.turned,
+            **given_state.rotated,
         )
     assert own.dtype == shape.dtype
     assert_close_as(own.cpu(), exact, plain, float(value.abs().max()))
@@ -195,7 +195,7 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
     expected_known = [x.double() for x in known]
     exact = exactly(
         query.double(), state.key.double(), state.value.double(), None, *state.stored, None, *expected_known, tiers, partial, ema,
-        **state.turned,
+        **state.rotated,
     )  # fmt: skip
     given_state, own_known = moved(littered(state, shape), device), [x.to(device) for x in known]
     with pytest.MonkeyPatch.context() as patch:
@@ -203,10 +203,10 @@ def test_attend_tiers_reads_what_it_is_told_and_updates_importance(device, shape
             patch.setattr(triton_launch, name, number)
         own = attend(
             query.to(device), given_state.key, given_state.value, None, *given_state.stored, None, *own_known,
-            tiers.to(device), partial, ema, **given_state.turned,
+            tiers.to(device), partial, ema, **given_state.rotated,
         )  # fmt: skip
     largest = float(
-        torch.cat([UNPACK(state.key, state.value, *state.stored, state.held, **state.turned)[1].flatten()]).abs().max()
+        torch.cat([UNPACK(state.key, state.value, *state.stored, state.held, **state.rotated)[1].flatten()]).abs().max()
     )
     assert_close_as(own.cpu(), exact, None, 4 * largest)
     for got, wanted in zip(own_known, expected_known, strict=True):
@@ -227,7 +227,7 @@ def test_lengths_of_three_packed_segments_around_a_block(device, shift, block, m
     )  # fmt: skip
     call = build(case)
     clean = without_garbage(call)
-    exact = exactly(*clean.copy(torch.float64).arguments, **clean.turns)
+    exact = exactly(*clean.copy(torch.float64).arguments, **clean.rotations)
     launch = tuple(LAUNCHES)[(shift + block // 16) % len(LAUNCHES)]
     for name, number in LAUNCHES[launch].items():
         monkeypatch.setattr(triton_launch, name, number)
@@ -235,7 +235,7 @@ def test_lengths_of_three_packed_segments_around_a_block(device, shift, block, m
     def placed(x):
         return [placed(y) for y in x] if isinstance(x, list) else x.to(device) if isinstance(x, Tensor) else x
 
-    own = attend(*map(placed, call.arguments), **{name: placed(x) for name, x in call.turns.items()})
+    own = attend(*map(placed, call.arguments), **{name: placed(x) for name, x in call.rotations.items()})
     assert_close_as(own.cpu(), exact, None, 4 * float(exact.abs().max()))
 
 
@@ -302,7 +302,7 @@ def test_float64_goes_to_the_reference(device):
 def test_relative_keys_are_served_where_they_are_packed_and_tiles_share_an_anchor(block, scope, served):
     state = filled(Shape(block=block, scope=scope, dtype=torch.float32))
     query = torch.zeros(2, 4, 1, 5)
-    assert triton.serves(query, state_of(*state.stored, **state.turned)) == served
+    assert triton.serves(query, state_of(*state.stored, **state.rotated)) == served
     assert triton.serves(query, state_of(*state.stored))
 
 

@@ -23,10 +23,10 @@ KEY, VALUE, DENSE, CODES, BASES, BANDS, POSITIONS, CURSOR, TOKENS = range(9)
 
 
 def arguments_of(case: Case, spare: int = 3) -> tuple[list, dict]:
-    """Arguments of unpack, in order, and turns by name; room for `spare` tokens more than are held."""
+    """Arguments of unpack, in order, and rotations by name; room for `spare` tokens more than are held."""
     call = build(replace(case, mask="none", tiers=False))
     _, key, value, _, *state, _ = call.arguments
-    return [key, value, *state, int(state[CURSOR - DENSE][0]) + spare], call.turns
+    return [key, value, *state, int(state[CURSOR - DENSE][0]) + spare], call.rotations
 
 
 def in_dtype(arguments: list, dtype: torch.dtype) -> list:
@@ -45,11 +45,11 @@ def is_packed(arguments: list) -> Tensor:
     return packed
 
 
-def assert_close_to_float64(arguments: list, turns: dict) -> None:
+def assert_close_to_float64(arguments: list, rotations: dict) -> None:
     """No further from the reference in float64 than the reference in the call's own dtype, times a small constant; copies are equal."""
-    own = unpack(*arguments, **turns)
-    exact = reference(*in_dtype(arguments, torch.float64), **turns)
-    plain = reference(*arguments, **turns)
+    own = unpack(*arguments, **rotations)
+    exact = reference(*in_dtype(arguments, torch.float64), **rotations)
+    plain = reference(*arguments, **rotations)
     packed = is_packed(arguments)[:, None, :, None]
     for got, wanted, rounded in zip(own, exact, plain, strict=True):
         assert got.dtype == rounded.dtype and got.shape == rounded.shape and got.is_contiguous()
@@ -80,8 +80,8 @@ def test_unpack_is_as_close_to_float64_as_the_reference(instructions, monkeypatc
         Case(heads=4, groups=2, head_dim=72, value_dim=80, bands=(None, (0, 0, 0, 64), (16, 0, 0, 0), None)), 1, 36
     )
     def check(case: Case, spare: int, pairs: int) -> None:
-        arguments, turns = arguments_of(case, spare)
-        assert_close_to_float64(arguments, {**turns, "interleaved_pairs": min(pairs, case.head_dim // 2)})
+        arguments, rotations = arguments_of(case, spare)
+        assert_close_to_float64(arguments, {**rotations, "interleaved_pairs": min(pairs, case.head_dim // 2)})
 
     check()
 
@@ -142,25 +142,25 @@ def test_tokens_kept_as_they_are_come_back_bit_by_bit(dtype):
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
-def test_relative_keys_kept_as_they_are_are_turned(instructions, monkeypatch):
+def test_relative_keys_kept_as_they_are_are_rotated(instructions, monkeypatch):
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
-    arguments, turns = arguments_of(Case(vision=70, text=130, block=16))
+    arguments, rotations = arguments_of(Case(vision=70, text=130, block=16))
     as_they_are, _ = arguments_of(Case(vision=70, text=130, bands=(None,) * 4))
     arguments[CODES : BANDS + 1] = as_they_are[CODES : BANDS + 1]
-    assert_close_to_float64(arguments, turns)
-    assert not torch.equal(unpack(*arguments, **turns)[0], unpack(*arguments)[0])
+    assert_close_to_float64(arguments, rotations)
+    assert not torch.equal(unpack(*arguments, **rotations)[0], unpack(*arguments)[0])
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 def test_a_dense_dtype_other_than_the_models_is_converted(instructions, monkeypatch):
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
-    arguments, turns = arguments_of(Case(dtype=torch.float16, vision=65, tail=32))
+    arguments, rotations = arguments_of(Case(dtype=torch.float16, vision=65, tail=32))
     for dtype in (torch.float32, torch.bfloat16):
-        assert_close_to_float64(in_dtype(arguments, dtype), turns)
+        assert_close_to_float64(in_dtype(arguments, dtype), rotations)
 
 
 def test_strides_do_not_matter():
-    arguments, turns = arguments_of(Case(batch=2, vision=40, block=32))
+    arguments, rotations = arguments_of(Case(batch=2, vision=40, block=32))
 
     def spread(x):
         if isinstance(x, list):
@@ -171,23 +171,23 @@ def test_strides_do_not_matter():
         wide[..., ::2, ::3] = x
         return wide[..., ::2, ::3]
 
-    wanted = unpack(*arguments, **turns)
-    got = unpack(*spread(arguments), **{name: spread(x) for name, x in turns.items()})
+    wanted = unpack(*arguments, **rotations)
+    got = unpack(*spread(arguments), **{name: spread(x) for name, x in rotations.items()})
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
 
 def test_float64_gets_the_reference():
-    arguments, turns = arguments_of(Case(vision=65, block=16))
+    arguments, rotations = arguments_of(Case(vision=65, block=16))
     arguments = in_dtype(arguments, torch.float64)
-    for got, wanted in zip(unpack(*arguments, **turns), reference(*arguments, **turns), strict=True):
+    for got, wanted in zip(unpack(*arguments, **rotations), reference(*arguments, **rotations), strict=True):
         assert torch.equal(got, wanted)
 
 
 def test_more_tokens_than_there_is_room_for_are_refused():
-    arguments, turns = arguments_of(Case(), spare=-1)
+    arguments, rotations = arguments_of(Case(), spare=-1)
     with pytest.raises(IndexError, match=rf"tokens={arguments[TOKENS]} must be at least .* {arguments[TOKENS] + 1}"):
-        unpack(*arguments, **turns)
+        unpack(*arguments, **rotations)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs mprotect")
@@ -202,8 +202,8 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
         bands=tuple(odd[(seed + i) % 6] for i in range(4)), scope=("model", "sequence")[seed % 2],
         dtype=(torch.float32, torch.bfloat16)[seed // 3], block=(0, 16, 64)[seed % 3],
     )  # fmt: skip
-    arguments, turns = arguments_of(case)
-    turns["interleaved_pairs"] = seed % 2 * (sizes[0] // 2)
+    arguments, rotations = arguments_of(case)
+    rotations["interleaved_pairs"] = seed % 2 * (sizes[0] // 2)
     keep: list = []
 
     def placed(x):
@@ -211,7 +211,7 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
             return [placed(y) for y in x]
         return guarded(x.contiguous(), keep) if isinstance(x, Tensor) and x.numel() else x
 
-    wanted = unpack(*arguments, **turns)
-    got = unpack(*placed(arguments), **{name: placed(x) for name, x in turns.items()})
+    wanted = unpack(*arguments, **rotations)
+    got = unpack(*placed(arguments), **{name: placed(x) for name, x in rotations.items()})
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)

@@ -20,13 +20,13 @@ from apack_compile import AttentionPackConfig, Plan
 from apack_compile.backend.own_cache import OwnCaches
 from apack_compile.cache.layer_kinds import layer_kinds
 from apack_compile.calibration.collect import Observations, collect
-from apack_compile.calibration.find_rotation import find_turn
+from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.calibration.sensitivity import observe
 from apack_compile.errors import StrictError
 from apack_compile.generate.session import session_of
 from apack_compile.kernels.format import Bands
 from apack_compile.models.coordinates import TokenCoordinates, replaced_positions, rotary_modules
-from apack_compile.plan.importance import unturned
+from apack_compile.plan.importance import unrotated
 from apack_compile.plan.plan import LayerPlan, StreamPlan
 
 ROWS = {"one-row": [[40, 50, 60]], "rows-of-other-pictures-padded": [[20, 70], [30, 40, 25, 90]]}
@@ -41,7 +41,7 @@ def relative(name: str, key_block: int = BLOCK, strict: bool = True, compile: st
 
 
 def exact_plan(model) -> Plan:
-    """Every component in 16 bits, in bases of keys that were turned back."""
+    """Every component in 16 bits, in bases of keys that were rotated back."""
     plan = apack_compile.plan_for(model, 200, 0.25)
     bases, layers = {}, {}
     for layer, segments in session_of(model).calibration.statistics.items():
@@ -90,9 +90,9 @@ def generate(model, inputs, **kwargs):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_coordinate_of_each_pair_is_found(name, dtype):
-    turn, reason = find_turn(build(name).to(dtype), [0, 1], prompt([[30, 9]]), BLOCK)
-    assert turn.coordinates.tolist() == COORDINATES[name]
-    assert turn.coordinate_count == 3 and turn.block == BLOCK
+    rotation, reason = find_rotation(build(name).to(dtype), [0, 1], prompt([[30, 9]]), BLOCK)
+    assert rotation.coordinates.tolist() == COORDINATES[name]
+    assert rotation.coordinate_count == 3 and rotation.block == BLOCK
     assert reason.endswith("language_model.rotary_emb.inv_freq, each pair by one of 3 coordinates")
 
 
@@ -101,9 +101,9 @@ def test_the_coordinate_of_a_slow_pair_is_found_in_low_precision(name):
     model = build(name).to(torch.bfloat16)
     rotary = model.model.language_model.rotary_emb
     rotary.inv_freq.copy_(1e6 ** -(torch.arange(8) / 8))
-    turn, _ = find_turn(model, [0, 1], prompt([[30, 9]]), BLOCK)
-    assert turn.frequencies.min() < 1e-5
-    assert turn.coordinates.tolist() == COORDINATES[name]
+    rotation, _ = find_rotation(model, [0, 1], prompt([[30, 9]]), BLOCK)
+    assert rotation.frequencies.min() < 1e-5
+    assert rotation.coordinates.tolist() == COORDINATES[name]
 
 
 def test_a_vision_tower_with_the_same_frequencies_does_not_matter():
@@ -111,8 +111,8 @@ def test_a_vision_tower_with_the_same_frequencies_does_not_matter():
     buffers = dict(model.named_buffers())
     tower = buffers["model.visual.rotary_pos_emb.inv_freq"]
     assert torch.equal(tower, buffers["model.language_model.rotary_emb.inv_freq"])
-    turn, reason = find_turn(model, [0, 1], vlm_prompt("qwen2_5_vl", [[30, 9]], placeholders), BLOCK)
-    assert turn.coordinates.tolist() == [0, 1, 2, 2] and "language_model" in reason
+    rotation, reason = find_rotation(model, [0, 1], vlm_prompt("qwen2_5_vl", [[30, 9]], placeholders), BLOCK)
+    assert rotation.coordinates.tolist() == [0, 1, 2, 2] and "language_model" in reason
 
 
 @pytest.mark.parametrize(
@@ -128,39 +128,39 @@ def test_the_coordinates_of_other_models_are_found(model_type, coordinates, said
     model = build_any(model_type)
     batch = prompt_for(model, pixels_for(model), case_of(model_type).placeholders, 40)
     full = [kind.layer for kind in layer_kinds(model) if kind.reason is None]
-    turn, reason = find_turn(model, full, batch, BLOCK)
-    assert turn is not None and turn.coordinates.tolist() == coordinates, (reason, turn)
+    rotation, reason = find_rotation(model, full, batch, BLOCK)
+    assert rotation is not None and rotation.coordinates.tolist() == coordinates, (reason, rotation)
     assert reason.endswith(said)
 
 
-def test_pairs_that_turn_by_no_single_coordinate_are_refused():
+def test_pairs_that_rotate_by_no_single_coordinate_are_refused():
     model = build("qwen2_vl")
 
     def by_the_mean(rotary, args, output):
         return rotary.forward(args[0], args[1].float().mean(0, keepdim=True))
 
     model.model.language_model.rotary_emb.register_forward_hook(by_the_mean)
-    turn, reason = find_turn(model, [0, 1], prompt([[30, 9]]), BLOCK)
-    assert turn is None and "3 coordinates, and pairs do not turn by one of them each" in reason
+    rotation, reason = find_rotation(model, [0, 1], prompt([[30, 9]]), BLOCK)
+    assert rotation is None and "3 coordinates, and pairs do not rotate by one of them each" in reason
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_keys_of_a_token_turned_back_by_its_coordinates_are_the_same_anywhere(name):
+def test_keys_of_a_token_rotated_back_by_its_coordinates_are_the_same_anywhere(name):
     model, cache = build(name), DynamicCache()
-    turn, _ = find_turn(model, [0, 1], prompt([[30, 9]]), BLOCK)
+    rotation, _ = find_rotation(model, [0, 1], prompt([[30, 9]]), BLOCK)
     positions = torch.randint(0, 500, (3, 1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), replaced_positions(model.model.language_model.rotary_emb, positions):
         model(input_ids=torch.full((1, 40), 7), past_key_values=cache)
     keys, places = cache.layers[1].keys, positions.permute(1, 2, 0)
-    still = unturned(keys, places, turn)
+    still = unrotated(keys, places, rotation)
     torch.testing.assert_close(still, still[:, :, :1].expand_as(still), atol=1e-4, rtol=1e-4)
-    swapped = unturned(keys, places.flip(-1), turn)
+    swapped = unrotated(keys, places.flip(-1), rotation)
     assert not torch.allclose(swapped, swapped[:, :, :1].expand_as(swapped), atol=1e-2)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_cache_turns_keys_by_the_coordinates_of_the_model_and_gives_them_back(name, rows):
+def test_a_cache_rotates_keys_by_the_coordinates_of_the_model_and_gives_them_back(name, rows):
     model, inputs = exact(name), prompt(rows)
     cache, dense = apack_compile.new_cache(model, 8), DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
@@ -168,17 +168,19 @@ def test_a_cache_turns_keys_by_the_coordinates_of_the_model_and_gives_them_back(
             model(**inputs, past_key_values=one)
     assert_held(cache, dense, inputs["attention_mask"])
     index, expected = cache.index, rope_index(model, inputs)
-    assert [turns.shape[1] for turns in index.turns] == [-(-p.shape[1] // BLOCK) + 1 for p in index.positions[1:]]
+    assert [rotations.shape[1] for rotations in index.rotations] == [
+        -(-p.shape[1] // BLOCK) + 1 for p in index.positions[1:]
+    ]
     frequencies = model.model.language_model.rotary_emb.inv_freq
     held = inputs["input_ids"].shape[1]
-    for positions, turns in zip(index.positions[1:], index.turns, strict=True):
+    for positions, rotations in zip(index.positions[1:], index.rotations, strict=True):
         for row in range(len(rows)):
             for block, anchor in enumerate(positions[row, ::BLOCK].tolist()):
                 if anchor >= 0:
                     # text to come counts up from the prompt's last token
                     last = expected[:, row, min(anchor, held - 1)] + max(anchor - held + 1, 0)
                     angles = last[torch.tensor(COORDINATES[name])] * frequencies
-                    torch.testing.assert_close(turns[row, block], torch.stack([angles.cos(), angles.sin()]))
+                    torch.testing.assert_close(rotations[row, block], torch.stack([angles.cos(), angles.sin()]))
     assert cache.notes == []
 
 
@@ -192,7 +194,7 @@ def test_decoding_reads_what_a_dense_cache_would_compiled_or_not(name, rows):
     assert torch.equal(generate(compiled, inputs), tokens)
     assert all(line.status == "rewritten" for line in apack_compile.report(compiled).layers)
     said = apack_compile.report(compiled).keys
-    assert said == f"turned back to the start of their {BLOCK} slots, each pair by one of 3 coordinates"
+    assert said == f"rotated back to the start of their {BLOCK} slots, each pair by one of 3 coordinates"
     told = tokens[:, inputs["input_ids"].shape[1] :]
     cache, dense = apack_compile.new_cache(model, 8), DynamicCache(config=model.config.get_text_config())
     mask = inputs["attention_mask"]
@@ -279,8 +281,8 @@ def test_a_plan_keeps_its_coordinates_in_a_file(tmp_path):
     plan = apack_compile.plan_for(model, 200, 0.25)
     plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
-    assert loaded.turn.coordinates.dtype == torch.int64
-    assert loaded.turn.coordinates.tolist() == COORDINATES["qwen2_5_vl"]
+    assert loaded.rotation.coordinates.dtype == torch.int64
+    assert loaded.rotation.coordinates.tolist() == COORDINATES["qwen2_5_vl"]
     served = apack_compile.optimize(build("qwen2_5_vl"), plan=loaded, compile="none", strict=True)
     again = apack_compile.optimize(model, plan=plan, compile="none", strict=True)
     caches = [apack_compile.new_cache(one, 8) for one in (served, again)]
@@ -292,11 +294,12 @@ def test_a_plan_keeps_its_coordinates_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_fewer_components_explain_keys_turned_back_by_their_coordinates_than_by_their_index(name):
+def test_fewer_components_explain_keys_rotated_back_by_their_coordinates_than_by_their_index(name):
     model, inputs = build(name), [prompt([[30, *[2] * 20, 120]], seed=i) for i in range(2)]
-    turn, _ = find_turn(model, [0, 1], inputs[0], block=1)
+    rotation, _ = find_rotation(model, [0, 1], inputs[0], block=1)
     by_all, by_one = (
-        collect(Observations(model, [0, 1], inputs, t), coarse=())[0] for t in (turn, replace(turn, coordinates=None))
+        collect(Observations(model, [0, 1], inputs, t), coarse=())[0]
+        for t in (rotation, replace(rotation, coordinates=None))
     )
     for layer in range(2):
         for modality in ("vision", "text"):
@@ -366,7 +369,7 @@ def test_hooks_come_and_go_with_the_session():
     apack_compile.calibrate(model, prompt([[90, 80, 60]]))
     apack_compile.optimize(model, ratio=3, compile="none", strict=True, min_tokens=0)
     assert [len(module._forward_pre_hooks) for module in modules] == [1, 1]
-    assert apack_compile.plan_for(model, 200).turn.coordinate_count == 3
+    assert apack_compile.plan_for(model, 200).rotation.coordinate_count == 3
     apack_compile.optimize(model, AttentionPackConfig(ratio=3, key_block=0, compile="none", min_tokens=0))
     assert not any(module._forward_pre_hooks for module in modules)
     apack_compile.restore(model)
@@ -390,12 +393,12 @@ def test_a_model_may_change_its_dtype_after_calibration():
     cache = apack_compile.new_cache(model, 8)
     generate(model, {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}, past_key_values=cache)
     assert torch.equal(cache.index.coordinates.known, rope_index(model, inputs).permute(1, 2, 0).float())
-    assert cache.index.plan.turn.frequencies.dtype == torch.float32
+    assert cache.index.plan.rotation.frequencies.dtype == torch.float32
 
 
-def test_static_buffers_refuse_keys_that_turn_by_several_coordinates():
+def test_static_buffers_refuse_keys_that_rotate_by_several_coordinates():
     plan = apack_compile.plan_for(relative("qwen2_vl"), 200, 0.25)
-    with pytest.raises(ValueError, match=r"option plan: its keys turn by several coordinates .*key_block=0"):
+    with pytest.raises(ValueError, match=r"option plan: its keys rotate by several coordinates .*key_block=0"):
         OwnCaches(4.0, plan)
 
 
@@ -410,7 +413,7 @@ def test_known_coordinates_stay_when_more_follow():
     none = torch.zeros(2, 2, dtype=torch.bool)
     second = first.followed_by(more, none, 5)
     index = torch.arange(5).expand(2, -1)
-    assert torch.equal(second.at(index), first.at(index)), "stored keys were turned by these"
+    assert torch.equal(second.at(index), first.at(index)), "stored keys were rotated by these"
     assert second.at(torch.tensor([[5, 7], [5, 7]]))[..., 1].tolist() == [[20.0, 21.0]] * 2
     assert torch.equal(first.followed_by(more, ~none, 5).shift, first.shift), "padding says nothing"
     shortened = first.followed_by(more, none, 2)

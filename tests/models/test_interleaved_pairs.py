@@ -1,4 +1,4 @@
-"""Models whose rotary embedding turns interleaved pairs: relative keys end to end, eager, compiled and from a plan file."""
+"""Models whose rotary embedding rotates interleaved pairs: relative keys end to end, eager, compiled and from a plan file."""
 
 from dataclasses import replace
 from functools import cache
@@ -21,7 +21,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "initializer_range": 0.2,
 }
-# all 20 components of a head turn, or the first 10
+# all 20 components of a head rotate, or the first 10
 CONFIGS = {
     "cohere": lambda: CohereConfig(**SIZES),
     "glm4": lambda: Glm4Config(**SIZES, head_dim=20, pad_token_id=None),
@@ -50,8 +50,8 @@ def plan_of(name: str, ratio: float, key_block: int = 64) -> Plan:
     apack_compile.optimize(model, AttentionPackConfig(ratio=ratio, key_block=key_block, compile="none", min_tokens=0))
     apack_compile.calibrate(model, [inputs_of(seed) for seed in (1, 2)])
     plan = apack_compile.plan_for(model, TOKENS)
-    assert plan.turn.interleaved and plan.turn.block == key_block
-    assert plan.turn.frequencies.shape == ({"cohere": 10, "glm4": 5}[name],)
+    assert plan.rotation.interleaved and plan.rotation.block == key_block
+    assert plan.rotation.frequencies.shape == ({"cohere": 10, "glm4": 5}[name],)
     return plan
 
 
@@ -138,7 +138,7 @@ def test_chunks_and_single_tokens_give_the_models_keys_back(name):
 
 def test_a_plan_of_the_wrong_pairs_has_a_graph_of_its_own_and_fits_worse():
     plan = plan_of("cohere", 4)
-    other = replace(plan, turn=replace(plan.turn, interleaved=False))
+    other = replace(plan, rotation=replace(plan.rotation, interleaved=False))
     assert shape_of(plan) != shape_of(other)
     model = build("cohere")
     outs = []

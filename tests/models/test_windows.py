@@ -163,24 +163,24 @@ def test_compiled_and_eager_decode_agree_for_a_lossy_plan(name):
     assert statuses(model) == {"rewritten" if why_no_masks(model) is None else "packed"}
 
 
-def test_keys_turn_by_the_frequencies_of_their_layers():
+def test_keys_rotate_by_the_frequencies_of_their_layers():
     model = build("gemma3")
     apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt(200))
     keys = apack_compile.report(model).keys
     assert (
-        "full attention: turned back to the start of their 64 slots, by model.rotary_emb.full_attention_inv_freq"
+        "full attention: rotated back to the start of their 64 slots, by model.rotary_emb.full_attention_inv_freq"
         in keys
     )
     assert (
-        f"window of {WINDOW}: turned back to the start of their 16 slots, by model.rotary_emb.sliding_attention_inv_freq"
+        f"window of {WINDOW}: rotated back to the start of their 16 slots, by model.rotary_emb.sliding_attention_inv_freq"
         in keys
     )
     model = build("cohere2")
     apack_compile.optimize(model, ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, prompt(200))
     keys = apack_compile.report(model).keys
-    assert "full attention: stored as they are: they do not turn" in keys and f"window of {WINDOW}: turned" in keys
+    assert "full attention: stored as they are: they do not rotate" in keys and f"window of {WINDOW}: rotated" in keys
 
 
 def test_a_window_is_planned_for_its_own_tokens():

@@ -230,7 +230,7 @@ NOT_ATTENTION = {
         "copy_ writes into",
     ),
     "key not transposed": (lambda q, k, v, m, o: (q @ k.reshape(2, 3, 4, 5)).softmax(-1) @ v, "not transposed"),
-    "key turned wrongly": (
+    "key rotated wrongly": (
         lambda q, k, v, m, o: (q @ k.permute(0, 3, 2, 1).reshape(2, 3, 4, 5)).softmax(-1) @ v,
         "not transposed",
     ),

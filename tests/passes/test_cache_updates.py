@@ -210,10 +210,10 @@ def written_after(q, new, keys, values, at, each):
 
 
 def rotated(q, new, keys, values, at, each):
-    turned = torch.cat([-new[..., 2:], new[..., :2]], -1)
+    rotated = torch.cat([-new[..., 2:], new[..., :2]], -1)
     fresh = torch.empty_like(new)
     fresh[..., 0:2] = new[..., 2:]
-    return attend(q, turned + new, fresh)
+    return attend(q, rotated + new, fresh)
 
 
 NO_CACHE = {
@@ -320,8 +320,8 @@ class Repeating(nn.Module):
 
     def forward(self, q, new, at):
         with torch.no_grad():
-            turned = self.block(at)
-        self.keys.index_copy_(2, at, new * turned)
+            rotated = self.block(at)
+        self.keys.index_copy_(2, at, new * rotated)
         self.values[:, :, at] = new
         return attend(q.repeat_interleave(2, 1), repeat_kv(self.keys, 2), self.values.repeat_interleave(2, dim=1))
 

@@ -201,10 +201,10 @@ def with_coarse(state: State) -> State:
 
 
 @pytest.mark.parametrize(("relative", "pairs"), [(True, 0), (True, 3), (True, 4), (False, 0)])
-def test_three_packed_segments_and_their_turns_go_over(relative, pairs):
-    def attention(q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor, turns: list[Tensor]):
-        by = {"turns": turns, "block": 4, "interleaved_pairs": pairs} if relative else {}
-        text_by = {"text_turns": turns[-1], "block": 4} if relative else {}
+def test_three_packed_segments_and_their_rotations_go_over(relative, pairs):
+    def attention(q: Tensor, k: Tensor, v: Tensor, state: State, mask: Tensor, rotations: list[Tensor]):
+        by = {"rotations": rotations, "block": 4, "interleaved_pairs": pairs} if relative else {}
+        text_by = {"text_rotations": rotations[-1], "block": 4} if relative else {}
         stores = [*state.dense[2:], *state.codes[-4:]]
         lists = append_lists(stores, state.bases[-6:], state.bands[-8:], state.cursor, **text_by)
         torch.ops.apack.append(k, v, *lists)
@@ -213,14 +213,16 @@ def test_three_packed_segments_and_their_turns_go_over(relative, pairs):
 
     query, key, value, state, mask = Case().inputs()
     angles = [torch.randn(2, -(-slots.shape[1] // 4), 3) for slots in with_coarse(state).positions[1:]]
-    turns = [torch.stack([a.cos(), a.sin()], 2) for a in angles]
-    captured = capture(attention, query, key, value, with_coarse(state), mask, turns)
+    rotations = [torch.stack([a.cos(), a.sin()], 2) for a in angles]
+    captured = capture(attention, query, key, value, with_coarse(state), mask, rotations)
     (old,), _ = captured.run()
     rewritten(captured)
     assert (captured.count("apack::unpack"), captured.count("apack::attend")) == (0, 1)
     (new,), _ = captured.run()
     torch.testing.assert_close(new, old)
-    (without,), _ = capture(attention, query, key, value, with_coarse(state), mask, [x.roll(1, 2) for x in turns]).run()
+    (without,), _ = capture(
+        attention, query, key, value, with_coarse(state), mask, [x.roll(1, 2) for x in rotations]
+    ).run()
     assert torch.allclose(without, old) != relative
 
 

@@ -81,10 +81,10 @@ def through_a_view(query, key, value, keys, values, at, mask):
 
 
 def through_a_transpose(query, key, value, keys, values, at, mask):
-    turned = keys.transpose(1, 2)
-    turned[:, at] = key.transpose(1, 2)
+    rotated = keys.transpose(1, 2)
+    rotated[:, at] = key.transpose(1, 2)
     values.index_copy_(2, at, value)
-    return attend(query, turned.permute(0, 2, 1, 3), values, mask)
+    return attend(query, rotated.permute(0, 2, 1, 3), values, mask)
 
 
 def put_back(query, key, value, keys, values, at, mask):

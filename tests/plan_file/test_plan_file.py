@@ -18,7 +18,7 @@ from apack_compile.plan.file import versions
 from apack_compile.plan.importance import CoarseRule
 from apack_compile.plan.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan
 from apack_compile.plan.presets.lossless import lossless_plan
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 
 COUNTS = st.tuples(*[st.integers(0, 2)] * 4).filter(any)
 
@@ -50,9 +50,11 @@ def plans(draw) -> Plan:
             order = (4, 5, 0, 1, 2, 3) if tells_apart else range(4)
             bases[layer] = tuple(streams[i][1] for i in order)
     weights = {layer: torch.rand(2 * groups * width + 2 * 2, generator=generator) for layer in layers}
-    turn = None
+    rotation = None
     if scope == "model" and draw(st.booleans()):
-        turn = KeyTurn(torch.rand(draw(st.integers(1, 4)), generator=generator), 16, interleaved=draw(st.booleans()))
+        rotation = KeyRotation(
+            torch.rand(draw(st.integers(1, 4)), generator=generator), 16, interleaved=draw(st.booleans())
+        )
     return Plan(
         layers,
         draw(st.integers(32 if scope in FITTED_SCOPES else 0, 64)),
@@ -62,7 +64,7 @@ def plans(draw) -> Plan:
         draw(st.booleans()),
         (6, 2, 8, "torch.bfloat16"),
         Provenance(draw(st.none() | st.text())),
-        turn=turn,
+        rotation=rotation,
         coarse=CoarseRule(draw(st.sampled_from(("vision", "text"))), 0.6, weights) if tells_apart else None,
     )
 

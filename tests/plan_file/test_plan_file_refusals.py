@@ -130,11 +130,11 @@ def stream_change(**changes):
         (lambda values: values.update(signature=[1, 2, 16, "torch.float32"]), r"layers is \[0, 1\], must be .* 0 to 0"),
         (lambda values: values["layers"][1].update(layer=0), "not laid out as plan format 7"),
         (lambda values: values["layers"][1].update(layer=[1]), "not laid out as plan format 7"),
-        (lambda values: values["turn"].update(block=0), "turn block is 0, must be an integer >= 1"),
-        (lambda values: values["turn"].update(block="32"), "turn block is '32'"),
-        (lambda values: values["turn"].update(interleaved=1), "turn interleaved is 1, must be True or False"),
+        (lambda values: values["turn"].update(block=0), "rotation block is 0, must be an integer >= 1"),
+        (lambda values: values["turn"].update(block="32"), "rotation block is '32'"),
+        (lambda values: values["turn"].update(interleaved=1), "rotation interleaved is 1, must be True or False"),
         (lambda values: values["turn"].pop("interleaved"), "more than a plan"),
-        (lambda values: values.update(turn=None), "more than a plan"),
+        (lambda values: values.update(rotation=None), "more than a plan"),
         (lambda values: values["turn"].pop("block"), "not laid out"),
         (lambda values: values["layers"].pop(), "not laid out as plan format 7 says: .*more than a plan"),
         (lambda values: values.pop("groups"), "not laid out as plan format 7 says: KeyError"),
@@ -158,10 +158,10 @@ def test_values_that_make_no_plan_are_refused(plan, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("coordinates", "message"),
     [
-        (torch.tensor([0, 1, 2]), r"turn coordinates shape is \(3,\), must be \(8,\)"),
-        (torch.zeros(8), "turn coordinates dtype is torch.float32, must be torch.int64"),
-        (torch.full((8,), -1), r"turn coordinate is \(-1, -1\), must be from 0 to 7"),
-        (torch.tensor([0] * 7 + [8]), r"turn coordinate is \(0, 8\), must be from 0 to 7"),
+        (torch.tensor([0, 1, 2]), r"rotation coordinates shape is \(3,\), must be \(8,\)"),
+        (torch.zeros(8), "rotation coordinates dtype is torch.float32, must be torch.int64"),
+        (torch.full((8,), -1), r"rotation coordinate is \(-1, -1\), must be from 0 to 7"),
+        (torch.tensor([0] * 7 + [8]), r"rotation coordinate is \(0, 8\), must be from 0 to 7"),
     ],
 )
 def test_coordinates_that_make_no_plan_are_refused(plan, tmp_path, coordinates, message):
@@ -171,8 +171,8 @@ def test_coordinates_that_make_no_plan_are_refused(plan, tmp_path, coordinates, 
         Plan.load(path)
 
 
-def test_coordinates_without_a_turn_are_refused(plan, tmp_path):
-    still = replace(plan, turn=None)
+def test_coordinates_without_a_rotation_are_refused(plan, tmp_path):
+    still = replace(plan, rotation=None)
     write(tmp_path / "plan", values_of(still), {**tensors_of(still), "turn.coordinates": torch.zeros(8).long()})
     with pytest.raises(ValueError, match="more than a plan"):
         Plan.load(tmp_path / "plan")

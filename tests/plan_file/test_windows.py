@@ -73,7 +73,7 @@ def test_a_cache_made_by_hand_and_a_plan_saved_again_have_all_windows(plan, tmp_
     ]
     apack_compile.plan_for(model, 10).save(tmp_path / "again")
     assert_equal(Plan.load(tmp_path / "again"), plan)
-    assert "full attention: turned back" in apack_compile.report(model).keys
+    assert "full attention: rotated back" in apack_compile.report(model).keys
 
 
 def test_files_of_earlier_formats_load_as_they_did(plan, tmp_path):

@@ -1,4 +1,4 @@
-"""Preset "snapkv": what is kept over turns, drafts, beams and batches, and what a step reads."""
+"""Preset "snapkv": what is kept over rotations, drafts, beams and batches, and what a step reads."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_generated_tokens_stay_and_a_further_prompt_is_scored_anew():
             assert len(row) == -(-169 * 4 // 10) and row[-WINDOW:] == list(range(160, 169))
 
 
-def test_a_short_prompt_and_a_short_turn_lose_nothing():
+def test_a_short_prompt_and_a_short_rotation_lose_nothing():
     model = packing()
     cache = apack_compile.new_cache(model)
     out = greedy(model, {"input_ids": LONG["input_ids"][:, :WINDOW]}, 5, past_key_values=cache)

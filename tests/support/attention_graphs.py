@@ -263,10 +263,10 @@ def _written_between(what: str) -> Callable[..., Tensor]:
     return attention
 
 
-def _turned_key_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
-    turned = (repeat_kv(k, 2) * 0.5).mT.contiguous()
-    turned.mul_(2)
-    return torch.where(m, q @ turned, float("-inf")).softmax(-1) @ repeat_kv(v, 2)
+def _rotated_key_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
+    rotated = (repeat_kv(k, 2) * 0.5).mT.contiguous()
+    rotated.mul_(2)
+    return torch.where(m, q @ rotated, float("-inf")).softmax(-1) @ repeat_kv(v, 2)
 
 
 def _scaled_key_written(q: Tensor, k: Tensor, v: Tensor, m: Tensor, s: State) -> Tensor:
@@ -352,7 +352,7 @@ NEGATIVES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "query written in the attention": (_negative(_written_between("query")), "setitem may write l_query_"),
     "key written in the attention": (_negative(_written_between("key")), "setitem may write"),
     "mask written in the attention": (_negative(_written_between("mask")), "setitem may write l_mask_"),
-    "turned key written": (_negative(_turned_key_written), "mul_ may write contiguous|mul_ may write turned"),
+    "rotated key written": (_negative(_rotated_key_written), "mul_ may write contiguous|mul_ may write rotated"),
     "scaled key written": (_negative(_scaled_key_written), "mul_ may write"),
     "second append": (_appended_between, "append may write"),
     "cursor written": (_negative(_cursor_written), "add_ may write"),

@@ -34,8 +34,8 @@ def state(bands, heads, groups, head_dim, dtype, batch=2, sequences=1, scaled=Tr
     return dense, codes, bases, flat, positions, torch.tensor([700, 600, 10])
 
 
-def turns_of(slots, block, head_dim):
-    """Turns of a segment of relative keys, zeros."""
+def rotations_of(slots, block, head_dim):
+    """Rotations of a segment of relative keys, zeros."""
     return torch.zeros(2, slots // block + 1, 2, head_dim // 2)
 
 
@@ -52,16 +52,20 @@ def attend_with(bands, query_heads, heads, groups, head_dim, dtype, tiers=False,
             bands.components // 4,
             [0.2] * 4,
         )
-    turns = {"turns": [turns_of(x.shape[1], block, head_dim) for x in given[4][1:]], "block": block} if block else {}
-    state_lists.attend_with(attend)(query, new, new, mask, *given, None, *more, **turns)
+    rotations = (
+        {"rotations": [rotations_of(x.shape[1], block, head_dim) for x in given[4][1:]], "block": block}
+        if block
+        else {}
+    )
+    state_lists.attend_with(attend)(query, new, new, mask, *given, None, *more, **rotations)
 
 
 def append_with(bands, heads, head_dim, dtype, block=0):
     """Compile what one append launches, and encode."""
     dense, codes, bases, flat, _, cursor = state(bands, heads, 1, head_dim, dtype)
     new = torch.zeros(2, heads, 1, head_dim, dtype=dtype)
-    turns = {"text_turns": turns_of(256, block, head_dim), "block": block} if block else {}
-    state_lists.append_with(append)(new, new, dense[2:] + codes[4:], bases[6:], flat[8:], cursor, **turns)
+    rotations = {"text_rotations": rotations_of(256, block, head_dim), "block": block} if block else {}
+    state_lists.append_with(append)(new, new, dense[2:] + codes[4:], bases[6:], flat[8:], cursor, **rotations)
     quantize(torch.zeros(1, 1, 50, bands.components), torch.ones(1, 1, bands.components), bands, True)
 
 

@@ -29,13 +29,13 @@ def _product(q: Tensor, k: Tensor) -> Tensor:
     return torch.matmul(q, k.transpose(-2, -1))
 
 
-def _turned(*tensors: Tensor) -> list[Tensor]:
+def _rotated(*tensors: Tensor) -> list[Tensor]:
     """As they are after a permute of `[B, T, H, D]`."""
     return [x.transpose(1, 2).permute(0, 2, 1, 3) for x in tensors]
 
 
 def _half(q: Tensor, k: Tensor, v: Tensor, before: bool, dropout: float) -> Tensor:
-    q, k, v = (x.half() for x in _turned(q, k, v))
+    q, k, v = (x.half() for x in _rotated(q, k, v))
     score = (q / 2.0) @ k.transpose(-2, -1) if before else q @ k.transpose(-2, -1) / 2.0
     weight = torch.softmax(score.to(torch.float32), dim=-1)
     if dropout:
@@ -45,7 +45,7 @@ def _half(q: Tensor, k: Tensor, v: Tensor, before: bool, dropout: float) -> Tens
 
 
 def _filled(q: Tensor, k: Tensor, v: Tensor, ones: Tensor, before: bool, dropout: float) -> Tensor:
-    q, k, v = _turned(q, k, v)
+    q, k, v = _rotated(q, k, v)
     score = q.div(2.0) @ k.transpose(-2, -1) if before else (q @ k.transpose(-2, -1)).div(2.0)
     fill = torch.full((), -float("inf"), dtype=q.dtype, device=q.device)
     hidden = (ones == 0).view((q.size(0), 1, 1, k.size(-2))).expand_as(score)
@@ -65,7 +65,7 @@ def _gpt2(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
 
 
 def _t5(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rounded: bool, dropout: float) -> Tensor:
-    q, k, v = _turned(q, k, v)
+    q, k, v = _rotated(q, k, v)
     score = torch.matmul(q, k.permute(0, 1, 3, 2))
     if mask is not None:
         score = score + mask
@@ -84,7 +84,7 @@ def _mbart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _decomposed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    q, k, v = _turned(q, k, v)
+    q, k, v = _rotated(q, k, v)
     q, kt = torch.ops.aten.mul.Scalar(q, 0.5), torch.ops.aten.mul.Scalar(k.transpose(-2, -1), 0.5)
     score = q @ kt if mask is None else (q @ kt) + mask
     return torch.ops.aten._safe_softmax(score, -1) @ v
@@ -95,8 +95,8 @@ def _three_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(F.dropout(torch.bmm(q, k.transpose(1, 2)).softmax(dim=-1), p=0.1), v)
 
 
-def _turned_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = _turned(q, k, v)
+def _rotated_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = _rotated(q, k, v)
     return _product(q, k).div(2.0)
 
 
@@ -115,24 +115,25 @@ PATTERNS = {
     8: Pattern(lambda q, k, v, m, o: _half(q, k, v, False, 0.0)),
     9: Pattern(lambda q, k, v, m, o: _half(q, k, v, True, 0.1), scale=1.0, dropout=0.1),
     10: Pattern(lambda q, k, v, m, o: _half(q, k, v, True, 0.0), scale=1.0),
-    11: Pattern(lambda q, k, v, m, o: _turned_scaled(q, k, v).softmax(dim=-1).matmul(*_turned(v))),
+    11: Pattern(lambda q, k, v, m, o: _rotated_scaled(q, k, v).softmax(dim=-1).matmul(*_rotated(v))),
     12: Pattern(
-        lambda q, k, v, m, o: F.dropout(_turned_scaled(q, k, v).softmax(dim=-1), p=0.1).matmul(*_turned(v)), dropout=0.1
+        lambda q, k, v, m, o: F.dropout(_rotated_scaled(q, k, v).softmax(dim=-1), p=0.1).matmul(*_rotated(v)),
+        dropout=0.1,
     ),
     13: Pattern(lambda q, k, v, m, o: _three_dimensions(q, k, v), scale=1.0, dropout=0.1, grouped=True),
     14: Pattern(
-        lambda q, k, v, m, o: (_turned_scaled(q, k, v) + m).softmax(dim=-1).matmul(*_turned(v)), masks=("Added",)
+        lambda q, k, v, m, o: (_rotated_scaled(q, k, v) + m).softmax(dim=-1).matmul(*_rotated(v)), masks=("Added",)
     ),
     15: Pattern(lambda q, k, v, m, o: _filled(q, k, v, o, False, 0.0), masks=("Filled",)),
     16: Pattern(
         lambda q, k, v, m, o: (
-            F.dropout((_turned_scaled(q, k, v) + m).softmax(dim=-1), 0.1).to(dtype=q.dtype).matmul(*_turned(v))
+            F.dropout((_rotated_scaled(q, k, v) + m).softmax(dim=-1), 0.1).to(dtype=q.dtype).matmul(*_rotated(v))
         ),
         masks=("Added",),
         dropout=0.1,
     ),
     17: Pattern(lambda q, k, v, m, o: _filled(q, k, v, o, False, 0.1), masks=("Filled",), dropout=0.1),
-    18: Pattern(lambda q, k, v, m, o: _gpt2(*_turned(q, k, v), None), masks=("Filled",), dropout=0.1),
+    18: Pattern(lambda q, k, v, m, o: _gpt2(*_rotated(q, k, v), None), masks=("Filled",), dropout=0.1),
     19: Pattern(lambda q, k, v, m, o: _gpt2(q, k, v, m), masks=("Filled", "Added"), dropout=0.1),
     20: Pattern(lambda q, k, v, m, o: _filled(q, k, v, o, True, 0.1), scale=1.0, masks=("Filled",), dropout=0.1),
     21: Pattern(lambda q, k, v, m, o: _t5(q, k, v, m, True, 0.0), scale=1.0, masks=("Added",)),

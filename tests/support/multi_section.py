@@ -48,7 +48,7 @@ TOKENS = {
 
 
 def text(section: list[int], **others: Any) -> dict[str, Any]:
-    """Settings of a language model whose pairs turn by coordinates in these shares."""
+    """Settings of a language model whose pairs rotate by coordinates in these shares."""
     return {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": section, "rope_theta": 1e4, **others}}
 
 
@@ -73,7 +73,7 @@ def qwen2_5_vl() -> Any:
 
 
 def qwen3_vl() -> Any:
-    """Sections interleaved, keys normalised before they turn."""
+    """Sections interleaved, keys normalised before they rotate."""
     vision = {**VISION, "out_hidden_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     return Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(text_config=text([4, 2, 2], mrope_interleaved=True), vision_config=vision, **TOKENS)
@@ -81,7 +81,7 @@ def qwen3_vl() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
-# Which of time, height and width each of the 8 pairs of a head turns by.
+# Which of time, height and width each of the 8 pairs of a head rotates by.
 COORDINATES = {
     "qwen2_vl": [0, 0, 1, 1, 1, 2, 2, 2],
     "qwen2_5_vl": [0, 1, 1, 2, 2, 2, 2, 2],

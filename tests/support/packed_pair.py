@@ -13,13 +13,13 @@ from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.format import Bands
 from apack_compile.kernels.heads import to_groups
-from apack_compile.kernels.turns import turned
+from apack_compile.kernels.rotations import rotated
 from apack_compile.plan.basis import fit, moments
 from apack_compile.plan.importance import CoarseRule
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
-from apack_compile.plan.rotation import KeyTurn, deinterleaved_keys, turns_at
+from apack_compile.plan.rotation import KeyRotation, deinterleaved_keys, rotations_at
 from apack_compile.plan.source import PlanSource
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
@@ -34,14 +34,16 @@ def states_of(tokens: Tensor, layer: int, stream: int, dtype: torch.dtype) -> Te
     return x.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2).to(dtype)
 
 
-def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None, coarse: str | None = None) -> Plan:
+def model_plan(
+    tail_slots: int, groups: int = 1, rotation: KeyRotation | None = None, coarse: str | None = None
+) -> Plan:
     """Model-scoped bases that keep every direction the tokens have, in 8 bits."""
 
     def seen(layer: int, stream: int) -> Tensor:
         states = states_of(sample, layer, stream, torch.float32)
-        if stream or turn is None:
+        if stream or rotation is None:
             return states
-        return turned(deinterleaved_keys(states, turn), turns_at(torch.arange(400), turn.frequencies))
+        return rotated(deinterleaved_keys(states, rotation), rotations_at(torch.arange(400), rotation.frequencies))
 
     width = WIDTH // groups
     bands = Bands((0, width, 0, 0))
@@ -56,12 +58,14 @@ def model_plan(tail_slots: int, groups: int = 1, turn: KeyTurn | None = None, co
     if coarse is not None:
         weights = torch.randn(LAYERS, 2 * (WIDTH + HEADS), generator=torch.Generator().manual_seed(6))
         rule = CoarseRule(coarse, 0.6, dict(enumerate(weights)))
-    return Plan(dict.fromkeys(range(LAYERS), streams), tail_slots, groups=groups, bases=bases, turn=turn, coarse=rule)
+    return Plan(
+        dict.fromkeys(range(LAYERS), streams), tail_slots, groups=groups, bases=bases, rotation=rotation, coarse=rule
+    )
 
 
-def several_coordinates() -> KeyTurn:
-    """Pairs that turn by one of three coordinates each."""
-    return KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4, coordinates=torch.tensor([2, 0, 1]))
+def several_coordinates() -> KeyRotation:
+    """Pairs that rotate by one of three coordinates each."""
+    return KeyRotation(torch.tensor([1.0, 0.3, 0.05]), block=4, coordinates=torch.tensor([2, 0, 1]))
 
 
 RANKS = {f"{modality}_{stream}": RANK for modality in ("vision", "text") for stream in ("key", "value")}
@@ -69,11 +73,11 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "lossless": lambda: lossless_plan(range(LAYERS)),
     "no tail": lambda: model_plan(0),
     "tail": lambda: model_plan(8, groups=2),
-    "relative": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4)),
-    "interleaved": lambda: model_plan(3, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), 4, interleaved=True)),
-    "several coordinates": lambda: model_plan(3, turn=several_coordinates()),
-    "coarse several": lambda: model_plan(0, turn=several_coordinates(), coarse="vision"),
-    "coarse text": lambda: model_plan(0, turn=KeyTurn(torch.tensor([1.0, 0.3, 0.05]), block=4), coarse="text"),
+    "relative": lambda: model_plan(3, rotation=KeyRotation(torch.tensor([1.0, 0.3, 0.05]), block=4)),
+    "interleaved": lambda: model_plan(3, rotation=KeyRotation(torch.tensor([1.0, 0.3, 0.05]), 4, interleaved=True)),
+    "several coordinates": lambda: model_plan(3, rotation=several_coordinates()),
+    "coarse several": lambda: model_plan(0, rotation=several_coordinates(), coarse="vision"),
+    "coarse text": lambda: model_plan(0, rotation=KeyRotation(torch.tensor([1.0, 0.3, 0.05]), block=4), coarse="text"),
     "coarse vision": lambda: model_plan(5, groups=2, coarse="vision"),
     "batch": lambda: attentionpack_plan(
         range(LAYERS), RANKS, MAX_APPEND, AttentionPackOptions(1.0, 1.0, basis="batch")

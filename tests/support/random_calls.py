@@ -57,18 +57,18 @@ class Case:
 
 @dataclass
 class Call:
-    """Arguments of attend, in order; what says how keys were turned by name."""
+    """Arguments of attend, in order; what says how keys were rotated by name."""
 
     arguments: list
     tiers: list
-    turns: dict
+    rotations: dict
 
     def copy(self, dtype: torch.dtype | None = None) -> "Call":
         """The same call on its own memory; with `dtype`, query in that dtype (which is the one the reference computes in)."""
         query, *others = self.arguments
         query = query.clone() if dtype is None else query.to(dtype)
-        turns = {name: _clone(x) for name, x in self.turns.items()}
-        return Call([query, *(_clone(x) for x in others)], [_clone(x) for x in self.tiers], turns)
+        rotations = {name: _clone(x) for name, x in self.rotations.items()}
+        return Call([query, *(_clone(x) for x in others)], [_clone(x) for x in self.tiers], rotations)
 
 
 def _clone(x):
@@ -145,17 +145,17 @@ def build(case: Case) -> Call:
         keep[0, 0, 0] = False  # a row that may attend nothing
         mask = keep if case.mask == "bool" else normal(*extent, length).masked_fill(~keep, float("-inf"))
     arguments = [query, key, value, mask, dense, codes, bases, bands, positions, cursor, None]
-    turns: dict = {}
+    rotations: dict = {}
     if case.block and None not in case.streams[::2]:
         pairs = max(case.head_dim // 3, 1)
         sharing = torch.tensor(case.sharing)[torch.arange(pairs) % len(case.sharing)]
         angles = [shared_angles(normal(batch, slots // case.block + 1, pairs), sharing) for slots in case.slots]
-        turns = {"turns": [torch.stack([a.cos(), a.sin()], 2) for a in angles], "block": case.block}
+        rotations = {"rotations": [torch.stack([a.cos(), a.sin()], 2) for a in angles], "block": case.block}
     if not case.tiers:
-        return Call(arguments, [], turns)
+        return Call(arguments, [], rotations)
     read = torch.randint(0, case.vision + 1, (batch, 2), generator=g).sort(1).values.to(torch.int32)
     importance = [torch.rand(batch, p.shape[1], generator=g) for p in positions[1:]]
-    return Call(arguments, [*importance, read, case.partial, [0.25, 0.75, 1.0, 1.0]], turns)
+    return Call(arguments, [*importance, read, case.partial, [0.25, 0.75, 1.0, 1.0]], rotations)
 
 
 def shared_angles(angles: torch.Tensor, sharing: torch.Tensor) -> torch.Tensor:

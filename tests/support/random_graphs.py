@@ -267,7 +267,7 @@ class _Generator:
         """Scaled and masked scores in one of many spellings."""
         scale = 0.3
         how = self.random.choice(
-            ["mul", "div", "rmul", "mul_", "query", "query div", "key", "turned key", "both", "full", "none"]
+            ["mul", "div", "rmul", "mul_", "query", "query div", "key", "rotated key", "both", "full", "none"]
         )
         if how in ("query", "query div", "both"):
             root = math.sqrt(scale) if how == "both" else scale
@@ -281,13 +281,15 @@ class _Generator:
             letters = self.random.choice(["bhqd,bhkd->bhqk", "b n i d, b n j d -> b n i j"])
             scores = self.call(torch.einsum, letters, query, keys)
         else:
-            turn = self.random.choice([("transpose", -2, -1), ("transpose", 2, 3), ("permute", 0, 1, 3, 2), "mT"])
-            turned = self.call(getattr, keys, "mT") if turn == "mT" else self.call(turn[0], keys, *turn[1:])
-            turned = self.call(operator.mul, turned, scale) if how == "turned key" else turned
-            turned = self.call("contiguous", turned) if self.chance(0.2) else turned
+            rotation = self.random.choice([("transpose", -2, -1), ("transpose", 2, 3), ("permute", 0, 1, 3, 2), "mT"])
+            rotated = (
+                self.call(getattr, keys, "mT") if rotation == "mT" else self.call(rotation[0], keys, *rotation[1:])
+            )
+            rotated = self.call(operator.mul, rotated, scale) if how == "rotated key" else rotated
+            rotated = self.call("contiguous", rotated) if self.chance(0.2) else rotated
             if self.chance(0.03):
-                self.write(turned)
-            scores = self.call(self.random.choice([torch.matmul, operator.matmul, "matmul"]), query, turned)
+                self.write(rotated)
+            scores = self.call(self.random.choice([torch.matmul, operator.matmul, "matmul"]), query, rotated)
         if how == "full":
             scores = self.call(operator.truediv, scores, self.call(torch.full, (), 1 / scale))
         elif how in ("mul", "rmul", "mul_", "div"):

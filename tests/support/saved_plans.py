@@ -52,7 +52,7 @@ def prompt(seed: int, vision: int = 90) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(found: Plan, expected: Plan) -> None:
-    others = {"bases": {}, "provenance": Provenance(), "turn": None, "coarse": None, "windows": {}}
+    others = {"bases": {}, "provenance": Provenance(), "rotation": None, "coarse": None, "windows": {}}
     assert list(found.windows) == list(expected.windows)
     assert replace(found, **others) == replace(expected, **others)
     assert (found.coarse is None) == (expected.coarse is None)
@@ -60,11 +60,14 @@ def assert_equal(found: Plan, expected: Plan) -> None:
         assert (found.coarse.modality, found.coarse.share) == (expected.coarse.modality, expected.coarse.share)
         assert set(found.coarse.weights) == set(expected.coarse.weights)
         assert all(torch.equal(w, expected.coarse.weights[i]) for i, w in found.coarse.weights.items())
-    assert (found.turn is None) == (expected.turn is None)
-    if expected.turn is not None:
-        assert (found.turn.block, found.turn.interleaved) == (expected.turn.block, expected.turn.interleaved)
-        assert torch.equal(found.turn.frequencies, expected.turn.frequencies)
-        assert (found.turn.coordinates is None) == (expected.turn.coordinates is None)
+    assert (found.rotation is None) == (expected.rotation is None)
+    if expected.rotation is not None:
+        assert (found.rotation.block, found.rotation.interleaved) == (
+            expected.rotation.block,
+            expected.rotation.interleaved,
+        )
+        assert torch.equal(found.rotation.frequencies, expected.rotation.frequencies)
+        assert (found.rotation.coordinates is None) == (expected.rotation.coordinates is None)
     for window, part in expected.windows.items():
         assert_equal(found.windows[window], part)
     assert found.provenance.calibrated_on == expected.provenance.calibrated_on

@@ -24,7 +24,7 @@ def state_of(
     bands: Sequence[int],
     positions: Sequence,
     cursor: Any,
-    turns: Sequence | None = None,
+    rotations: Sequence | None = None,
     block: int = 0,
     interleaved_pairs: int = 0,
 ) -> PackedState:
@@ -32,29 +32,29 @@ def state_of(
     streams = streams_of(codes, bases, bands)
     pairs = list(zip(streams[::2], streams[1::2], strict=True))
     kinds = (COARSE, VISION, TEXT)[-len(pairs) :]
-    turned = turns or [None] * len(pairs)
+    rotated = rotations or [None] * len(pairs)
     segments = [
-        Segment(kind, *pair, p, by) for kind, pair, p, by in zip(kinds, pairs, positions[1:], turned, strict=True)
+        Segment(kind, *pair, p, by) for kind, pair, p, by in zip(kinds, pairs, positions[1:], rotated, strict=True)
     ]
     first, tail = DenseSegment(dense[0], dense[1]), DenseSegment(dense[2], dense[3])
-    return PackedState(tuple(segments), first, positions[0], tail, cursor, block if turns else 0, interleaved_pairs)
+    return PackedState(tuple(segments), first, positions[0], tail, cursor, block if rotations else 0, interleaved_pairs)
 
 
 def append_lists(
-    stores: Sequence, bases: Sequence, bands: Sequence[int], cursor: Any, text_turns: Any = None, block: int = 0
+    stores: Sequence, bases: Sequence, bands: Sequence[int], cursor: Any, text_rotations: Any = None, block: int = 0
 ) -> tuple[list, list, list[int]]:
     """Arguments of append; stores: keys and values of the tail, codes and token scales of the text."""
-    dense, turns = [None, None, *stores[:2]], None if text_turns is None else [text_turns]
-    return state_of(dense, stores[2:], bases, bands, [None, None], cursor, turns, block).to_append()
+    dense, rotations = [None, None, *stores[:2]], None if text_rotations is None else [text_rotations]
+    return state_of(dense, stores[2:], bases, bands, [None, None], cursor, rotations, block).to_append()
 
 
 def attend_with(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`attend`, or `attend_tiers`, that is given such lists."""
 
     def attend(
-        query, key, value, mask, dense, codes, bases, bands, positions, cursor, scale, *tiers, **turns
+        query, key, value, mask, dense, codes, bases, bands, positions, cursor, scale, *tiers, **rotations
     ) -> Tensor:
-        state = state_of(dense, codes, bases, bands, positions, cursor, **turns)
+        state = state_of(dense, codes, bases, bands, positions, cursor, **rotations)
         return function(query, key, value, mask, *state.flatten(), scale, *tiers)
 
     return attend
@@ -63,8 +63,10 @@ def attend_with(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def unpack_with(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """`unpack` that is given such lists."""
 
-    def unpack(key, value, dense, codes, bases, bands, positions, cursor, tokens, **turns) -> tuple[Tensor, Tensor]:
-        return function(key, value, *state_of(dense, codes, bases, bands, positions, cursor, **turns).flatten(), tokens)
+    def unpack(key, value, dense, codes, bases, bands, positions, cursor, tokens, **rotations) -> tuple[Tensor, Tensor]:
+        return function(
+            key, value, *state_of(dense, codes, bases, bands, positions, cursor, **rotations).flatten(), tokens
+        )
 
     return unpack
 
@@ -72,7 +74,7 @@ def unpack_with(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[...,
 def append_with(function: Callable[..., None]) -> Callable[..., None]:
     """`append` that is given such lists."""
 
-    def append(key, value, stores, bases, bands, cursor, **turns) -> None:
-        function(key, value, *append_lists(stores, bases, bands, cursor, **turns))
+    def append(key, value, stores, bases, bands, cursor, **rotations) -> None:
+        function(key, value, *append_lists(stores, bases, bands, cursor, **rotations))
 
     return append

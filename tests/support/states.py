@@ -59,7 +59,7 @@ class State:
     real: Tensor
     generator: torch.Generator
     packed: int
-    turned: dict
+    rotated: dict
 
     @property
     def stored(self) -> tuple:
@@ -70,8 +70,8 @@ class State:
         return self.dense[2:] + self.codes[-4:], self.bases[-6:], self.bands[-8:], self.cursor
 
     @property
-    def turned_text(self) -> dict:
-        return {"text_turns": self.turned["turns"][-1], "block": self.turned["block"]} if self.turned else {}
+    def rotated_text(self) -> dict:
+        return {"text_rotations": self.rotated["rotations"][-1], "block": self.rotated["block"]} if self.rotated else {}
 
     @property
     def held(self) -> int:
@@ -85,8 +85,8 @@ def padded_indices(flags: Tensor) -> Tensor:
     return torch.stack([torch.nn.functional.pad(row, (0, most - len(row)), value=-1) for row in rows])
 
 
-def turn_tables(shape: Shape, index: list[Tensor], generator: torch.Generator) -> dict:
-    """Random turns for the blocks of slots of each packed segment; none when the shape has no block."""
+def rotation_tables(shape: Shape, index: list[Tensor], generator: torch.Generator) -> dict:
+    """Random rotations for the blocks of slots of each packed segment; none when the shape has no block."""
     if not shape.block:
         return {}
     pairs = int(torch.randint(1, shape.head_dim // 2 + 1, (), generator=generator))
@@ -95,16 +95,16 @@ def turn_tables(shape: Shape, index: list[Tensor], generator: torch.Generator) -
         for count in index[1:]
     ]
     dtype = torch.promote_types(shape.dtype, torch.float32)
-    return {"turns": [torch.stack([a.cos(), a.sin()], dim=2).to(dtype) for a in angles], "block": shape.block}
+    return {"rotations": [torch.stack([a.cos(), a.sin()], dim=2).to(dtype) for a in angles], "block": shape.block}
 
 
-def rotation(turns: dict, segment: int, batch: int, slot: int) -> tuple[Tensor, Tensor]:
+def rotation(rotations: dict, segment: int, batch: int, slot: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine `[P]` of one slot of a packed segment; -1 is text."""
-    return turns["turns"][segment][batch, slot // turns["block"]]
+    return rotations["rotations"][segment][batch, slot // rotations["block"]]
 
 
 def rotated(x: Tensor, by: tuple[Tensor, Tensor], sign: int) -> Tensor:
-    """Heads `[H, D]` turned pair by pair."""
+    """Heads `[H, D]` rotated pair by pair."""
     x, pairs = x.clone(), len(by[0])
     for i in range(pairs):
         one, other = x[:, i].clone(), x[:, i + pairs].clone()
@@ -113,14 +113,14 @@ def rotated(x: Tensor, by: tuple[Tensor, Tensor], sign: int) -> Tensor:
     return x
 
 
-def each_slot(x: Tensor, turns: dict, segment: int, slots: list[int], sign: int) -> Tensor:
-    """Keys `[B, H, n, D]` of the given slots, turned one by one."""
-    if not turns:
+def each_slot(x: Tensor, rotations: dict, segment: int, slots: list[int], sign: int) -> Tensor:
+    """Keys `[B, H, n, D]` of the given slots, rotated one by one."""
+    if not rotations:
         return x
     x = x.clone()
     for b in range(len(x)):
         for i, slot in enumerate(slots):
-            x[b, :, i] = rotated(x[b, :, i], rotation(turns, segment, b, slot), sign)
+            x[b, :, i] = rotated(x[b, :, i], rotation(rotations, segment, b, slot), sign)
     return x
 
 
@@ -145,12 +145,12 @@ def build(shape: Shape) -> State:
     dense = [gathered(x, index[0]) for x in tokens]
     dense += [x.new_zeros(batch, shape.heads, shape.tail, shape.head_dim) for x in tokens]
     codes, bases, bands = [], [], []
-    turns = turn_tables(shape, index, generator)
+    rotations = rotation_tables(shape, index, generator)
     expected = [torch.where(first[:, None, :, None], x, 0) for x in tokens]
     for i in range(2 * len(index) - 2):
         segment = 1 + i // 2
         x, slots = gathered(tokens[i % 2], index[segment]), list(range(index[segment].shape[1]))
-        by = {} if i % 2 else turns
+        by = {} if i % 2 else rotations
         x = to_groups(each_slot(x, by, i // 2, slots, -1), shape.groups)
         count = Bands(shape.bands[i])
         if shape.scope == "as is":
@@ -180,14 +180,14 @@ def build(shape: Shape) -> State:
     positions = [p.to(torch.int32) for p in positions]
     cursor = torch.tensor([n, n, n - index[-1].shape[1]])
     none = tokens[0][:, :, :0]
-    return State(none, none, dense, codes, bases, bands, positions, cursor, expected, real, generator, n, turns)
+    return State(none, none, dense, codes, bases, bands, positions, cursor, expected, real, generator, n, rotations)
 
 
 def append(state: State, shape: Shape, count: int) -> None:
     """Append `count` random tokens, and to the dense model as well."""
     size = (shape.batch, shape.heads, count, shape.head_dim)
     state.key, state.value = (torch.randn(size, generator=state.generator).to(shape.dtype) for _ in range(2))
-    APPEND(state.key, state.value, *state.appended, **state.turned_text)
+    APPEND(state.key, state.value, *state.appended, **state.rotated_text)
     held, packed = state.held, int(state.cursor[1])
     for i, new in enumerate((state.key, state.value)):
         exact = torch.cat([state.expected[i], new], dim=2)
@@ -197,7 +197,7 @@ def append(state: State, shape: Shape, count: int) -> None:
                 StreamBasis(*state.bases[-6:][3 * i : 3 * i + 3]),
                 Bands(tuple(state.bands[-8:][4 * i : 4 * i + 4])),
             )
-            by = {} if i else state.turned
+            by = {} if i else state.rotated
             slots = [position - int(state.cursor[2]) for position in range(pushed.start, pushed.stop)]
             leaving = each_slot(exact[:, :, pushed], by, -1, slots, -1)
             coded = encode(to_groups(leaving, shape.groups), basis, bands, shape.token_scale)

@@ -12,10 +12,10 @@ from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
-from apack_compile.plan.rotation import KeyTurn
+from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.source import PlanSource
 
-TURN = torch.tensor([1.0, 0.3, 0.05])
+ROTATION = torch.tensor([1.0, 0.3, 0.05])
 # Of each layer, by which tokens it sees.
 WINDOWS: dict[str, tuple[int | None, ...]] = {
     "sliding": (12, 12),
@@ -31,16 +31,19 @@ def plan_of(name: str, layers: list[int]) -> Plan:
         return lossless_plan(layers)
     if name == "sequence":
         return attentionpack_plan(layers, RANKS, tail_slots=32)
-    tail, turn = {
+    tail, rotation = {
         "no tail": (0, None),
         "tail": (5, None),
-        "relative": (0, KeyTurn(TURN, block=4)),
-        "relative tail": (3, KeyTurn(TURN, block=4)),
-        "interleaved": (3, KeyTurn(TURN, block=8, interleaved=True)),
+        "relative": (0, KeyRotation(ROTATION, block=4)),
+        "relative tail": (3, KeyRotation(ROTATION, block=4)),
+        "interleaved": (3, KeyRotation(ROTATION, block=8, interleaved=True)),
     }[name]
-    plan = model_plan(tail, turn=turn)
+    plan = model_plan(tail, rotation=rotation)
     return Plan(
-        {layer: plan.layers[layer] for layer in layers}, tail, bases={i: plan.bases[i] for i in layers}, turn=turn
+        {layer: plan.layers[layer] for layer in layers},
+        tail,
+        bases={i: plan.bases[i] for i in layers},
+        rotation=rotation,
     )
 
 
