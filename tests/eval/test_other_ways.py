@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import llama, text, tokenizer, tokens
+from tiny_llama import llama, text, tokenizer, tokens
 from transformers import Trainer, TrainingArguments, pipeline
 
 import apack_compile

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tiny import llama, text, tokenizer, tokens
+from tiny_llama import llama, text, tokenizer, tokens
 
 import apack_compile
 from apack_compile import AttentionPackConfig

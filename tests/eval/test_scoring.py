@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import dense_scores, gemma3, gpt2, jamba, lfm2, llama, qwen3_next, tokens
+from tiny_llama import dense_scores, gemma3, gpt2, jamba, lfm2, llama, qwen3_next, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import apack_compile

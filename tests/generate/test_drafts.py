@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from llava_and_draft import calibrated, draft, greedy, llava, picture
 from preset_rows import TIERED_PRESETS
-from small import calibrated, draft, greedy, llava, picture
 from vlms import IMAGE, build
 
 import apack_compile

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import calibrated, llava
+from llava_and_draft import calibrated, llava
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import apack_compile

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from small import calibrated, greedy, llava, picture
+from llava_and_draft import calibrated, greedy, llava, picture
 from torch._dynamo.utils import counters
 
 import apack_compile

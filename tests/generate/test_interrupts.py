@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
+from llava_and_draft import calibrated, greedy, llava, picture
 from preset_rows import EVERY_PRESET
-from small import calibrated, greedy, llava, picture
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from small import calibrated, greedy, llava, picture
+from llava_and_draft import calibrated, greedy, llava, picture
 from vlms import build
 
 import apack_compile

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from modes import DENSE, HUB, MODES, REFUSED, WORKS, table
-from small import calibrated, greedy, llava, picture
+from generate_modes import DENSE, HUB, MODES, REFUSED, WORKS, table
+from llava_and_draft import calibrated, greedy, llava, picture
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import CompileConfig, ContinuousBatchingManager, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from llava_and_draft import calibrated, greedy, llava, picture
 from preset_rows import EVERY_PRESET
-from small import calibrated, greedy, llava, picture
 
 import apack_compile
 

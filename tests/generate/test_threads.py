@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from small import calibrated, greedy, llava, picture
+from llava_and_draft import calibrated, greedy, llava, picture
 
 import apack_compile
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from llava_and_draft import greedy, llava, picture
 from preset_rows import PRESET_ROWS
-from small import greedy, llava, picture
 from vlms import IMAGE, build, prompt
 
 import apack_compile

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import greedy, llava, picture
+from llava_and_draft import greedy, llava, picture
 from vlms import IMAGE
 
 import apack_compile

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from plain import PlainAttentionPack, PlainAVL, PlainMethod, PlainSnapKV
+from preset_papers import PlainAttentionPack, PlainAVL, PlainMethod, PlainSnapKV
 
 from apack_compile.plan.presets import PRESETS, AttentionPackOptions, AVLOptions, SnapKVOptions
 

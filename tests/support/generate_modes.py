@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from small import draft
+from llava_and_draft import draft
 from transformers import DynamicCache, TextIteratorStreamer
 
 WORKS, DENSE, REFUSED, HUB = "works", "dense, as asked for", "refused", "not in transformers"
