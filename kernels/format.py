@@ -21,7 +21,7 @@ class Band(NamedTuple):
 
     distortion: relative squared error at that step. headroom: a token's scale is taken this much higher than its coefficients ask for:
     on tokens unlike the calibration's, clipping costs more than a coarser step (docs/notes/quality.md). unpack_operations: integer
-    operations that rotate a code into a number: a float16 needs none, a whole byte is placed, a part of one is also masked.
+    operations that make a number of a code: a float16 needs none, a whole byte is placed, a part of one is also masked.
     """
 
     bits: int

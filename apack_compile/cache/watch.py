@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apack_compile.cache.stored_states import ARGUMENTS, ATTENTION
 from apack_compile.kernels.autocast import without_autocast
+from apack_compile.plan.tiers import Prompt
 
 if TYPE_CHECKING:
     from apack_compile.cache.cache import CompactedCache
@@ -70,7 +71,8 @@ class Watch:
         rows = newest_rows(self.newest, rule.queries, len(query), padding, query.device)
         attention = newest_attention(query, key, mask, scale, rows)
         first = rows.masked_fill(rows < 0, self.tokens).amin(1)
-        self.cache.settle(self.layer, rule.importance(attention, first + key.shape[2] - self.tokens))
+        prompt = Prompt(attention, first + key.shape[2] - self.tokens, key)
+        self.cache.settle(self.layer, rule.importance(prompt))
         return out
 
     def _without_evicted(self, named: dict[str, Any]) -> Tensor | None:

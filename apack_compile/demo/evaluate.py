@@ -77,13 +77,11 @@ def calibration_inputs(tokenizer: Any, pictures: Sequence[Sequence[Question]], i
     start = tokens = 0
     while tokens < CALIBRATION_TOKENS or len(inputs) < CALIBRATION_PROMPTS:
         size = sizes[len(inputs) % len(sizes)]
-        rotations = [group[0] for group in pictures[start : start + size]]
-        if len(rotations) < size:
+        turns = [group[0] for group in pictures[start : start + size]]
+        if len(turns) < size:
             break
-        ids = build_dialogue(tokenizer, rotations)
-        inputs.append(
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": load_pixels(rotations)}
-        )
+        ids = build_dialogue(tokenizer, turns)
+        inputs.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": load_pixels(turns)})
         start, tokens = start + size, tokens + ids.shape[1]
     return inputs
 
@@ -196,12 +194,12 @@ def decode_time_ratio(
     for cache in caches.values():
         read_pictures(model, prompt, pixels, cache)
     seconds: dict[str, list[float]] = {name: [] for name in caches}
-    for rotation in range(rounds + 1):
+    for turn in range(rounds + 1):
         for name, cache in list(caches.items()):
             clock = StepClock()
             generate(model, prompt, cache, max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, streamer=clock)
             caches[name] = forget_question(model, prompt, pixels, cache, makers[name])
-            if rotation > 0:
+            if turn > 0:
                 seconds[name] += clock.steps()
     return median(seconds["packed"]) / median(seconds["dense"])
 

@@ -24,7 +24,7 @@ class KeyRotation:
     """How keys rotate with their position.
 
     frequencies: radians a position, float32 `[P]`; component i of a head rotates with component i + P or, interleaved, component 2 i
-    with 2 i + 1. block: slots that share an anchor. coordinates: int64 `[P]`, by which of a token's coordinates each pair rotates by; None
+    with 2 i + 1. block: slots that share an anchor. coordinates: int64 `[P]`, which of a token's coordinates each pair rotates by; None
     where there is only one.
     """
 

@@ -10,6 +10,19 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a preset sees of a prompt that was read, and of the tokens before it.
+
+    attention: `[B, R, T]`, what its R newest tokens pay to each token, mean over heads. oldest: position `[B]` of the first of the R.
+    key: `[B, H_kv, T, D]`, as the model has them.
+    """
+
+    attention: Tensor
+    oldest: Tensor
+    key: Tensor
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Slots whose tokens compete to be kept, `[B, N]` each.
 
@@ -94,9 +107,9 @@ class TierRule:
         """Share of a modality's tokens that a step reads."""
         return min(self.kept, self.attended) if modality == "vision" else 1.0
 
-    def importance(self, attention: Tensor, oldest: Tensor) -> Tensor:
-        """Importance `[B, T]` after a prompt, from the attention `[B, R, T]` of its newest tokens, from `oldest` `[B]` on."""
-        return attention.sum(1)
+    def importance(self, prompt: Prompt) -> Tensor:
+        """Importance `[B, T]` of the tokens of a prompt that was read."""
+        return prompt.attention.sum(1)
 
     def score(self, tokens: Tokens) -> Tensor:
         """Score `[B, N]` of a pool's tokens; those with the highest are kept."""

@@ -111,8 +111,10 @@ def _product(node: fx.Node) -> Read:
     else:
         if kind(node) == "baddbmm":
             given = arguments(node, "self", "batch1", "batch2")
-            if constant(given.get("beta", 1)) != 1.0 or constant(given.get("alpha", 1)) is None:
+            if constant(given.get("beta", 1)) != 1.0:
                 return Unread("baddbmm with a beta that is not 1")
+            if constant(given.get("alpha", 1)) is None:
+                return Unread("baddbmm with an alpha that is not a number")
             operands, scale = [given["batch1"], given["batch2"]], constant(given.get("alpha", 1))
             masks = (Added(given["self"]),)
         query, transposed = (*operands, node.kwargs.get("other", node.kwargs.get("mat2")))[:2]

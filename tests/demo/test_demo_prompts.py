@@ -55,9 +55,9 @@ def test_a_placeholder_in_the_question_is_refused(tokenizer: Any) -> None:
 
 
 def test_a_dialogue_begins_with_its_first_prompt(tokenizer: Any) -> None:
-    rotations = [group[0] for group in load_questions("train", 0)[:3]]
-    ids = build_dialogue(tokenizer, rotations)
-    prompt = build_prompt(tokenizer, rotations[0].text, 0, 3)
+    turns = [group[0] for group in load_questions("train", 0)[:3]]
+    ids = build_dialogue(tokenizer, turns)
+    prompt = build_prompt(tokenizer, turns[0].text, 0, 3)
     assert torch.equal(ids[:, : prompt.input_ids.shape[1]], prompt.input_ids)
 
 

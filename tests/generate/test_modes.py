@@ -121,15 +121,15 @@ def test_a_manager_of_continuous_batching_that_was_made_by_hand_is_refused():
 @pytest.mark.parametrize("compile", ["none", "eager"])
 def test_several_turns_hand_the_packed_cache_on(compile):
     def talk(model):
-        said, cache, rotations = TEXT["input_ids"], None, []
+        said, cache, turns = TEXT["input_ids"], None, []
         for length in (5, 40, 12):
             more = torch.randint(2, 80, (1, length), generator=torch.Generator().manual_seed(length))
             said = torch.cat([said, more], 1)
             inputs = {"input_ids": said, "attention_mask": torch.ones_like(said)}
             out = greedy(model, inputs, 20, past_key_values=cache, return_dict_in_generate=True)
             said, cache = out.sequences, out.past_key_values
-            rotations.append(said)
-        return rotations, cache
+            turns.append(said)
+        return turns, cache
 
     model = llava()
     dense, _ = talk(model)

@@ -102,7 +102,7 @@ def test_a_second_turn_and_a_copy_go_on_where_the_first_one_ended(model_type):
     inputs = picture_and_text(model, model_type)
     more = torch.randint(5, 380, (1, 50), generator=torch.Generator().manual_seed(9))
 
-    def rotations(settings):
+    def turns(settings):
         first = generate(model, inputs, return_dict_in_generate=True, **settings)
         again = {"input_ids": torch.cat([first.sequences, more], 1)}
         again["attention_mask"] = torch.ones_like(again["input_ids"])
@@ -110,9 +110,9 @@ def test_a_second_turn_and_a_copy_go_on_where_the_first_one_ended(model_type):
         twin = copy.deepcopy(cache)
         return [generate(model, again, past_key_values=one) for one in (cache, twin)]
 
-    expected = rotations({})
+    expected = turns({})
     apack_compile.optimize(model, preset="lossless", compile="eager", strict=True)
-    for found, wanted in zip(rotations({}), expected, strict=True):
+    for found, wanted in zip(turns({}), expected, strict=True):
         assert torch.equal(found, wanted)
     assert not beside_size(apack_compile.report(model))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_graphs import ATTENTIONS, NEGATIVES, SPELLINGS, Case, State, five_dimensions, repeat_kv, update
+from attention_graphs import ATTENTIONS, HEAD_SHARING, NEGATIVES, Case, State, five_dimensions, repeat_kv, update
 from capture import Captured, capture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ CASES = st.builds(
     groups=st.integers(1, 3),
     rows=st.integers(1, 4),
     head_dim=st.sampled_from([4, 7, 16]),
-    gqa=st.sampled_from(sorted(SPELLINGS)),
+    gqa=st.sampled_from(sorted(HEAD_SHARING)),
     mask=st.sampled_from(["bool", "float", "full", "sliding"]),
     scale=st.sampled_from([None, 0.25]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_graphs import CAPACITY, NEGATIVES, SPELLINGS, Case, repeat_kv, update
+from attention_graphs import CAPACITY, HEAD_SHARING, NEGATIVES, Case, repeat_kv, update
 from capture import Captured, capture
 from torch import nn
 
@@ -25,7 +25,7 @@ def reasons(captured: Captured) -> list[str]:
     return [found.reason for found in find_sites(captured.gm.graph) if isinstance(found, Refusal)]
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("spelling", HEAD_SHARING)
 def test_a_site_is_found_through_every_spelling_of_shared_heads(spelling):
     case = Case(gqa=spelling, scale=0.3)
     site = only_site(capture(case.function(), *case.inputs()))

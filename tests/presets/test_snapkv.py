@@ -1,13 +1,18 @@
-"""Preset "snapkv": what is kept over rotations, drafts, beams and batches, and what a step reads."""
+"""Preset "snapkv": what is kept over turns, drafts, beams and batches, and what a step reads."""
 
 import pytest
 import torch
 from llava_and_draft import greedy, llava, picture
+from transformers.cache_utils import DynamicCache
 from vlms import IMAGE
 
 import apack_compile
 from apack_compile import AttentionPackConfig, SnapKVOptions
-from apack_compile.plan.tiers import Tokens, most_scored
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.layer_kinds import LayerKind
+from apack_compile.plan.presets.snapkv import snapkv_plan
+from apack_compile.plan.source import PlanSource
+from apack_compile.plan.tiers import Prompt, Tokens, most_scored
 
 WINDOW, KERNEL = 9, 5
 LONG = {"input_ids": torch.randint(5, 90, (2, 97), generator=torch.Generator().manual_seed(0))}
@@ -53,7 +58,7 @@ def test_generated_tokens_stay_and_a_further_prompt_is_scored_anew():
             assert len(row) == -(-169 * 4 // 10) and row[-WINDOW:] == list(range(160, 169))
 
 
-def test_a_short_prompt_and_a_short_rotation_lose_nothing():
+def test_a_short_prompt_and_a_short_turn_lose_nothing():
     model = packing()
     cache = apack_compile.new_cache(model)
     out = greedy(model, {"input_ids": LONG["input_ids"][:, :WINDOW]}, 5, past_key_values=cache)
@@ -121,5 +126,22 @@ def test_equal_scores_keep_the_oldest_token_in_whatever_order_slots_are():
 def test_a_token_is_scored_by_its_neighbours_before_the_window():
     attention = torch.zeros(1, 2, 12)
     attention[0, 0, 3], attention[0, 1, 3], attention[0, 1, 10] = 0.25, 0.5, 0.9
-    found = SnapKVOptions(window=2, kernel=5).importance(attention, torch.tensor([10]))
+    found = SnapKVOptions(window=2, kernel=5).importance(Prompt(attention, torch.tensor([10]), torch.empty(0)))
     assert found.tolist() == [[0.0, *[0.75] * 5, *[0.0] * 6]]
+
+
+class ByKeys(SnapKVOptions):
+    """Keeps the tokens with the longest keys instead."""
+
+    def importance(self, prompt):
+        return prompt.key.norm(dim=-1).mean(1)
+
+
+def test_a_score_may_be_of_keys():
+    plan = snapkv_plan([0], ByKeys(0.4, WINDOW, KERNEL))
+    cache = CompactedCache([LayerKind(0, "full_attention", None)], DynamicCache(), PlanSource(given=plan))
+    query, key, value = torch.randn(3, 1, 2, 60, 8, generator=torch.Generator().manual_seed(0))
+    cache.show_attention(True)
+    torch.nn.functional.scaled_dot_product_attention(query, *cache.update(key, value, 0), is_causal=True)
+    longest = key[0, :, : 60 - WINDOW].norm(dim=-1).mean(0).topk(24 - WINDOW).indices
+    assert held(cache)[0][0] == sorted([*longest.tolist(), *range(60 - WINDOW, 60)])

@@ -89,7 +89,7 @@ class Case:
 
     def function(self) -> Callable[..., Tensor]:
         """The attention as a model would write it."""
-        repeat, attend, groups, scale = SPELLINGS[self.gqa], ATTENTIONS[self.attention], self.groups, self.scale
+        repeat, attend, groups, scale = HEAD_SHARING[self.gqa], ATTENTIONS[self.attention], self.groups, self.scale
 
         def attention(query: Tensor, key: Tensor, value: Tensor, state: State, mask: Tensor) -> Tensor:
             keys, values = update(key, value, state)
@@ -125,7 +125,7 @@ def grouped(query: Tensor, keys: Tensor, values: Tensor, groups: int) -> tuple[T
     return query.reshape(batch, heads // groups, groups * rows, width), keys, values, {}
 
 
-SPELLINGS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, dict[str, Any]]]] = {
+HEAD_SHARING: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, dict[str, Any]]]] = {
     "repeat_kv": lambda q, k, v, n: (q, repeat_kv(k, n), repeat_kv(v, n), {}),
     "unsqueeze": lambda q, k, v, n: (q, unsqueezed(k, n), unsqueezed(v, n), {}),
     "interleave_method": lambda q, k, v, n: (q, k.repeat_interleave(n, dim=1), v.repeat_interleave(n, 1), {}),

@@ -10,7 +10,7 @@ from torch.nn.functional import max_pool1d
 
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
 from apack_compile.plan.presets.base import Layers, Preset, check_count, check_share
-from apack_compile.plan.tiers import Tokens, share_of
+from apack_compile.plan.tiers import Prompt, Tokens, share_of
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class SnapKVOptions(Preset):
         """Share of a modality's tokens that a step reads."""
         return self.kept
 
-    def importance(self, attention: Tensor, oldest: Tensor) -> Tensor:
+    def importance(self, prompt: Prompt) -> Tensor:
         """The sum of the window's attention to each token before it, the largest of its neighbours'."""
-        column = torch.arange(attention.shape[2], device=attention.device)
-        before = attention.sum(1).masked_fill(column >= oldest[:, None], 0.0)
+        column = torch.arange(prompt.attention.shape[2], device=prompt.attention.device)
+        before = prompt.attention.sum(1).masked_fill(column >= prompt.oldest[:, None], 0.0)
         return max_pool1d(before[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
 
     def score(self, tokens: Tokens) -> Tensor:
