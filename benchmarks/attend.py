@@ -36,7 +36,7 @@ from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.basis import Spectrum
 from apack_compile.plan.budget import StreamStatistics, budget_plan, spare_slots
 from apack_compile.plan.choice import head_groups_for, typical_variance
-from apack_compile.plan.importance import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
+from apack_compile.plan.coarse_rule import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
 from apack_compile.plan.plan import FIRST_TOKENS, Plan, StreamPlan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.rotation import BLOCK, KeyRotation, rotations_of_blocks

@@ -18,7 +18,7 @@ from apack_compile.kernels.rotations import rotated, rotations_of_slots
 from apack_compile.kernels.state import TEXT, VISION, DenseSegment, PackedStream
 from apack_compile.models.modality import compact
 from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.importance import NEWEST, least_important, scores_of
+from apack_compile.plan.coarse_rule import NEWEST, least_important, scores_of
 from apack_compile.plan.plan import FITTED_SCOPES, STREAMS, StreamPlan
 from apack_compile.plan.rotation import deinterleaved_keys
 

@@ -17,7 +17,7 @@ from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.modality import compact, padding_of, vision_of
 from apack_compile.plan.basis import Moments, Spectrum, fit, fit_steps, mixed
 from apack_compile.plan.budget import StreamStatistics
-from apack_compile.plan.importance import (
+from apack_compile.plan.coarse_rule import (
     COARSE_SHARE,
     NEWEST,
     CoarseRule,

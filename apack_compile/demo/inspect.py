@@ -15,7 +15,7 @@ from apack_compile.cache.layer_kinds import LATENT_ATTENTION, layer_kinds
 from apack_compile.checks import counted
 from apack_compile.plan.bits import largest_ratio
 from apack_compile.plan.choice import head_groups_for, typical_plan
-from apack_compile.plan.importance import tells_apart
+from apack_compile.plan.coarse_rule import tells_apart
 from apack_compile.plan.rotation import BLOCK
 from apack_compile.plan.time_model import Load, basis_bytes
 

@@ -16,8 +16,8 @@ from apack_compile.kernels.ops import implementations
 from apack_compile.models.offload import computing_device
 from apack_compile.models.wrappers import adapters_of
 from apack_compile.passes import GraphRecord
+from apack_compile.plan.coarse_rule import LEAST_RATIO
 from apack_compile.plan.file import versions
-from apack_compile.plan.importance import LEAST_RATIO
 from apack_compile.plan.plan import FIRST_TOKENS
 from apack_compile.plan.rotation import KeyRotation
 

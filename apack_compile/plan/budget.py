@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apack_compile.plan.basis import Spectrum
 from apack_compile.plan.bits import bands_of, expected_error, runs_of, water_fill
-from apack_compile.plan.importance import NEWEST, CoarseRule
+from apack_compile.plan.coarse_rule import NEWEST, CoarseRule
 from apack_compile.plan.plan import FIRST_TOKENS, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.ring import block_for, ring_slots
 from apack_compile.plan.rotation import KeyRotation

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from apack_compile.kernels.format import BANDS, Bands, StreamBasis
-from apack_compile.plan.importance import CoarseRule, feature_count
+from apack_compile.plan.coarse_rule import CoarseRule, feature_count
 from apack_compile.plan.plan import FITTED_SCOPES, MIN_TAIL_SLOTS, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.rotation import MAX_COORDINATES, KeyRotation
 

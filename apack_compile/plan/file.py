@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.check import check_plan, uses_bases
-from apack_compile.plan.importance import CoarseRule
+from apack_compile.plan.coarse_rule import CoarseRule
 from apack_compile.plan.plan import LayerPlan, Plan, Provenance, StreamPlan
 from apack_compile.plan.presets import PRESETS, AttentionPackOptions, AVLOptions
 from apack_compile.plan.presets.base import Preset

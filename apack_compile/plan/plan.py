@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from apack_compile.kernels.format import Bands, StreamBasis
-from apack_compile.plan.importance import CoarseRule
+from apack_compile.plan.coarse_rule import CoarseRule
 from apack_compile.plan.ranks import ALONE, Ranks
 from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.tiers import TierRule

@@ -8,8 +8,8 @@ import torch
 
 from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan
 from apack_compile.plan.choice import Groups
+from apack_compile.plan.coarse_rule import CoarseRule, tells_apart
 from apack_compile.plan.file import versions
-from apack_compile.plan.importance import CoarseRule, tells_apart
 from apack_compile.plan.plan import Plan, Provenance
 from apack_compile.plan.ranks import ALONE, Ranks
 from apack_compile.plan.rotation import KeyRotation

@@ -22,7 +22,7 @@ from packed_pair import (
 
 from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.plan.budget import budget_plan
-from apack_compile.plan.importance import NEWEST, scores_of
+from apack_compile.plan.coarse_rule import NEWEST, scores_of
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import apack_compile
 from apack_compile.errors import StrictError
 from apack_compile.plan.budget import budget_plan
-from apack_compile.plan.importance import CoarseRule, feature_count
+from apack_compile.plan.coarse_rule import CoarseRule, feature_count
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyRotation

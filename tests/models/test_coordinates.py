@@ -26,7 +26,7 @@ from apack_compile.errors import StrictError
 from apack_compile.generate.session import session_of
 from apack_compile.kernels.format import Bands
 from apack_compile.models.coordinates import TokenCoordinates, replaced_positions, rotary_modules
-from apack_compile.plan.importance import unrotated
+from apack_compile.plan.coarse_rule import unrotated
 from apack_compile.plan.plan import LayerPlan, StreamPlan
 
 ROWS = {"one-row": [[40, 50, 60]], "rows-of-other-pictures-padded": [[20, 70], [30, 40, 25, 90]]}

@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
 from apack_compile.kernels.format import Bands, StreamBasis
+from apack_compile.plan.coarse_rule import CoarseRule
 from apack_compile.plan.file import versions
-from apack_compile.plan.importance import CoarseRule
 from apack_compile.plan.plan import FITTED_SCOPES, LayerPlan, Provenance, StreamPlan
 from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyRotation

@@ -15,7 +15,7 @@ from apack_compile.kernels.format import Bands
 from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.rotations import rotated
 from apack_compile.plan.basis import fit, moments
-from apack_compile.plan.importance import CoarseRule
+from apack_compile.plan.coarse_rule import CoarseRule
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan

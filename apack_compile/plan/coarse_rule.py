@@ -1,4 +1,4 @@
-"""How much a token matters, told from its key and value alone, so that those that matter less get fewer bits.
+"""The rule that tells coarse tokens: how much a token matters, from its key and value alone. Those that matter less get fewer bits.
 
 The gradients of calibration (sensitivity.py) say what disturbing each token would cost. Their energy is regressed, layer by layer, on
 the token's own key and value. A prompt's tokens are then ranked as they are stored, before anything has attended to them.

@@ -12,7 +12,7 @@ import apack_compile
 from apack_compile import AttentionPackConfig
 from apack_compile.calibration.collect import Observations, collect
 from apack_compile.calibration.find_rotation import find_rotation
-from apack_compile.plan.importance import (
+from apack_compile.plan.coarse_rule import (
     NEWEST,
     RIDGE,
     WIDEST,
