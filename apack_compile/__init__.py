@@ -56,8 +56,9 @@ def __getattr__(name: str) -> Any:
         try:
             module = import_module(f"apack_compile.{home}")
         except ModuleNotFoundError as error:
-            if error.name in SUPPORTED:
-                raise ImportError(missing(error.name), name=error.name) from error
+            package = str(error.name).partition(".")[0]
+            if package in SUPPORTED:
+                raise ImportError(missing(package), name=package) from error
             raise
         if hasattr(module, name):
             return getattr(module, name)
