@@ -103,7 +103,7 @@ class CompactedLayer(CacheLayerMixin):
     def _append(self, key: Tensor, value: Tensor) -> None:
         pair, positions, rotations = self.pairs["text"], self.positions(), self.rotations()
         text = Segment(TEXT, pair.key, pair.value, positions[-1], rotations[-1] if rotations else None)
-        state = self._state([text], positions[0], bool(rotations), self.cursor)
+        state = self._state([text], positions[0], len(rotations) > 0, self.cursor)
         torch.ops.apack.append.default(key, value, *state.to_append())
 
     def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class CompactedLayer(CacheLayerMixin):
             )
             if every or pair.kind == TEXT or pair.slots
         ]
-        return self._state(segments, positions[0], bool(rotations), cursor)
+        return self._state(segments, positions[0], len(rotations) > 0, cursor)
 
     def _state(self, segments: list[Segment], first: Tensor, is_rotated: bool, cursor: Tensor) -> PackedState:
         rotation = self.index.plan.rotation

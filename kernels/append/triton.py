@@ -41,8 +41,8 @@ def append(
     coded = list(packed) if capacity else [None, None]
     streams = [_stream(stream, new_tokens) for stream in coded]
     rotations = None if rotations is None else rotations.contiguous()
-    parts = zip((state.tail.key, state.tail.value), (key, value), streams, (rotations, None), strict=True)
-    sides = tuple(Side(_dense(tail), _dense(new), stream, rotated) for tail, new, stream, rotated in parts)
+    parts = zip((state.tail.key, state.tail.value), (key, value), streams, strict=True)
+    sides = tuple(Side(_dense(tail), _dense(new), stream) for tail, new, stream in parts)
     bands = [Bands() if stream is None else stream.bands for stream in coded]
     kept = tuple(stream is not None and stream.as_is for stream in coded)
     fold = all(stream is None or stream.as_is or stream.basis.mean.shape[0] == 1 for stream in coded)
@@ -55,6 +55,7 @@ def append(
     with torch.cuda.device_of(key):
         project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](
             sides,
+            rotations,
             0 if rotations is None else rotations.shape[1],
             cursor,
             before,

@@ -45,12 +45,11 @@ class Stream(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Keys or values: the tail, the new tokens, where those that leave are packed, and by what they are rotated back."""
+    """Keys or values: the tail, the new tokens, and where those that leave are packed."""
 
     tail: Dense
     new: Dense
     stream: Stream
-    rotations: Tensor | None
 
 
 @triton.jit
@@ -76,6 +75,7 @@ def pushed_tile(
 @triton.jit
 def leaving_tile(
     side,
+    rotations,
     anchors,
     b,
     token,
@@ -100,13 +100,14 @@ def leaving_tile(
         partner = pushed_tile(side, b, token, row_ok, group, other, held, start, slots, width, HEAD_DIM, PER)
         # a token without a slot is not written, whatever its rotation
         anchor = tl.minimum(tl.maximum(start + token - origin, 0) // ANCHOR_SLOTS, anchors - 1)
-        x = rotated_back(x, partner, side.rotations, (b * anchors + anchor) * 2 * PAIRS, row_ok, of_head, PAIRS)
+        x = rotated_back(x, partner, rotations, (b * anchors + anchor) * 2 * PAIRS, row_ok, of_head, PAIRS)
     return x
 
 
 @triton.jit
 def project_stream(
     side,
+    rotations,
     anchors,
     block,
     cursor,
@@ -141,7 +142,7 @@ def project_stream(
     if leaving > 0:
         if KEPT:
             out = leaving_tile(
-                side, anchors, b, token, row_ok, group, column, held, start, origin, slots, width,
+                side, rotations, anchors, b, token, row_ok, group, column, held, start, origin, slots, width,
                 HEAD_DIM, PER, PAIRS, ANCHOR_SLOTS,
             )
             at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
@@ -154,7 +155,7 @@ def project_stream(
                 channel = first + tl.arange(0, CHANNELS)
                 real = channel < width
                 x = leaving_tile(
-                    side, anchors, b, token, row_ok, group, channel, held, start, origin, slots, width,
+                    side, rotations, anchors, b, token, row_ok, group, channel, held, start, origin, slots, width,
                     HEAD_DIM, PER, PAIRS, ANCHOR_SLOTS,
                 )
                 mean = tl.load(stream.mean + at_basis * width + channel, mask=real, other=0.0).to(tl.float32)
@@ -170,6 +171,7 @@ def project_stream(
 @triton.jit(do_not_specialize=["anchors"])
 def project_kernel(
     sides,
+    rotations,
     anchors,
     cursor,
     before,
@@ -192,7 +194,7 @@ def project_kernel(
 ):
     """Coefficients of what leaves the tail. Grid: row tiles; groups (of each sequence); BLOCKS of columns, the keys' first.
 
-    Tuples are of keys and values.
+    Tuples are of keys and values. rotations: of the text slots' blocks, by which keys are rotated back.
     """
     block = tl.program_id(2)
     if tl.program_id(0) + tl.program_id(1) + block == 0:
@@ -203,8 +205,8 @@ def project_kernel(
             if block < BLOCKS[i]:
                 # fmt: off
                 project_stream(
-                    sides[i], anchors, block, cursor, batch, new_tokens, slots, groups, entry(LAYOUTS, i), KEPT[i], FOLD, DIMS[i],
-                    PER, PAIRS[i], ANCHOR_SLOTS, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                    sides[i], rotations, anchors, block, cursor, batch, new_tokens, slots, groups, entry(LAYOUTS, i), KEPT[i], FOLD,
+                    DIMS[i], PER, PAIRS[i], ANCHOR_SLOTS, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
                 )
                 # fmt: on
                 return
