@@ -15,9 +15,10 @@ from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.watch import newest_attention, newest_rows
 from apack_compile.plan.file import tensors_of, values_of
 from apack_compile.plan.plan import Plan
-from apack_compile.plan.presets.a_vl import AVLOptions, a_vl_plan
+from apack_compile.plan.presets.a_vl import AVLOptions
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
-from apack_compile.plan.presets.snapkv import SnapKVOptions, snapkv_plan
+from apack_compile.plan.presets.base import half_plan
+from apack_compile.plan.presets.snapkv import SnapKVOptions
 from apack_compile.plan.source import PlanSource
 from apack_compile.plan.tiers import (
     Tokens,
@@ -171,7 +172,7 @@ def test_positions_survive_random_refreshes(batch, tokens, refreshes, seed):
 def test_eviction_keeps_the_most_attended_and_frees_bytes(batch):
     tokens = 60
     options = AVLOptions(core=0.25, secondary=0.5, text_kept=0.5, text_first=3)
-    cache, _, _, vision, hidden, generator = cache_of(a_vl_plan([0], options), batch, tokens, 7)
+    cache, _, _, vision, hidden, generator = cache_of(half_plan([0], options), batch, tokens, 7)
     layer = cache.layers[0]
     before = cache.report()["sequence_bytes"]
     attention = attention_of(cache, generator, batch, tokens)
@@ -190,7 +191,7 @@ def test_eviction_keeps_the_most_attended_and_frees_bytes(batch):
 
 
 def test_crop_stops_at_what_a_pruning_moved():
-    cache, *_, generator = cache_of(a_vl_plan([0], AVLOptions(text_first=2)), 1, 60, 3)
+    cache, *_, generator = cache_of(half_plan([0], AVLOptions(text_first=2)), 1, 60, 3)
     cache.settle(cache.layers[0], attention_of(cache, generator, 1, 60))
     room = cache.croppable
     with pytest.raises(ValueError, match=f"only the newest {room} can go"):
@@ -204,7 +205,7 @@ def test_attend_tiers_declares_what_it_does(preset):
     plan = (
         attentionpack_plan([0], RANKS, 32, AttentionPackOptions())
         if preset == "attentionpack"
-        else a_vl_plan([0], AVLOptions())
+        else half_plan([0], AVLOptions())
     )
     cache, *_, generator = cache_of(plan, 2, 40, 5)
     layer = cache.layers[0]
@@ -240,8 +241,8 @@ def test_options_that_make_no_sense_are_refused(options, change):
 
 TIERED = {
     "attentionpack": attentionpack_plan([0, 1], RANKS, 32, AttentionPackOptions(evict=0.3, bits=4)),
-    "a-vl": a_vl_plan([0, 1], AVLOptions(core=0.2)),
-    "snapkv": snapkv_plan([0, 1], SnapKVOptions(kept=0.2)),
+    "a-vl": half_plan([0, 1], AVLOptions(core=0.2)),
+    "snapkv": half_plan([0, 1], SnapKVOptions(kept=0.2)),
 }
 
 

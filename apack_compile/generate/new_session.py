@@ -52,7 +52,10 @@ def new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | None
         source = replace(source, ratio=config.ratio, coarse=config.coarse)
     else:
         wanted = {window: config.wanted(those, window, can_be_packed) for window, those in layers.items()}
-        source = replace(source, presets={window: config.preset_options.plan(wanted[window]) for window in layers})
+        plans = {window: config.preset_options.plan(wanted[window]) for window in layers}
+        # in a window a token is gone soon: nothing is evicted, and all of it is read
+        plans = {window: plan if window is None else replace(plan, tiers=None) for window, plan in plans.items()}
+        source = replace(source, presets=plans)
     return Session(config, kinds, source, adapters_of(model), *resolve_compile(config.compile, device.type))
 
 

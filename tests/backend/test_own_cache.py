@@ -25,7 +25,7 @@ from transformers import (
 import apack_compile
 from apack_compile.backend.own_cache import span_of
 from apack_compile.errors import StrictError
-from apack_compile.plan.presets.a_vl import a_vl_plan
+from apack_compile.plan.presets.base import half_plan
 from apack_compile.plan.presets.lossless import lossless_plan
 
 PROMPT, STEPS = 101, 64
@@ -275,7 +275,7 @@ def test_a_plan_for_another_model_is_refused(tmp_path, lossless):
         ValueError, match=r"plan is for 2 layers, 2 KV heads x 16, torch.float32; the graph has 3 pairs"
     ):
         run(step, tokens_of(1), PROMPT)
-    a_vl = a_vl_plan([0, 1], apack_compile.AVLOptions())
+    a_vl = half_plan([0, 1], apack_compile.AVLOptions())
     replace(a_vl, signature=(2, KV_HEADS, HEAD_DIM, "torch.float32")).save(tmp_path / "a_vl")
     step, _ = compiled(StaticModel(), plan=str(tmp_path / "a_vl"))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a plan with tiers cannot serve static buffers"):

@@ -11,8 +11,9 @@ from windowed_pair import WINDOWS, WindowedPair
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
-from apack_compile.plan.presets.a_vl import AVLOptions, a_vl_plan
+from apack_compile.plan.presets.a_vl import AVLOptions
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
+from apack_compile.plan.presets.base import half_plan
 from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.source import PlanSource
 
@@ -140,7 +141,7 @@ def test_a_window_that_transformers_keeps_is_asked_before_anything_is_cropped():
 
 def evicting():
     """A cache that evicts text."""
-    return ranking(a_vl_plan(range(LAYERS), AVLOptions(text_first=3, text_every=2)))
+    return ranking(half_plan(range(LAYERS), AVLOptions(text_first=3, text_every=2)))
 
 
 def ranking(plan, batch=2):

@@ -10,7 +10,7 @@ import apack_compile
 from apack_compile import AttentionPackConfig, SnapKVOptions
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
-from apack_compile.plan.presets.snapkv import snapkv_plan
+from apack_compile.plan.presets.base import half_plan
 from apack_compile.plan.source import PlanSource
 from apack_compile.plan.tiers import Prompt, Tokens, most_scored
 
@@ -138,7 +138,7 @@ class ByKeys(SnapKVOptions):
 
 
 def test_a_score_may_be_of_keys():
-    plan = snapkv_plan([0], ByKeys(0.4, WINDOW, KERNEL))
+    plan = half_plan([0], ByKeys(0.4, WINDOW, KERNEL))
     cache = CompactedCache([LayerKind(0, "full_attention", None)], DynamicCache(), PlanSource(given=plan))
     query, key, value = torch.randn(3, 1, 2, 60, 8, generator=torch.Generator().manual_seed(0))
     cache.show_attention(True)

@@ -1,13 +1,12 @@
 """Preset "a-vl" (arXiv 2409.14846): vision tokens are core, secondary or evicted; text keeps its first, newest and heavy hitters."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
-from apack_compile.plan.presets.base import Layers, Preset, check_count, check_share
+from apack_compile.plan.plan import Plan
+from apack_compile.plan.presets.base import Layers, Preset, check_count, check_share, half_plan
 from apack_compile.plan.tiers import Tokens, share_of
 
 
@@ -86,12 +85,5 @@ class AVLOptions(Preset):
         return wanted.minimum(tokens.count)
 
     def plan(self, wanted: Layers) -> Plan:
-        """The plan of some layers; those with a window have no tiers."""
-        plan = a_vl_plan(wanted.layers, self)
-        return plan if wanted.window is None else replace(plan, tiers=None)
-
-
-def a_vl_plan(layers: Sequence[int], options: AVLOptions) -> Plan:
-    """16-bit tokens; vision as core, secondary and evicted, text by first, newest and heavy hitters."""
-    kept = StreamPlan("half")
-    return Plan(dict.fromkeys(layers, LayerPlan(kept, kept, kept, kept)), tail_slots=0, first_tokens=0, tiers=options)
+        """16-bit tokens, of which some are evicted."""
+        return half_plan(wanted.layers, self)

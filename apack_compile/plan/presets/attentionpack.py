@@ -1,7 +1,7 @@
 """Preset "attentionpack" (arXiv 2603.23914): truncated SVDs of each cache, and vision tokens read by their importance."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from apack_compile.kernels.format import Bands
@@ -56,11 +56,10 @@ class AttentionPackOptions(Preset):
         return (self.ema, 1 - self.ema) * 2
 
     def plan(self, wanted: Layers) -> Plan:
-        """The plan of some layers; in those with a window the tail is shorter, and there are no tiers."""
+        """Truncated SVD of some layers; in those with a window the tail is shorter."""
         layers, window = wanted.layers, wanted.window
         ranks = {name: ranks_of(given, wanted.can_be_packed, layers, name) for name, given in wanted.ranks.items()}
-        plan = attentionpack_plan(layers, ranks, tail_for(wanted.tail_slots, window), self)
-        return plan if window is None else replace(plan, tiers=None)
+        return attentionpack_plan(layers, ranks, tail_for(wanted.tail_slots, window), self)
 
     def numbers_held(self, wanted: Layers, width: int, tokens: int) -> float:
         """16-bit numbers that so many text tokens take in a layer: a basis and a tail of its own may outweigh what a window saves."""

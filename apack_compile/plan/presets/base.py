@@ -1,10 +1,10 @@
 """What a preset is: a frozen dataclass of its options that makes plans, and scores tokens where it drops some."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from apack_compile.plan.plan import Plan
+from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan, uniform_plan
 from apack_compile.plan.tiers import TierRule
 
 StreamRanks = int | Sequence[int]
@@ -32,12 +32,18 @@ class Preset(TierRule):
     name: ClassVar[str]
 
     def plan(self, wanted: Layers) -> Plan:
-        """The plan of some layers; without tiers where they have a window."""
+        """The plan of some layers; its tiers are for those without a window alone."""
         raise NotImplementedError
 
     def numbers_held(self, wanted: Layers, width: int, tokens: int) -> float:
         """16-bit numbers that so many text tokens of a window take in a layer, keys of all heads so wide; 0 for fewer than dense."""
         return 0.0
+
+
+def half_plan(layers: Sequence[int], rule: Preset) -> Plan:
+    """Untransformed tokens in 16 bits, all packed, of which a rule keeps and reads some."""
+    plan = uniform_plan(layers, LayerPlan(*[StreamPlan("half")] * 4), tail_slots=0)
+    return replace(plan, first_tokens=0, tiers=rule)
 
 
 def check_share(owner: str, name: str, share: object) -> None:

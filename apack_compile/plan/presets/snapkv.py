@@ -1,15 +1,14 @@
 """Preset "snapkv" (arXiv 2404.14469): a prompt keeps the tokens that its newest ones attend to."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
-from apack_compile.plan.presets.base import Layers, Preset, check_count, check_share
+from apack_compile.plan.plan import Plan
+from apack_compile.plan.presets.base import Layers, Preset, check_count, check_share, half_plan
 from apack_compile.plan.tiers import Prompt, Tokens, share_of
 
 
@@ -69,12 +68,5 @@ class SnapKVOptions(Preset):
         return share_of(tokens.seen, self.kept).clamp_min(self.window)
 
     def plan(self, wanted: Layers) -> Plan:
-        """The plan of some layers; those with a window have no tiers."""
-        plan = snapkv_plan(wanted.layers, self)
-        return plan if wanted.window is None else replace(plan, tiers=None)
-
-
-def snapkv_plan(layers: Sequence[int], options: SnapKVOptions) -> Plan:
-    """16-bit tokens, of which a share is kept after a prompt."""
-    kept = StreamPlan("half")
-    return Plan(dict.fromkeys(layers, LayerPlan(kept, kept, kept, kept)), tail_slots=0, first_tokens=0, tiers=options)
+        """16-bit tokens, of which some are evicted."""
+        return half_plan(wanted.layers, self)
