@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from apack_compile.backend.graph_log import GraphLog
 from apack_compile.backend.graph_report import GraphReport, build_graph_report
 from apack_compile.cache.cache import CompactedCache
-from apack_compile.calibration.inputs import checked_inputs
+from apack_compile.calibration.inputs import checked_inputs, limited
 from apack_compile.config import AttentionPackConfig
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
@@ -123,12 +123,19 @@ def restore(model: nn.Module) -> nn.Module:
     return given
 
 
-def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> nn.Module:
+def calibrate(
+    model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, tokens: int | None = None
+) -> nn.Module:
     """Fit the bases that all requests share to inputs of the model, one dictionary or several; returns the model.
 
     A dictionary has torch tensors on the model's device: input_ids `[B, T]`, or inputs_embeds `[B, T, hidden]`, and what goes with them.
-    Raises ValueError when the model is not optimized or was optimized with a plan, and for inputs that it cannot read or that have
-    no usable token.
+
+    - `tokens`: read no more than about so many, padding included; the last input is cut, or read whole where it has pictures.
+    - It takes the memory of one input's dense cache and of sums that do not grow with the inputs. A bar shows progress from the
+      second second on (`transformers.utils.logging.disable_progress_bar()` hides it).
+    - Where it ends early (an error, an interrupt), the model keeps what was calibrated before.
+    - Raises ValueError when the model is not optimized or was optimized with a plan, and for inputs that it cannot read or that
+      have no usable token.
     """
     given, model = model, unwrapped(model)
     session = _require_session(model)
@@ -136,7 +143,7 @@ def calibrate(model: nn.Module, inputs: Mapping[str, Any] | Iterable[Mapping[str
         raise ValueError(
             "model: optimized with a plan, which has its bases; call optimize(model, ratio=...) before calibrate"
         )
-    session.calibrate(model, checked_inputs(model, inputs), "calibrate")
+    session.calibrate(model, limited(model, checked_inputs(model, inputs), tokens), "calibrate")
     watch_rotary(model)
     return given
 

@@ -12,9 +12,10 @@ import typer
 from harness import Row, print_table, write_json
 from text_quality import CALIBRATION_PLACES, text_ids
 
-from apack_compile.calibration.collect import Running, add_observation, as_packed, finish_all
+from apack_compile.calibration.collect import add_observation, as_packed
 from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.calibration.sensitivity import observe
+from apack_compile.calibration.streams import Running, by_layer, fitted
 from apack_compile.demo.assets import load_model, load_tokenizer
 from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.plan import STREAMS, Plan
@@ -55,8 +56,7 @@ def main(
             running: Running = {}
             for observation, one in zip(seen, inputs, strict=True):
                 add_observation(running, as_packed(observation, rotation), model.config, one, groups)
-            found = finish_all(running)
-            statistics = {i: {"text": (found[i, "text", 0], found[i, "text", 1])} for i in layers}
+            statistics = by_layer(fitted(running))
             for wanted in ratio or [4.0, 8.0]:
                 plan = budget_plan(statistics, wanted, PLANNED_TOKENS, 0.0, rotation=rotation)
                 lost = {

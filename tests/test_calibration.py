@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apack_compile.calibration.collect import Observations, RunningMoments, collect
+from apack_compile.calibration.collect import Observations, collect
+from apack_compile.calibration.streams import RunningMoments
 from apack_compile.models.modality import padding_of, placeholder_ids, vision_of
 from apack_compile.plan.basis import moments
 from apack_compile.plan.budget import budget_plan

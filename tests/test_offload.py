@@ -91,7 +91,7 @@ def test_gradients_that_do_not_fit_are_left_out(monkeypatch):
     def fill_the_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sensitivity, "gradients_of", fill_the_memory)
+    monkeypatch.setattr(sensitivity, "drawn_score", fill_the_memory)
     model = apack_compile.optimize(llama(), ratio=4, compile="none", min_tokens=0)
     apack_compile.calibrate(model, {"input_ids": IDS})
     assert any("do not fit into the device's memory" in note for note in apack_compile.report(model).notes)

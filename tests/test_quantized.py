@@ -1,6 +1,7 @@
 """Quantized linear layers: calibration through them, what is refused, and what the report says of them."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaC
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 import apack_compile
-from apack_compile.calibration.sensitivity import observe
+from apack_compile.calibration.sensitivity import draw_gradients, observe
 from apack_compile.calibration.straight_through import straight_through
 from apack_compile.generate.quantize import quantized_layers
 from apack_compile.generate.session import session_of
@@ -69,8 +70,9 @@ def test_layers_that_round_what_they_are_given_pass_gradients_on(whole):
     model = llama()
     torchao.quantize_(model if whole else model.model, torchao.Int8DynamicActivationInt8WeightConfig())
     seen = observe(model, INPUTS, [0, 1])
-    assert seen.without_gradients is None
-    assert all(drawn.any() for layer in range(2) for stream in seen.gradients[layer] for drawn in stream)
+    drawn: dict[tuple[int, int], bool] = {}
+    reason = draw_gradients(seen, lambda layer, stream, gradient: drawn.update({(layer, stream): bool(gradient.any())}))
+    assert reason is None and drawn == dict.fromkeys(product(range(2), range(2)), True)
 
 
 def test_the_gradient_of_a_layer_that_rounds_is_that_of_its_dequantized_weight():

@@ -1,11 +1,22 @@
 """The Fisher information of cached states predicts what disturbing them costs."""
 
+from itertools import product
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from apack_compile.calibration.collect import Observations, collect
-from apack_compile.calibration.sensitivity import gradients_of, observe, pictures_beside, query_tokens, split
+from apack_compile.calibration.sensitivity import (
+    TOO_SHORT,
+    Observation,
+    draw_gradients,
+    drawn_score,
+    observe,
+    pictures_beside,
+    query_tokens,
+    split,
+)
 
 TOKENS = 48
 
@@ -29,6 +40,13 @@ def prompt(rows: int = 1, tokens: int = TOKENS) -> torch.Tensor:
     return torch.randint(10, 32, (rows, tokens), generator=torch.Generator().manual_seed(1))
 
 
+def gradients_of(seen: Observation) -> list[tuple[int, int, torch.Tensor]]:
+    """Layer, stream and gradient of every draw."""
+    found: list[tuple[int, int, torch.Tensor]] = []
+    draw_gradients(seen, lambda layer, stream, gradient: found.append((layer, stream, gradient.clone())))
+    return found
+
+
 def read_from(model, ids, queries, states):
     """Logits of the last tokens, read from a cache of the given states."""
     cache = DynamicCache()
@@ -47,7 +65,10 @@ def test_gradients_predict_the_kl_of_a_small_disturbance(layer, stream):
     logits = read_from(model, ids, queries, states)
     generator = torch.Generator().manual_seed(2)
     error = 0.01 * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) * leaf.detach().std()
-    promised = [(gradients_of(logits, [leaf], None, seed)[0] * error).sum().square() / 2 for seed in range(1500)]
+    gradients = (
+        torch.autograd.grad(drawn_score(logits, None, seed), leaf, retain_graph=True)[0] for seed in range(1500)
+    )
+    promised = [(gradient * error).sum().square() / 2 for gradient in gradients]
     with torch.no_grad():
         states[layer][stream] = leaf + error
         wanted, got = (x[0].log_softmax(-1) for x in (logits, read_from(model, ids, queries, states)))
@@ -84,7 +105,8 @@ def test_reading_in_two_parts_gives_the_states_of_one():
         whole = model(input_ids=ids, use_cache=True).past_key_values
     for layer in range(2):
         torch.testing.assert_close(seen.states[layer][0], whole.layers[layer].keys)
-        assert all(g.shape[2] == TOKENS - seen.queries for g in seen.gradients[layer][1])
+    shapes = {(layer, stream): g.shape for layer, stream, g in gradients_of(seen)}
+    assert shapes == dict.fromkeys(product(range(2), range(2)), (2, 2, TOKENS - seen.queries, 6))
 
 
 def test_no_vision_token_plays_a_token_to_come():
@@ -93,7 +115,8 @@ def test_no_vision_token_plays_a_token_to_come():
     assert query_tokens(model.config, {"input_ids": ids}) == 3
     ids[0, -1] = 9
     assert query_tokens(model.config, {"input_ids": ids}) == 0
-    assert observe(model, {"input_ids": ids}, [0]).gradients == {}
+    seen = observe(model, {"input_ids": ids}, [0])
+    assert gradients_of(seen) == [] and seen.without_gradients == TOO_SHORT
 
 
 def test_padding_draws_no_labels():
@@ -101,7 +124,7 @@ def test_padding_draws_no_labels():
     mask = torch.ones_like(ids)
     mask[1, -TOKENS // 8 :] = 0
     seen = observe(model, {"input_ids": ids, "attention_mask": mask}, [0])
-    for gradient in (drawn for stream in seen.gradients[0] for drawn in stream):
+    for _, _, gradient in gradients_of(seen):
         assert gradient[0].any() and not gradient[1].any()
     read, following = split({"input_ids": ids, "attention_mask": mask, "pixel_values": torch.zeros(1)}, 6)
     assert read["input_ids"].shape == read["attention_mask"].shape == (2, TOKENS - 6)

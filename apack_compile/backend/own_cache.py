@@ -18,7 +18,7 @@ from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import CompactedLayer
 from apack_compile.cache.layer_kinds import LayerKind
-from apack_compile.calibration.collect import Running, RunningMoments, by_layer
+from apack_compile.calibration.streams import Running, RunningMoments, by_layer, fitted
 from apack_compile.checks import counted
 from apack_compile.kernels.cursor import HELD
 from apack_compile.kernels.heads import to_groups
@@ -255,7 +255,7 @@ def statistics_of(filled: Sequence[tuple[Tensor, ...]], groups: int) -> Statisti
         for stream, states in enumerate(pair):
             moments = running[layer, "text", stream] = RunningMoments()
             moments.add(to_groups(states[:, :, FIRST_TOKENS:], groups).transpose(0, 1).flatten(1, 2))
-    return by_layer(running)
+    return by_layer(fitted(running))
 
 
 def renumbered(plan: Plan, held: Sequence[Pair]) -> Plan:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from apack_compile.calibration.collect import Observations, collect
 from apack_compile.calibration.find_rotation import find_rotation
@@ -37,9 +38,14 @@ def calibrate(
         seen = Observations(model, sorted(rotation_of_layer), batches, rotation_of_layer)
         groups = groups_for(model, config, attention_shapes(model, seen))
         ranked = layers.get(None, ())
-        collected = collect(seen, groups.count, config.coarse if ranked else (), ranked)
+        coarse = config.coarse if ranked else ()
+        # a pass over the inputs and a fit of the bases, and both again where coarse tokens are told from fine ones
+        steps = len(seen.layers) * (len(batches) + 1) * (2 if coarse else 1)
+        with logging.tqdm(total=steps, desc="calibrating", unit=" layers", delay=1, leave=False, disable=None) as bar:
+            collected = collect(seen, groups.count, coarse, ranked, bar.update)
     return Calibration(
-        *collected[:2],
+        statistics=collected.statistics,
+        rules=collected.rules,
         ranked=config.coarse,
         rotations=rotations,
         rotation_reasons={window: reason for window, (_, reason) in found.items()},

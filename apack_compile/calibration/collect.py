@@ -1,22 +1,21 @@
 """Statistics of a model's keys and values, from passes over calibration inputs."""
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from apack_compile.calibration.sensitivity import Observation, observe
+from apack_compile.calibration.sensitivity import Observation, draw_gradients, observe
+from apack_compile.calibration.streams import Running, RunningMoments, by_layer, fitted
 from apack_compile.checks import counted
 from apack_compile.kernels.autocast import without_autocast
 from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.rotations import rotated
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.models.modality import compact, padding_of, vision_of
-from apack_compile.plan.basis import Moments, Spectrum, fit, fit_steps, mixed
-from apack_compile.plan.budget import StreamStatistics
 from apack_compile.plan.coarse_rule import (
     COARSE_SHARE,
     NEWEST,
@@ -31,57 +30,9 @@ from apack_compile.plan.plan import FIRST_TOKENS, MODALITIES
 from apack_compile.plan.rotation import KeyRotation, deinterleaved_keys, rotary_start
 from apack_compile.plan.source import Statistics
 
-# Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/notes/quality.md).
-SAMPLE_TOKENS = 2_048
-# Gradients know a stream's sensitivity roughly, and large disturbances do not cost what small ones promise: its total counts with
-# this power (docs/notes/quality.md).
-SENSITIVITY_POWER = 0.5
-# The sensitivity of single components is drawn towards their mean as if this many queries had seen them all alike.
-PRIOR_QUERIES = 32
-
 # How keys rotate: in all layers alike, or in each by itself.
 Rotations = KeyRotation | None | Mapping[int, KeyRotation | None]
-
-
-@dataclass
-class RunningMoments:
-    """Sums over tokens `[G, N, W_g]`, taken around the first batch's mean, and an even sample of the tokens."""
-
-    count: int = 0
-    center: Tensor | None = None
-    total: Tensor | None = None
-    gram: Tensor | None = None
-    sample: list[Tensor] = field(default_factory=list)
-    sensitivity: Tensor | None = None
-    gradients: int = 0
-    queries: int = 0
-
-    def add(self, x: Tensor) -> None:
-        """Add tokens."""
-        x = x.float()
-        if self.center is None:
-            self.center = x.mean(1)
-            self.total = torch.zeros_like(self.center)
-            self.gram = x.new_zeros(x.shape[0], x.shape[2], x.shape[2])
-        shifted = x - self.center[:, None]
-        self.count += x.shape[1]
-        self.total += shifted.sum(1)
-        self.gram += shifted.mT @ shifted
-        self.sample.append(x[:, :: max(x.shape[1] // SAMPLE_TOKENS, 1)])
-
-    def add_gradients(self, gradients: Tensor, queries: int) -> None:
-        """Add gradients `[G, N, W_g]` of `queries` next tokens with respect to N tokens."""
-        moment = gradients.float().mT @ gradients.float()
-        self.sensitivity = moment if self.sensitivity is None else self.sensitivity + moment
-        self.gradients += gradients.shape[1]
-        self.queries += queries
-
-    def finish(self) -> Moments:
-        """Moments with a leading dimension of 1 (one basis for all sequences)."""
-        shift = self.total / self.count
-        covariance = self.gram / self.count - shift[:, :, None] * shift[:, None]
-        count = torch.full((1, len(shift)), self.count, device=shift.device)
-        return Moments(count, (self.center + shift)[None], covariance[None])
+Importance = dict[tuple[str, int], RunningImportance]
 
 
 class Collected(NamedTuple):
@@ -92,14 +43,10 @@ class Collected(NamedTuple):
     without_gradients: str | None
 
 
-StreamKey = tuple[int, str, int]
-Running = dict[StreamKey, RunningMoments]
-
-
 class Observations:
     """What a model does with calibration inputs (dictionaries with at least `input_ids`), keys as a packed cache has them.
 
-    Iterating gives each input and its observation. One takes the memory of a few dense caches: only that of a single input is kept.
+    Iterating gives each input and its observation. One takes the memory of a dense cache: only that of a single input is kept.
     """
 
     def __init__(
@@ -126,75 +73,68 @@ class Observations:
             if len(self.batches) > 1:
                 self._first = None
             yield batch, seen
+            # before the next one is made
+            del seen
 
     def _observe(self, batch: Mapping[str, Any]) -> Observation:
         return as_packed(observe(self.model, batch, self.layers), self.rotation)
 
 
+def as_packed(seen: Observation, rotation: Rotations) -> Observation:
+    """An observation whose keys rotate back so."""
+    each = rotation if isinstance(rotation, Mapping) else dict.fromkeys(seen.states, rotation)
+    return replace(seen, rotations=each)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
 def collect(
     observations: Observations,
     groups: int = 1,
     coarse: Collection[str] = ("text",),
     ranked: Collection[int] | None = None,
+    advance: Callable[[], Any] = lambda: None,
 ) -> Collected:
     """Statistics of the layers that were observed, for so many head groups, keys rotated back; coarse rules.
 
     By modality and, of the `coarse` modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the
-    modality's rule, in the layers that are `ranked` (None for all). Raises ValueError when no input has a usable token (padding and
-    the first tokens are left out).
+    modality's rule, in the layers that are `ranked` (None for all). advance: called for each layer of an input, and when its bases are
+    fitted. Raises ValueError when no input has a usable token (padding and the first tokens are left out).
     """
     config, layers = observations.model.config, observations.layers
+    ranked = layers if ranked is None else ranked
     running: Running = {}
-    importance: dict[tuple[str, int], RunningImportance] = {}
+    importance: Importance = {}
     reasons: list[str | None] = []
     for batch, seen in observations:
-        reasons.append(seen.without_gradients)
-        add_observation(running, seen, config, batch, groups)
-        add_importance(importance, only_layers(seen, ranked), config, batch, coarse)
+        energy: dict[int, Tensor] = {}
+        reasons.append(add_observation(running, seen, config, batch, groups, advance, energy=energy))
+        if reasons[-1] is None:
+            add_importance(importance, only_layers(seen, ranked), config, batch, energy, coarse)
+        del seen
     if not running:
         raise ValueError(
             f"inputs: no usable token in {counted(len(reasons), 'calibration input')} (only padding or first tokens)"
         )
-    for layer in layers:
-        for stream in range(2):
-            if (layer, "text", stream) not in running:
-                running[layer, "text", stream] = running[layer, "vision", stream]
-    rules = rules_of(importance, layers if ranked is None else ranked)
+    if None not in reasons:
+        # the backward pass may have come to some layers
+        for moments in running.values():
+            moments.forget_gradients()
+    found = fitted(running, advance)
+    for layer, stream in product(layers, range(2)):
+        if (layer, "text", stream) not in found:
+            found[layer, "text", stream] = found[layer, "vision", stream]
+    rules = rules_of(importance, ranked)
+    importance.clear()
     for batch, seen in observations if rules else ():
-        add_observation(running, only_layers(seen, ranked), config, batch, groups, rules)
-    return Collected(by_layer(running), rules, None if None in reasons else reasons[0])
+        add_observation(running, only_layers(seen, ranked), config, batch, groups, advance, rules)
+        del seen
+    return Collected(by_layer(found | fitted(running, advance)), rules, None if None in reasons else reasons[0])
 
 
-def only_layers(seen: Observation, layers: Collection[int] | None) -> Observation:
-    """An observation of some of its layers; None for all."""
-    if layers is None:
-        return seen
-    states, gradients = ({i: x for i, x in found.items() if i in layers} for found in (seen.states, seen.gradients))
-    return replace(seen, states=states, gradients=gradients)
-
-
-def as_packed(seen: Observation, rotation: Rotations) -> Observation:
-    """An observation with keys, and their gradients, as a packed cache has them."""
-    rotations = rotation if isinstance(rotation, Mapping) else dict.fromkeys(seen.states, rotation)
-    return replace(
-        seen,
-        rotations=rotations,
-        states={i: (deinterleaved_keys(key, rotations[i]), value) for i, (key, value) in seen.states.items()},
-        gradients={
-            i: ([deinterleaved_keys(gradient, rotations[i]) for gradient in keys], values)
-            for i, (keys, values) in seen.gradients.items()
-        },
-    )
-
-
-@without_autocast
-def by_layer(running: Running) -> Statistics:
-    """Statistics of every layer by segment."""
-    statistics: Statistics = {}
-    found = finish_all(running)
-    for layer, segment, _ in found:
-        statistics.setdefault(layer, {})[segment] = (found[layer, segment, 0], found[layer, segment, 1])
-    return statistics
+def only_layers(seen: Observation, layers: Collection[int]) -> Observation:
+    """An observation of some of its layers."""
+    return replace(seen, states={i: states for i, states in seen.states.items() if i in layers})
 
 
 @without_autocast
@@ -204,23 +144,60 @@ def add_observation(
     config: Any,
     batch: Mapping[str, Any],
     groups: int,
+    advance: Callable[[], Any] = lambda: None,
     rules: Mapping[str, CoarseRule] | None = None,
-) -> None:
-    """Add one input's states and gradients to the streams of their modality or, with rules, of its coarse and fine tokens."""
+    energy: dict[int, Tensor] | None = None,
+) -> str | None:
+    """Add one input's states and gradients to the streams of their modality or, with rules, of its coarse and fine tokens.
+
+    energy: gets what disturbing each token costs `[B, T]`, by layer. Gives why there are no gradients, or None.
+    """
     usable = usable_tokens(config, batch, next(iter(seen.states.values()))[0])
+    segments = {layer: segments_of(seen, batch, layer, usable, rules) for layer in seen.states}
+    variance = {
+        layer: [float(x.float().var()) for x in both] for layer, both in seen.states.items() if energy is not None
+    }
+
+    def tokens_of(layer: int, stream: int, states: Tensor) -> Iterator[tuple[RunningMoments, Tensor]]:
+        rotation = None if stream else seen.rotations[layer]
+        for name, chosen in segments[layer].items():
+            rotations = None
+            if rotation is not None:
+                rotations = rotations_of_tokens(chosen, tokens_at(seen, batch, layer), rotation)[:, None]
+            tokens = chosen_tokens(deinterleaved_keys(states, rotation), chosen, rotations, groups)
+            yield running.setdefault((layer, name, stream), RunningMoments()), tokens
+
+    def receive(layer: int, stream: int, gradient: Tensor) -> None:
+        for moments, tokens in tokens_of(layer, stream, gradient):
+            moments.add_gradients(tokens, seen.queries)
+        if energy is not None:
+            found = gradient.float().square().sum((1, 3)).double() * variance[layer][stream]
+            energy[layer] = energy.get(layer, 0) + found
+
     for layer, both in seen.states.items():
-        rotation, coordinates = seen.rotations[layer], tokens_at(seen, batch, layer)
-        segments = usable if rules is None else separated(rules, layer, seen, usable, coordinates)
-        for name, chosen in segments.items():
-            if not bool(chosen.any()):
-                continue
-            rotations = None if rotation is None else rotations_of_tokens(chosen, coordinates, rotation)[:, None]
-            for stream, states in enumerate(both):
-                moments = running.setdefault((layer, name, stream), RunningMoments())
-                moments.add(chosen_tokens(states, chosen, None if stream else rotations, groups))
-                for gradient in seen.gradients[layer][stream] if seen.queries else ():
-                    known = chosen_tokens(gradient, chosen, None if stream else rotations, groups)
-                    moments.add_gradients(known, seen.queries)
+        for stream, states in enumerate(both):
+            for moments, tokens in tokens_of(layer, stream, states):
+                moments.add(tokens)
+        advance()
+    return draw_gradients(seen, receive)
+
+
+def segments_of(
+    seen: Observation,
+    batch: Mapping[str, Any],
+    layer: int,
+    usable: Mapping[str, Tensor],
+    rules: Mapping[str, CoarseRule] | None,
+) -> dict[str, Tensor]:
+    """The tokens of a layer's segments, bool `[B, T]`, where there are any."""
+    found = usable if rules is None else separated(rules, layer, seen, usable, tokens_at(seen, batch, layer))
+    return {name: chosen for name, chosen in found.items() if bool(chosen.any())}
+
+
+def packed_states(seen: Observation, layer: int) -> tuple[Tensor, Tensor]:
+    """K and V of a layer as a packed cache has them."""
+    key, value = seen.states[layer]
+    return deinterleaved_keys(key, seen.rotations[layer]), value
 
 
 def separated(
@@ -235,7 +212,7 @@ def separated(
     column = torch.arange(coordinates.shape[1], device=coordinates.device)
     older = column < len(column) - seen.queries - NEWEST
     for modality, rule in rules.items():
-        scores = scores_of(*seen.states[layer], coordinates, seen.rotations[layer], rule.weights[layer])
+        scores = scores_of(*packed_states(seen, layer), coordinates, seen.rotations[layer], rule.weights[layer])
         coarse = least_important(usable[modality] & older, scores, rule.share)
         segments |= {f"coarse_{modality}": coarse, f"fine_{modality}": usable[modality] & ~coarse}
     return segments
@@ -243,26 +220,22 @@ def separated(
 
 @without_autocast
 def add_importance(
-    importance: dict[tuple[str, int], RunningImportance],
+    importance: Importance,
     seen: Observation,
     config: Any,
     batch: Mapping[str, Any],
+    energy: Mapping[int, Tensor],
     coarse: Collection[str],
 ) -> None:
-    """Add one input's tokens of the `coarse` modalities, and how much disturbing each of them costs, by modality and layer."""
-    for layer, both in seen.gradients.items() if coarse else ():
-        key, value = seen.states[layer]
+    """Add one input's tokens of the `coarse` modalities, and what disturbing each of them costs `[B, T]`, by modality and layer."""
+    for layer in seen.states if coarse else ():
+        key, value = packed_states(seen, layer)
         usable = {name: flags for name, flags in usable_tokens(config, batch, key).items() if name in coarse}
         x = features(unrotated(key, tokens_at(seen, batch, layer), seen.rotations[layer]), value)
-        energy = sum(
-            gradient.double().square().sum((1, 3)) * float(states.float().var())
-            for states, drawn in zip((key, value), both, strict=True)
-            for gradient in drawn
-        )
         for modality, flags in usable.items():
-            older = flags[:, : max(energy.shape[1] - NEWEST, 0)]
+            older = flags[:, : max(energy[layer].shape[1] - NEWEST, 0)]
             known = importance.setdefault((modality, layer), RunningImportance())
-            known.add(x[:, : older.shape[1]][older], energy[:, : older.shape[1]][older])
+            known.add(x[:, : older.shape[1]][older], energy[layer][:, : older.shape[1]][older])
 
 
 @without_autocast
@@ -310,19 +283,6 @@ def rotations_of_tokens(flags: Tensor, coordinates: Tensor, rotation: KeyRotatio
     return rotation.at(coordinates.gather(1, anchors[..., None].expand(-1, -1, coordinates.shape[-1])))
 
 
-def finish_all(running: Running) -> dict[StreamKey, StreamStatistics]:
-    """Statistics of every stream; one whose sensitivity was not seen counts as much as the others do on average."""
-    spectra = {key: finish_spectrum(moments) for key, moments in running.items()}
-    harms = {key: harm(spectra[key], moments) for key, moments in running.items()}
-    known = [math.log(float(found.sum())) for found in harms.values() if found is not None]
-    typical = math.exp(sum(known) / len(known)) if known else 1.0
-    finished = {}
-    for key, spectrum in spectra.items():
-        variance, found = spectrum.deviation[0].square(), harms[key]
-        finished[key] = StreamStatistics(spectrum, typical * variance / variance.sum() if found is None else found)
-    return finished
-
-
 def usable_tokens(config: Any, batch: Mapping[str, Any], keys: Tensor) -> dict[str, Tensor]:
     """Bool `[B, T]` per modality: its tokens, without padding and each row's first tokens."""
     rows, tokens = keys.shape[0], keys.shape[2]
@@ -333,21 +293,3 @@ def usable_tokens(config: Any, batch: Mapping[str, Any], keys: Tensor) -> dict[s
     real = ~(none if padding is None else padding)
     usable = real & (real.cumsum(1) > FIRST_TOKENS)
     return {"vision": usable & vision, "text": usable & ~vision}
-
-
-def harm(spectrum: Spectrum, running: RunningMoments) -> Tensor | None:
-    """Harm `[G, r]` of dropping each component: sensitivity times variance, the total damped; None if nothing read the stream."""
-    if running.sensitivity is None or not bool(running.sensitivity.any()):
-        return None
-    rows = spectrum.rows[0]
-    sensed = torch.einsum("grv,gvw,grw->gr", rows, running.sensitivity / running.gradients, rows)
-    prior = PRIOR_QUERIES / (PRIOR_QUERIES + running.queries)
-    found = ((1 - prior) * sensed + prior * sensed.mean()) * spectrum.deviation[0].square()
-    return found * found.sum() ** (SENSITIVITY_POWER - 1)
-
-
-def finish_spectrum(running: RunningMoments) -> Spectrum:
-    """Spectrum of a stream, with steps that serve an even sample of its tokens best."""
-    sample = torch.cat(running.sample, dim=1)
-    sample = sample[:, :: max(sample.shape[1] // SAMPLE_TOKENS, 1)]
-    return fit_steps(mixed(fit(running.finish())), sample[None], token_scale=True)

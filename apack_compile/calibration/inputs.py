@@ -1,18 +1,21 @@
 """What `calibrate` is given: checked before the model sees it."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apack_compile.models.modality import placeholder_ids
+from apack_compile.calibration.sensitivity import states_of
+from apack_compile.models.modality import padding_of, placeholder_ids, vision_of
 from apack_compile.models.offload import hooks_of
 
 ALLOWED = (
     "a dictionary of the model's inputs as torch tensors, such as processor(..., return_tensors='pt') gives, or several"
 )
+# What an input of text alone may have.
+TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "logits_to_keep", "use_cache"}
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -33,6 +36,47 @@ def checked_inputs(model: nn.Module, inputs: Any) -> list[Mapping[str, Any]]:
         for problem in problems(model, batch):
             raise ValueError(f"inputs: {where}{problem}")
     return batches
+
+
+def limited(model: nn.Module, batches: Sequence[Mapping[str, Any]], tokens: int | None) -> list[Mapping[str, Any]]:
+    """The first inputs, with `tokens` tokens in all, padding included; None for no limit. Raises ValueError for another limit.
+
+    The last one is cut behind them, unless it has more than text.
+    """
+    if tokens is None:
+        return list(batches)
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r} must be a whole number of at least 1, or None for no limit")
+    kept: list[Mapping[str, Any]] = []
+    for batch in batches:
+        rows, length = states_of(batch).shape[:2]
+        kept.append(batch if rows * length <= tokens else beginning(model, batch, -(-tokens // rows)))
+        tokens -= rows * length
+        if tokens <= 0:
+            break
+    return kept
+
+
+def beginning(model: nn.Module, batch: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
+    """The first `tokens` tokens of each row, from the first column with a real one on; all of an input with more than text."""
+    vision, (rows, length) = vision_of(model.config, batch), states_of(batch).shape[:2]
+    if (vision is not None and bool(vision.any())) or batch.keys() - TEXT:
+        return batch
+    padding = padding_of(batch, length)
+    start = 0 if padding is None else int((~padding).any(0).to(torch.uint8).argmax())
+    part = slice(start, start + tokens)
+    alike = (rows, length), (1, length)
+
+    def cut(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if name == "position_ids":
+            return x[..., part]
+        return x[:, part] if x.shape[:2] in alike else x
+
+    return {name: cut(name, x) for name, x in batch.items() if name != "attention_mask" or x is None} | (
+        {} if padding is None else {"attention_mask": (~padding).long()[:, part]}
+    )
 
 
 def problems(model: nn.Module, batch: Mapping[str, Any]) -> Iterable[str]:

@@ -7,21 +7,15 @@ the Fisher information as its second moment: a small disturbance e costs about E
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-)
+from transformers.cache_utils import DynamicCache
 
+from apack_compile.calibration.differentiated_layers import Differentiation, Receive, unpack, whole_cache
 from apack_compile.calibration.straight_through import straight_through
-from apack_compile.models.cache_argument import with_cache
+from apack_compile.models.cache_argument import takes_argument, with_cache
 from apack_compile.models.coordinates import seen_positions
 from apack_compile.models.modality import padding_of, vision_of
 from apack_compile.models.uncompiled import uncompiled
@@ -40,47 +34,32 @@ TOO_SHORT = "no token of the inputs can play those to come; calibrate on longer 
 class Observation:
     """One calibration input as the model saw it, per layer.
 
-    states: K and V `[B, H_kv, T, D]`. gradients: of K and V, one `[B, H_kv, cached, D]` per draw of labels; none where no
-    token could play the tokens to come. queries: tokens that did. positions: what the model's rotary embedding was given,
-    `[C, B, T]` or `[B, T]`; None where that was not seen. without_gradients: why there are none, and what to do instead. rotations: how
-    keys rotate, where they are as a packed cache has them.
+    states: K and V `[B, H_kv, T, D]`, the cache's own. queries: tokens that played those to come; 0 where none could. positions: what the
+    model's rotary embedding was given, `[C, B, T]` or `[B, T]`; None where that was not seen. without_gradients: why there are none,
+    and what to do instead. scored: what `draw_gradients` differentiates. rotations: how keys rotate back, as a packed cache has them.
     """
 
     states: Mapping[int, tuple[Tensor, Tensor]]
-    gradients: Mapping[int, tuple[list[Tensor], list[Tensor]]]
     queries: int
     positions: Tensor | None = None
     without_gradients: str | None = None
+    scored: "Scored | None" = None
     rotations: Mapping[int, KeyRotation | None] = field(default_factory=dict)
 
 
-class WholeLayer(DynamicLayer):
-    """A dense layer with a window that keeps every token; the model's mask hides those out of the window."""
+@dataclass(frozen=True)
+class Scored:
+    """Logits `[B, queries, V]` of the tokens that play those to come, with their graph; hidden: bool `[B, queries]`, padding among them."""
 
-    is_sliding = True
-
-
-class WholeHybridLayer(LinearAttentionAndFullAttentionLayer):
-    """The same with linear states beside it."""
-
-    is_sliding = True
-
-
-def whole_cache(model: torch.nn.Module) -> DynamicCache:
-    """A dense cache that keeps every token, also where layers see only the newest."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[i] = WholeLayer()
-        elif type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
-            cache.layers[i] = WholeHybridLayer(number_of_states=layer.number_of_states)
-    return cache
+    logits: Tensor
+    hidden: Tensor | None
+    shared: Differentiation
 
 
 def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[int]) -> Observation:
-    """Run a model over one input and differentiate its last tokens by what they read from the cache.
+    """Run a model over one input, its last tokens so that `draw_gradients` can differentiate them by what they read from the cache.
 
-    Without gradients, and with the reason, where the model has none: layers without a backward, or such that round.
+    Without that, and with the reason, where the model cannot.
     """
     layers = list(layers)
     # generate may run this in inference mode, whose tensors cannot be differentiated
@@ -95,43 +74,79 @@ def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[i
         if queries == 0:
             return replace(states_alone(model, batch, layers), without_gradients=TOO_SHORT)
         try:
-            seen = with_gradients(model, batch, layers, queries)
-        except torch.OutOfMemoryError:
-            reason = TOO_LARGE
-        except RuntimeError as error:
-            reason = f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {INSTEAD}"
-        else:
-            reason = None
+            return in_two_parts(model, batch, layers, queries)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            reason = why_not(error)
         # not while the error is handled: it keeps the memory of what failed
-        if reason is not None:
-            return replace(states_alone(model, batch, layers), without_gradients=reason)
-    if any(bool(g.any()) for both in seen.gradients.values() for drawn in both for g in drawn):
-        return seen
-    return replace(seen, gradients={}, queries=0, without_gradients=f"all of them are 0; {INSTEAD}")
+        return replace(states_alone(model, batch, layers), without_gradients=reason)
+
+
+def why_not(error: RuntimeError) -> str:
+    """Why a model has no gradients, by the error that came instead."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return TOO_LARGE
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {INSTEAD}"
+
+
+def draw_gradients(seen: Observation, receive: Receive) -> str | None:
+    """Draw labels, and hand out the gradients of their log-probability by each layer's keys and values; why there are none, or None.
+
+    receive: called for every draw, layer and stream with the gradient `[B, H_kv, cached, D]`, which is gone afterwards.
+    """
+    if seen.scored is None:
+        return seen.without_gradients
+    shared, found = seen.scored.shared, []
+
+    def received(layer: int, stream: int, gradient: Tensor) -> None:
+        if layer in seen.states:
+            found.append(bool(gradient.any()))
+            receive(layer, stream, gradient)
+
+    shared.receive, shared.error = received, None
+    try:
+        with torch.inference_mode(False), uncompiled():
+            for seed in range(LABEL_DRAWS):
+                score = drawn_score(seen.scored.logits, seen.scored.hidden, seed)
+                torch.autograd.grad(score, shared.anchor, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if shared.error is not None and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        return why_not(error)
+    finally:
+        shared.receive = shared.error = None
+    return None if any(found) else f"all of them are 0; {INSTEAD}"
 
 
 def states_alone(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[int]) -> Observation:
     """Run a model over one input."""
     cache = whole_cache(model)
     with torch.no_grad(), seen_positions(model) as seen:
-        model(**with_cache(model, batch, cache) | {"use_cache": True})
-    return Observation(states_in(cache, layers), {}, 0, seen[-1][1] if seen else None)
+        model(**reading(model, batch, cache))
+    return Observation(states_in(cache, layers), 0, seen[-1][1] if seen else None)
 
 
-def with_gradients(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[int], queries: int) -> Observation:
-    """Run a model over one input in two parts and differentiate the second by what it reads from the first."""
+def reading(model: torch.nn.Module, batch: Mapping[str, Any], cache: DynamicCache) -> dict[str, Any]:
+    """Arguments of a forward pass that fills a cache, makes as few logits as the model can, and no loss of them."""
+    fewest = {"logits_to_keep": 1} if takes_argument(model, "logits_to_keep") else {}
+    given = {name: x for name, x in batch.items() if name != "labels"}
+    return with_cache(model, given, cache) | fewest | {"use_cache": True}
+
+
+def in_two_parts(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[int], queries: int) -> Observation:
+    """Run a model over one input in two parts, with a graph from what the second reads from the first."""
     cache = whole_cache(model)
     read, following = split(batch, queries)
     with torch.no_grad(), seen_positions(model) as seen:
-        model(**with_cache(model, read, cache) | {"use_cache": True})
+        model(**reading(model, read, cache))
     positions = seen[-1][1] if seen else None
-    leaves = []
-    for layer in (cache.layers[i] for i in layers):
-        layer.keys, layer.values = layer.keys.detach().requires_grad_(), layer.values.detach().requires_grad_()
-        leaves += [layer.keys, layer.values]
+    device = cache.layers[layers[0]].keys.device
+    shared = Differentiation(torch.zeros((), device=device, requires_grad=True))
+    for i in layers:
+        cache.layers[i].expect_tokens(i, queries, shared)
     if positions is not None and positions.dim() == 3 and "position_ids" not in following:
         following |= positions_after(positions, batch, queries)
-    with torch.enable_grad(), seen_positions(model) as seen, straight_through(model):
+    kept = torch.autograd.graph.saved_tensors_hooks(shared.pack, unpack)
+    with torch.enable_grad(), seen_positions(model) as seen, straight_through(model), kept:
         logits = model(**with_cache(model, following, cache) | {"use_cache": True}).logits
     # all positions, where a model's indexer needs them
     more = seen[-1][1][..., -queries:] if seen else None
@@ -139,10 +154,7 @@ def with_gradients(model: torch.nn.Module, batch: Mapping[str, Any], layers: lis
     positions = torch.cat([positions, more], -1) if alike else None
     mask = following.get("attention_mask")
     hidden = None if mask is None else mask[:, -queries:] == 0
-    drawn = [gradients_of(logits, leaves, hidden, seed) for seed in range(LABEL_DRAWS)]
-    found = dict(zip(product(layers, "kv"), map(list, zip(*drawn, strict=True)), strict=True))
-    gradients = {i: (found[i, "k"], found[i, "v"]) for i in layers}
-    return Observation(states_in(cache, layers), gradients, queries, positions)
+    return Observation(states_in(cache, layers), queries, positions, scored=Scored(logits, hidden, shared))
 
 
 def states_in(cache: DynamicCache, layers: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -208,14 +220,11 @@ def states_of(batch: Mapping[str, Any]) -> Tensor:
     return batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
 
 
-def gradients_of(logits: Tensor, leaves: list[Tensor], hidden: Tensor | None, seed: int) -> list[Tensor]:
-    """Gradient of the summed log-probability of drawn labels by each leaf; zeros where the output does not depend on one."""
+def drawn_score(logits: Tensor, hidden: Tensor | None, seed: int) -> Tensor:
+    """The summed log-probability of labels drawn from `logits` `[B, n, V]` themselves; none are drawn where `hidden`, bool `[B, n]`."""
     generator = torch.Generator(device=logits.device).manual_seed(seed)
     with torch.enable_grad():
         scores = logits.float().log_softmax(-1)
         labels = torch.multinomial(scores.detach().exp().flatten(0, 1), 1, generator=generator)
         taken = scores.gather(-1, labels.view(*scores.shape[:2], 1))[..., 0]
-        if hidden is not None:
-            taken = taken.masked_fill(hidden, 0.0)
-        found = torch.autograd.grad(taken.sum(), leaves, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+        return (taken if hidden is None else taken.masked_fill(hidden, 0.0)).sum()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from apack_compile.calibration.collect import Running, RunningMoments, by_layer
+from apack_compile.calibration.streams import Running, RunningMoments, by_layer, fitted
 from apack_compile.kernels.format import FLOAT16_MAX
 from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.rotations import rotated
@@ -102,7 +102,7 @@ def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Ca
             raise ValueError(
                 f"calibration_inputs: {cache.name} saw no token past the first {FIRST_TOKENS}; pass longer or more calls"
             )
-    found = {rotation: by_layer(sums) for rotation, sums in running.items()}
+    found = {rotation: by_layer(fitted(sums)) for rotation, sums in running.items()}
     best = min(found, key=lambda rotation: key_bits(found[rotation]))
     return Observed(found[best], best)
 

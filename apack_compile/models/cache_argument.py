@@ -37,7 +37,12 @@ def cache_name(model: nn.Module) -> str:
 
 def takes_cache(model: nn.Module) -> bool:
     """Whether a model's forward has a parameter for a cache."""
-    return any(name in names for names in _parameters(model) for name in NAMES)
+    return any(takes_argument(model, name) for name in NAMES)
+
+
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward has a parameter of this name."""
+    return any(name in names for names in _parameters(model))
 
 
 def named_arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

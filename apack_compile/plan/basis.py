@@ -1,6 +1,7 @@
 """Fit of a basis: mean, orthonormal components and quantizer steps of one stream."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ OVERSAMPLING = 8
 # Components get their bits in runs of this many: the tile a kernel reads.
 BAND_GRAIN = 16
 STEP_FACTORS = (0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
+# Every step clips at this many deviations or before. Bins are much narrower than the narrowest step.
+STEPS_RANGE = max(band.top / 2 * band.step for band in BANDS if not band.is_float) * STEP_FACTORS[-1]
+BINS_A_DEVIATION = 256
+COMPONENTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -134,20 +139,42 @@ def hadamard(size: int) -> Tensor:
 
 def fit_steps(spectrum: Spectrum, sample: Tensor, token_scale: bool) -> Spectrum:
     """The same spectrum with, per component and width, the step that serves `sample` `[S, G, N, W_g]` best (squared error)."""
-    coefficients = (sample.to(spectrum.mean.dtype) - spectrum.mean[:, :, None]) @ spectrum.rows.mT
-    normalized = coefficients / spectrum.deviation[:, :, None]
-    if token_scale:
-        normalized = normalized / normalized.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
-    steps = {}
-    for band in BANDS:
-        if band.is_float:
-            steps[band.bits] = spectrum.steps[band.bits]
-            continue
-        errors = []
-        for factor in STEP_FACTORS:
-            step = band.step * factor
-            quantized = ((normalized / step + band.top / 2).round().clamp(0, band.top) - band.top / 2) * step
-            errors.append((quantized - normalized).square().mean(2))
-        best = torch.tensor(STEP_FACTORS, device=sample.device)[torch.stack(errors).argmin(0)]
-        steps[band.bits] = spectrum.deviation * best * band.step
+    steps = {band.bits: spectrum.steps[band.bits].clone() for band in BANDS}
+    for s, g in product(*map(range, spectrum.deviation.shape[:2])):
+        deviation = spectrum.deviation[s, g]
+        tokens = sample[s, g].to(spectrum.mean.dtype) - spectrum.mean[s, g]
+        found = best_factors((tokens @ spectrum.rows[s, g].mT).div_(deviation), token_scale)
+        for bits, factors in found.items():
+            steps[bits][s, g] *= factors
     return Spectrum(spectrum.mean, spectrum.rows, spectrum.deviation, steps)
+
+
+def best_factors(x: Tensor, token_scale: bool) -> dict[int, Tensor]:
+    """For each band of levels, what a Gaussian's step is best multiplied with `[r]` for components `[N, r]` of deviation 1; changes `x`.
+
+    A component's numbers are counted in narrow bins, once for all steps: a step's error is that of the bins' middles. What is beyond the
+    last bin is clipped by every step, so its sums are enough.
+    """
+    if token_scale:
+        x /= x.square().mean(-1, keepdim=True).sqrt_().clamp_min_(1e-6)
+    x.abs_()
+    bins = round(STEPS_RANGE * BINS_A_DEVIATION)
+    middles = (torch.arange(bins, device=x.device) + 0.5) / BINS_A_DEVIATION
+    bands = [band for band in BANDS if not band.is_float]
+    steps = torch.tensor([[band.step * factor for factor in STEP_FACTORS] for band in bands], device=x.device)
+    tops = torch.tensor([[band.top] for band in bands], device=x.device)
+    # levels are odd multiples of half a step
+    levels = ((middles[:, None, None] / steps - 0.5).round() + 0.5).clamp_max(tops / 2) * steps
+    errors = (levels - middles[:, None, None]).square().flatten(1)
+    limits = (tops / 2 * steps).flatten()
+    found = []
+    for part in x.split(COMPONENTS_AT_ONCE, dim=1):
+        columns = part.shape[1]
+        place = (part * BINS_A_DEVIATION).clamp_max_(bins).long() + torch.arange(columns, device=x.device) * (bins + 1)
+        counts = place.flatten().bincount(minlength=columns * (bins + 1)).view(columns, bins + 1).to(x.dtype)
+        beyond = part.where(part * BINS_A_DEVIATION >= bins, 0)
+        number, total, squares = counts[:, -1:], beyond.sum(0)[:, None], beyond.square().sum(0)[:, None]
+        found.append(counts[:, :-1] @ errors.to(x.dtype) + squares - 2 * total * limits + number * limits.square())
+    factors = torch.tensor(STEP_FACTORS, device=x.device)
+    chosen = factors[torch.cat(found).unflatten(1, steps.shape).argmin(-1)]
+    return {band.bits: chosen[:, i] for i, band in enumerate(bands)}
