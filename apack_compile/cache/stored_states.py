@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from apack_compile.models.attention_call import ATTENTION, named_arguments
+
 if TYPE_CHECKING:
     from apack_compile.cache.layer import CompactedLayer
 
-ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
 METADATA = frozenset(
     (
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
@@ -141,14 +141,7 @@ def adds_a_dimension(index: Any) -> bool:
 
 def attended(*args: Any, **kwargs: Any) -> Tensor | None:
     """Attention over stored states without decoding them; None where these arguments ask for something else."""
-    named: dict[str, Any] = {
-        "attn_mask": None,
-        "dropout_p": 0.0,
-        "is_causal": False,
-        "scale": None,
-        "enable_gqa": False,
-    }
-    named |= {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+    named = named_arguments(args, kwargs)
     query, key, value, mask = named["query"], named["key"], named["value"], named["attn_mask"]
     if not isinstance(key, StoredStates) or not isinstance(value, StoredStates) or isinstance(query, StoredStates):
         return None

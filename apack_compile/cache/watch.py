@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from apack_compile.cache.stored_states import ARGUMENTS, ATTENTION
 from apack_compile.kernels.autocast import without_autocast
+from apack_compile.models.attention_call import ATTENTION, named_arguments
 from apack_compile.plan.tiers import Prompt
 
 if TYPE_CHECKING:
@@ -50,15 +50,12 @@ class Watch:
 
     def attend(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The attention that is called with these arguments, without what was evicted; the layer gets the importance that it makes."""
-        named: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None}
-        named |= {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        named = named_arguments(args, kwargs)
         query, key = named["query"], named["key"]
         scale = query.shape[-1] ** -0.5 if named["scale"] is None else named["scale"]
         mask = self._without_evicted(named)
         if mask is not None:
-            out = ATTENTION(
-                query, key, named["value"], attn_mask=mask, scale=scale, enable_gqa=named.get("enable_gqa", False)
-            )
+            out = ATTENTION(query, key, named["value"], attn_mask=mask, scale=scale, enable_gqa=named["enable_gqa"])
         else:
             out = ATTENTION(*args, **kwargs)
         # Heads may come as rows (grouped query), and keys repeated.

@@ -1,0 +1,132 @@
+"""How much attention suffers when cached keys and values are disturbed, where a model has no gradients.
+
+A layer's harm is the error of what its newest queries get from attention, relative to what they get. Its second order needs
+no pass backwards through the model, only through one attention, which is a few products: for a query q, with weights p over
+tokens and output o, and a direction u of the output, the gradient of u . o is p_t u by the value of token t and
+p_t ((v_t - o) . u) scale q by its key. With u drawn at random, of length 1 / |o|, these gradients have the second moment of
+the relative error: they go where those of the model's log-probabilities would (sensitivity.py), and are of the same shape.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import Cache
+
+from apack_compile.kernels.autocast import without_autocast
+from apack_compile.models.attention_call import ATTENTION, named_arguments
+
+# Directions drawn for each query; with fewer the ranking of tokens is left to chance more often (docs/notes/quality.md).
+DRAWS = 4
+
+
+@dataclass(frozen=True)
+class Read:
+    """What some queries ask of the tokens that a layer holds.
+
+    query: `[B, H_q, Q, D]`, rotated as the keys are. mask: as for scaled_dot_product_attention, `[B, H_q, Q, T]` or broadcast; None
+    where queries are those of the newest tokens, and each sees its own and those before. scale: of the scores.
+    """
+
+    query: Tensor
+    mask: Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Attended:
+    """An attention with query heads by KV head: query `[B, H_kv, N, Q, D]`, weights `[B, H_kv, N, Q, T]`, output `[B, H_kv, N, Q, D_v]`."""
+
+    query: Tensor
+    weights: Tensor
+    output: Tensor
+    scale: float
+
+
+@without_autocast
+def drawn_gradients(
+    read: Read, key: Tensor, value: Tensor, hidden: Tensor | None = None, draws: int = DRAWS
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients of a layer's output in random directions by its keys `[B, H_kv, T, D]` and values `[B, H_kv, T, D_v]`, for each draw.
+
+    Their second moment is that of the output's relative error, per query over all heads. hidden: bool `[B, Q]`, queries that are
+    padding. They are float32 or better.
+    """
+    attended = attention_of(read, key, value)
+    length = attended.output.square().sum((1, 2, 4), keepdim=True).sqrt()
+    counted = length > 0 if hidden is None else (length > 0) & ~hidden[:, None, None, :, None]
+    factor = counted / length.masked_fill(~counted, 1.0)
+    generator = torch.Generator(device=key.device).manual_seed(0)
+    for _ in range(draws):
+        shape, kind = attended.output.shape, {"dtype": factor.dtype, "device": factor.device}
+        yield gradients_along(factor * torch.randn(shape, generator=generator, **kind), attended, value)
+
+
+def attention_of(read: Read, key: Tensor, value: Tensor) -> Attended:
+    """What a read gets from keys `[B, H_kv, T, D]` and values `[B, H_kv, T, D_v]`; a query that sees nothing gets zeros."""
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    key, value = key.to(dtype), value.to(dtype)
+    (rows, heads, queries, _), (kv_heads, tokens) = read.query.shape, key.shape[1:3]
+    query = read.query.to(dtype).unflatten(1, (kv_heads, -1))
+    scores = query @ key[:, :, None].mT * read.scale
+    mask = read.mask
+    if mask is None:
+        mask = torch.ones(queries, tokens, dtype=torch.bool, device=key.device).tril(tokens - queries)
+    mask = mask.expand(rows, heads, queries, tokens).unflatten(1, (kv_heads, -1))
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    return Attended(query, weights, weights @ value[:, :, None], read.scale)
+
+
+def gradients_along(direction: Tensor, attended: Attended, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `direction . output`, summed over queries, by key `[B, H_kv, T, D]` and value `[B, H_kv, T, D_v]`."""
+    along = direction @ value[:, :, None].to(direction.dtype).mT
+    centered = along - (direction * attended.output).sum(-1, keepdim=True)
+    by_key = (attended.weights * centered * attended.scale).mT @ attended.query
+    return by_key.sum(2), (attended.weights.mT @ direction).sum(2)
+
+
+class SeenReads(TorchFunctionMode):
+    """Sees the scaled_dot_product_attention of what a dense cache's layers hold, and hands each read to `receive` with its layer.
+
+    A layer may be read more than once: some models share keys and values between layers. Attention that is spelled otherwise is not
+    seen.
+    """
+
+    def __init__(self, cache: Cache, layers: Iterable[int], receive: Callable[[int, Read], None]) -> None:
+        super().__init__()
+        self.cache, self.layers, self.receive = cache, list(layers), receive
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is ATTENTION:
+            named = named_arguments(args, kwargs)
+            layer = self._layer_of(named["key"])
+            if layer is not None:
+                self.receive(layer, read_of(named))
+        return out
+
+    def _layer_of(self, key: Tensor) -> int | None:
+        """The layer that holds these keys `[B, H, T, D]`, whose heads may be repeated."""
+        for i in self.layers:
+            held = self.cache.layers[i].keys
+            alike = isinstance(held, Tensor) and key.dim() == 4 and held[:, 0].shape == key[:, 0].shape
+            if alike and key.shape[1] % held.shape[1] == 0:
+                newest = key[:, :: key.shape[1] // held.shape[1], -1]
+                if torch.equal(newest, held[:, :, -1]):
+                    return i
+        return None
+
+
+def read_of(named: dict[str, Any]) -> Read:
+    """What a call of scaled_dot_product_attention reads, by its arguments."""
+    query, key, mask = named["query"], named["key"], named["attn_mask"]
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+        mask = mask.tril() if named["is_causal"] else mask
+    scale = query.shape[-1] ** -0.5 if named["scale"] is None else named["scale"]
+    return Read(query.detach(), mask, scale)

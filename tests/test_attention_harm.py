@@ -1,0 +1,172 @@
+"""Gradients of one attention in random directions against autograd and against the error of its output."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from apack_compile.calibration.attention_harm import (
+    Read,
+    SeenReads,
+    attention_of,
+    drawn_gradients,
+    gradients_along,
+)
+from apack_compile.calibration.differentiated_layers import whole_cache
+from apack_compile.models.cache_argument import with_cache
+
+ROWS, KV_HEADS, HEADS, QUERIES, TOKENS, KEY_DIM, VALUE_DIM = 2, 3, 6, 5, 23, 7, 9
+WINDOW = 11
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def states() -> tuple[Tensor, Tensor, Tensor]:
+    query = drawn(ROWS, HEADS, QUERIES, KEY_DIM, seed=1)
+    return query, drawn(ROWS, KV_HEADS, TOKENS, KEY_DIM, seed=2), drawn(ROWS, KV_HEADS, TOKENS, VALUE_DIM, seed=3)
+
+
+def causal() -> Tensor:
+    return torch.ones(QUERIES, TOKENS, dtype=torch.bool).tril(TOKENS - QUERIES)
+
+
+def padded() -> Tensor:
+    mask = causal().expand(ROWS, 1, -1, -1).clone()
+    mask[0, :, :, :6] = False
+    mask[1, :, 2] = False
+    return mask
+
+
+MASKS = {
+    "newest": None,
+    "window": causal().triu(TOKENS - QUERIES - WINDOW + 1),
+    "padding and a query that sees nothing": padded(),
+    "added": drawn(1, HEADS, QUERIES, TOKENS, seed=4).masked_fill(~causal(), torch.finfo(torch.float64).min),
+}
+
+
+def by_autograd(read: Read, key: Tensor, value: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of direction . output by key and value, of torch's own attention."""
+    key, value = key.clone().requires_grad_(), value.clone().requires_grad_()
+    mask = causal() if read.mask is None else read.mask
+    out = scaled_dot_product_attention(read.query, key, value, attn_mask=mask, scale=read.scale, enable_gqa=True)
+    return torch.autograd.grad((out.nan_to_num(0.0).view_as(direction) * direction).sum(), (key, value))
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("scale", [KEY_DIM**-0.5, 0.9])
+def test_gradients_along_a_direction_are_those_of_autograd(mask, scale):
+    query, key, value = states()
+    read = Read(query, mask, scale)
+    direction = drawn(ROWS, KV_HEADS, HEADS // KV_HEADS, QUERIES, VALUE_DIM, seed=5)
+    found = gradients_along(direction, attention_of(read, key, value), value)
+    torch.testing.assert_close(found, by_autograd(read, key, value, direction))
+
+
+def relative_error(read: Read, key: Tensor, value: Tensor, changed_key: Tensor, changed_value: Tensor) -> Tensor:
+    """Squared error of the output over its square, summed over queries."""
+    exact, found = (attention_of(read, *both).output for both in ((key, value), (changed_key, changed_value)))
+    return ((found - exact).square().sum((1, 2, 4)) / exact.square().sum((1, 2, 4))).sum()
+
+
+def test_their_second_moment_is_that_of_the_relative_error_of_the_output():
+    query, key, value = states()
+    read, token, head = Read(query, None, KEY_DIM**-0.5), 14, 1
+    draws = list(drawn_gradients(read, key, value, draws=4_000))
+    for stream, width in enumerate((KEY_DIM, VALUE_DIM)):
+        found = torch.stack([both[stream][0, head, token] for both in draws])
+
+        def error(change: Tensor, stream=stream) -> Tensor:
+            changed = [key.clone(), value.clone()]
+            changed[stream][0, head, token] += change
+            return relative_error(read, key, value, *changed)
+
+        moment = torch.autograd.functional.hessian(error, torch.zeros(width, dtype=torch.float64)) / 2
+        difference = found.mT @ found / len(draws) - moment
+        assert float(difference.norm() / moment.norm()) < 0.1
+
+
+def test_queries_that_are_padding_say_nothing_of_any_token():
+    query, key, value = states()
+    hidden = torch.zeros(ROWS, QUERIES, dtype=torch.bool)
+    hidden[1, 2:] = True
+    found = list(drawn_gradients(Read(query, None, 1.0), key, value, hidden))
+    query = query.clone()
+    query[1, :, 2:] = 7.0
+    for both, others in zip(found, drawn_gradients(Read(query, None, 1.0), key, value, hidden), strict=True):
+        torch.testing.assert_close(both, others)
+    everything = torch.ones(ROWS, QUERIES, dtype=torch.bool)
+    assert not any(g.any() for both in drawn_gradients(Read(query, None, 1.0), key, value, everything) for g in both)
+
+
+def test_half_precision_gives_float32():
+    query, key, value = (x.bfloat16() for x in states())
+    for key_gradient, value_gradient in drawn_gradients(Read(query, None, 0.4), key, value):
+        assert key_gradient.dtype == value_gradient.dtype == torch.float32
+        assert (key_gradient.shape, value_gradient.shape) == (key.shape, value.shape)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+def gemma() -> Gemma3ForCausalLM:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=12,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        initializer_range=0.1,
+        eos_token_id=None,
+    )
+    return Gemma3ForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_reads_of_a_model_are_seen_with_what_makes_their_output(make):
+    model, tokens = make(), 29
+    ids = torch.randint(3, 90, (ROWS, tokens + QUERIES), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    cache, outputs, reads = whole_cache(model), {}, []
+    for i, layer in enumerate(model.model.layers):
+        project = layer.self_attn.o_proj
+        project.register_forward_pre_hook(lambda module, args, i=i: outputs.update({i: args[0]}))
+    with torch.no_grad():
+        model(**with_cache(model, {"input_ids": ids[:, :tokens], "attention_mask": mask[:, :tokens]}, cache))
+        with SeenReads(cache, range(3), lambda layer, read: reads.append((layer, read))):
+            model(**with_cache(model, {"input_ids": ids[:, tokens:], "attention_mask": mask}, cache))
+    assert [layer for layer, _ in reads] == [0, 1, 2]
+    for layer, read in reads:
+        held = cache.layers[layer]
+        found = attention_of(read, held.keys, held.values).output
+        torch.testing.assert_close(found.flatten(1, 2).transpose(1, 2).flatten(2), outputs[layer])
+
+
+def test_attention_that_is_spelled_otherwise_is_not_seen():
+    model, reads = llama(), []
+    model.set_attn_implementation("eager")
+    cache = whole_cache(model)
+    with torch.no_grad(), SeenReads(cache, range(3), lambda layer, read: reads.append(layer)):
+        model(**with_cache(model, {"input_ids": torch.arange(3, 20)[None]}, cache))
+    assert not reads
