@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from apack_compile.kernels.autocast import without_autocast
 from apack_compile.models.attention_call import ATTENTION, named_arguments
 
-# Directions drawn for each query; with fewer the ranking of tokens is left to chance more often (docs/notes/quality.md).
+# Directions drawn for each query; 16 were no better (docs/notes/quality.md).
 DRAWS = 4
 
 
