@@ -7,7 +7,7 @@ The bands of a ratio are `budget_plan`'s over typical variances (`typical_varian
 codes are random: time does not depend on them. From ratio 5 and 1,024 tokens on, three quarters of the tokens are coarse, as in a real
 plan: a segment more.
 Head groups are as many as `optimize` chooses on the device, unless `--groups` says otherwise; they trade quality for arithmetic
-(docs/notes/performance.md).
+(docs/notes/performance.md). Bases are float32; where those of all layers would weigh too much, `optimize` stores them in 16 bits.
 
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
 bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
@@ -35,7 +35,7 @@ from apack_compile.kernels.state import KIND_NAMES, TEXT, DenseSegment, PackedSt
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.basis import Spectrum
 from apack_compile.plan.budget import StreamStatistics, budget_plan, spare_slots
-from apack_compile.plan.choice import head_groups_for, typical_variance
+from apack_compile.plan.choice import PackedLayers, Weights, head_groups_for, typical_variance
 from apack_compile.plan.coarse_rule import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
 from apack_compile.plan.plan import FIRST_TOKENS, Plan, StreamPlan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
@@ -51,13 +51,20 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Shape:
-    """Query heads, KV heads and head_dim of a model, the base of its rotary frequencies, and by how much positions are divided."""
+    """Query heads, KV heads and head_dim of a model, the base of its rotary frequencies, and by how much positions are divided.
+
+    parameters, layers, windowed: of the whole model, of which so many layers have a window. pictures: whether it sees any.
+    """
 
     query_heads: int
     heads: int
     head_dim: int
     rope_theta: float
+    parameters: int
+    layers: int
     rope_factor: float = 1.0
+    windowed: int = 0
+    pictures: bool = True
 
     @property
     def frequencies(self) -> Tensor:
@@ -67,10 +74,10 @@ class Shape:
 
 
 SHAPES = {
-    "Qwen2.5-VL-7B": Shape(28, 4, 128, 1e6),
-    "LLaVA-1.5-7B": Shape(32, 32, 128, 1e4),
-    "SmolLM2-135M": Shape(9, 3, 64, 1e5),
-    "Gemma3-4B": Shape(8, 4, 256, 1e6, rope_factor=8),
+    "Qwen2.5-VL-7B": Shape(28, 4, 128, 1e6, 8_292_166_656, 28),
+    "LLaVA-1.5-7B": Shape(32, 32, 128, 1e4, 7_063_427_072, 32),
+    "SmolLM2-135M": Shape(9, 3, 64, 1e5, 134_515_008, 30, pictures=False),
+    "Gemma3-4B": Shape(8, 4, 256, 1e6, 4_315_317_824, 34, rope_factor=8, windowed=29),
 }
 
 
@@ -78,8 +85,11 @@ def default_groups(shape: Shape, ratio: float | None, dtype: torch.dtype, key_bl
     """Head groups that `optimize` uses for a ratio; one for the paper's plan."""
     if ratio is None:
         return 1
-    known = (shape.query_heads, shape.heads, shape.head_dim)
-    return head_groups_for((known,), dtype, ratio, key_block, device).count
+    one = PackedLayers(shape.query_heads, shape.heads, shape.head_dim)
+    full = replace(one, count=shape.layers - shape.windowed)
+    layers = (full, replace(one, count=shape.windowed, has_window=True)) if shape.windowed else (full,)
+    weights = Weights(shape.parameters * dtype.itemsize, pictures=shape.pictures, coarse=True)
+    return head_groups_for(layers, dtype, ratio, key_block, device, weights).count
 
 
 def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, coarse: bool = False) -> Plan:

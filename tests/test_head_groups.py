@@ -10,8 +10,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
 from apack_compile import AttentionPackConfig
+from apack_compile.models.weights import weight_bytes
 from apack_compile.plan.bits import largest_ratio
-from apack_compile.plan.choice import LEAST_SPEED, fewest_groups, typical_plan
+from apack_compile.plan.choice import (
+    LEAST_LIMIT,
+    LEAST_SPEED,
+    PackedLayers,
+    Weights,
+    fewest_groups,
+    head_groups_for,
+    typical_plan,
+)
 from apack_compile.plan.time_model import CPU, H200, Device, Load, predicted_speedup
 
 SHAPES = {
@@ -20,6 +29,16 @@ SHAPES = {
     "SmolLM2-135M": (9, 3, 64),
     "Gemma3-4B": (8, 4, 256),
 }
+# All layers of these models, and their weights in 16 bits (SmolLM2: in 32).
+MODELS = {
+    "Qwen2.5-VL-7B": ([PackedLayers(28, 4, 128, 28)], Weights(16_584_333_312, pictures=True, coarse=True)),
+    "LLaVA-1.5-7B": ([PackedLayers(32, 32, 128, 32)], Weights(14_126_854_144, pictures=True, coarse=True)),
+    "SmolLM2-135M": ([PackedLayers(9, 3, 64, 30)], Weights(538_060_032, coarse=True)),
+    "Gemma3-4B": (
+        [PackedLayers(8, 4, 256, 5), PackedLayers(8, 4, 256, 29, has_window=True)],
+        Weights(8_630_635_648, pictures=True, coarse=True),
+    ),
+}
 
 
 def speed(shape: tuple[int, int, int], groups: int, ratio: float, device: Device) -> float:
@@ -27,31 +46,36 @@ def speed(shape: tuple[int, int, int], groups: int, ratio: float, device: Device
     return predicted_speedup(typical_plan(*shape[1:], load.tokens, ratio, groups, 64), load, device)
 
 
-def bases_bytes(shape: tuple[int, int, int], groups: int, ratio: float) -> int:
-    width, tokens = shape[1] * shape[2] // groups, CPU.planned_tokens
-    key, value = typical_plan(*shape[1:], tokens, ratio, groups, 64).layers[0].streams[-2:]
-    return sum(4 * groups * (width * (n + 1) + n) for n in (key.bands.components, value.bands.components))
+def fits(shape: tuple[int, int, int], groups: int, device: Device) -> bool:
+    return device.widest_basis is None or shape[1] * shape[2] // groups <= device.widest_basis
 
 
-def fits(shape: tuple[int, int, int], groups: int, ratio: float, device: Device) -> bool:
-    if device.widest_basis is not None:
-        return shape[1] * shape[2] // groups <= device.widest_basis
-    return bases_bytes(shape, groups, ratio) <= 2 * 4 * 512 * shape[1] * shape[2]
+def bytes_in_16_bits(name: str, groups: int, ratio: float) -> int:
+    """Bytes of the bases of all layers, of typical variances: text, pictures, and coarse text where a layer sees all tokens."""
+    layers, weights = MODELS[name]
+    total = 0
+    for layer in layers:
+        width = layer.heads * layer.head_dim // groups
+        stream = typical_plan(layer.heads, layer.head_dim, 8_192, ratio, groups, 64).layers[0].text_key
+        segments = 1 + weights.pictures + (ratio >= 5 and not layer.has_window)
+        rank = stream.bands.components
+        total += layer.count * segments * 2 * groups * (2 * width * (rank + 1) + 4 * rank)
+    return total
 
 
 @given(st.sampled_from(list(SHAPES.values())), st.sampled_from([3.0, 4.0, 8.0, 16.0]), st.sampled_from([CPU, H200]))
 def test_no_fewer_groups_are_fast_enough(shape, ratio, device):
-    chosen = fewest_groups((shape,), 2, ratio, 64, device).count
+    chosen = fewest_groups([PackedLayers(*shape)], 2, ratio, 64, device).count
     assert shape[1] % chosen == 0
-    fewer = [n for n in range(1, chosen) if shape[1] % n == 0 and fits(shape, n, ratio, device)]
-    assert fits(shape, chosen, ratio, device)
+    fewer = [n for n in range(1, chosen) if shape[1] % n == 0 and fits(shape, n, device)]
+    assert fits(shape, chosen, device)
     assert all(speed(shape, n, ratio, device) < LEAST_SPEED for n in fewer)
     assert speed(shape, chosen, ratio, device) >= LEAST_SPEED
 
 
 def test_few_heads_share_one_basis_and_many_do_not_on_a_cpu():
     found = {
-        name: [fewest_groups((shape,), 4, ratio, 64, CPU).count for ratio in (4, 8, 16)]
+        name: [fewest_groups([PackedLayers(*shape)], 4, ratio, 64, CPU).count for ratio in (4, 8, 16)]
         for name, shape in SHAPES.items()
     }
     assert found["SmolLM2-135M"] == [1, 1, 1]
@@ -61,41 +85,89 @@ def test_few_heads_share_one_basis_and_many_do_not_on_a_cpu():
 
 def test_a_basis_is_no_wider_than_a_device_takes():
     assert SHAPES["LLaVA-1.5-7B"][1:] == (32, 128) and H200.widest_basis == 2_048
-    found = fewest_groups((SHAPES["LLaVA-1.5-7B"],), 2, 8.0, 64, H200)
+    found = fewest_groups([PackedLayers(*SHAPES["LLaVA-1.5-7B"])], 2, 8.0, 64, H200)
     assert found.count == 2 and "no basis is wider than 2,048" in found.reason
     narrow = replace(H200, widest_basis=100)
-    assert fewest_groups((SHAPES["LLaVA-1.5-7B"],), 2, 8.0, 64, narrow).count == 32
-    assert "wider" not in fewest_groups((SHAPES["Qwen2.5-VL-7B"],), 2, 8.0, 64, H200).reason
+    assert fewest_groups([PackedLayers(*SHAPES["LLaVA-1.5-7B"])], 2, 8.0, 64, narrow).count == 32
+    assert "wider" not in fewest_groups([PackedLayers(*SHAPES["Qwen2.5-VL-7B"])], 2, 8.0, 64, H200).reason
 
 
-def test_the_bases_of_a_layer_do_not_outweigh_the_dense_cache_of_a_short_request():
-    shape, dense = SHAPES["LLaVA-1.5-7B"], 2 * 512 * 4_096 * 4
-    found = fewest_groups((shape,), 4, 8.0, 64, CPU)
-    assert bases_bytes(shape, 4, 8.0) > dense >= bases_bytes(shape, 8, 8.0)
-    assert found.count == 8 and found.reason.endswith("with fewer, bases outweigh a dense cache of 512 tokens")
-    assert fewest_groups((shape,), 4, 8.0, 64, replace(CPU, short_tokens=0)).count < 8
-    assert fewest_groups((shape,), 4, 8.0, 64, replace(CPU, short_tokens=1)).count == 32
-    assert "outweigh" not in fewest_groups((SHAPES["SmolLM2-135M"],), 4, 8.0, 64, CPU).reason
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ratio", [2.0, 4.0, 8.0, 16.0])
+@pytest.mark.parametrize("device", [CPU, H200], ids=lambda device: device.name)
+def test_the_bases_of_all_layers_weigh_at_most_3_percent_of_the_weights(name, ratio, device):
+    layers, weights = MODELS[name]
+    found = fewest_groups(layers, 2, ratio, 64, device, weights)
+    assert weights.limit == int(0.03 * weights.bytes)
+    assert bytes_in_16_bits(name, found.count, ratio) <= weights.limit
+    without = fewest_groups(layers, 2, ratio, 64, device)
+    heavy = bytes_in_16_bits(name, without.count, ratio) > weights.limit
+    assert found.count > without.count if heavy else found.count >= without.count
+    assert ("weigh more than 3% of the model's weights" in found.reason) >= heavy
+
+
+def test_what_the_weights_allow_is_chosen_and_said():
+    layers, weights = MODELS["LLaVA-1.5-7B"]
+    found = fewest_groups(layers, 2, 8.0, 64, CPU, weights)
+    assert found.count == 16
+    said = "; with fewer groups, shared bases would weigh more than 3% of the model's weights, 423,805,624 bytes"
+    assert found.reason.endswith(said)
+    twice = fewest_groups(layers, 4, 8.0, 64, CPU, replace(weights, bytes=2 * weights.bytes))
+    assert twice.count == 8
+    assert "weigh" not in fewest_groups(*MODELS["SmolLM2-135M"][:1], 4, 8.0, 64, CPU, MODELS["SmolLM2-135M"][1]).reason
+
+
+def test_where_no_number_of_groups_is_light_there_are_as_many_as_can_be():
+    layers, weights = MODELS["LLaVA-1.5-7B"]
+    found = fewest_groups(layers, 2, 4.0, 64, CPU, replace(weights, bytes=weights.bytes // 8))
+    assert found.count == 32
+    assert "; with any number of groups, shared bases would weigh more than 3% of the model's weights" in found.reason
+    assert fewest_groups(layers, 2, 8.0, 64, CPU, replace(weights, bytes=weights.bytes // 4)).count == 32
+
+
+def test_heads_that_cannot_be_halved_and_a_single_head_keep_to_the_weights_too():
+    odd = [PackedLayers(18, 9, 64, 20)]
+    fast = replace(CPU, matrix_operations=1e15)
+    found = {n: fewest_groups(odd, 2, 4.0, 64, fast, Weights(n * 10**6)).count for n in (2_000, 700, 100)}
+    assert found == {2_000: 1, 700: 3, 100: 9}
+    one = fewest_groups([PackedLayers(71, 1, 64, 400)], 2, 4.0, 64, CPU, Weights(10**8))
+    assert one.count == 1 and "with any number of groups" in one.reason
+    mixed = [PackedLayers(8, 4, 64, 300), PackedLayers(6, 6, 64, 300)]
+    assert fewest_groups(mixed, 2, 4.0, 64, CPU, Weights(5 * 10**9)).count == 2
+
+
+def test_small_models_may_have_a_mebibyte_of_bases():
+    layers = [PackedLayers(4, 4, 16, 2)]
+    assert fewest_groups(layers, 4, 4.0, 64, CPU, Weights(10**5)).count == 1
+    found = fewest_groups([PackedLayers(4, 4, 64, 8)], 4, 4.0, 64, CPU, Weights(10**5))
+    assert found.count > 1 and f"more than {LEAST_LIMIT:,} bytes, which any model is granted" in found.reason
+
+
+def test_the_weights_count_on_devices_without_figures_too():
+    layers, weights = MODELS["LLaVA-1.5-7B"]
+    assert head_groups_for(layers, torch.bfloat16, 8.0, 64, "mps").count == 1
+    found = head_groups_for(layers, torch.bfloat16, 8.0, 64, "mps", weights)
+    assert found.count == 16 and found.reason.startswith("the time model has no figures for mps; with fewer groups")
 
 
 def test_groups_divide_the_heads_of_every_layer():
     slow = replace(CPU, matrix_operations=1e9)
-    assert fewest_groups(((8, 4, 64), (6, 6, 64)), 4, 4.0, 64, slow).count == 2
-    assert fewest_groups(((71, 1, 64),), 4, 4.0, 64, slow).count == 1
+    assert fewest_groups([PackedLayers(8, 4, 64), PackedLayers(6, 6, 64)], 4, 4.0, 64, slow).count == 2
+    assert fewest_groups([PackedLayers(71, 1, 64)], 4, 4.0, 64, slow).count == 1
 
 
 def test_where_none_is_fast_enough_the_fastest_is_taken():
     slow = replace(CPU, matrix_operations=1e9)
     speeds = {n: speed((8, 8, 64), n, 4.0, slow) for n in (1, 2, 4, 8)}
     assert max(speeds.values()) < LEAST_SPEED
-    assert fewest_groups(((8, 8, 64),), 4, 4.0, 64, slow).count == max(speeds, key=lambda n: speeds[n])
+    assert fewest_groups([PackedLayers(8, 8, 64)], 4, 4.0, 64, slow).count == max(speeds, key=lambda n: speeds[n])
 
 
 def test_groups_that_cannot_reach_the_ratio_are_left_out():
     slow = replace(CPU, matrix_operations=1e9)
     assert largest_ratio(16) < 8 < largest_ratio(32)
-    assert fewest_groups(((4, 4, 16),), 4, 8.0, 64, slow).count == 2
-    assert fewest_groups(((4, 4, 16),), 4, 4.0, 64, slow).count == 4
+    assert fewest_groups([PackedLayers(4, 4, 16)], 4, 8.0, 64, slow).count == 2
+    assert fewest_groups([PackedLayers(4, 4, 16)], 4, 4.0, 64, slow).count == 4
 
 
 @pytest.mark.parametrize("groups", (1, 4))
@@ -123,7 +195,9 @@ def test_a_model_of_many_heads_gets_groups_and_the_report_says_why():
     model = apack_compile.optimize(many_heads(), ratio=4, compile="none", min_tokens=0)
     assert apack_compile.report(model).head_groups == ""
     apack_compile.calibrate(model, prompt())
-    groups = fewest_groups(((16, 16, 64),), 4, 4.0, 64, CPU).count
+    weights = Weights(weight_bytes(model), coarse=True)
+    layers = [PackedLayers(16, 16, 64, model.config.num_hidden_layers)]
+    groups = fewest_groups(layers, 4, 4.0, 64, CPU, weights).count
     assert groups > 1 and apack_compile.plan_for(model, 300).groups == groups
     said = apack_compile.report(model).head_groups
     assert said.startswith(f"{groups}; predicted speed over a dense cache (ratio 4, 8,192 tokens, batch 1, CPU): ")
@@ -213,7 +287,8 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected)[:, 300:].norm() / expected[:, 300:].norm())
 
 
-GROUPS_OF_BUFFERS = fewest_groups(((16, 16, 64),), 4, 6.0, 0, CPU).count
+BESIDE = Weights(weight_bytes(StaticDecoder()))
+GROUPS_OF_BUFFERS = fewest_groups([PackedLayers(16, 16, 64)], 4, 6.0, 0, CPU, BESIDE).count
 
 
 @torch.no_grad()

@@ -7,15 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saved_plans import assert_equal
 from transformers.cache_utils import DynamicCache
 
+from apack_compile.cache.accounting import shared_tensors, storage_bytes
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.format import BANDS, WIDTHS, Bands
-from apack_compile.plan.basis import BAND_GRAIN
+from apack_compile.plan.basis import BAND_GRAIN, fit, moments
 from apack_compile.plan.bits import bands_of, largest_ratio, runs_of, water_fill
-from apack_compile.plan.budget import budget_key, budget_plan, tail_slots_for
-from apack_compile.plan.plan import FIRST_TOKENS, LayerPlan
+from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan, tail_slots_for
+from apack_compile.plan.plan import FIRST_TOKENS, LayerPlan, Plan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
 from apack_compile.plan.rotation import KeyRotation
@@ -192,3 +194,41 @@ def test_prompts_of_like_length_and_share_have_one_plan(tokens, share):
     assert abs(eighth - share) <= 1 / 16 + 1e-9
     assert tokens < 64 or 2**-0.26 <= length / tokens <= 2**0.26
     assert budget_key(length, eighth) == (length, eighth)
+
+
+def test_a_segment_with_the_statistics_of_another_has_its_bases_too(statistics_of, tmp_path):
+    plan = budget_plan(statistics_of(2, 2, 32, vision=False), 4.0, 1000, 0.5)
+    own = budget_plan(statistics_of(2, 2, 32), 4.0, 1000, 0.5)
+    assert storage_bytes(shared_tensors(own)) > 1.5 * storage_bytes(shared_tensors(plan))
+    signed = replace(plan, signature=(2, 2, 16, "torch.float32"))
+    signed.save(tmp_path / "plan")
+    for one in (plan, plan.to(torch.device("cpu")), plan.to(torch.device("meta")), Plan.load(tmp_path / "plan")):
+        for vision_key, vision_value, text_key, text_value in one.bases.values():
+            assert vision_key is text_key and vision_value is text_value and text_key is not text_value
+
+
+def test_bases_that_would_pass_their_limit_are_stored_in_16_bits(statistics_of, tmp_path):
+    statistics = statistics_of(3, 4, 32, groups=2)
+    wide = budget_plan(statistics, 4.0, 1000, 0.5)
+    held = storage_bytes(shared_tensors(wide))
+    same = budget_plan(statistics, 4.0, 1000, 0.5, basis_limit=held)
+    narrow = budget_plan(statistics, 4.0, 1000, 0.5, basis_limit=held - 1)
+    assert held // 2 < storage_bytes(shared_tensors(narrow)) < 0.53 * held
+    for layer, bases in wide.bases.items():
+        for one, equal, half in zip(bases, same.bases[layer], narrow.bases[layer], strict=True):
+            assert all(map(torch.equal, one, equal))
+            assert half.mean.dtype == half.decoder.dtype == torch.float16
+            assert torch.equal(half.step, one.step)
+            assert torch.equal(half.decoder, one.decoder.half()) and torch.equal(half.mean, one.mean.half())
+    signed = replace(narrow, signature=(3, 4, 16, "torch.float32"))
+    signed.save(tmp_path / "plan")
+    assert_equal(Plan.load(tmp_path / "plan"), signed)
+
+
+def test_components_without_variance_are_not_stored():
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, 1, 20_000, 20, generator=generator) @ torch.randn(20, 96, generator=generator)
+    spectrum = fit(moments(sample))
+    stream = StreamStatistics(spectrum, spectrum.deviation[0].square() - spectrum.deviation[0].square().min())
+    plan = budget_plan({0: {"text": (stream, stream)}}, 2.0, 4000, 0.0)
+    assert {one.bands.components for one in plan.layers[0].streams} == {32}, "20 components in whole runs of 16"

@@ -14,6 +14,7 @@ from apack_compile.calibration.sensitivity import draw_gradients, observe
 from apack_compile.calibration.straight_through import straight_through
 from apack_compile.generate.quantize import quantized_layers
 from apack_compile.generate.session import session_of
+from apack_compile.models.weights import weight_bytes
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is an extra")
 
@@ -245,3 +246,23 @@ def test_a_decoder_without_linear_layers_is_named():
     config = GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4)
     with pytest.raises(ValueError, match=r"quantize='int8wo': the decoder has no torch\.nn\.Linear layer"):
         apack_compile.optimize(GPT2LMHeadModel(config).eval(), ratio=3, quantize="int8wo", min_tokens=0)
+
+
+def test_the_bytes_of_quantized_weights_are_those_that_are_stored():
+    model, expected = llama(), weight_bytes(llama())
+    assert expected == sum(p.nbytes for p in model.parameters())
+    kept = model.model.embed_tokens.weight.nbytes + model.lm_head.weight.nbytes
+    calibrated(model, "int8wo")
+    assert kept < weight_bytes(model) < kept + 0.3 * (expected - kept)
+    assert apack_compile.report(model).weight_bytes == weight_bytes(model)
+    assert session_of(model).calibration.weight_bytes == weight_bytes(model)
+    model.model.layers[0].mlp.up_proj.register_buffer("packed", torch.zeros(1_000, dtype=torch.int32))
+    model.register_buffer("mask", torch.zeros(1_000))
+    assert apack_compile.report(model).weight_bytes == session_of(model).calibration.weight_bytes + 4_000
+
+
+def test_a_calibration_from_before_weights_were_quantized_is_kept():
+    model = calibrated(llama())
+    before = session_of(model).calibration
+    apack_compile.optimize(model, ratio=4, quantize="int8wo", compile="none", min_tokens=0)
+    assert session_of(model).calibration is before and before.weight_bytes > weight_bytes(model)

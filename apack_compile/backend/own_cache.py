@@ -4,7 +4,7 @@ When it is made, when it is dropped, and what must not happen to the buffers in 
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from apack_compile.checks import counted
 from apack_compile.kernels.cursor import HELD
 from apack_compile.kernels.heads import to_groups
 from apack_compile.plan.budget import budget_key, budget_plan
-from apack_compile.plan.choice import head_groups_for
+from apack_compile.plan.choice import PackedLayers, Weights, alike, head_groups_for
 from apack_compile.plan.file import versions
 from apack_compile.plan.plan import FIRST_TOKENS, Plan, Provenance
 from apack_compile.plan.source import PlanSource, Statistics
@@ -81,10 +81,15 @@ class OwnCaches:
         self.held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def before(
-        self, pairs: Sequence[Pair], layouts: Sequence[Layouts], positions: Sequence[Tensor]
+        self,
+        pairs: Sequence[Pair],
+        layouts: Sequence[Layouts],
+        positions: Sequence[Tensor],
+        weights: Callable[[], Iterable[Tensor]],
     ) -> list[Packed] | None:
         """The packed state that a call writing at `positions` must use; None where it is to run dense.
 
+        weights: gives the parameters of the graph, beside which bases may weigh so much.
         Raises RuntimeError for buffers that were written outside, and ValueError for positions that packed state cannot take.
         """
         start, count = span_of(positions)
@@ -98,7 +103,7 @@ class OwnCaches:
         if not any(found):
             if count > MAX_DECODE or start < LEAST_TOKENS:
                 return None
-            found = self._pack(pairs, layouts, start)
+            found = self._pack(pairs, layouts, start, Weights.of(weights()))
         if not all(found):
             raise RuntimeError("own_cache: some of this graph's buffers are packed, others dense")
         for cache in dict.fromkeys(packed.cache for packed in found):
@@ -136,13 +141,15 @@ class OwnCaches:
         return None
 
     @torch.no_grad()
-    def _pack(self, pairs: Sequence[Pair], layouts: Sequence[Layouts], tokens: int) -> list[Packed]:
+    def _pack(
+        self, pairs: Sequence[Pair], layouts: Sequence[Layouts], tokens: int, weights: Weights | None
+    ) -> list[Packed]:
         """Pack the first `tokens` tokens of dense buffers and release them."""
         if any(buffer.is_inference() for pair in pairs for buffer in pair):
             raise ValueError("own_cache: buffers made in inference mode do not tell who writes them; make them outside")
         held = [states_of(pair, how) for pair, how in zip(pairs, layouts, strict=True)]
         filled = [tuple(states[:, :, :tokens] for states in pair) for pair in held]
-        plan = self._plan_for(held, filled)
+        plan = self._plan_for(held, filled, weights)
         kinds = [LayerKind(layer, "static buffer", None) for layer in range(len(pairs))]
         # every slot that the buffers could ever need is there from the start
         cache = CompactedCache(kinds, DynamicCache(), PlanSource(given=plan), max_tokens=held[0][0].shape[2])
@@ -158,7 +165,7 @@ class OwnCaches:
         self.last = self._live_report()
         return found
 
-    def _plan_for(self, held: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]]) -> Plan:
+    def _plan_for(self, held: Sequence[Pair], filled: Sequence[tuple[Tensor, ...]], weights: Weights | None) -> Plan:
         """The plan of a graph's pairs: the given one, or one by the first sequence in such buffers."""
         key = held[0][0]
         if self.plan is not None:
@@ -168,9 +175,14 @@ class OwnCaches:
         )
         which = (streams, budget_key(key.shape[2], 0.0))
         if which not in self.plans:
-            shapes = {(heads, heads, head_dim) for _, heads, _, head_dim in (keys.shape for keys, _ in held)}
-            groups = head_groups_for(tuple(sorted(shapes)), key.dtype, self.ratio, 0, key.device.type).count
-            plan = budget_plan(statistics_of(filled, groups), self.ratio, *which[1])
+            layers = alike(PackedLayers(heads, heads, head_dim) for _, heads, _, head_dim in (k.shape for k, _ in held))
+            groups = head_groups_for(layers, key.dtype, self.ratio, 0, key.device.type, weights).count
+            plan = budget_plan(
+                statistics_of(filled, groups),
+                self.ratio,
+                *which[1],
+                basis_limit=None if weights is None else weights.limit,
+            )
             about_model = (len(held), key.shape[1], key.shape[3], str(key.dtype))
             provenance = Provenance(f"the first {filled[0][0].shape[2]} tokens in static buffers", versions())
             self.plans[which] = replace(plan, signature=about_model, provenance=provenance)

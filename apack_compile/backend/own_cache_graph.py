@@ -6,10 +6,11 @@ where the call writes and by what is held.
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from apack_compile.backend.own_cache import OwnCaches
 from apack_compile.passes import BufferPair, FuseAttend, PackBuffers, RemoveDeadCode, run_passes
@@ -49,7 +50,8 @@ class OwnCacheGraph:
         if self.buffers:
             pairs = [(key(args), value(args)) for key, value in self.buffers]
             with torch.no_grad():
-                found = self.caches.before(pairs, self.layouts, self.positions(*args))
+                weights = partial(self._weights, args)
+                found = self.caches.before(pairs, self.layouts, self.positions(*args), weights)
         if found is None:
             if self.dense is None:
                 self.dense = self.compile(self._copy())
@@ -59,6 +61,10 @@ class OwnCacheGraph:
             self.packed[layouts] = self._packed_form(layouts)
         kept, run = self.packed[layouts]
         return run(*(args[i] for i in kept), *itertools.chain.from_iterable(packed.state for packed in found))
+
+    def _weights(self, args: Sequence[Any]) -> list[Tensor]:
+        """The graph's parameters, which are among a call's inputs or the graph's own."""
+        return [*(x for x in args if isinstance(x, nn.Parameter)), *self.gm.parameters()]
 
     def _copy(self) -> fx.GraphModule:
         """The graph as it came, in a module of an ordinary kind: Dynamo does not trace its own."""

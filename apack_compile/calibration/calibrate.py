@@ -10,9 +10,11 @@ from transformers.utils import logging
 from apack_compile.calibration.collect import Observations, collect
 from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
+from apack_compile.models.modality import placeholder_ids
 from apack_compile.models.offload import computing_device
+from apack_compile.models.weights import weight_bytes
 from apack_compile.models.wrappers import adapters_of
-from apack_compile.plan.choice import Groups, Shapes, head_groups_for
+from apack_compile.plan.choice import Groups, PackedLayers, Weights, alike, head_groups_for
 from apack_compile.plan.ranks import agreed_id
 from apack_compile.plan.ring import block_for
 from apack_compile.plan.source import Calibration
@@ -34,9 +36,10 @@ def calibrate(
         found = {window: find_rotation(model, layers[window], batches[0], blocks[window]) for window in layers}
         rotations = {window: rotation for window, (rotation, _) in found.items()}
         identity = agreed_id(model)
+        weights = weight_bytes(model)
         rotation_of_layer = {layer: rotations[window] for window, those in layers.items() for layer in those}
         seen = Observations(model, sorted(rotation_of_layer), batches, rotation_of_layer)
-        groups = groups_for(model, config, attention_shapes(model, seen))
+        groups = groups_for(model, config, packed_layers(model, seen, layers), weights)
         ranked = layers.get(None, ())
         coarse = config.coarse if ranked else ()
         # a pass over the inputs and a fit of the bases, and both again where coarse tokens are told from fine ones
@@ -50,6 +53,7 @@ def calibrate(
         rotations=rotations,
         rotation_reasons={window: reason for window, (_, reason) in found.items()},
         groups=groups,
+        weight_bytes=weights,
         key_block=config.key_block,
         inputs=source,
         identity=identity,
@@ -58,20 +62,26 @@ def calibrate(
     )
 
 
-def attention_shapes(model: nn.Module, seen: Observations) -> Shapes:
-    """Query heads (as many as KV heads where the config does not say), KV heads and head_dim of the layers that were observed."""
+def packed_layers(
+    model: nn.Module, seen: Observations, layers: Mapping[int | None, Sequence[int]]
+) -> tuple[PackedLayers, ...]:
+    """The layers that were observed, those that are alike as one; as many query heads as KV heads where no config says."""
     config = model.config.get_text_config(decoder=True)
-    shapes = set()
-    for i, (key, _) in seen.first.states.items():
-        layer = config.per_layer_config[i] if config.is_heterogeneous else config
-        heads, head_dim = key.shape[1], key.shape[3]
-        shapes.add((max(getattr(layer, "num_attention_heads", None) or 0, heads), heads, head_dim))
-    return tuple(sorted(shapes))
+    found = []
+    for window, those in layers.items():
+        for i in those:
+            layer = config.per_layer_config[i] if config.is_heterogeneous else config
+            key = seen.first.states[i][0]
+            heads, head_dim = key.shape[1], key.shape[3]
+            query_heads = max(getattr(layer, "num_attention_heads", None) or 0, heads)
+            found.append(PackedLayers(query_heads, heads, head_dim, has_window=window is not None))
+    return alike(found)
 
 
-def groups_for(model: nn.Module, config: AttentionPackConfig, shapes: Shapes) -> Groups:
-    """Head groups for layers of these shapes, on the model's device."""
+def groups_for(model: nn.Module, config: AttentionPackConfig, layers: tuple[PackedLayers, ...], weights: int) -> Groups:
+    """Head groups for such layers, on the model's device; weights: bytes of the model's weights."""
     if config.head_groups is not None:
-        return Groups(config.head_groups, "as configured", shapes)
+        return Groups(config.head_groups, "as configured", layers)
     device, ratio = computing_device(model).type, config.ratio or DEFAULT_RATIO
-    return head_groups_for(shapes, model.dtype, ratio, config.key_block, device)
+    beside = Weights(weights, pictures=bool(placeholder_ids(model.config)), coarse=bool(config.coarse))
+    return head_groups_for(layers, model.dtype, ratio, config.key_block, device, beside)

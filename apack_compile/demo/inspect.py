@@ -13,11 +13,12 @@ import torch
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES
 from apack_compile.cache.layer_kinds import LATENT_ATTENTION, layer_kinds
 from apack_compile.checks import counted
+from apack_compile.models.modality import placeholder_ids
+from apack_compile.models.weights import weight_bytes
 from apack_compile.plan.bits import largest_ratio
-from apack_compile.plan.choice import head_groups_for, typical_plan
-from apack_compile.plan.coarse_rule import tells_apart
+from apack_compile.plan.choice import PackedLayers, Weights, alike, head_groups_for, predicted_basis_bytes
+from apack_compile.plan.plan import BASIS_DTYPES
 from apack_compile.plan.rotation import BLOCK
-from apack_compile.plan.time_model import Load, basis_bytes
 
 RATIOS = (2, 4, 8, 16)
 TOTALS = (8_192, 32_768)
@@ -55,7 +56,7 @@ def inspect_lines(path: Path | None) -> list[str]:
         raise ValueError(
             f"MODEL={name!r}: {type(model).__name__} has no KV cache: none of its layers holds keys and values"
         )
-    pictures = getattr(model.config, "vision_config", None) is not None
+    weights = Weights(weight_bytes(model), pictures=bool(placeholder_ids(model.config)), coarse=True)
     return [
         f"{name}: {type(model).__name__}, {counted(len(layers), 'layer')}",
         f"{'layers':<20} {'kind':<20} {'KV heads':>8} {'W of K':>7} {'W of V':>7} {'tokens kept':>12}  stored",
@@ -63,7 +64,8 @@ def inspect_lines(path: Path | None) -> list[str]:
         "",
         *_dense_lines(layers),
         "",
-        *_packed_lines(layers, pictures),
+        f"weights in {str(model.dtype).removeprefix('torch.')}: {size(weights.bytes)}; quantized ones are fewer",
+        *_packed_lines(layers, weights, model.dtype),
     ]
 
 
@@ -118,7 +120,7 @@ def _dense_lines(layers: list[InspectedLayer]) -> list[str]:
     return lines
 
 
-def _packed_lines(layers: list[InspectedLayer], pictures: bool) -> list[str]:
+def _packed_lines(layers: list[InspectedLayer], weights: Weights, dtype: torch.dtype) -> list[str]:
     """For each ratio: bytes of a sequence's cache where some layers are packed, and of the bases that all requests share."""
     packed = [layer for layer in layers if layer.reason is None]
     if not packed:
@@ -126,7 +128,7 @@ def _packed_lines(layers: list[InspectedLayer], pictures: bool) -> list[str]:
     totals = "  ".join(f"{f'{tokens:,} tokens':>20}" for tokens in TOTALS)
     lines = [
         "with optimize(model, ratio=...), layers that stay dense counted; shared bases (predicted, CPU) are stored once for all",
-        f"{'ratio':>5}  {'bits a component':>16}  {totals}  {'shared bases':>12}",
+        f"{'ratio':>5}  {'bits a component':>16}  {totals}  {'shared bases':>12}  {'of weights':>10}  {'head groups':>11}",
     ]
     narrowest = min(min(layer.widths) for layer in packed)
     for ratio in RATIOS:
@@ -140,24 +142,33 @@ def _packed_lines(layers: list[InspectedLayer], pictures: bool) -> list[str]:
             dense = sum(layer.dense_bytes(tokens) for layer in layers)
             held = sum(layer.dense_bytes(tokens) / (ratio if layer.reason is None else 1) for layer in layers)
             cells.append(f"{f'{size(held)} ({dense / held:.2f}x)':>20}")
-        bases = size(shared_basis_bytes(packed, ratio, pictures))
-        lines.append(f"{ratio:>5}  {16 / ratio:>16.2f}  {'  '.join(cells)}  {bases:>12}")
+        bases = shared_bases(packed, ratio, weights, dtype)
+        share = f"{bases.bytes / weights.bytes:.1%}"
+        lines.append(
+            f"{ratio:>5}  {16 / ratio:>16.2f}  {'  '.join(cells)}  {size(bases.bytes):>12}  {share:>10}  {bases.groups:>11}"
+        )
     return lines
 
 
-def shared_basis_bytes(packed: list[InspectedLayer], ratio: float, pictures: bool) -> int:
-    """Bytes of the bases of all packed layers on a CPU, for plans as the time model takes them to be."""
-    shapes = tuple(sorted({(layer.query_heads, layer.heads, layer.widths[0] // layer.heads) for layer in packed}))
-    groups = head_groups_for(shapes, torch.bfloat16, ratio, BLOCK, "cpu").count
-    tokens = max(TOTALS)
-    # text, pictures, coarse text
-    segments = 1 + pictures + tells_apart(ratio, tokens)
-    total = 0
-    for layer in packed:
-        load = Load(layer.query_heads, layer.heads, layer.widths[0] // layer.heads, tokens)
-        plan = typical_plan(layer.heads, load.head_dim, tokens, ratio, groups, BLOCK)
-        total += segments * sum(basis_bytes(stream, load, groups) for stream in plan.layers[0].pair("text"))
-    return total
+@dataclass(frozen=True)
+class SharedBases:
+    """Bytes of the bases of all packed layers, what they are stored in, and head groups."""
+
+    bytes: int
+    dtype: torch.dtype
+    groups: int
+
+
+def shared_bases(packed: list[InspectedLayer], ratio: float, weights: Weights, dtype: torch.dtype) -> SharedBases:
+    """The bases of a model in a dtype on a CPU, as the time model and typical variances predict them."""
+    layers = alike(
+        PackedLayers(one.query_heads, one.heads, one.widths[0] // one.heads, has_window=one.window is not None)
+        for one in packed
+    )
+    groups = head_groups_for(layers, dtype, ratio, BLOCK, "cpu", weights).count
+    found = {kind: predicted_basis_bytes(layers, ratio, groups, weights, kind.itemsize) for kind in BASIS_DTYPES}
+    kind = next((kind for kind, size in found.items() if size <= weights.limit), BASIS_DTYPES[-1])
+    return SharedBases(found[kind], kind, groups)
 
 
 def size(count: float) -> str:

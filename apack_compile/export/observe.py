@@ -15,7 +15,7 @@ from apack_compile.models.coordinates import rotary_frequencies
 from apack_compile.passes.buffers.packed_state import new_tokens, positions
 from apack_compile.passes.buffers.pairs import BufferPair
 from apack_compile.passes.graph.nodes import value_of
-from apack_compile.plan.choice import head_groups_for
+from apack_compile.plan.choice import PackedLayers, Weights, alike, head_groups_for
 from apack_compile.plan.plan import FIRST_TOKENS, STREAMS
 from apack_compile.plan.rotation import BLOCK, KeyRotation, deinterleaved_keys, rotations_at
 from apack_compile.plan.source import Statistics
@@ -25,10 +25,11 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Observed:
-    """Statistics of each cache by number, of keys rotated back by `rotation`."""
+    """Statistics of each cache by number, of keys rotated back by `rotation`; bytes that the bases of a cache may have, None for any."""
 
     statistics: Statistics
     rotation: KeyRotation | None
+    basis_limit: int | None
 
 
 class Observer(nn.Module):
@@ -85,7 +86,8 @@ def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Ca
     that leaves them fewer bits to code. Wrong ones would cost quality, never correctness.
     """
     running: dict[KeyRotation | None, Running] = {None: {}, **{rotation: {} for rotation in key_rotations(gm, caches)}}
-    groups = head_groups(caches, ratio, BLOCK if len(running) > 1 else 0)
+    weights = Weights.of(gm.parameters())
+    groups = head_groups(caches, ratio, BLOCK if len(running) > 1 else 0, weights)
     for cache in caches:
         gm.add_module(f"observer_{cache.number}", Observer(cache.number, cache.name, groups, running))
         with gm.graph.inserting_after(cache.node):
@@ -104,14 +106,14 @@ def observe(gm: fx.GraphModule, caches: Sequence[BufferPair], calls: Iterable[Ca
             )
     found = {rotation: by_layer(fitted(sums)) for rotation, sums in running.items()}
     best = min(found, key=lambda rotation: key_bits(found[rotation]))
-    return Observed(found[best], best)
+    return Observed(found[best], best, None if weights is None else weights.limit // len(caches))
 
 
-def head_groups(caches: Sequence[BufferPair], ratio: float, key_block: int) -> int:
-    """How many groups of heads share bases, by the time model; a cache does not say how many query heads read it: as many as KV heads."""
+def head_groups(caches: Sequence[BufferPair], ratio: float, key_block: int, weights: Weights | None) -> int:
+    """How many groups of heads share bases; a cache does not say how many query heads read it: as many as KV heads."""
     key = value_of(caches[0].key.state)
-    shapes = {(heads, heads, head_dim) for _, heads, _, head_dim in (cache.key.size for cache in caches)}
-    return head_groups_for(tuple(sorted(shapes)), key.dtype, ratio, key_block, key.device.type).count
+    layers = alike(PackedLayers(heads, heads, head_dim) for _, heads, _, head_dim in (c.key.size for c in caches))
+    return head_groups_for(layers, key.dtype, ratio, key_block, key.device.type, weights).count
 
 
 def key_rotations(gm: fx.GraphModule, caches: Sequence[BufferPair]) -> list[KeyRotation]:

@@ -27,7 +27,8 @@ def budget_plans(seen: Observed, caches: Sequence[BufferPair], ratio: float) -> 
                 f"ratio={ratio!r} is out of reach: the largest for KV width {width} is {largest_ratio(width):.1f}"
             )
         statistics = {cache.number: seen.statistics[cache.number] for cache in alike}
-        plan = budget_plan(statistics, ratio, tokens, 0.0, rotation=seen.rotation)
+        limit = seen.basis_limit and seen.basis_limit * len(alike)
+        plan = budget_plan(statistics, ratio, tokens, 0.0, rotation=seen.rotation, basis_limit=limit)
         plans |= {cache.number: cache_plan(plan, cache.number) for cache in alike}
     return plans
 

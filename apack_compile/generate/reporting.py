@@ -14,6 +14,7 @@ from apack_compile.generate.decode_step import why_not_compiled
 from apack_compile.generate.quantize import plain_layers, quantized_layers, told
 from apack_compile.kernels.ops import implementations
 from apack_compile.models.offload import computing_device
+from apack_compile.models.weights import weight_bytes
 from apack_compile.models.wrappers import adapters_of
 from apack_compile.passes import GraphRecord
 from apack_compile.plan.coarse_rule import LEAST_RATIO
@@ -53,6 +54,7 @@ class Report:
     head_groups: str
     quantized_layers: int
     quantized_by: dict[str, int]
+    weight_bytes: int
     layers: tuple[LayerLine, ...]
     graphs: tuple[dict[str, Any], ...]
     bytes: dict[str, Any] | None
@@ -81,7 +83,8 @@ class Report:
             lines.append(
                 f"last cache: {self.bytes['tokens']} tokens, {self.bytes['dense_bytes']:,} bytes dense (16-bit), "
                 f"{self.bytes['sequence_bytes']:,} packed ({self.bytes['ratio']:.2f}x), "
-                f"{self.bytes['model_bytes']:,} of bases shared by all requests"
+                f"{self.bytes['model_bytes']:,} of bases shared by all requests "
+                f"({self.bytes['model_bytes'] / self.weight_bytes:.1%} of the weights' {self.weight_bytes:,})"
             )
             if coarse := self.bytes["coarse"]:
                 lines.append(
@@ -113,6 +116,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         head_groups=head_groups_of(session),
         quantized_layers=quantized.total(),
         quantized_by=dict(quantized) | ({"not quantized": plain} if quantized and plain else {}),
+        weight_bytes=weight_bytes(model),
         layers=tuple(layer_line(kind, rewritten, refused, inner, unnamed) for kind in session.kinds),
         graphs=graphs,
         bytes=held,

@@ -190,7 +190,10 @@ class Session:
         with_plan = self.plan is not None or other.plan is not None
         if with_plan and (other.outdated is not None or other.adapters != self.adapters):
             return
-        groups = found.groups if self.ratio is None else groups_for(model, self.config, found.groups.shapes)
+        groups = found.groups
+        if self.ratio is not None:
+            # beside the weights that were calibrated, which may be quantized by now
+            groups = groups_for(model, self.config, groups.layers, found.weight_bytes)
         usable = {
             f"key_block={found.key_block}": self.config.key_block == found.key_block,
             f"head_groups={found.groups.count}": groups.count == found.groups.count,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apack_compile.kernels.format import Bands
 from apack_compile.plan.basis import Spectrum
 from apack_compile.plan.bits import bands_of, expected_error, runs_of, water_fill
 from apack_compile.plan.coarse_rule import NEWEST, CoarseRule
-from apack_compile.plan.plan import FIRST_TOKENS, STREAMS, LayerPlan, Plan, StreamPlan
+from apack_compile.plan.plan import BASIS_DTYPES, FIRST_TOKENS, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.ring import block_for, ring_slots
 from apack_compile.plan.rotation import KeyRotation
 
@@ -47,13 +48,15 @@ def budget_plan(
     rotation: KeyRotation | None = None,
     rules: Mapping[str, CoarseRule] | None = None,
     window: int | None = None,
+    basis_limit: int | None = None,
 ) -> Plan:
     """The plan that holds prompts of about `tokens` tokens, `vision_share` of them vision, at `ratio`.
 
     `statistics[layer][segment]` are the key's and the value's, of keys rotated back by `rotation`. The modality that most tokens are of is
     told apart where it has one of the `rules`. The budget is what a 16-bit dense cache takes, divided by the ratio, less what
     stays dense: the first tokens, the tail, and positions and rotations, shared or by layer. window: newest tokens that a query sees;
-    a prompt that fills it is held in a ring of text slots, without its first tokens.
+    a prompt that fills it is held in a ring of text slots, without its first tokens. basis_limit: bytes that its bases may have; those that
+    would have more are stored in 16 bits.
     """
     fills = window is not None and tokens >= window
     tokens = min(tokens, window or tokens)
@@ -90,6 +93,8 @@ def budget_plan(
         for source, part in share.items():
             for stream, measured in enumerate(segments[source]):
                 run_weights, run_lengths = runs_of(measured.weights)
+                # what rounding to 16 bits costs anyway is not worth a component
+                run_weights[run_weights <= torch.finfo(torch.float32).eps * run_weights.sum()] = 0
                 groups = groups_of(measured)
                 weights.append(run_weights * max(part, 1e-3))
                 cost.append(torch.tensor(run_lengths, dtype=torch.float64) * groups * max(part, 1e-3))
@@ -97,16 +102,23 @@ def budget_plan(
                 lengths.append(run_lengths)
     bits = water_fill(torch.cat(weights), torch.cat(cost), budget).split([len(run) for run in lengths])
     chosen = {owner: bands_of(b.tolist(), run) for owner, b, run in zip(owners, bits, lengths, strict=True)}
+    dtype = basis_dtype(statistics, chosen, basis_limit)
     layers, bases = {}, {}
     for layer, segments in statistics.items():
-        streams, layer_bases = {}, {}
-        for segment, source in sources.items():
-            for i, name in enumerate(f"{segment}_{stream}" for stream in STREAMS):
-                bands, spectrum = chosen[layer, source, i], segments[source][i].spectrum
-                streams[name] = StreamPlan("model", bands, True, expected_error(spectrum, bands))
-                layer_bases[name] = spectrum.basis(bands)
-        layers[layer] = LayerPlan(**streams)
-        bases[layer] = tuple(layer_bases[name] for name in layers[layer].named)
+        made = {}
+        for source in share:
+            for i, measured in enumerate(segments[source]):
+                bands, spectrum = chosen[layer, source, i], measured.spectrum
+                planned = StreamPlan("model", bands, True, expected_error(spectrum, bands))
+                made[source, i] = planned, spectrum.basis(bands, dtype)
+        # a segment whose statistics are another's has its bases too
+        both = {
+            f"{segment}_{name}": made[source, i]
+            for segment, source in sources.items()
+            for i, name in enumerate(STREAMS)
+        }
+        layers[layer] = LayerPlan(**{name: planned for name, (planned, _) in both.items()})
+        bases[layer] = tuple(both[name][1] for name in layers[layer].named)
     groups = groups_of(next(iter(statistics.values()))["text"][0])
     return Plan(
         layers,
@@ -117,6 +129,21 @@ def budget_plan(
         rotation=rotation,
         coarse=coarse,
     )
+
+
+def basis_dtype(
+    statistics: Mapping[int, Mapping[str, tuple[StreamStatistics, StreamStatistics]]],
+    chosen: Mapping[tuple[int, str, int], Bands],
+    limit: int | None,
+) -> torch.dtype:
+    """What bases of these bands are stored in: the widest type with which they keep to the limit, else the narrowest."""
+    elements = steps = 0
+    for (layer, source, stream), bands in chosen.items():
+        measured = statistics[layer][source][stream]
+        elements += width_of(measured) * (bands.components + 1)
+        steps += groups_of(measured) * bands.components
+    fitting = (kind for kind in BASIS_DTYPES if limit is None or kind.itemsize * elements + 4 * steps <= limit)
+    return next(fitting, BASIS_DTYPES[-1])
 
 
 def width_of(statistics: StreamStatistics) -> int:

@@ -7,7 +7,16 @@ import torch
 
 from apack_compile.kernels.format import BANDS, Bands, StreamBasis
 from apack_compile.plan.coarse_rule import CoarseRule, feature_count
-from apack_compile.plan.plan import FITTED_SCOPES, MIN_TAIL_SLOTS, MODALITIES, STREAMS, LayerPlan, Plan, StreamPlan
+from apack_compile.plan.plan import (
+    BASIS_DTYPES,
+    FITTED_SCOPES,
+    MIN_TAIL_SLOTS,
+    MODALITIES,
+    STREAMS,
+    LayerPlan,
+    Plan,
+    StreamPlan,
+)
 from apack_compile.plan.rotation import MAX_COORDINATES, KeyRotation
 
 SCOPES = ("as_is", "half", *FITTED_SCOPES, "model")
@@ -180,10 +189,13 @@ def stream_claims(stream: StreamPlan, where: str) -> Iterator[Claim]:
 
 
 def basis_claims(stream: StreamPlan, basis: StreamBasis, groups: int, where: str) -> Iterator[Claim]:
-    """What must hold of a stream's basis: float32, finite, and of the shape that its bands need."""
+    """What must hold of a stream's basis: float32 or float16, finite, and of the shape that its bands need."""
     for name, tensor in basis._asdict().items():
         yield Claim(isinstance(tensor, torch.Tensor), f"{where} {name}", type(tensor).__name__, "a tensor")
-        yield Claim(tensor.dtype == torch.float32, f"{where} {name} dtype", tensor.dtype, "torch.float32")
+    allowed = {"mean": BASIS_DTYPES, "decoder": (basis.mean.dtype,), "step": (torch.float32,)}
+    for name, dtypes in allowed.items():
+        found = getattr(basis, name).dtype
+        yield Claim(found in dtypes, f"{where} {name} dtype", found, " or ".join(map(str, dtypes)))
     if stream.scope != "model":
         empty = not any(tensor.numel() for tensor in basis)
         yield Claim(empty, f"{where} basis", [shape_of(t) for t in basis], f"empty for the scope {stream.scope}")

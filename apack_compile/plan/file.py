@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -238,7 +238,7 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], source: Sourc
         for entry in values["layers"]
     }
     bases = {
-        layer: tuple(
+        layer: without_repeats(
             StreamBasis(*(tensors[f"layers.{layer}.{stream}.{name}"] for name in StreamBasis._fields))
             for stream in streams.named
         )
@@ -277,6 +277,17 @@ def plan_of(values: dict[str, Any], tensors: Mapping[str, Tensor], source: Sourc
     if values_of(plan) != values or set(tensors) != set(dict(named(plan))):
         raise ValueError("it holds more than a plan, or one layer twice")
     return plan
+
+
+def without_repeats(bases: Iterable[StreamBasis]) -> tuple[StreamBasis, ...]:
+    """A layer's bases, equal ones as one: a file has a copy for each segment."""
+    distinct: list[StreamBasis] = []
+    found = []
+    for basis in bases:
+        same = next((other for other in distinct if all(map(torch.equal, basis, other))), None)
+        distinct += [basis] if same is None else []
+        found.append(basis if same is None else same)
+    return tuple(found)
 
 
 def tier_values(tiers: TierRule | None) -> dict[str, Any] | None:

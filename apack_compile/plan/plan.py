@@ -19,6 +19,8 @@ SEGMENTS = ("coarse", *MODALITIES)
 FIRST_TOKENS = 4
 # Scopes whose bases are fitted to what a cache holds, and stored with it.
 FITTED_SCOPES = ("sequence", "batch")
+# What bases of all requests are stored in; a CPU reads the first fastest (docs/notes/performance.md).
+BASIS_DTYPES = (torch.float32, torch.float16)
 # Newest tokens that stay dense at least where bases are fitted to each cache.
 MIN_TAIL_SLOTS = 32
 
@@ -169,7 +171,9 @@ class Plan:
 
     def to(self, device: torch.device) -> "Plan":
         """This plan with its bases on a device."""
-        moved = {i: tuple(StreamBasis(*(t.to(device) for t in b)) for b in bases) for i, bases in self.bases.items()}
+        distinct = {id(basis): basis for bases in self.bases.values() for basis in bases}
+        there = {key: StreamBasis(*(t.to(device) for t in basis)) for key, basis in distinct.items()}
+        moved = {i: tuple(there[id(basis)] for basis in bases) for i, bases in self.bases.items()}
         rotation = None if self.rotation is None else self.rotation.to(device)
         coarse = None if self.coarse is None else self.coarse.to(device)
         windows = {window: part.to(device) for window, part in self.windows.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan
-from apack_compile.plan.choice import Groups
+from apack_compile.plan.choice import Groups, Weights
 from apack_compile.plan.coarse_rule import CoarseRule, tells_apart
 from apack_compile.plan.file import versions
 from apack_compile.plan.plan import Plan, Provenance
@@ -24,7 +24,7 @@ class Calibration:
 
     rules: which tokens are coarse, by modality; ranked: modalities that a rule was looked for in. rotations,
     rotation_reasons: how keys rotate and why, by window. inputs: what it was calibrated on; identity: the same on all
-    ranks of tensor parallelism. adapters: those of the model then. without_gradients: why all components of a stream
+    ranks of tensor parallelism. weight_bytes, adapters: of the model then. without_gradients: why all components of a stream
     count alike; None where gradients were seen.
     """
 
@@ -34,6 +34,7 @@ class Calibration:
     rotations: Mapping[int | None, KeyRotation | None]
     rotation_reasons: Mapping[int | None, str]
     groups: Groups
+    weight_bytes: int
     key_block: int
     inputs: str
     identity: str | None
@@ -113,8 +114,16 @@ class PlanSource:
         asked = self.coarse if window is None and tells_apart(self.ratio, key[0]) else ()
         rules = {modality: rule for modality, rule in calibration.rules.items() if modality in asked}
         statistics = {layer: calibration.statistics[layer] for layer in self.layers[window]}
+        # of what all layers may have, by number of layers
+        part = len(statistics) / sum(map(len, self.layers.values()))
         plan = budget_plan(
-            statistics, self.ratio, *key, rotation=calibration.rotations[window], rules=rules, window=window
+            statistics,
+            self.ratio,
+            *key,
+            rotation=calibration.rotations[window],
+            rules=rules,
+            window=window,
+            basis_limit=int(part * Weights(calibration.weight_bytes).limit),
         )
         plan = plan if self.device is None else plan.to(self.device)
         return self._signed(plan, window, calibration, key)

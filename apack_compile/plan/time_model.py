@@ -29,7 +29,7 @@ class Device:
     its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of
     the step that head groups are chosen for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype.
     overlaps: reading, multiplying and unpacking happen at the same time. widest_basis: channels of the widest basis that kernels multiply
-    at these rates; None for any. short_tokens: of a request whose dense cache is to outweigh a layer's bases; 0 for none.
+    at these rates; None for any.
     """
 
     name: str
@@ -48,7 +48,6 @@ class Device:
     dense_bytes: int | None = None
     overlaps: bool = True
     widest_basis: int | None = None
-    short_tokens: int = 0
 
     def seconds(self, limits: "Limits") -> float:
         """The least time of a step with these limits."""
@@ -106,7 +105,6 @@ CPU = Device(
     min_tokens=256,
     dense_bytes=4,
     overlaps=False,
-    short_tokens=512,
 )
 OF_TYPE = {"cpu": CPU, "cuda": H200}
 

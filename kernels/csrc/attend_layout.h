@@ -157,7 +157,7 @@ inline Work work_of(const Attend &a, const State &state) {
             if (most > there) most = there;
             w.ahead[i] = (int)(most < 1 ? 1 : most > ROTATED ? ROTATED : most);
             int64_t rows = (int64_t)w.ahead[i] * w.R;
-            w.transposes[i] = TRANSPOSES && s.key.basis_dtype == FLOAT32 && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim;
+            w.transposes[i] = TRANSPOSES && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim;
         }
         w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;
     }

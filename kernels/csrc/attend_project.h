@@ -108,6 +108,7 @@ __attribute__((noinline)) void project_rotated_rows(const Work &w, const Item &i
                     for (int i = AHEAD; i < AHEAD + 4 && c + i < band.count; ++i) prefetch(rows + i * W, D);
                 } else {
                     stride = D;
+                    for (int i = AHEAD; i < AHEAD + 4 && c + i < band.count; ++i) prefetch((const float *)((const uint16_t *)s.decoder + from + i * W), D / 2);
                     for (int i = 0; i < n; ++i) convert_row(local.tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
                 }
                 const float *queries = local.rotated + (int64_t)h * rotations * w.R * D, *at[4];
@@ -131,17 +132,16 @@ __attribute__((noinline)) void transpose_decoder(const Work &w, int kind, int64_
     const Columns &columns = w.key[kind - 1];
     int D = (int)w.a->head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
     int64_t at = basis * s.groups + head / per_group, W = (int64_t)per_group * D, inside = head % per_group * D;
-    const float *decoder = (const float *)s.decoder;
     float *out = w.transposed[kind - 1] + (basis * w.a->heads + head) * D * columns.count;
     for (const Band &band : columns.band)
         for (int c = 0; c < band.columns; c += LANES)
             for (int d = 0; d < D; d += LANES) {
                 const float *rows[LANES];
-                float step[LANES];
+                float step[LANES], tile[LANES * LANES];
                 for (int i = 0; i < LANES; ++i) {
                     int64_t component = at * r + band.component + c + i;
                     bool stored = c + i < band.count;
-                    rows[i] = stored ? decoder + component * W + inside + d : nullptr;
+                    rows[i] = stored ? basis_row(s, s.decoder, component * W + inside + d, LANES, tile + i * LANES) : nullptr;
                     step[i] = stored ? s.step[component] : 0;
                 }
                 transpose_square(rows, step, out + (int64_t)d * columns.count + band.column + c, columns.count);

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import Gemma3TextConfig, MambaConfig, T5Config, ViTConfig
+from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, T5Config, ViTConfig
 
 from apack_compile.demo.inspect import inspect_lines, ranges_of
 
@@ -62,7 +62,24 @@ def test_what_stays_dense_keeps_its_bytes_at_a_ratio(gemma: Path) -> None:
         dense = (tokens + 9 * WINDOW) * token
         held = tokens * token / 4 + 9 * WINDOW * token / (1 if stays else 4)
         assert f"{held / 1e6:,.1f} MB ({dense / held:.2f}x)" in row
-    assert float(row.split()[-2]) > 0 and row.endswith("MB")
+
+
+def test_shared_bases_are_told_with_their_share_of_the_weights(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=512, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8,
+        head_dim=64, intermediate_size=8_192, dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    lines = inspect_lines(tmp_path)
+    layer = 4 * 512 * 512 + 3 * 512 * 8_192 + 2 * 512
+    weights = 2 * (3 * layer + 2 * 96 * 512 + 512)
+    assert f"weights in bfloat16: {weights / 1e6:,.1f} MB; quantized ones are fewer" in lines
+    (row,) = [line for line in lines if line.split()[:2] == ["4", "4.00"]]
+    groups = int(row.split()[-1])
+    width = 512 // groups
+    sizes = [3 * 2 * groups * (width * (width + 1) * size + width * 4) for size in (4, 2)]
+    bases = next(size for size in sizes if size <= max(0.03 * weights, 2**20))
+    assert row.endswith(f"{bases / 1e6:,.1f} MB  {bases / weights:>10.1%}  {groups:>11}")
 
 
 def written(folder: Path, text: str) -> Path:

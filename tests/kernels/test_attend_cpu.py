@@ -208,7 +208,22 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs mprotect")
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
-def test_nothing_past_the_end_of_a_transposed_decoder_is_read(instructions, monkeypatch):
+@pytest.mark.parametrize("scope", ["model", "sequence"])
+def test_nothing_past_the_end_of_a_transposed_decoder_is_read(instructions, scope, monkeypatch):
     monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
     bands = ((0, 0, 0, 5), (0, 0, 16, 0), (0, 0, 3, 0), (0, 0, 16, 0))
-    assert_reads_nothing_past_the_end(Case(heads=1, head_dim=32, vision=65, text=300, bands=bands, empty=0.0, block=16))
+    case = Case(heads=1, head_dim=32, vision=65, text=300, bands=bands, empty=0.0, block=16, scope=scope)
+    assert_reads_nothing_past_the_end(case)
+
+
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+@pytest.mark.parametrize("head_dim", [16, 32, 72])
+def test_a_decoder_in_16_bits_is_transposed_as_one_in_float32(head_dim, instructions, monkeypatch):
+    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+    bands = ((0, 0, 0, 5), (0, 0, 16, 0), (2, 0, 3, 0), (0, 0, 16, 0))
+    for batch, heads, groups in ((1, 1, 1), (2, 4, 2)):
+        case = Case(
+            batch=batch, heads=heads, groups=groups, share=4, head_dim=head_dim, vision=65, text=300, bands=bands,
+            block=16, scope="sequence",
+        )  # fmt: skip
+        assert_close_to_float64(case, build(case))

@@ -72,7 +72,8 @@ NAME = "layers.1.text_value"
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("mean", lambda t: t.half(), r"layer 1 text_value mean dtype is torch\.float16, must be torch\.float32"),
+        ("mean", lambda t: t.double(), r"mean dtype is torch\.float64, must be torch\.float32 or torch\.float16"),
+        ("decoder", lambda t: t.half(), r"text_value decoder dtype is torch\.float16, must be torch\.float32"),
         ("mean", lambda t: t[0], r"text_value mean shape is \(1, 32\), must be \(1, 1, W\)"),
         ("mean", lambda t: t[..., :-1], r"bands is \(0, 16, 16, 0\), must be at most the basis' 31 components"),
         ("decoder", lambda t: t[:, :, 1:], "text_value decoder shape"),
