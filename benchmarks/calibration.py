@@ -1,6 +1,7 @@
-"""What calibration and a first request cost: peak memory above the loaded model, and time, beside a dense prefill.
+"""What calibration and a first request cost: peak memory above the loaded model, and time, beside a dense prefill; and quality.
 
 `python benchmarks/calibration.py --layers 8`: models of the shapes with random weights, each measured in a process of its own.
+`--quality`: KL with bases of `calibrate` and of a first request, SmolLM2 on text and the demo's model on pictures.
 """
 
 import multiprocessing
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from attend import SHAPES
+from calibration_quality import quality_rows
 from harness import Row, print_table, write_json
 from models import RANDOM_VOCABULARY, SIZES
 from torch import nn
@@ -147,11 +149,14 @@ def main(
     tokens: Annotated[int | None, typer.Option(help="Tokens of an input; as in the table.")] = None,
     feed_forward: Annotated[int, typer.Option(help="Width of the feed-forward part.")] = FEED_FORWARD,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quality: Annotated[bool, typer.Option("--quality", help="KL of both ways instead.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Measure calibration and a first request."""
-    rows = []
-    for name in shape or SHAPES:
+    rows = quality_rows() if quality else []
+    if quality:
+        print_table("KL against the dense cache", rows)
+    for name in [] if quality else shape or SHAPES:
         found = rows_of(name, layers, tokens or TOKENS[name], inputs, feed_forward, device)
         print_table(name, found)
         rows += found

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from apack_compile.cache.accounting import cache_report
 from apack_compile.cache.drift import fit_notes
+from apack_compile.cache.held_back import HeldBack
 from apack_compile.cache.kept_layers import (
     CROSS_ATTENTION,
     check_cropped,
@@ -24,7 +25,7 @@ from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
 from apack_compile.cache.layer_groups import LayerGroups
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.shared_index import Incoming, SharedIndex
-from apack_compile.cache.undo import Undo
+from apack_compile.cache.undo import Undo, undo_of
 from apack_compile.cache.watch import Watch, WatchedKeys
 from apack_compile.errors import StrictError
 from apack_compile.kernels.autocast import without_autocast
@@ -63,7 +64,9 @@ class CompactedCache(Cache):
         super().__init__(layers=layers)
         self.kinds, self.signature, self.strict, self.dtype = kinds, signature, strict, dtype
         self.notes: list[str] = []
-        self._incoming: Incoming | None = None
+        # A first prompt that nothing was calibrated for.
+        self.held_back: HeldBack | None = None
+        self.incoming: Incoming | None = None
         # Of the chunk being stored.
         self._padding: Tensor | None = None
         self._drafted, self._newest_row = 0, 0
@@ -105,7 +108,7 @@ class CompactedCache(Cache):
     @property
     def is_told(self) -> bool:
         """Whether a forward pass has said what comes, and not stored it yet."""
-        return self._incoming is not None
+        return self.incoming is not None
 
     def note(self, text: str) -> None:
         """Something the report must say, once."""
@@ -119,12 +122,12 @@ class CompactedCache(Cache):
 
     def expect(self, vision: Tensor | None, padding: Tensor | None) -> None:
         """Tell which tokens of the coming chunk are vision and which padding, bool `[B, n]`; None for none of them."""
-        self._incoming = Incoming(vision, padding)
+        self.incoming = Incoming(vision, padding)
 
     def show_positions(self, positions: Tensor) -> None:
         """Tell what the model's rotary embedding is given for the coming chunk: `[C, B, n]` or `[B, n]`."""
-        if self._incoming is not None:
-            self._incoming = replace(self._incoming, shown=positions)
+        if self.incoming is not None:
+            self.incoming = replace(self.incoming, shown=positions)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -146,6 +149,8 @@ class CompactedCache(Cache):
     @without_autocast
     def _update_eagerly(self, layer: CompactedLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Checked update of a layer, all or nothing over the layers of a chunk."""
+        if self.held_back is not None:
+            return self.held_back.take(layer, key, value)
         packed = self.packed_layers
         try:
             if layer is packed[0]:
@@ -166,6 +171,12 @@ class CompactedCache(Cache):
             self.groups.end_chunk()
         return out
 
+    def pack_held_back(self) -> None:
+        """Store the states that were held back, layer by layer; raises ValueError (cache unchanged) where they cannot be packed."""
+        held, self.held_back = self.held_back, None
+        for layer in self.packed_layers:
+            self._update_eagerly(layer, *held.states.pop(layer.layer_idx))
+
     def _forget_unfinished(self) -> None:
         """Raise ValueError where the last chunk did not end: what this one's positions were counted from may be it."""
         if self._undo is not None:
@@ -180,14 +191,14 @@ class CompactedCache(Cache):
         """Decide, at the first packed layer, what happens to the coming chunk `[B, H_kv, n, D]`."""
         batch, _, tokens, _ = key.shape
         self.eager_chunks += 1
-        incoming = self._incoming or Incoming()
+        incoming = self.incoming or Incoming()
         if not self.is_told and tokens > 1 and self.signature:
             self._tell(
                 f"{tokens} tokens came without a forward pass of the optimized model: all are stored as text, and none as padding; pass "
                 "the cache to the model itself"
             )
         vision, padding = incoming.vision, incoming.padding
-        self._incoming = self._undo = None
+        self.incoming = self._undo = None
         self._padding = padding
         held = self.groups.held
         has_pictures = vision is not None and bool(vision.any())
@@ -201,7 +212,7 @@ class CompactedCache(Cache):
         elif is_draft:
             with self._changing():
                 self.groups.refresh(held)
-        self._undo = self._undo_of(appends)
+        self._undo = undo_of(self, appends)
         for group in self.groups:
             group.index.length = None if self.is_compileable else held + tokens
             group.index.is_draft, group.index.chunk = is_draft, None
@@ -254,14 +265,6 @@ class CompactedCache(Cache):
         """Layers with tiers whose attention was not seen since their last layout: they read every token they hold."""
         return [layer.layer_idx for layer in self.packed_layers if layer.tiers is not None and not layer.tiers.settled]
 
-    def _undo_of(self, appends: bool) -> Undo:
-        """What it takes to undo the coming chunk."""
-        tiers = [tiers for layer in self.layers if (tiers := getattr(layer, "tiers", None)) is not None]
-        indices = [group.index for group in self.groups]
-        packed = self.packed_layers if appends else []
-        written = [x for layer in packed for x in (layer.tail.key, layer.tail.value, layer.cursor)]
-        return Undo.of((*self.layers, *tiers, *self.groups, *indices, self.groups), written)
-
     def _roll_back(self) -> None:
         """Forget the chunk being stored; linear states can only be reset, where the cache was empty before."""
         if self._undo is not None:
@@ -289,7 +292,7 @@ class CompactedCache(Cache):
         """After a forward pass that did not end: forget what it stored; where that cannot be done, the next use of the cache says so."""
         self.running = None
         self.show_attention(False)
-        self._incoming = None
+        self.incoming = self.held_back = None
         if self._undo is not None or not self.is_filled:
             self._roll_back()
         else:
@@ -330,15 +333,13 @@ class CompactedCache(Cache):
         """Forget every token; the plan and its model-scoped bases stay."""
         super().reset()
         self.groups.forget()
-        self._undo = self._incoming = self._broken = self.running = None
+        self._undo = self.incoming = self._broken = self.running = self.held_back = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens; raises ValueError, the cache unchanged, for more than `croppable`."""
         tokens_to_remove = operator.index(tokens_to_remove)
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop: tokens_to_remove is {tokens_to_remove}; pass a negative number of tokens to remove"
-            )
+            raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}; pass a negative number of tokens")
         if self._undo is not None:
             self.recover()
         self.check_whole()
@@ -391,9 +392,8 @@ class CompactedCache(Cache):
         """Apply a change of the batch to every tensor that has a row per sequence."""
         for layer in self.layers:
             map_rows(layer, change)
-        if not self.is_filled:
-            return
-        self.groups.change_rows(change)
+        if self.is_filled:
+            self.groups.change_rows(change)
 
     def report(self) -> dict[str, int | float]:
         """Bytes held: tokens, dense_bytes, sequence_bytes, model_bytes, ratio (accounting.cache_report)."""

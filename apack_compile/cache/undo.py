@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from apack_compile.cache.cache import CompactedCache
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,15 @@ class Undo:
             vars(holder).update(before)
         for tensor, before in self.contents:
             tensor.copy_(before)
+
+
+def undo_of(cache: "CompactedCache", appends: bool) -> Undo:
+    """What it takes to undo the coming chunk of a cache; appends: it is appended, not laid out."""
+    tiers = [tiers for layer in cache.layers if (tiers := getattr(layer, "tiers", None)) is not None]
+    indices = [group.index for group in cache.groups]
+    packed = cache.packed_layers if appends else []
+    written = [x for layer in packed for x in (layer.tail.key, layer.tail.value, layer.cursor)]
+    return Undo.of((*cache.layers, *tiers, *cache.groups, *indices, cache.groups), written)
 
 
 def attributes_of(holder: object) -> dict[str, Any]:

@@ -7,7 +7,7 @@ nothing behind.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,13 +88,20 @@ class Watch:
         return mask & alive if mask.dtype == torch.bool else mask.masked_fill(~alive, float("-inf"))
 
 
+class Watcher(Protocol):
+    """Who answers an attention over keys that are watched."""
+
+    def attend(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The attention that is called with these arguments."""
+
+
 class WatchedKeys(Tensor):
     """Keys `[B, H, T, D]` of a chunk, whose next attention is seen."""
 
-    watch: Watch
+    watch: Watcher
 
     @staticmethod
-    def of(keys: Tensor, watch: Watch) -> "WatchedKeys":
+    def of(keys: Tensor, watch: Watcher) -> "WatchedKeys":
         """These keys, watched."""
         watched = keys.as_subclass(WatchedKeys)
         watched.watch = watch

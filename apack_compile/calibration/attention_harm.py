@@ -7,7 +7,7 @@ p_t ((v_t - o) . u) scale q by its key. With u drawn at random, of length 1 / |o
 the relative error: they go where those of the model's log-probabilities would (sensitivity.py), and are of the same shape.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from apack_compile.models.attention_call import ATTENTION, named_arguments
 
 # Directions drawn for each query; 16 were no better (docs/notes/quality.md).
 DRAWS = 4
+NOT_SEEN = "no scaled_dot_product_attention was seen; call calibrate(model, inputs)"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,29 @@ class Read:
     query: Tensor
     mask: Tensor | None
     scale: float
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the newest queries of an input read of each layer.
+
+    states: K and V `[B, H_kv, T, D]` by layer. hidden: bool `[B, Q]`, queries that are padding. cached: tokens before the queries.
+    """
+
+    by_layer: Mapping[int, Read]
+    states: Mapping[int, tuple[Tensor, Tensor]]
+    hidden: Tensor | None
+    cached: int
+    draws: int = DRAWS
+
+    def draw(self, receive: Callable[[int, int, Tensor], None], layers: Collection[int]) -> str | None:
+        """Call `receive` with layer, stream and gradient `[B, H_kv, cached, D]`, for every draw, of these layers."""
+        read = {layer: self.by_layer[layer] for layer in layers if layer in self.by_layer}
+        for layer, one in read.items():
+            for gradients in drawn_gradients(one, *self.states[layer], self.hidden, self.draws):
+                for stream, gradient in enumerate(gradients):
+                    receive(layer, stream, gradient[:, :, : self.cached])
+        return None if read else NOT_SEEN
 
 
 @dataclass(frozen=True)

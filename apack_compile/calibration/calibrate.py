@@ -1,13 +1,13 @@
 """What calibration inputs tell of a model: how its keys rotate, head groups, statistics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from apack_compile.calibration.collect import Observations, collect
+from apack_compile.calibration.collect import Collected, Observations, collect
 from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.models.modality import placeholder_ids
@@ -17,7 +17,11 @@ from apack_compile.models.wrappers import adapters_of
 from apack_compile.plan.choice import Groups, PackedLayers, Weights, alike, head_groups_for
 from apack_compile.plan.ranks import agreed_id
 from apack_compile.plan.ring import block_for
-from apack_compile.plan.source import Calibration
+from apack_compile.plan.rotation import KeyRotation
+from apack_compile.plan.source import GRADIENTS, Calibration
+
+# How keys rotate, or None; and why.
+FoundRotation = tuple[KeyRotation | None, str]
 
 
 def calibrate(
@@ -31,34 +35,61 @@ def calibrate(
 
     source: what the inputs are, for the report.
     """
-    blocks = {w: config.key_block if w is None else block_for(w, config.key_block) for w in layers}
     with torch.inference_mode(False), torch.no_grad():
-        found = {window: find_rotation(model, layers[window], batches[0], blocks[window]) for window in layers}
-        rotations = {window: rotation for window, (rotation, _) in found.items()}
-        identity = agreed_id(model)
-        weights = weight_bytes(model)
-        rotation_of_layer = {layer: rotations[window] for window, those in layers.items() for layer in those}
-        seen = Observations(model, sorted(rotation_of_layer), batches, rotation_of_layer)
-        groups = groups_for(model, config, packed_layers(model, seen, layers), weights)
-        ranked = layers.get(None, ())
-        coarse = config.coarse if ranked else ()
-        # a pass over the inputs and a fit of the bases, and both again where coarse tokens are told from fine ones
-        steps = len(seen.layers) * (len(batches) + 1) * (2 if coarse else 1)
-        with logging.tqdm(total=steps, desc="calibrating", unit=" layers", delay=1, leave=False, disable=None) as bar:
-            collected = collect(seen, groups.count, coarse, ranked, bar.update)
+        found = rotations_of(model, layers, batches[0], config)
+        rotation = by_layer(layers, found)
+        seen = Observations(model, sorted(rotation), batches, rotation)
+        return fitted_to(model, layers, seen, found, config, source)
+
+
+def rotations_of(
+    model: nn.Module, layers: Mapping[int | None, Sequence[int]], batch: Mapping[str, Any], config: AttentionPackConfig
+) -> dict[int | None, FoundRotation]:
+    """How the keys of the packed layers rotate, and why, by window."""
+    blocks = {w: config.key_block if w is None else block_for(w, config.key_block) for w in layers}
+    return {window: find_rotation(model, layers[window], batch, blocks[window]) for window in layers}
+
+
+def by_layer(
+    layers: Mapping[int | None, Sequence[int]], found: Mapping[int | None, FoundRotation]
+) -> dict[int, KeyRotation | None]:
+    """How keys rotate, by layer."""
+    return {layer: found[window][0] for window, those in layers.items() for layer in those}
+
+
+def fitted_to(
+    model: nn.Module,
+    layers: Mapping[int | None, Sequence[int]],
+    seen: Observations,
+    found: Mapping[int | None, FoundRotation],
+    config: AttentionPackConfig,
+    source: str,
+    weighed_by: str = GRADIENTS,
+    gather: Callable[..., Collected] = collect,
+) -> Calibration:
+    """What observations tell of a model whose keys rotate so. gather: makes statistics of them."""
+    weights = weight_bytes(model)
+    groups = groups_for(model, config, packed_layers(model, seen, layers), weights)
+    ranked = layers.get(None, ())
+    coarse = config.coarse if ranked else ()
+    # a pass over the inputs and a fit of the bases, and both again where coarse tokens are told from fine ones
+    steps = len(seen.layers) * (len(seen.batches) + 1) * (2 if coarse else 1)
+    with logging.tqdm(total=steps, desc="calibrating", unit=" layers", delay=1, leave=False, disable=None) as bar:
+        collected = gather(seen, groups.count, coarse, ranked, bar.update)
     return Calibration(
         statistics=collected.statistics,
         rules=collected.rules,
         ranked=config.coarse,
-        rotations=rotations,
+        rotations={window: rotation for window, (rotation, _) in found.items()},
         rotation_reasons={window: reason for window, (_, reason) in found.items()},
         groups=groups,
         weight_bytes=weights,
         key_block=config.key_block,
         inputs=source,
-        identity=identity,
+        identity=agreed_id(model),
         adapters=adapters_of(model),
         without_gradients=collected.without_gradients,
+        weighed_by=weighed_by,
     )
 
 

@@ -19,8 +19,10 @@ from apack_compile.models.modality import compact, padding_of, vision_of
 from apack_compile.plan.coarse_rule import (
     COARSE_SHARE,
     NEWEST,
+    TOKENS_A_WEIGHT,
     CoarseRule,
     RunningImportance,
+    feature_count,
     features,
     least_important,
     scores_of,
@@ -47,6 +49,7 @@ class Observations:
     """What a model does with calibration inputs (dictionaries with at least `input_ids`), keys as a packed cache has them.
 
     Iterating gives each input and its observation. One takes the memory of a dense cache: only that of a single input is kept.
+    first: that of the first input, where it was seen already.
     """
 
     def __init__(
@@ -55,10 +58,11 @@ class Observations:
         layers: Iterable[int],
         inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
         rotation: Rotations = None,
+        first: Observation | None = None,
     ) -> None:
         self.model, self.layers, self.rotation = model, list(layers), rotation
         self.batches = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        self._first: Observation | None = None
+        self._first = None if first is None else as_packed(first, rotation)
 
     @property
     def first(self) -> Observation:
@@ -130,6 +134,44 @@ def collect(
         add_observation(running, only_layers(seen, ranked), config, batch, groups, advance, rules)
         del seen
     return Collected(by_layer(found | fitted(running, advance)), rules, None if None in reasons else reasons[0])
+
+
+def collect_by_layer(
+    observations: Observations,
+    groups: int,
+    coarse: Collection[str],
+    ranked: Collection[int],
+    advance: Callable[[], Any] = lambda: None,
+) -> Collected:
+    """The same of one input whose gradients can be had for each layer by itself: sums of one layer at a time."""
+    found: list[Collected] = []
+    for layer in observations.layers:
+        one = Observations(
+            observations.model,
+            [layer],
+            observations.batches,
+            observations.rotation,
+            only_layers(observations.first, [layer]),
+        )
+        is_ranked = layer in ranked and enough_tokens(*observations.first.states[layer])
+        found.append(collect(one, groups, coarse if is_ranked else (), [layer] if is_ranked else [], advance))
+    told: list[Mapping[str, CoarseRule]] = [
+        each.rules for layer, each in zip(observations.layers, found, strict=True) if layer in ranked
+    ]
+    rules = {
+        modality: replace(rule, weights={i: w for rules in told for i, w in rules[modality].weights.items()})
+        for modality, rule in (told[0] if told else {}).items()
+        if all(modality in rules for rules in told)
+    }
+    reasons = [each.without_gradients for each in found]
+    statistics = {layer: streams for each in found for layer, streams in each.statistics.items()}
+    return Collected(statistics, rules, None if None in reasons else reasons[0])
+
+
+def enough_tokens(key: Tensor, value: Tensor) -> bool:
+    """Whether tokens `[B, H_kv, T, D]` can be enough to tell which of them matter."""
+    rows, heads, tokens, head_dim = key.shape
+    return rows * tokens >= TOKENS_A_WEIGHT * feature_count(heads, head_dim, value.shape[3])
 
 
 def only_layers(seen: Observation, layers: Collection[int]) -> Observation:

@@ -5,9 +5,9 @@ and the gradient of their log-probabilities with respect to the cached states, w
 the Fisher information as its second moment: a small disturbance e costs about E[(gradient . e)^2] / 2 nats of KL.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,15 +36,22 @@ class Observation:
 
     states: K and V `[B, H_kv, T, D]`, the cache's own. queries: tokens that played those to come; 0 where none could. positions: what the
     model's rotary embedding was given, `[C, B, T]` or `[B, T]`; None where that was not seen. without_gradients: why there are none,
-    and what to do instead. scored: what `draw_gradients` differentiates. rotations: how keys rotate back, as a packed cache has them.
+    and what to do instead. gradients: what draws them. rotations: how keys rotate back, as a packed cache has them.
     """
 
     states: Mapping[int, tuple[Tensor, Tensor]]
     queries: int
     positions: Tensor | None = None
     without_gradients: str | None = None
-    scored: "Scored | None" = None
+    gradients: "Gradients | None" = None
     rotations: Mapping[int, KeyRotation | None] = field(default_factory=dict)
+
+
+class Gradients(Protocol):
+    """Something that says how much its tokens' keys and values matter."""
+
+    def draw(self, receive: Receive, layers: Collection[int]) -> str | None:
+        """Call `receive` with layer, stream and gradient, for every draw, of these layers; why there are none, or None."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,27 @@ class Scored:
     logits: Tensor
     hidden: Tensor | None
     shared: Differentiation
+
+    def draw(self, receive: Receive, layers: Collection[int]) -> str | None:
+        """Draw labels, and hand out the gradients of their log-probability, layer by layer; an error of `receive` is raised."""
+
+        def wanted(layer: int, stream: int, gradient: Tensor) -> None:
+            if layer in layers:
+                receive(layer, stream, gradient)
+
+        self.shared.receive, self.shared.error = wanted, None
+        try:
+            with torch.inference_mode(False), uncompiled():
+                for seed in range(LABEL_DRAWS):
+                    score = drawn_score(self.logits, self.hidden, seed)
+                    torch.autograd.grad(score, self.shared.anchor, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if self.shared.error is not None and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            return why_not(error)
+        finally:
+            self.shared.receive = self.shared.error = None
+        return None
 
 
 def observe(model: torch.nn.Module, batch: Mapping[str, Any], layers: Iterable[int]) -> Observation:
@@ -89,32 +117,20 @@ def why_not(error: RuntimeError) -> str:
 
 
 def draw_gradients(seen: Observation, receive: Receive) -> str | None:
-    """Draw labels, and hand out the gradients of their log-probability by each layer's keys and values; why there are none, or None.
+    """Hand out gradients by each layer's keys and values; why there are none, or None.
 
     receive: called for every draw, layer and stream with the gradient `[B, H_kv, cached, D]`, which is gone afterwards.
     """
-    if seen.scored is None:
+    if seen.gradients is None:
         return seen.without_gradients
-    shared, found = seen.scored.shared, []
+    found: list[bool] = []
 
     def received(layer: int, stream: int, gradient: Tensor) -> None:
-        if layer in seen.states:
-            found.append(bool(gradient.any()))
-            receive(layer, stream, gradient)
+        found.append(bool(gradient.any()))
+        receive(layer, stream, gradient)
 
-    shared.receive, shared.error = received, None
-    try:
-        with torch.inference_mode(False), uncompiled():
-            for seed in range(LABEL_DRAWS):
-                score = drawn_score(seen.scored.logits, seen.scored.hidden, seed)
-                torch.autograd.grad(score, shared.anchor, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if shared.error is not None and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        return why_not(error)
-    finally:
-        shared.receive = shared.error = None
-    return None if any(found) else f"all of them are 0; {INSTEAD}"
+    reason = seen.gradients.draw(received, seen.states)
+    return reason or (None if any(found) else f"all of them are 0; {INSTEAD}")
 
 
 def states_alone(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[int]) -> Observation:
@@ -154,7 +170,7 @@ def in_two_parts(model: torch.nn.Module, batch: Mapping[str, Any], layers: list[
     positions = torch.cat([positions, more], -1) if alike else None
     mask = following.get("attention_mask")
     hidden = None if mask is None else mask[:, -queries:] == 0
-    return Observation(states_in(cache, layers), queries, positions, scored=Scored(logits, hidden, shared))
+    return Observation(states_in(cache, layers), queries, positions, gradients=Scored(logits, hidden, shared))
 
 
 def states_in(cache: DynamicCache, layers: list[int]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from apack_compile.cache.cache import CompactedCache
+from apack_compile.generate.first_request import begin, finish
 from apack_compile.generate.session import Session, session_of
 from apack_compile.models.cache_argument import cache_name, cache_of, named_arguments
 from apack_compile.models.continuous_batching import refuse_paged_cache
@@ -56,15 +57,22 @@ def watch_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[s
     is_inside = cache.is_told if compiling else cache.running not in (None, id(part))
     if is_inside and part is not model:
         return
-    announce(model, part, cache, args, kwargs)
+    announce(model, part, cache, args, kwargs, not compiling)
     if not compiling:
         note_call(model, part, cache, kwargs)
         begin_forward(session_of(model), part, cache)
 
 
 @torch.compiler.disable
-def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Check that a cache belongs to the model, calibrate on its first prompt if nothing else did, and pass on modalities."""
+def announce(
+    model: nn.Module,
+    part: nn.Module,
+    cache: CompactedCache,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    is_eager: bool,
+) -> None:
+    """Check that a cache belongs to the model, see to plans for its first prompt, and pass on modalities."""
     if cache.signature != signature_of(model):
         raise ValueError(
             f"cache: one for {describe(cache.signature)} was passed to a model with {describe(signature_of(model))}"
@@ -80,11 +88,8 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
     if cache.running is not None:
         cache.recover()
     cache.check_whole()
-    session = session_of(model)
     if cache.groups.source is not None:
-        session.calibrate_on_first(part if part in generating_parts(model) else model, inputs)
-        cache.groups.source = session.newest(cache.groups.source)
-        watch_rotary(model)
+        prepare_plans(model, part if part in generating_parts(model) else model, cache, inputs, is_eager)
     if inputs.get("input_ids") is None:
         cache.note("inputs_embeds without input_ids: vision positions unknown, all tokens taken as text")
     # A single token is a generated one, whatever its id: no picture is that small.
@@ -92,6 +97,22 @@ def announce(model: nn.Module, part: nn.Module, cache: CompactedCache, args: tup
     if vision is not None and cache.groups.prompt_end is not None:
         vision[:, max(cache.groups.prompt_end - held, 0) :] = False
     cache.expect(vision, padding_of(inputs, states.shape[1], held))
+
+
+def prepare_plans(
+    model: nn.Module, runs: nn.Module, cache: CompactedCache, inputs: Mapping[str, Any], is_eager: bool
+) -> None:
+    """Give a cache the newest source of plans; where nothing was calibrated, the prompt will, or does if it cannot be watched.
+
+    runs: the part that can be called with the inputs.
+    """
+    session, has_coordinates = session_of(model), False
+    if session.source.needs_calibration and is_eager and attention_of(model) == "sdpa":
+        has_coordinates = begin(session, runs, inputs, cache).has_coordinates
+    else:
+        session.calibrate_on_first(runs, inputs)
+    cache.groups.source = session.newest(cache.groups.source)
+    watch_rotary(model, has_coordinates)
 
 
 def note_call(model: nn.Module, part: nn.Module, cache: CompactedCache, kwargs: Mapping[str, Any]) -> None:
@@ -121,6 +142,8 @@ def end_forward(model: nn.Module, part: nn.Module, args: tuple, kwargs: dict[str
     if output is None:
         cache.recover()
         return
+    if cache.held_back is not None and cache.held_back.states:
+        finish(session, cache)
     if cache.is_told:
         why = " (gradient checkpointing in train mode)" if is_checkpointing(part) else ""
         session.tell(cache, f"{type(part).__name__}.forward stored nothing in the packed cache that it was given{why}")
@@ -146,10 +169,10 @@ def is_checkpointing(part: nn.Module) -> bool:
     return part.training and any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
 
 
-def watch_rotary(model: nn.Module) -> None:
+def watch_rotary(model: nn.Module, has_coordinates: bool = False) -> None:
     """Where keys rotate by several coordinates, see what rotary embeddings are given, from now on."""
     session = session_of(model)
-    if session is None or not session.source.needs_coordinates or session.rotary_hooks:
+    if session is None or session.rotary_hooks or not (has_coordinates or session.source.needs_coordinates):
         return
     session.rotary_hooks = tuple(
         module.register_forward_pre_hook(partial(show_positions, model), with_kwargs=True)

@@ -50,6 +50,7 @@ class Report:
     compile_reason: str
     operations: dict[str, str]
     calibrated_on: str | None
+    weighed_by: str | None
     keys: str
     head_groups: str
     quantized_layers: int
@@ -70,7 +71,8 @@ class Report:
         if any("(native:" in serves for serves in self.operations.values()):
             lines.append(WITHOUT_NATIVE)
         if self.calibrated_on:
-            lines.append(f"bases calibrated on: {self.calibrated_on}")
+            weighed = f", weighed by {self.weighed_by}" if self.weighed_by else ""
+            lines.append(f"bases calibrated on: {self.calibrated_on}{weighed}")
         if self.keys:
             lines.append(f"packed keys: {self.keys}")
         if self.head_groups:
@@ -112,6 +114,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         compile_reason=session.inner_reason if stopped is None else f"{stopped}; {session.inner_reason}",
         operations=implementations(computing_device(model).type, model.dtype),
         calibrated_on=session.plan.provenance.calibrated_on if session.plan else calibrated_on,
+        weighed_by=weights_of(session),
         keys=keys_of(session),
         head_groups=head_groups_of(session),
         quantized_layers=quantized.total(),
@@ -246,6 +249,12 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
             what = " and ".join(missing)
             notes.append(f"no coarse {what} tokens: calibration saw too few to tell which of them matter less")
     return notes
+
+
+def weights_of(session: Any) -> str | None:
+    """What says how much components matter; None where nothing does, and for a given plan."""
+    calibration = None if session.plan else session.calibration
+    return None if calibration is None or calibration.without_gradients is not None else calibration.weighed_by
 
 
 def size_notes(ratio: float | None, held: Mapping[str, Any] | None, dtype: torch.dtype) -> list[str]:

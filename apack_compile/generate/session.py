@@ -166,8 +166,11 @@ class Session:
         """Fit what all requests share to inputs; plans and later caches use it."""
         batches = [inputs] if isinstance(inputs, Mapping) else inputs
         with self.lock, self.own_passes():
-            calibration = calibrate(model, self.source.layers, batches, self.config, source)
-            self.source, self.outdated = self.source.calibrated(calibration), None
+            self.take(calibrate(model, self.source.layers, batches, self.config, source))
+
+    def take(self, calibration: Calibration) -> None:
+        """Plans and later caches use this calibration."""
+        self.source, self.outdated = self.source.calibrated(calibration), None
 
     def calibrate_on_first(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Calibrate on a first request, where nothing else did; raises ValueError for one that is too short."""
@@ -177,10 +180,7 @@ class Session:
             try:
                 self.calibrate(model, inputs, "the first request")
             except ValueError as error:
-                raise ValueError(
-                    f"ratio={self.ratio:g}: the first request cannot serve as calibration ({error}); "
-                    "call apack_compile.calibrate(model, inputs) on longer ones first"
-                ) from error
+                raise first_request_error(self.ratio, error) from error
 
     def take_calibration(self, other: "Session", model: nn.Module) -> None:
         """Take over what another session of the model calibrated, where this one's plans can use it; else say why not."""
@@ -232,6 +232,14 @@ class Session:
             yield
         finally:
             self.running.is_own = before
+
+
+def first_request_error(ratio: float | None, why: object) -> ValueError:
+    """What is said of a first request that is too short to be calibrated on."""
+    return ValueError(
+        f"ratio={ratio:g}: the first request cannot serve as calibration ({why}); "
+        "call apack_compile.calibrate(model, inputs) on longer ones first"
+    )
 
 
 def session_of(model: nn.Module) -> Session | None:

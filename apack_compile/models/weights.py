@@ -23,5 +23,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def _stored(tensor: Tensor) -> int:
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        return sum(_stored(getattr(tensor, name)) for name in names)
+        # a DTensor names its mesh too
+        inside = (getattr(tensor, name) for name in names)
+        return sum(_stored(part) for part in inside if isinstance(part, Tensor))
     return tensor.numel() * tensor.element_size()

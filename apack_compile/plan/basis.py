@@ -172,9 +172,12 @@ def best_factors(x: Tensor, token_scale: bool) -> dict[int, Tensor]:
         columns = part.shape[1]
         place = (part * BINS_A_DEVIATION).clamp_max_(bins).long() + torch.arange(columns, device=x.device) * (bins + 1)
         counts = place.flatten().bincount(minlength=columns * (bins + 1)).view(columns, bins + 1).to(x.dtype)
-        beyond = part.where(part * BINS_A_DEVIATION >= bins, 0)
-        number, total, squares = counts[:, -1:], beyond.sum(0)[:, None], beyond.square().sum(0)[:, None]
-        found.append(counts[:, :-1] @ errors.to(x.dtype) + squares - 2 * total * limits + number * limits.square())
+        lost = counts[:, :-1] @ errors.to(x.dtype)
+        if bool(counts[:, -1].any()):
+            beyond = part.where(part * BINS_A_DEVIATION >= bins, 0)
+            number, total, squares = counts[:, -1:], beyond.sum(0)[:, None], beyond.square().sum(0)[:, None]
+            lost += squares - 2 * total * limits + number * limits.square()
+        found.append(lost)
     factors = torch.tensor(STEP_FACTORS, device=x.device)
     chosen = factors[torch.cat(found).unflatten(1, steps.shape).argmin(-1)]
     return {band.bits: chosen[:, i] for i, band in enumerate(bands)}

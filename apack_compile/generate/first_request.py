@@ -1,0 +1,112 @@
+"""A first request that nothing was calibrated for: read once, as every other, and packed with bases of its own keys and values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.held_back import HeldBack
+from apack_compile.calibration.attention_harm import Read, Reads
+from apack_compile.calibration.calibrate import FoundRotation, by_layer, fitted_to, rotations_of
+from apack_compile.calibration.collect import Observations, collect_by_layer, usable_tokens
+from apack_compile.calibration.sensitivity import QUERY_SHARE, Observation, states_of
+from apack_compile.generate.session import Session, first_request_error
+from apack_compile.models.modality import padding_of
+from apack_compile.plan.coarse_rule import tells_apart
+from apack_compile.plan.source import NEWEST_ATTENTION, Calibration
+
+# Newest tokens that play those to come, and random directions of what each gets: more cost time and gain nothing that is
+# seen beside the scatter (docs/notes/quality.md, "Without gradients").
+QUERIES, DIRECTIONS = 64, 1
+
+
+@dataclass
+class FirstPrompt:
+    """A first prompt while it is read.
+
+    queries: newest tokens, which play those to come. rotations: how keys rotate, by window. reads: what the queries read, by layer.
+    """
+
+    model: nn.Module
+    batch: Mapping[str, Any]
+    queries: int
+    rotations: Mapping[int | None, FoundRotation]
+    reads: dict[int, Read] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row."""
+        return states_of(self.batch).shape[1]
+
+    @property
+    def has_coordinates(self) -> bool:
+        """Whether keys rotate by several coordinates, which the cache must be shown."""
+        return any(rotation is not None and rotation.coordinates is not None for rotation, _ in self.rotations.values())
+
+    def see(self, layer: int, named: dict[str, Any]) -> None:
+        """Keep what the queries read in a layer's first attention; of another shape than queries of this prompt, nothing."""
+        query, mask = named["query"], named["attn_mask"]
+        if layer in self.reads or query.dim() != 4 or query.shape[2] != self.tokens or not self.queries:
+            return
+        newest = slice(self.tokens - self.queries, None)
+        if mask is None and not named["is_causal"]:
+            mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+        elif mask is not None:
+            mask = mask.expand(*mask.shape[:-2], self.tokens, -1)[..., newest, :].clone()
+        scale = query.shape[-1] ** -0.5 if named["scale"] is None else named["scale"]
+        self.reads[layer] = Read(query.detach()[:, :, newest].clone(), mask, scale)
+
+    def calibration(self, session: Session, cache: CompactedCache) -> Calibration:
+        """What the prompt tells of the model."""
+        states, padding = cache.held_back.states, padding_of(self.batch, self.tokens)
+        hidden = None if padding is None else padding[:, self.tokens - self.queries :]
+        reads = Reads(self.reads, states, hidden, self.tokens - self.queries, DIRECTIONS)
+        seen = Observation(states, self.queries, cache.incoming.shown, gradients=reads)
+        layers, rotation = session.source.layers, by_layer(session.source.layers, self.rotations)
+        observations = Observations(self.model, sorted(rotation), self.batch, rotation, seen)
+        config = session.config
+        if not tells_apart(session.ratio, self.tokens):
+            config = replace(config, coarse=())
+        return fitted_to(
+            self.model,
+            layers,
+            observations,
+            self.rotations,
+            config,
+            "the first request",
+            NEWEST_ATTENTION,
+            collect_by_layer,
+        )
+
+
+def begin(session: Session, model: nn.Module, batch: Mapping[str, Any], cache: CompactedCache) -> FirstPrompt:
+    """Before the prompt is read: hold its states back; raises ValueError for one that is too short."""
+    states = states_of(batch)
+    usable = usable_tokens(model.config, batch, states[:, None, :, None] if states.dim() == 2 else states[:, None])
+    if not any(bool(flags.any()) for flags in usable.values()):
+        raise first_request_error(session.ratio, "no usable token: only padding or first tokens")
+    with session.own_passes(), torch.inference_mode(False), torch.no_grad():
+        rotations = rotations_of(model, session.source.layers, batch, session.config)
+    prompt = FirstPrompt(model, batch, min(int(states.shape[1] * QUERY_SHARE), QUERIES), rotations)
+    cache.held_back = HeldBack(prompt)
+    return prompt
+
+
+def finish(session: Session, cache: CompactedCache) -> None:
+    """After it: fit bases to the states, and pack them; raises ValueError (cache unchanged) where that cannot be."""
+    prompt, states = cache.held_back.prompt, cache.held_back.states
+    missing = [str(layer.layer_idx) for layer in cache.packed_layers if layer.layer_idx not in states]
+    if missing:
+        cache.recover()
+        raise ValueError(
+            f"layers {', '.join(missing)} stored nothing in the first forward pass; calibrate the model first"
+        )
+    with session.lock, torch.inference_mode(False), torch.no_grad():
+        # another thread's first request may have been faster
+        if session.source.needs_calibration:
+            session.take(prompt.calibration(session, cache))
+    cache.groups.source = session.newest(cache.groups.source)
+    cache.pack_held_back()
