@@ -70,13 +70,15 @@ def test_an_offloaded_model_gives_the_tokens_of_its_dense_cache(offload, compile
         assert report.compile_reason.startswith("no step is compiled of a model that accelerate offloads")
 
 
-def test_an_offloaded_model_calibrates_and_decodes_as_before(offload):
+@pytest.mark.parametrize("calibrates", (True, False), ids=("calibrate", "first request"))
+def test_an_offloaded_model_calibrates_and_decodes_as_before(offload, calibrates):
     model = apack_compile.optimize(llama(), ratio=4, compile="none", min_tokens=0)
-    expected = greedy(model)
-    bases = apack_compile.plan_for(model, 300).bases
     offloaded = offload(llama())
     apack_compile.optimize(offloaded, ratio=4, compile="none", min_tokens=0)
-    apack_compile.calibrate(offloaded, {"input_ids": IDS})
+    for one in (model, offloaded) if calibrates else ():
+        apack_compile.calibrate(one, {"input_ids": IDS})
+    expected = greedy(model)
+    bases = apack_compile.plan_for(model, 300).bases
     assert torch.equal(greedy(offloaded), expected)
     for layer, streams in apack_compile.plan_for(offloaded, 300).bases.items():
         for found, wanted in zip(streams, bases[layer], strict=True):
