@@ -1,6 +1,8 @@
 """Calibration in bounded memory: gradients one layer at a time, sums and samples that do not grow with the inputs."""
 
+import gc
 import io
+import weakref
 from dataclasses import fields
 
 import pytest
@@ -79,7 +81,25 @@ def test_what_the_backward_pass_keeps_of_repeated_heads_are_the_heads():
     almost = value.repeat_interleave(2, dim=1)
     almost[1, 3, 4, 3] += 1
     for other in (almost, value.repeat(1, 2, 1, 1), value, value.repeat_interleave(2, dim=1).double(), value[0]):
-        assert shared.pack(other) is other and unpack(other) is other
+        kept = shared.pack(other)
+        assert not isinstance(kept, Repeated) and torch.equal(unpack(kept), other)
+        assert kept.data_ptr() == other.data_ptr()
+
+
+def test_an_observation_s_memory_goes_with_it():
+    """Without the garbage collector, which knows nothing of the bytes: the graph keeps none of its own outputs."""
+    model, alive = build(), []
+    gc.collect()
+    gc.disable()
+    try:
+        seen = observe(model, {"input_ids": prompt()}, [0, 1])
+        draw_gradients(seen, lambda layer, stream, gradient: None)
+        alive += [weakref.ref(seen.gradients.shared), weakref.ref(seen.gradients.logits)]
+        alive += [weakref.ref(x.untyped_storage()) for both in seen.states.values() for x in both]
+        del seen
+        assert [one() for one in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
 
 
 def test_statistics_take_as_much_memory_for_several_inputs_as_for_one():
