@@ -2,18 +2,17 @@
 
 import pytest
 import torch
+from tiny_llama import VOCABULARY, gemma3, llama
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
+import apack_compile
 from apack_compile.calibration.attention_harm import (
     Read,
-    SeenReads,
     attention_of,
     drawn_gradients,
     gradients_along,
 )
-from apack_compile.calibration.differentiated_layers import whole_cache
 from apack_compile.models.cache_argument import with_cache
 
 ROWS, KV_HEADS, HEADS, QUERIES, TOKENS, KEY_DIM, VALUE_DIM = 2, 3, 6, 5, 23, 7, 9
@@ -109,64 +108,26 @@ def test_half_precision_gives_float32():
         assert (key_gradient.shape, value_gradient.shape) == (key.shape, value.shape)
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).double().eval()
-
-
-def gemma() -> Gemma3ForCausalLM:
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=12,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        initializer_range=0.1,
-        eos_token_id=None,
-    )
-    return Gemma3ForCausalLM(config).double().eval()
-
-
-@pytest.mark.parametrize("make", [llama, gemma])
-def test_reads_of_a_model_are_seen_with_what_makes_their_output(make):
-    model, tokens = make(), 29
-    ids = torch.randint(3, 90, (ROWS, tokens + QUERIES), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("make", [llama, gemma3])
+def test_what_a_first_prompt_s_newest_queries_read_gives_their_outputs(make):
+    model, (tokens, newest) = apack_compile.optimize(make(), ratio=2, compile="none", min_tokens=0), (80, 10)
+    ids = torch.randint(4, VOCABULARY, (ROWS, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
-    cache, outputs, reads = whole_cache(model), {}, []
+    cache, outputs, held = apack_compile.new_cache(model, 8), {}, {}
     for i, layer in enumerate(model.model.layers):
-        project = layer.self_attn.o_proj
-        project.register_forward_pre_hook(lambda module, args, i=i: outputs.update({i: args[0]}))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args, i=i: outputs.update({i: args[0]}))
+
+    def keep(module: torch.nn.Module, args: tuple) -> None:
+        # the probe of how keys rotate comes first
+        if cache.held_back is not None:
+            held.update(reads=cache.held_back.prompt.reads, states=dict(cache.held_back.states))
+
+    model.lm_head.register_forward_pre_hook(keep)
     with torch.no_grad():
-        model(**with_cache(model, {"input_ids": ids[:, :tokens], "attention_mask": mask[:, :tokens]}, cache))
-        with SeenReads(cache, range(3), lambda layer, read: reads.append((layer, read))):
-            model(**with_cache(model, {"input_ids": ids[:, tokens:], "attention_mask": mask}, cache))
-    assert [layer for layer, _ in reads] == [0, 1, 2]
-    for layer, read in reads:
-        held = cache.layers[layer]
-        found = attention_of(read, held.keys, held.values).output
-        torch.testing.assert_close(found.flatten(1, 2).transpose(1, 2).flatten(2), outputs[layer])
-
-
-def test_attention_that_is_spelled_otherwise_is_not_seen():
-    model, reads = llama(), []
-    model.set_attn_implementation("eager")
-    cache = whole_cache(model)
-    with torch.no_grad(), SeenReads(cache, range(3), lambda layer, read: reads.append(layer)):
-        model(**with_cache(model, {"input_ids": torch.arange(3, 20)[None]}, cache))
-    assert not reads
+        model(**with_cache(model, {"input_ids": ids, "attention_mask": mask}, cache))
+    reads = held["reads"]
+    assert sorted(reads) == list(range(len(model.model.layers))) and cache.is_filled
+    for layer, read in reads.items():
+        found = attention_of(read, *held["states"][layer]).output
+        torch.testing.assert_close(found.flatten(1, 2).transpose(1, 2).flatten(2), outputs[layer][:, -newest:])

@@ -7,17 +7,14 @@ p_t ((v_t - o) . u) scale q by its key. With u drawn at random, of length 1 / |o
 the relative error: they go where those of the model's log-probabilities would (sensitivity.py), and are of the same shape.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from transformers.cache_utils import Cache
 
 from apack_compile.kernels.autocast import without_autocast
-from apack_compile.models.attention_call import ATTENTION, named_arguments
 
 # Directions drawn for each query; 16 were no better (docs/notes/quality.md).
 DRAWS = 4
@@ -113,44 +110,13 @@ def gradients_along(direction: Tensor, attended: Attended, value: Tensor) -> tup
     return by_key.sum(2), (attended.weights.mT @ direction).sum(2)
 
 
-class SeenReads(TorchFunctionMode):
-    """Sees the scaled_dot_product_attention of what a dense cache's layers hold, and hands each read to `receive` with its layer.
-
-    A layer may be read more than once: some models share keys and values between layers. Attention that is spelled otherwise is not
-    seen.
-    """
-
-    def __init__(self, cache: Cache, layers: Iterable[int], receive: Callable[[int, Read], None]) -> None:
-        super().__init__()
-        self.cache, self.layers, self.receive = cache, list(layers), receive
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is ATTENTION:
-            named = named_arguments(args, kwargs)
-            layer = self._layer_of(named["key"])
-            if layer is not None:
-                self.receive(layer, read_of(named))
-        return out
-
-    def _layer_of(self, key: Tensor) -> int | None:
-        """The layer that holds these keys `[B, H, T, D]`, whose heads may be repeated."""
-        for i in self.layers:
-            held = self.cache.layers[i].keys
-            alike = isinstance(held, Tensor) and key.dim() == 4 and held[:, 0].shape == key[:, 0].shape
-            if alike and key.shape[1] % held.shape[1] == 0:
-                newest = key[:, :: key.shape[1] // held.shape[1], -1]
-                if torch.equal(newest, held[:, :, -1]):
-                    return i
-        return None
-
-
-def read_of(named: dict[str, Any]) -> Read:
-    """What a call of scaled_dot_product_attention reads, by its arguments."""
-    query, key, mask = named["query"], named["key"], named["attn_mask"]
-    if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-        mask = mask.tril() if named["is_causal"] else mask
+def read_of(named: dict[str, Any], newest: int) -> Read:
+    """What the `newest` queries of a scaled_dot_product_attention over their own prompt read, by its arguments."""
+    query, mask, tokens = named["query"], named["attn_mask"], named["query"].shape[2]
+    rows = slice(tokens - newest, None)
+    if mask is not None:
+        mask = mask.expand(*mask.shape[:-2], tokens, -1)[..., rows, :].clone()
+    elif not named["is_causal"]:
+        mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     scale = query.shape[-1] ** -0.5 if named["scale"] is None else named["scale"]
-    return Read(query.detach(), mask, scale)
+    return Read(query.detach()[:, :, rows].clone(), mask, scale)

@@ -37,7 +37,7 @@ def calibrate(
     """
     with torch.inference_mode(False), torch.no_grad():
         found = rotations_of(model, layers, batches[0], config)
-        rotation = by_layer(layers, found)
+        rotation = rotation_by_layer(layers, found)
         seen = Observations(model, sorted(rotation), batches, rotation)
         return fitted_to(model, layers, seen, found, config, source)
 
@@ -50,7 +50,7 @@ def rotations_of(
     return {window: find_rotation(model, layers[window], batch, blocks[window]) for window in layers}
 
 
-def by_layer(
+def rotation_by_layer(
     layers: Mapping[int | None, Sequence[int]], found: Mapping[int | None, FoundRotation]
 ) -> dict[int, KeyRotation | None]:
     """How keys rotate, by layer."""

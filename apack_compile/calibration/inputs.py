@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apack_compile.calibration.sensitivity import states_of
+from apack_compile.calibration.sensitivity import columns_of, states_of
 from apack_compile.models.modality import padding_of, placeholder_ids, vision_of
 from apack_compile.models.offload import hooks_of
 
@@ -59,24 +59,15 @@ def limited(model: nn.Module, batches: Sequence[Mapping[str, Any]], tokens: int 
 
 def beginning(model: nn.Module, batch: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
     """The first `tokens` tokens of each row, from the first column with a real one on; all of an input with more than text."""
-    vision, (rows, length) = vision_of(model.config, batch), states_of(batch).shape[:2]
+    vision, length = vision_of(model.config, batch), states_of(batch).shape[1]
     if (vision is not None and bool(vision.any())) or batch.keys() - TEXT:
         return batch
     padding = padding_of(batch, length)
     start = 0 if padding is None else int((~padding).any(0).to(torch.uint8).argmax())
-    part = slice(start, start + tokens)
-    alike = (rows, length), (1, length)
-
-    def cut(name: str, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if name == "position_ids":
-            return x[..., part]
-        return x[:, part] if x.shape[:2] in alike else x
-
-    return {name: cut(name, x) for name, x in batch.items() if name != "attention_mask" or x is None} | (
-        {} if padding is None else {"attention_mask": (~padding).long()[:, part]}
-    )
+    # masks of four dimensions are made for all columns
+    plain = {name: x for name, x in batch.items() if name != "attention_mask"}
+    real = {} if padding is None else {"attention_mask": (~padding).long()}
+    return columns_of({**plain, **real}, slice(start, start + tokens))
 
 
 def problems(model: nn.Module, batch: Mapping[str, Any]) -> Iterable[str]:

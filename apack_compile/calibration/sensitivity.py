@@ -205,22 +205,28 @@ def split(batch: Mapping[str, Any], queries: int) -> tuple[dict[str, Any], dict[
     """Model inputs of all tokens but the last `queries`, and of those, as decoding would pass them."""
     if queries == 0:
         return dict(batch), {}
-    rows, tokens = states_of(batch).shape[:2]
-
-    def part(name: str, x: Any, where: slice) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if name == "position_ids":
-            return x[..., where]
-        return x[:, where] if x.shape[:2] == (rows, tokens) else x
-
-    read = {name: part(name, x, slice(-queries)) for name, x in batch.items() if name != "cache_position"}
+    read = {name: x for name, x in columns_of(batch, slice(-queries)).items() if name != "cache_position"}
     names = ("input_ids", "inputs_embeds", "position_ids")
-    following = {name: part(name, batch[name], slice(-queries, None)) for name in names if batch.get(name) is not None}
+    newest = columns_of(batch, slice(-queries, None))
+    following = {name: newest[name] for name in names if newest.get(name) is not None}
     following |= pictures_beside(batch, queries)
     if batch.get("attention_mask") is not None:
         following["attention_mask"] = batch["attention_mask"]
     return read, following
+
+
+def columns_of(batch: Mapping[str, Any], where: slice) -> dict[str, Any]:
+    """Model inputs of some columns of a batch's tokens; what is not of its tokens as it is."""
+    shape = states_of(batch).shape[:2]
+
+    def part(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if name == "position_ids":
+            return x[..., where]
+        return x[:, where] if x.shape[:2] == shape else x
+
+    return {name: part(name, x) for name, x in batch.items()}
 
 
 def pictures_beside(batch: Mapping[str, Any], tokens: int) -> dict[str, Any]:

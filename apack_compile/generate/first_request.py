@@ -9,8 +9,8 @@ from torch import nn
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.held_back import HeldBack
-from apack_compile.calibration.attention_harm import Read, Reads
-from apack_compile.calibration.calibrate import FoundRotation, by_layer, fitted_to, rotations_of
+from apack_compile.calibration.attention_harm import Read, Reads, read_of
+from apack_compile.calibration.calibrate import FoundRotation, fitted_to, rotation_by_layer, rotations_of
 from apack_compile.calibration.collect import Observations, collect_by_layer, usable_tokens
 from apack_compile.calibration.sensitivity import QUERY_SHARE, Observation, states_of
 from apack_compile.generate.session import Session, first_request_error
@@ -48,16 +48,10 @@ class FirstPrompt:
 
     def see(self, layer: int, named: dict[str, Any]) -> None:
         """Keep what the queries read in a layer's first attention; of another shape than queries of this prompt, nothing."""
-        query, mask = named["query"], named["attn_mask"]
-        if layer in self.reads or query.dim() != 4 or query.shape[2] != self.tokens or not self.queries:
-            return
-        newest = slice(self.tokens - self.queries, None)
-        if mask is None and not named["is_causal"]:
-            mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
-        elif mask is not None:
-            mask = mask.expand(*mask.shape[:-2], self.tokens, -1)[..., newest, :].clone()
-        scale = query.shape[-1] ** -0.5 if named["scale"] is None else named["scale"]
-        self.reads[layer] = Read(query.detach()[:, :, newest].clone(), mask, scale)
+        query = named["query"]
+        fits = query.dim() == 4 and query.shape[2] == self.tokens
+        if fits and self.queries and layer not in self.reads:
+            self.reads[layer] = read_of(named, self.queries)
 
     def calibration(self, session: Session, cache: CompactedCache) -> Calibration:
         """What the prompt tells of the model."""
@@ -65,7 +59,7 @@ class FirstPrompt:
         hidden = None if padding is None else padding[:, self.tokens - self.queries :]
         reads = Reads(self.reads, states, hidden, self.tokens - self.queries, DIRECTIONS)
         seen = Observation(states, self.queries, cache.incoming.shown, gradients=reads)
-        layers, rotation = session.source.layers, by_layer(session.source.layers, self.rotations)
+        layers, rotation = session.source.layers, rotation_by_layer(session.source.layers, self.rotations)
         observations = Observations(self.model, sorted(rotation), self.batch, rotation, seen)
         config = session.config
         if not tells_apart(session.ratio, self.tokens):
@@ -96,17 +90,20 @@ def begin(session: Session, model: nn.Module, batch: Mapping[str, Any], cache: C
 
 
 def finish(session: Session, cache: CompactedCache) -> None:
-    """After it: fit bases to the states, and pack them; raises ValueError (cache unchanged) where that cannot be."""
+    """After it: fit bases to the states, and pack them; however that ends early, the cache is as it was before the prompt."""
     prompt, states = cache.held_back.prompt, cache.held_back.states
     missing = [str(layer.layer_idx) for layer in cache.packed_layers if layer.layer_idx not in states]
-    if missing:
+    try:
+        if missing:
+            raise ValueError(
+                f"layers {', '.join(missing)} stored nothing in the first forward pass; call calibrate first"
+            )
+        with session.lock, torch.inference_mode(False), torch.no_grad():
+            # another thread's first request may have been faster
+            if session.source.needs_calibration:
+                session.take(prompt.calibration(session, cache))
+        cache.groups.source = session.newest(cache.groups.source)
+        cache.pack_held_back()
+    except BaseException:
         cache.recover()
-        raise ValueError(
-            f"layers {', '.join(missing)} stored nothing in the first forward pass; calibrate the model first"
-        )
-    with session.lock, torch.inference_mode(False), torch.no_grad():
-        # another thread's first request may have been faster
-        if session.source.needs_calibration:
-            session.take(prompt.calibration(session, cache))
-    cache.groups.source = session.newest(cache.groups.source)
-    cache.pack_held_back()
+        raise

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ OVERSAMPLING = 8
 BAND_GRAIN = 16
 STEP_FACTORS = (0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
 # Every step clips at this many deviations or before. Bins are much narrower than the narrowest step.
-STEPS_RANGE = max(band.top / 2 * band.step for band in BANDS if not band.is_float) * STEP_FACTORS[-1]
+LEVEL_BANDS = tuple(band for band in BANDS if not band.is_float)
 BINS_A_DEVIATION = 256
+BINS = round(max(band.top / 2 * band.step for band in LEVEL_BANDS) * STEP_FACTORS[-1] * BINS_A_DEVIATION)
 COMPONENTS_AT_ONCE = 64
 
 
@@ -139,17 +141,34 @@ def hadamard(size: int) -> Tensor:
 
 def fit_steps(spectrum: Spectrum, sample: Tensor, token_scale: bool) -> Spectrum:
     """The same spectrum with, per component and width, the step that serves `sample` `[S, G, N, W_g]` best (squared error)."""
-    steps = {band.bits: spectrum.steps[band.bits].clone() for band in BANDS}
+    steps, errors = {band.bits: spectrum.steps[band.bits].clone() for band in BANDS}, step_errors(sample.device)
     for s, g in product(*map(range, spectrum.deviation.shape[:2])):
         deviation = spectrum.deviation[s, g]
         tokens = sample[s, g].to(spectrum.mean.dtype) - spectrum.mean[s, g]
-        found = best_factors((tokens @ spectrum.rows[s, g].mT).div_(deviation), token_scale)
+        found = best_factors((tokens @ spectrum.rows[s, g].mT).div_(deviation), token_scale, errors)
         for bits, factors in found.items():
             steps[bits][s, g] *= factors
     return Spectrum(spectrum.mean, spectrum.rows, spectrum.deviation, steps)
 
 
-def best_factors(x: Tensor, token_scale: bool) -> dict[int, Tensor]:
+class StepErrors(NamedTuple):
+    """Squared errors of every band's steps: in the middle of each bin `[bins, steps]`, and where each step clips `[steps]`."""
+
+    of_bins: Tensor
+    limits: Tensor
+
+
+def step_errors(device: torch.device) -> StepErrors:
+    """Those of the steps that `best_factors` chooses from, band by band."""
+    middles = (torch.arange(BINS, device=device) + 0.5)[:, None, None] / BINS_A_DEVIATION
+    steps = torch.tensor([[band.step * factor for factor in STEP_FACTORS] for band in LEVEL_BANDS], device=device)
+    tops = torch.tensor([[band.top] for band in LEVEL_BANDS], device=device)
+    # levels are odd multiples of half a step
+    levels = ((middles / steps - 0.5).round() + 0.5).clamp_max(tops / 2) * steps
+    return StepErrors((levels - middles).square().flatten(1), (tops / 2 * steps).flatten())
+
+
+def best_factors(x: Tensor, token_scale: bool, errors: StepErrors) -> dict[int, Tensor]:
     """For each band of levels, what a Gaussian's step is best multiplied with `[r]` for components `[N, r]` of deviation 1; changes `x`.
 
     A component's numbers are counted in narrow bins, once for all steps: a step's error is that of the bins' middles. What is beyond the
@@ -158,26 +177,14 @@ def best_factors(x: Tensor, token_scale: bool) -> dict[int, Tensor]:
     if token_scale:
         x /= x.square().mean(-1, keepdim=True).sqrt_().clamp_min_(1e-6)
     x.abs_()
-    bins = round(STEPS_RANGE * BINS_A_DEVIATION)
-    middles = (torch.arange(bins, device=x.device) + 0.5) / BINS_A_DEVIATION
-    bands = [band for band in BANDS if not band.is_float]
-    steps = torch.tensor([[band.step * factor for factor in STEP_FACTORS] for band in bands], device=x.device)
-    tops = torch.tensor([[band.top] for band in bands], device=x.device)
-    # levels are odd multiples of half a step
-    levels = ((middles[:, None, None] / steps - 0.5).round() + 0.5).clamp_max(tops / 2) * steps
-    errors = (levels - middles[:, None, None]).square().flatten(1)
-    limits = (tops / 2 * steps).flatten()
     found = []
     for part in x.split(COMPONENTS_AT_ONCE, dim=1):
-        columns = part.shape[1]
-        place = (part * BINS_A_DEVIATION).clamp_max_(bins).long() + torch.arange(columns, device=x.device) * (bins + 1)
-        counts = place.flatten().bincount(minlength=columns * (bins + 1)).view(columns, bins + 1).to(x.dtype)
-        lost = counts[:, :-1] @ errors.to(x.dtype)
-        if bool(counts[:, -1].any()):
-            beyond = part.where(part * BINS_A_DEVIATION >= bins, 0)
-            number, total, squares = counts[:, -1:], beyond.sum(0)[:, None], beyond.square().sum(0)[:, None]
-            lost += squares - 2 * total * limits + number * limits.square()
-        found.append(lost)
+        place = (part * BINS_A_DEVIATION).clamp_max_(BINS).long()
+        counts = x.new_zeros(BINS + 1, part.shape[1]).scatter_add_(0, place, torch.ones_like(part)).mT
+        beyond = part.where(place == BINS, 0)
+        number, total, squares = counts[:, -1:], beyond.sum(0)[:, None], beyond.square().sum(0)[:, None]
+        clipped = squares - 2 * total * errors.limits + number * errors.limits.square()
+        found.append(counts[:, :-1] @ errors.of_bins.to(x.dtype) + clipped)
     factors = torch.tensor(STEP_FACTORS, device=x.device)
-    chosen = factors[torch.cat(found).unflatten(1, steps.shape).argmin(-1)]
-    return {band.bits: chosen[:, i] for i, band in enumerate(bands)}
+    chosen = factors[torch.cat(found).unflatten(1, (len(LEVEL_BANDS), -1)).argmin(-1)]
+    return {band.bits: chosen[:, i] for i, band in enumerate(LEVEL_BANDS)}

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 import apack_compile
 from apack_compile.calibration.find_rotation import PROBE_TOKENS
@@ -65,7 +66,7 @@ def test_the_prompt_is_read_once_and_kept_as_the_bases_that_it_gave_keep_it(kind
     assert f"bases calibrated on: the first request, weighed by {NEWEST_ATTENTION}" in str(report)
 
 
-def test_padding_on_the_left_changes_nothing():
+def test_padding_on_the_left_changes_no_basis():
     held = []
     for pad in (0, 23):
         model, ids = optimized(), torch.nn.functional.pad(prompt(), (pad, 0))
@@ -101,16 +102,46 @@ def test_an_interrupt_leaves_neither_states_nor_a_calibration(kind):
         raise kind
 
     hook = model.lm_head.register_forward_pre_hook(stop)
-    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *given: alive.append(weakref.ref(given[-1])))
-    alive: list[weakref.ref] = []
     with pytest.raises(kind), torch.no_grad():
         model(ids, past_key_values=cache)
     hook.remove()
-    gc.collect()
     assert cache.held_back is None and not cache.is_filled and session_of(model).source.needs_calibration
     with torch.no_grad():
         model(ids, past_key_values=cache)
     assert cache.is_filled and not session_of(model).source.needs_calibration
+
+
+def test_an_interrupt_while_bases_are_fitted_leaves_neither():
+    """The progress bar is where it comes: fitting has begun, for some layers it has ended."""
+    model, ids = optimized(), prompt()
+    cache, seen = apack_compile.new_cache(model, 8), []
+
+    class Stops:
+        def __init__(self, *args, **kwargs):
+            seen.append(len(cache.held_back.states))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *given):
+            return None
+
+        def update(self):
+            seen.append(0)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+
+    before = logging.set_tqdm_hook(lambda factory, args, kwargs: Stops())
+    try:
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            model(ids, past_key_values=cache)
+    finally:
+        logging.set_tqdm_hook(before)
+    assert seen == [2, 0, 0, 0]
+    assert cache.held_back is None and not cache.is_told and session_of(model).source.needs_calibration
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert cache.is_filled and cache.get_seq_length() == ids.shape[1]
 
 
 def test_states_that_cannot_be_packed_are_refused_and_leave_nothing():
