@@ -7,8 +7,9 @@ from dataclasses import fields
 
 import pytest
 import torch
+from tiny_llama import llama
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.utils import logging
 
 import apack_compile
@@ -23,18 +24,7 @@ TOKENS, QUERIES = 56, 7
 
 
 def build(kv_heads: int = 2) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=24,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=kv_heads,
-        head_dim=4,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval().double()
+    return llama(num_hidden_layers=2, num_key_value_heads=kv_heads).double()
 
 
 def prompt(tokens: int = TOKENS, rows: int = 1, seed: int = 1) -> Tensor:

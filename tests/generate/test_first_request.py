@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from tiny_llama import SHAPE, VOCABULARY
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -13,19 +14,7 @@ from apack_compile.calibration.find_rotation import PROBE_TOKENS
 from apack_compile.generate.session import session_of
 from apack_compile.plan.source import GRADIENTS, NEWEST_ATTENTION
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 48,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = SHAPE | {"num_hidden_layers": 2}
 
 
 def optimized(kind: str = "llama", **settings) -> LlamaForCausalLM:
@@ -37,7 +26,7 @@ def optimized(kind: str = "llama", **settings) -> LlamaForCausalLM:
 
 
 def prompt(tokens: int = 210, rows: int = 1, seed: int = 1) -> torch.Tensor:
-    return torch.randint(3, 64, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(4, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def packed(cache) -> list[torch.Tensor]:
