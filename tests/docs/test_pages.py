@@ -122,6 +122,9 @@ def test_the_readme_has_the_figures_of_the_result_files():
         speed = f"{speeds[ratio]['speedup_vs_dense']:.1f}" if ratio in speeds else "not measured"
         size, smaller, kl = row["sequence_bytes"] / 1e6, row["held_ratio"], row["kl"]
         assert f"| `ratio={ratio}` | {size:.1f} MB | {smaller:.2f} | {kl:.2g} | {speed} |" in page
+        if ratio in speeds:
+            bases = the_one(of("bases.json"), model="SmolLM2-135M, text", ratio=float(ratio))
+            assert f"{bases['basis_bytes'] / 1e6:.1f} MB at ratio {ratio}" in sentences
     types = (ROOT / "docs" / "support.md").read_text()
     count, works = re.search(r"^(\d+) types: (\d+) works", types, re.MULTILINE).groups()
     assert f"Of {count} image-text-to-text model types, {works} work, and one works with some layers dense" in sentences
@@ -130,6 +133,21 @@ def test_the_readme_has_the_figures_of_the_result_files():
     for name, speed in (("decode-cpu.json", "1.12 times"), ("decode-not-compiled-cpu.json", "0.90 of the dense")):
         measured = the_one(of(name), shape="SmolLM2-135M, real")["speedup_vs_dense"]
         assert speed in sentences and speed.startswith(f"{measured:.2f}")
+
+
+def test_the_performance_page_has_every_row_of_the_bases_and_none_is_over_the_limit():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for row in of("bases.json"):
+        share = f"{row['basis_bytes'] / 1e6:.1f} MB | {row['share']:.1%} |".replace("%", " %")
+        assert f"| {row['model']} | {row['ratio']:g} | {row['groups']} | {row['dtype']} | {share}" in page
+        assert row["share"] <= 0.03
+
+
+def test_the_quality_guide_has_the_figures_of_both_ways_to_calibrate():
+    page = (ROOT / "docs" / "guides" / "quality.md").read_text()
+    for row in of("calibration-quality.json"):
+        ways = " | ".join(f"{row[f'kl_{way}']:.4f}" for way in ("calibrate", "first_request", "after_another"))
+        assert re.search(rf"^\| {row['prompts']}.* \| {row['ratio']:g} \| {re.escape(ways)} \|$", page, re.MULTILINE)
 
 
 def test_the_performance_page_has_the_figures_of_the_result_files():
