@@ -84,6 +84,11 @@ class CompactedLayer(CacheLayerMixin):
         """Text slots, free ones included."""
         return self.pairs["text"].slots
 
+    @property
+    def codes(self) -> list[Tensor]:
+        """Codes of the packed segments in the operations' order, keys' before values' of each."""
+        return [stream.codes for pair in self.pairs.values() for stream in pair.streams]
+
     def append(self, key: Tensor, value: Tensor) -> None:
         """Store a few new tokens `[B, H_kv, n, D]`, keys deinterleaved."""
         fits = key.shape[2]
@@ -250,7 +255,7 @@ class CompactedLayer(CacheLayerMixin):
             if self.own_positions:
                 self.own_positions[-1] = extended(self.own_positions[-1], start, slots)
                 self.follow_positions()
-            self.pairs["text"] = self.pairs["text"].with_tokens(lambda x: with_slots(x, slots))
+            self.pairs["text"] = self.pairs["text"].with_more_slots(slots)
         self.mark_static()
 
     def packed_tensors(self) -> list[Tensor]:
@@ -393,8 +398,3 @@ class CompactedLayer(CacheLayerMixin):
             self.tiers.keep_text_slots(slots)
         self.cursor[ORIGIN] = end - kept
         return end - croppable
-
-
-def with_slots(x: Tensor, slots: int) -> Tensor:
-    """Codes or token scales with so many more slots, of zeros."""
-    return torch.cat([x, x.new_zeros((*x.shape[:2], slots, *x.shape[3:]))], dim=2)

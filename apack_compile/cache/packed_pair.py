@@ -44,6 +44,10 @@ class PackedPair:
         """The same pair with codes and token scales changed."""
         return replace(self, key=self.key.with_tokens(change), value=self.value.with_tokens(change))
 
+    def with_more_slots(self, slots: int) -> "PackedPair":
+        """The same pair with so many more slots, of zeros."""
+        return self.with_tokens(lambda x: torch.cat([x, x.new_zeros((*x.shape[:2], slots, *x.shape[3:]))], dim=2))
+
     def with_rows(self, change: Callable[[Tensor], Tensor], own_bases: bool) -> "PackedPair":
         """The same pair after a change of the batch; own_bases: of its rows too."""
 

@@ -135,7 +135,9 @@ def test_vision_and_text_lie_in_segments_of_their_own(plan):
         rest[first[row].long()] = False
         assert text[row][(text[row] >= 0) & (text[row] < 90)].tolist() == rest.nonzero().flatten().tolist()
     assert (seen[1] == -1).sum() == 40 - 35
-    assert pair.cache.packed_layers[0].pairs["vision"].slots == 40
+    layer = pair.cache.packed_layers[0]
+    assert layer.pairs["vision"].slots == 40
+    assert [codes.shape[2] for codes in layer.codes] == [40, 40, layer.text_slots, layer.text_slots]
 
 
 @pytest.mark.parametrize(
