@@ -28,6 +28,10 @@ def states() -> tuple[Tensor, Tensor, Tensor]:
     return query, drawn(ROWS, KV_HEADS, TOKENS, KEY_DIM, seed=2), drawn(ROWS, KV_HEADS, TOKENS, VALUE_DIM, seed=3)
 
 
+def newest() -> Tensor:
+    return torch.arange(TOKENS - QUERIES, TOKENS).expand(ROWS, -1)
+
+
 def causal() -> Tensor:
     return torch.ones(QUERIES, TOKENS, dtype=torch.bool).tril(TOKENS - QUERIES)
 
@@ -59,21 +63,22 @@ def by_autograd(read: Read, key: Tensor, value: Tensor, direction: Tensor) -> tu
 @pytest.mark.parametrize("scale", [KEY_DIM**-0.5, 0.9])
 def test_gradients_along_a_direction_are_those_of_autograd(mask, scale):
     query, key, value = states()
-    read = Read(query, mask, scale)
-    direction = drawn(ROWS, KV_HEADS, HEADS // KV_HEADS, QUERIES, VALUE_DIM, seed=5)
+    read = Read(query, newest(), mask, scale)
+    direction = drawn(ROWS, KV_HEADS, HEADS // KV_HEADS * QUERIES, VALUE_DIM, seed=5)
     found = gradients_along(direction, attention_of(read, key, value), value)
     torch.testing.assert_close(found, by_autograd(read, key, value, direction))
 
 
 def relative_error(read: Read, key: Tensor, value: Tensor, changed_key: Tensor, changed_value: Tensor) -> Tensor:
     """Squared error of the output over its square, summed over queries."""
-    exact, found = (attention_of(read, *both).output for both in ((key, value), (changed_key, changed_value)))
+    given = (key, value), (changed_key, changed_value)
+    exact, found = (attention_of(read, *both).output.unflatten(2, (-1, QUERIES)) for both in given)
     return ((found - exact).square().sum((1, 2, 4)) / exact.square().sum((1, 2, 4))).sum()
 
 
 def test_their_second_moment_is_that_of_the_relative_error_of_the_output():
     query, key, value = states()
-    read, token, head = Read(query, None, KEY_DIM**-0.5), 14, 1
+    read, token, head = Read(query, newest(), None, KEY_DIM**-0.5), 14, 1
     draws = list(drawn_gradients(read, key, value, draws=4_000))
     for stream, width in enumerate((KEY_DIM, VALUE_DIM)):
         found = torch.stack([both[stream][0, head, token] for both in draws])
@@ -92,18 +97,29 @@ def test_queries_that_are_padding_say_nothing_of_any_token():
     query, key, value = states()
     hidden = torch.zeros(ROWS, QUERIES, dtype=torch.bool)
     hidden[1, 2:] = True
-    found = list(drawn_gradients(Read(query, None, 1.0), key, value, hidden))
+    found = list(drawn_gradients(Read(query, newest(), None, 1.0), key, value, hidden))
     query = query.clone()
     query[1, :, 2:] = 7.0
-    for both, others in zip(found, drawn_gradients(Read(query, None, 1.0), key, value, hidden), strict=True):
+    for both, others in zip(found, drawn_gradients(Read(query, newest(), None, 1.0), key, value, hidden), strict=True):
         torch.testing.assert_close(both, others)
     everything = torch.ones(ROWS, QUERIES, dtype=torch.bool)
-    assert not any(g.any() for both in drawn_gradients(Read(query, None, 1.0), key, value, everything) for g in both)
+    assert not any(
+        g.any() for both in drawn_gradients(Read(query, newest(), None, 1.0), key, value, everything) for g in both
+    )
+
+
+def test_what_a_query_reads_of_its_own_token_does_not_count():
+    query, key, value = states()
+    at = torch.tensor([[TOKENS - 2, 3, 9, 3, TOKENS - 1]]).expand(ROWS, -1)
+    for key_gradient, value_gradient in drawn_gradients(Read(query, at, None, 1.0), key, value):
+        for gradient in (key_gradient, value_gradient):
+            # the newest token has no other reader
+            assert gradient[:, :, 9].any() and not gradient[:, :, TOKENS - 1].any()
 
 
 def test_half_precision_gives_float32():
     query, key, value = (x.bfloat16() for x in states())
-    for key_gradient, value_gradient in drawn_gradients(Read(query, None, 0.4), key, value):
+    for key_gradient, value_gradient in drawn_gradients(Read(query, newest(), None, 0.4), key, value):
         assert key_gradient.dtype == value_gradient.dtype == torch.float32
         assert (key_gradient.shape, value_gradient.shape) == (key.shape, value.shape)
 
@@ -129,5 +145,7 @@ def test_what_a_first_prompt_s_newest_queries_read_gives_their_outputs(make):
     reads = held["reads"]
     assert sorted(reads) == list(range(len(model.model.layers))) and cache.is_filled
     for layer, read in reads.items():
-        found = attention_of(read, *held["states"][layer]).output
-        torch.testing.assert_close(found.flatten(1, 2).transpose(1, 2).flatten(2), outputs[layer][:, -newest:])
+        found = attention_of(read, *held["states"][layer]).output.unflatten(2, (-1, newest))
+        expected = outputs[layer].gather(1, read.at[..., None].expand(-1, -1, outputs[layer].shape[2]))
+        torch.testing.assert_close(found.flatten(1, 2).transpose(1, 2).flatten(2), expected)
+        assert read.at.sort().values.tolist() == [list(range(tokens - newest, tokens))] * ROWS

@@ -51,6 +51,20 @@ def test_running_moments_equal_the_moments_of_all_tokens_at_once(lengths, groups
     torch.testing.assert_close(found.covariance.double(), expected.covariance, atol=2e-4, rtol=1e-4)
 
 
+def test_moments_drawn_towards_others_are_those_of_as_many_more_tokens_around_their_own_mean():
+    generator = torch.Generator().manual_seed(3)
+    own, others = (torch.randn(2, count, 7, generator=generator).double() + count for count in (9, 40))
+    few, many = RunningMoments(), RunningMoments()
+    few.add(own)
+    many.add(others)
+    few.draw_towards(many, 40)
+    moved = others - others.mean(1, keepdim=True) + own.mean(1, keepdim=True)
+    found, expected = few.finish(), moments(torch.cat([own, moved], 1)[None])
+    torch.testing.assert_close(found.mean.double(), expected.mean, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.covariance.double(), expected.covariance, atol=2e-4, rtol=1e-4)
+    assert few.sample.tokens.shape[1] == 9 + 40
+
+
 def test_padding_and_first_tokens_never_enter_the_statistics(model):
     ids = prompt(2, 30)
     mask = torch.ones_like(ids)

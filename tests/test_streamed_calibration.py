@@ -2,8 +2,11 @@
 
 import gc
 import io
+import mmap
+import platform
 import weakref
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers.utils import logging
 import apack_compile
 from apack_compile.calibration.collect import Observations, add_observation, as_packed, collect
 from apack_compile.calibration.differentiated_layers import Differentiation, Repeated, unpack
+from apack_compile.calibration.host_memory import give_back
 from apack_compile.calibration.inputs import limited
 from apack_compile.calibration.sensitivity import LABEL_DRAWS, draw_gradients, drawn_score, observe
 from apack_compile.calibration.streams import SAMPLE_TOKENS, Running, RunningMoments, TokenSample
@@ -121,6 +125,24 @@ def test_a_sample_holds_every_token_while_it_can_and_then_any_of_them():
     assert sample.tokens.shape == (2, SAMPLE_TOKENS, 3) and len(sample.drawn) == SAMPLE_TOKENS
     expected = SAMPLE_TOKENS * 3_000 / (6 * 3_000 + SAMPLE_TOKENS - 5)
     assert ((kept - expected).abs() < 5 * expected**0.5).all()
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back by themselves, or have no call for it"
+)
+def test_freed_memory_between_pieces_in_use_goes_back_to_the_system():
+    piece = 2**16
+    pieces = [torch.ones(piece, dtype=torch.uint8) for _ in range(3_000)]
+    del pieces[::2]
+    held = resident()
+    give_back()
+    assert resident() < held - 1_000 * piece
+    assert all(bool(x.all()) for x in pieces)
+
+
+def resident() -> int:
+    """Bytes of the process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 class NoBackward(torch.autograd.Function):

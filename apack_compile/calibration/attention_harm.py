@@ -25,41 +25,44 @@ NOT_SEEN = "no scaled_dot_product_attention was seen; call calibrate(model, inpu
 class Read:
     """What some queries ask of the tokens that a layer holds.
 
-    query: `[B, H_q, Q, D]`, rotated as the keys are. mask: as for scaled_dot_product_attention, `[B, H_q, Q, T]` or broadcast; None
-    where queries are those of the newest tokens, and each sees its own and those before. scale: of the scores.
+    query: `[B, H_q, Q, D]`, rotated as the keys are. at: their tokens, int64 `[B, Q]`. mask: as for scaled_dot_product_attention,
+    `[B, H_q, Q, T]` or broadcast; None where each sees its own token and those before. scale: of the scores.
     """
 
     query: Tensor
+    at: Tensor
     mask: Tensor | None
     scale: float
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What the newest queries of an input read of each layer.
+    """What some queries of an input read of each layer.
 
-    states: K and V `[B, H_kv, T, D]` by layer. hidden: bool `[B, Q]`, queries that are padding. cached: tokens before the queries.
+    states: K and V `[B, H_kv, T, D]` by layer. hidden: bool `[B, Q]`, queries that do not count.
     """
 
     by_layer: Mapping[int, Read]
     states: Mapping[int, tuple[Tensor, Tensor]]
     hidden: Tensor | None
-    cached: int
     draws: int = DRAWS
 
     def draw(self, receive: Callable[[int, int, Tensor], None], layers: Collection[int]) -> str | None:
-        """Call `receive` with layer, stream and gradient `[B, H_kv, cached, D]`, for every draw, of these layers."""
+        """Call `receive` with layer, stream and gradient `[B, H_kv, T, D]`, for every draw, of these layers."""
         read = {layer: self.by_layer[layer] for layer in layers if layer in self.by_layer}
         for layer, one in read.items():
             for gradients in drawn_gradients(one, *self.states[layer], self.hidden, self.draws):
                 for stream, gradient in enumerate(gradients):
-                    receive(layer, stream, gradient[:, :, : self.cached])
+                    receive(layer, stream, gradient)
         return None if read else NOT_SEEN
 
 
 @dataclass(frozen=True)
 class Attended:
-    """An attention with query heads by KV head: query `[B, H_kv, N, Q, D]`, weights `[B, H_kv, N, Q, T]`, output `[B, H_kv, N, Q, D_v]`."""
+    """An attention with the R queries of each KV head.
+
+    query: `[B, H_kv, R, D]`. weights: `[B, H_kv, R, T]`. output: `[B, H_kv, R, D_v]`. scale: of the scores.
+    """
 
     query: Tensor
     weights: Tensor
@@ -73,50 +76,62 @@ def drawn_gradients(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Gradients of a layer's output in random directions by its keys `[B, H_kv, T, D]` and values `[B, H_kv, T, D_v]`, for each draw.
 
-    Their second moment is that of the output's relative error, per query over all heads. hidden: bool `[B, Q]`, queries that are
-    padding. They are float32 or better.
+    Their second moment is that of the output's relative error, per query over all heads; what a query reads of its own token, which
+    decoding never packs, does not count. hidden: bool `[B, Q]`, queries that do not count. They are float32 or better.
     """
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    key, value = key.to(dtype), value.to(dtype)
     attended = attention_of(read, key, value)
-    length = attended.output.square().sum((1, 2, 4), keepdim=True).sqrt()
+    by_query = attended.output.unflatten(2, (-1, read.query.shape[2]))
+    own = read.at[:, None, None, :, None].expand(*by_query.shape[:-1], 1)
+    attended.weights.view(*by_query.shape[:-1], -1).scatter_(-1, own, 0.0)
+    length = by_query.square().sum((1, 2, 4), keepdim=True).sqrt()
     counted = length > 0 if hidden is None else (length > 0) & ~hidden[:, None, None, :, None]
     factor = counted / length.masked_fill(~counted, 1.0)
     generator = torch.Generator(device=key.device).manual_seed(0)
     for _ in range(draws):
-        shape, kind = attended.output.shape, {"dtype": factor.dtype, "device": factor.device}
-        yield gradients_along(factor * torch.randn(shape, generator=generator, **kind), attended, value)
+        drawn = torch.randn(by_query.shape, generator=generator, dtype=dtype, device=key.device)
+        yield gradients_along((factor * drawn).flatten(2, 3), attended, value)
 
 
 def attention_of(read: Read, key: Tensor, value: Tensor) -> Attended:
     """What a read gets from keys `[B, H_kv, T, D]` and values `[B, H_kv, T, D_v]`; a query that sees nothing gets zeros."""
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    key, value = key.to(dtype), value.to(dtype)
     (rows, heads, queries, _), (kv_heads, tokens) = read.query.shape, key.shape[1:3]
-    query = read.query.to(dtype).unflatten(1, (kv_heads, -1))
-    scores = query @ key[:, :, None].mT * read.scale
+    query = read.query.to(key.dtype).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    scores = (query @ key.mT).mul_(read.scale)
     mask = read.mask
     if mask is None:
-        mask = torch.ones(queries, tokens, dtype=torch.bool, device=key.device).tril(tokens - queries)
-    mask = mask.expand(rows, heads, queries, tokens).unflatten(1, (kv_heads, -1))
-    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        mask = (torch.arange(tokens, device=key.device) <= read.at[..., None])[:, None]
+    by_head = scores.view(rows, heads, queries, tokens)
+    if mask.dtype == torch.bool:
+        by_head.masked_fill_(~mask, float("-inf"))
+    else:
+        by_head += mask
     weights = scores.softmax(-1).nan_to_num(0.0)
-    return Attended(query, weights, weights @ value[:, :, None], read.scale)
+    return Attended(query, weights, weights @ value, read.scale)
 
 
 def gradients_along(direction: Tensor, attended: Attended, value: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `direction . output`, summed over queries, by key `[B, H_kv, T, D]` and value `[B, H_kv, T, D_v]`."""
-    along = direction @ value[:, :, None].to(direction.dtype).mT
-    centered = along - (direction * attended.output).sum(-1, keepdim=True)
-    by_key = (attended.weights * centered * attended.scale).mT @ attended.query
-    return by_key.sum(2), (attended.weights.mT @ direction).sum(2)
+    by_score = direction @ value.mT
+    by_score -= (direction * attended.output).sum(-1, keepdim=True)
+    by_score *= attended.weights
+    return by_score.mT @ attended.query.mul(attended.scale), attended.weights.mT @ direction
 
 
-def read_of(named: dict[str, Any], newest: int) -> Read:
-    """What the `newest` queries of a scaled_dot_product_attention over their own prompt read, by its arguments."""
-    query, mask, tokens = named["query"], named["attn_mask"], named["query"].shape[2]
-    rows = slice(tokens - newest, None)
+def read_of(named: dict[str, Any], at: Tensor) -> Read:
+    """What the queries of tokens `at` `[B, Q]` of a scaled_dot_product_attention over their own prompt read, by its arguments."""
+    query, mask, tokens = named["query"].detach(), named["attn_mask"], named["query"].shape[2]
     if mask is not None:
-        mask = mask.expand(*mask.shape[:-2], tokens, -1)[..., rows, :].clone()
+        mask = mask.expand(*mask.shape[:-2], tokens, -1)
+        mask = mask[(None,) * (4 - mask.dim())].expand(len(at), -1, -1, -1)
+        mask = rows_at(mask, at)
     elif not named["is_causal"]:
         mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     scale = query.shape[-1] ** -0.5 if named["scale"] is None else named["scale"]
-    return Read(query.detach()[:, :, rows].clone(), mask, scale)
+    return Read(rows_at(query, at), at, mask, scale)
+
+
+def rows_at(x: Tensor, at: Tensor) -> Tensor:
+    """Rows `at` `[B, Q]` of `[B, H, T, N]`."""
+    return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

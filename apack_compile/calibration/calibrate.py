@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from apack_compile.calibration.collect import Collected, Observations, collect
 from apack_compile.calibration.find_rotation import find_rotation
+from apack_compile.calibration.host_memory import give_back
 from apack_compile.config import DEFAULT_RATIO, AttentionPackConfig
 from apack_compile.models.modality import placeholder_ids
 from apack_compile.models.offload import computing_device
@@ -76,6 +77,7 @@ def fitted_to(
     steps = len(seen.layers) * (len(seen.batches) + 1) * (2 if coarse else 1)
     with logging.tqdm(total=steps, desc="calibrating", unit=" layers", delay=1, leave=False, disable=None) as bar:
         collected = gather(seen, groups.count, coarse, ranked, bar.update)
+    give_back()
     return Calibration(
         statistics=collected.statistics,
         rules=collected.rules,

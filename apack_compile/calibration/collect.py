@@ -8,8 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from apack_compile.calibration.host_memory import give_back
 from apack_compile.calibration.sensitivity import Observation, draw_gradients, observe
-from apack_compile.calibration.streams import Running, RunningMoments, by_layer, fitted
+from apack_compile.calibration.streams import (
+    PRIOR_TOKENS,
+    SAMPLE_TOKENS,
+    SMALL_SAMPLE,
+    Running,
+    RunningMoments,
+    TokenSample,
+    by_layer,
+    fitted,
+)
 from apack_compile.checks import counted
 from apack_compile.kernels.autocast import without_autocast
 from apack_compile.kernels.heads import to_groups
@@ -31,6 +41,9 @@ from apack_compile.plan.coarse_rule import (
 from apack_compile.plan.plan import FIRST_TOKENS, MODALITIES
 from apack_compile.plan.rotation import KeyRotation, deinterleaved_keys, rotary_start
 from apack_compile.plan.source import Statistics
+
+# Tokens of a row are added so many at a time: copies of them as the sums need them are small.
+COLUMNS_AT_ONCE = 512
 
 # How keys rotate: in all layers alike, or in each by itself.
 Rotations = KeyRotation | None | Mapping[int, KeyRotation | None]
@@ -81,7 +94,10 @@ class Observations:
             del seen
 
     def _observe(self, batch: Mapping[str, Any]) -> Observation:
-        return as_packed(observe(self.model, batch, self.layers), self.rotation)
+        give_back()
+        seen = observe(self.model, batch, self.layers)
+        give_back()
+        return as_packed(seen, self.rotation)
 
 
 def as_packed(seen: Observation, rotation: Rotations) -> Observation:
@@ -98,12 +114,14 @@ def collect(
     coarse: Collection[str] = ("text",),
     ranked: Collection[int] | None = None,
     advance: Callable[[], Any] = lambda: None,
+    sample: int = SAMPLE_TOKENS,
 ) -> Collected:
     """Statistics of the layers that were observed, for so many head groups, keys rotated back; coarse rules.
 
     By modality and, of the `coarse` modalities whose tokens' importance the gradients tell, of coarse and of fine tokens by the
     modality's rule, in the layers that are `ranked` (None for all). advance: called for each layer of an input, and when its bases are
-    fitted. Raises ValueError when no input has a usable token (padding and the first tokens are left out).
+    fitted. sample: tokens of a stream that its steps are fitted to. Raises ValueError when no input has a usable token (padding and
+    the first tokens are left out).
     """
     config, layers = observations.model.config, observations.layers
     ranked = layers if ranked is None else ranked
@@ -111,9 +129,9 @@ def collect(
     importance: Importance = {}
     reasons: list[str | None] = []
     for batch, seen in observations:
-        energy: dict[int, Tensor] = {}
-        reasons.append(add_observation(running, seen, config, batch, groups, advance, energy=energy))
-        if reasons[-1] is None:
+        energy: dict[int, Tensor] | None = {} if coarse else None
+        reasons.append(add_observation(running, seen, config, batch, groups, sample, advance, energy=energy))
+        if energy is not None and reasons[-1] is None:
             add_importance(importance, only_layers(seen, ranked), config, batch, energy, coarse)
         del seen
     if not running:
@@ -124,6 +142,10 @@ def collect(
         # the backward pass may have come to some layers
         for moments in running.values():
             moments.forget_gradients()
+    for layer, stream in product(layers, range(2)):
+        text, vision = (running.get((layer, name, stream)) for name in ("text", "vision"))
+        if text is not None and vision is not None:
+            text.draw_towards(vision, PRIOR_TOKENS)
     found = fitted(running, advance)
     for layer, stream in product(layers, range(2)):
         if (layer, "text", stream) not in found:
@@ -131,7 +153,7 @@ def collect(
     rules = rules_of(importance, ranked)
     importance.clear()
     for batch, seen in observations if rules else ():
-        add_observation(running, only_layers(seen, ranked), config, batch, groups, advance, rules)
+        add_observation(running, only_layers(seen, ranked), config, batch, groups, SMALL_SAMPLE, advance, rules)
         del seen
     return Collected(by_layer(found | fitted(running, advance)), rules, None if None in reasons else reasons[0])
 
@@ -154,7 +176,8 @@ def collect_by_layer(
             only_layers(observations.first, [layer]),
         )
         is_ranked = layer in ranked and enough_tokens(*observations.first.states[layer])
-        found.append(collect(one, groups, coarse if is_ranked else (), [layer] if is_ranked else [], advance))
+        ranked_here = [layer] if is_ranked else []
+        found.append(collect(one, groups, coarse if is_ranked else (), ranked_here, advance, SMALL_SAMPLE))
     told: list[Mapping[str, CoarseRule]] = [
         each.rules for layer, each in zip(observations.layers, found, strict=True) if layer in ranked
     ]
@@ -186,6 +209,7 @@ def add_observation(
     config: Any,
     batch: Mapping[str, Any],
     groups: int,
+    sample: int = SAMPLE_TOKENS,
     advance: Callable[[], Any] = lambda: None,
     rules: Mapping[str, CoarseRule] | None = None,
     energy: dict[int, Tensor] | None = None,
@@ -200,26 +224,29 @@ def add_observation(
         layer: [float(x.float().var()) for x in both] for layer, both in seen.states.items() if energy is not None
     }
 
-    def tokens_of(layer: int, stream: int, states: Tensor) -> Iterator[tuple[RunningMoments, Tensor]]:
+    def streams_of(layer: int, stream: int, states: Tensor) -> Iterator[tuple[RunningMoments, Iterator[Tensor]]]:
         rotation = None if stream else seen.rotations[layer]
         for name, chosen in segments[layer].items():
             rotations = None
             if rotation is not None:
                 rotations = rotations_of_tokens(chosen, tokens_at(seen, batch, layer), rotation)[:, None]
-            tokens = chosen_tokens(deinterleaved_keys(states, rotation), chosen, rotations, groups)
-            yield running.setdefault((layer, name, stream), RunningMoments()), tokens
+            moments = running.setdefault((layer, name, stream), RunningMoments(sample=TokenSample(sample)))
+            yield moments, chosen_tokens(deinterleaved_keys(states, rotation), chosen, rotations, groups)
 
     def receive(layer: int, stream: int, gradient: Tensor) -> None:
-        for moments, tokens in tokens_of(layer, stream, gradient):
-            moments.add_gradients(tokens, seen.queries)
+        for moments, parts in streams_of(layer, stream, gradient):
+            for part in parts:
+                moments.add_gradients(part)
+            moments.queries += seen.queries
         if energy is not None:
             found = gradient.float().square().sum((1, 3)).double() * variance[layer][stream]
             energy[layer] = energy.get(layer, 0) + found
 
     for layer, both in seen.states.items():
         for stream, states in enumerate(both):
-            for moments, tokens in tokens_of(layer, stream, states):
-                moments.add(tokens)
+            for moments, parts in streams_of(layer, stream, states):
+                for part in parts:
+                    moments.add(part)
         advance()
     return draw_gradients(seen, receive)
 
@@ -270,14 +297,17 @@ def add_importance(
     coarse: Collection[str],
 ) -> None:
     """Add one input's tokens of the `coarse` modalities, and what disturbing each of them costs `[B, T]`, by modality and layer."""
-    for layer in seen.states if coarse else ():
+    for layer in seen.states:
         key, value = packed_states(seen, layer)
         usable = {name: flags for name, flags in usable_tokens(config, batch, key).items() if name in coarse}
-        x = features(unrotated(key, tokens_at(seen, batch, layer), seen.rotations[layer]), value)
-        for modality, flags in usable.items():
-            older = flags[:, : max(energy[layer].shape[1] - NEWEST, 0)]
-            known = importance.setdefault((modality, layer), RunningImportance())
-            known.add(x[:, : older.shape[1]][older], energy[layer][:, : older.shape[1]][older])
+        coordinates, end = tokens_at(seen, batch, layer), max(key.shape[2] - seen.queries - NEWEST, 0)
+        for start in range(0, end, COLUMNS_AT_ONCE):
+            at = slice(start, min(start + COLUMNS_AT_ONCE, end))
+            x = features(unrotated(key[:, :, at], coordinates[:, at], seen.rotations[layer]), value[:, :, at])
+            for modality, flags in usable.items():
+                chosen = flags[:, at]
+                known = importance.setdefault((modality, layer), RunningImportance())
+                known.add(x[chosen], energy[layer][:, at][chosen])
 
 
 @without_autocast
@@ -293,11 +323,15 @@ def rules_of(importance: Mapping[tuple[str, int], RunningImportance], layers: It
     return rules
 
 
-def chosen_tokens(states: Tensor, chosen: Tensor, rotations: Tensor | None, groups: int) -> Tensor:
-    """The chosen tokens `[G, N, W_g]` of states `[B, H_kv, T, D]`, rotated back; states may end before the flags `[B, T]`."""
-    tokens = states.shape[2]
-    still = states if rotations is None else rotated(states, rotations[:, :, :tokens], back=True)
-    return to_groups(still, groups).transpose(0, 1)[:, chosen[:, :tokens]]
+def chosen_tokens(states: Tensor, chosen: Tensor, rotations: Tensor | None, groups: int) -> Iterator[Tensor]:
+    """The chosen tokens of states `[B, H_kv, T, D]`, rotated back, in parts `[G, N, W_g]`; states may end before the flags `[B, T]`."""
+    for start in range(0, states.shape[2], COLUMNS_AT_ONCE):
+        part = states[:, :, start : start + COLUMNS_AT_ONCE]
+        at = slice(start, start + part.shape[2])
+        still = part if rotations is None else rotated(part, rotations[:, :, at], back=True)
+        tokens = to_groups(still, groups).transpose(0, 1)[:, chosen[:, at]]
+        if tokens.shape[1]:
+            yield tokens
 
 
 def tokens_at(seen: Observation, batch: Mapping[str, Any], layer: int) -> Tensor:

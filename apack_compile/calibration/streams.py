@@ -18,11 +18,17 @@ from apack_compile.plan.source import Statistics
 
 # Steps are fitted to these: with 512 the tails were missed, and clipping there cost more than all else (docs/notes/quality.md).
 SAMPLE_TOKENS = 2_048
+# Where there are several times as many streams, or a user waits for a first request.
+SMALL_SAMPLE = 1_024
 # Gradients know a stream's sensitivity roughly, and large disturbances do not cost what small ones promise: its total counts with
 # this power (docs/notes/quality.md).
 SENSITIVITY_POWER = 0.5
 # The sensitivity of single components is drawn towards their mean as if this many queries had seen them all alike.
 PRIOR_QUERIES = 32
+
+# The covariance of text, which is to serve text that comes later, is drawn towards that of pictures as if this many tokens had it:
+# most prompts with pictures have little text (docs/notes/quality.md, "A first request with little text").
+PRIOR_TOKENS = 32
 
 # Layer, segment, and 0 for keys or 1 for values.
 StreamKey = tuple[int, str, int]
@@ -30,8 +36,9 @@ StreamKey = tuple[int, str, int]
 
 @dataclass
 class TokenSample:
-    """At most SAMPLE_TOKENS tokens `[G, n, W_g]` in bfloat16, each as likely as any other: those that drew the lowest numbers."""
+    """At most `size` tokens `[G, n, W_g]` in bfloat16, each as likely as any other: those that drew the lowest numbers."""
 
+    size: int = SAMPLE_TOKENS
     drawn: Tensor | None = None
     tokens: Tensor | None = None
     seen: int = 0
@@ -43,12 +50,21 @@ class TokenSample:
         drawn = torch.rand(x.shape[1], generator=generator).to(x.device)
         if self.tokens is None or self.drawn is None:
             self.drawn, self.tokens = drawn[:0], x[:, :0].bfloat16()
+        room = self.size - len(self.drawn)
+        if room:
+            self.drawn = torch.cat([self.drawn, drawn[:room]])
+            self.tokens = torch.cat([self.tokens, x[:, :room].bfloat16()], 1)
+        if x.shape[1] > room:
+            self._exchange(x[:, room:], drawn[room:])
+
+    def _exchange(self, x: Tensor, drawn: Tensor) -> None:
+        """Put those of the tokens `x` that drew lower numbers in the places of those held that drew higher ones."""
         held = len(self.drawn)
-        drawn = torch.cat([self.drawn, drawn])
-        kept = drawn.topk(min(SAMPLE_TOKENS, len(drawn)), largest=False).indices.sort().values
-        earlier = kept[kept < held]
-        new = x[:, kept[len(earlier) :] - held].bfloat16()
-        self.drawn, self.tokens = drawn[kept], torch.cat([self.tokens[:, earlier], new], 1)
+        lowest = torch.cat([self.drawn, drawn]).topk(held, largest=False).indices
+        new = lowest[lowest >= held] - held
+        places = torch.ones(held, dtype=torch.bool, device=x.device)
+        places[lowest[lowest < held]] = False
+        self.drawn[places], self.tokens[:, places] = drawn[new], x[:, new].bfloat16()
 
 
 @dataclass
@@ -77,14 +93,22 @@ class RunningMoments:
         self.gram.baddbmm_(shifted.mT, shifted)
         self.sample.add(shifted)
 
-    def add_gradients(self, gradients: Tensor, queries: int) -> None:
-        """Add gradients `[G, N, W_g]` of `queries` next tokens with respect to N tokens."""
+    def add_gradients(self, gradients: Tensor) -> None:
+        """Add gradients `[G, N, W_g]` with respect to N tokens; `queries` tells of how many next tokens they are."""
         gradients = gradients.float()
         if self.sensitivity is None:
             self.sensitivity = gradients.new_zeros(gradients.shape[0], gradients.shape[2], gradients.shape[2])
         self.sensitivity.baddbmm_(gradients.mT, gradients)
         self.gradients += gradients.shape[1]
-        self.queries += queries
+
+    def draw_towards(self, other: "RunningMoments", tokens: int) -> None:
+        """As if so many more tokens had been seen, around the mean of its own, with the covariance of `other`."""
+        shift, elsewhere = self.total / self.count, other.total / other.count
+        self.gram += tokens * (other.finish().covariance[0] + shift[:, :, None] * shift[:, None])
+        self.total += tokens * shift
+        self.count += tokens
+        sample = other.sample.tokens[:, :: max(other.sample.tokens.shape[1] // tokens, 1)][:, :tokens]
+        self.sample.add(sample.float() + (shift - elsewhere)[:, None])
 
     def forget_gradients(self) -> None:
         """As if none had been added."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.held_back import HeldBack
@@ -14,12 +14,12 @@ from apack_compile.calibration.calibrate import FoundRotation, fitted_to, rotati
 from apack_compile.calibration.collect import Observations, collect_by_layer, usable_tokens
 from apack_compile.calibration.sensitivity import QUERY_SHARE, Observation, states_of
 from apack_compile.generate.session import Session, first_request_error
-from apack_compile.models.modality import padding_of
+from apack_compile.models.modality import padding_of, vision_of
 from apack_compile.plan.coarse_rule import tells_apart
 from apack_compile.plan.source import NEWEST_ATTENTION, Calibration
 
-# Newest tokens that play those to come, and random directions of what each gets: more cost time and gain nothing that is
-# seen beside the scatter (docs/notes/quality.md, "Without gradients").
+# Tokens that play those to come, and random directions of what each gets: more cost time and gain nothing that is seen beside
+# the scatter (docs/notes/quality.md, "Without gradients").
 QUERIES, DIRECTIONS = 64, 1
 
 
@@ -27,12 +27,13 @@ QUERIES, DIRECTIONS = 64, 1
 class FirstPrompt:
     """A first prompt while it is read.
 
-    queries: newest tokens, which play those to come. rotations: how keys rotate, by window. reads: what the queries read, by layer.
+    queries: tokens that play those to come, int64 `[B, Q]`, -1 for none. rotations: how keys rotate, by window. reads: what the
+    queries read, by layer.
     """
 
     model: nn.Module
     batch: Mapping[str, Any]
-    queries: int
+    queries: Tensor
     rotations: Mapping[int | None, FoundRotation]
     reads: dict[int, Read] = field(default_factory=dict)
 
@@ -50,15 +51,14 @@ class FirstPrompt:
         """Keep what the queries read in a layer's first attention; of another shape than queries of this prompt, nothing."""
         query = named["query"]
         fits = query.dim() == 4 and query.shape[2] == self.tokens
-        if fits and self.queries and layer not in self.reads:
-            self.reads[layer] = read_of(named, self.queries)
+        if fits and self.queries.shape[1] and layer not in self.reads:
+            self.reads[layer] = read_of(named, self.queries.clamp_min(0).to(query.device))
 
     def calibration(self, session: Session, cache: CompactedCache) -> Calibration:
         """What the prompt tells of the model."""
-        states, padding = cache.held_back.states, padding_of(self.batch, self.tokens)
-        hidden = None if padding is None else padding[:, self.tokens - self.queries :]
-        reads = Reads(self.reads, states, hidden, self.tokens - self.queries, DIRECTIONS)
-        seen = Observation(states, self.queries, cache.incoming.shown, gradients=reads)
+        states = cache.held_back.states
+        reads = Reads(self.reads, states, self.queries < 0, DIRECTIONS)
+        seen = Observation(states, self.queries.shape[1], cache.incoming.shown, gradients=reads)
         layers, rotation = session.source.layers, rotation_by_layer(session.source.layers, self.rotations)
         observations = Observations(self.model, sorted(rotation), self.batch, rotation, seen)
         config = session.config
@@ -84,9 +84,21 @@ def begin(session: Session, model: nn.Module, batch: Mapping[str, Any], cache: C
         raise first_request_error(session.ratio, "no usable token: only padding or first tokens")
     with session.own_passes(), torch.inference_mode(False), torch.no_grad():
         rotations = rotations_of(model, session.source.layers, batch, session.config)
-    prompt = FirstPrompt(model, batch, min(int(states.shape[1] * QUERY_SHARE), QUERIES), rotations)
+    prompt = FirstPrompt(model, batch, queries_of(model, batch), rotations)
     cache.held_back = HeldBack(prompt)
     return prompt
+
+
+def queries_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """A row's newest text tokens, int64 `[B, Q]`, -1 where it has fewer; its newest tokens if none are text."""
+    states = states_of(batch)
+    shape, device = states.shape[:2], states.device
+    padding, vision = padding_of(batch, shape[1]), vision_of(model.config, batch)
+    real = torch.ones(shape, dtype=torch.bool, device=device) if padding is None else ~padding
+    text = real if vision is None or vision.shape != shape else real & ~vision
+    chosen = torch.where(text.any(1, keepdim=True), text, real)
+    at = torch.arange(shape[1], device=device).where(chosen, -1)
+    return at.topk(min(int(shape[1] * QUERY_SHARE), QUERIES), dim=1).values
 
 
 def finish(session: Session, cache: CompactedCache) -> None:

@@ -24,6 +24,12 @@ BINS_A_DEVIATION = 256
 BINS = round(max(band.top / 2 * band.step for band in LEVEL_BANDS) * STEP_FACTORS[-1] * BINS_A_DEVIATION)
 COMPONENTS_AT_ONCE = 64
 
+# How fast what is spread over all directions vanishes with tokens, for bases of a model: 20 cost a first request with pictures eight
+# times the KL, 1e6 the prompts after it three times (docs/notes/quality.md, "A first request with little text").
+MODEL_SPREAD = 1_000
+# For bases of a sequence, which have few components and must serve the text that it goes on with.
+SEQUENCE_SPREAD = 20
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -97,17 +103,17 @@ def principal_rows(covariance: Tensor, rank: int, start: Tensor | None = None) -
     return rows.contiguous(), values.flip(-1)[..., :rank].clamp_min(0)
 
 
-def fit(stats: Moments, rank: int | None = None, start: Tensor | None = None) -> Spectrum:
+def fit(stats: Moments, rank: int | None = None, start: Tensor | None = None, spread: float = MODEL_SPREAD) -> Spectrum:
     """Spectrum of a stream from its moments, with the steps of a Gaussian; `start` `[S, G, n, W_g]`, rows of an earlier basis, saves time.
 
-    A little of the mean variance is spread over all directions: with few tokens the sample knows only some of them, and a
-    frozen basis must still serve the tokens to come.
+    A little of the mean variance is spread over all directions, W_g / (W_g + spread * tokens) of it: with few the sample knows only
+    some of them, and a frozen basis must still serve the tokens to come.
     """
     width = stats.mean.shape[-1]
     rank = width if rank is None else min(rank, width)
     rows, variance = principal_rows(stats.covariance, rank, start)
     average = stats.covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
-    share = width / (width + 20 * stats.count.to(average.dtype))
+    share = width / (width + spread * stats.count.to(average.dtype))
     variance = (1 - share)[..., None] * variance + (share * average)[..., None]
     magnitude = (average + stats.mean.square().mean(-1)).sqrt()
     floor = torch.finfo(torch.float32).eps * magnitude + torch.finfo(torch.float32).tiny ** 0.5

@@ -8,9 +8,11 @@ import torch
 from tiny_llama import SHAPE, VOCABULARY
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
+from vlms import IMAGE, build
 
 import apack_compile
 from apack_compile.calibration.find_rotation import PROBE_TOKENS
+from apack_compile.generate.first_request import queries_of
 from apack_compile.generate.session import session_of
 from apack_compile.plan.source import GRADIENTS, NEWEST_ATTENTION
 
@@ -80,6 +82,22 @@ def test_components_that_the_newest_tokens_do_not_ask_for_weigh_less():
     statistics = session_of(model).calibration.statistics
     keys = [float(statistics[layer]["text"][0].weights.sum()) for layer in range(2)]
     assert keys[1] < 0.05 * keys[0]
+
+
+def test_the_newest_text_plays_the_tokens_to_come_wherever_it_stands():
+    model = build("llava")[0]
+    ids = torch.full((3, 48), 7)
+    ids[0, 4:40] = ids[1, 20:] = ids[2, 30:] = IMAGE
+    mask = torch.ones_like(ids)
+    mask[1, :18] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    assert queries_of(model, batch).tolist() == [
+        [47, 46, 45, 44, 43, 42],
+        [19, 18, -1, -1, -1, -1],
+        [29, 28, 27, 26, 25, 24],
+    ]
+    batch = {"input_ids": torch.full((1, 16), IMAGE)}
+    assert queries_of(model, batch).tolist() == [[15, 14]]
 
 
 @pytest.mark.parametrize("kind", (KeyboardInterrupt, RuntimeError))
