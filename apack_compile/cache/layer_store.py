@@ -17,7 +17,7 @@ from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.rotations import rotated, rotations_of_slots
 from apack_compile.kernels.state import TEXT, VISION, DenseSegment, PackedStream
 from apack_compile.models.modality import compact
-from apack_compile.plan.basis import SEQUENCE_SPREAD, fit, fit_steps, moments
+from apack_compile.plan.basis import fit, fit_steps, moments
 from apack_compile.plan.coarse_rule import NEWEST, least_important, scores_of
 from apack_compile.plan.plan import FITTED_SCOPES, STREAMS, StreamPlan
 from apack_compile.plan.rotation import deinterleaved_keys
@@ -173,7 +173,7 @@ def _fitted(
         x, real = x.transpose(0, 1).flatten(1, 2)[None], real.reshape(1, -1)
     bands = plan.bands.at_most(x.shape[2])
     rows = before.decoder if before is not None and bool(before.decoder.any()) else None
-    spectrum = fit(moments(x, real.to(torch.float32)), bands.components, rows, SEQUENCE_SPREAD)
+    spectrum = fit(moments(x, real.to(torch.float32)), bands.components, rows)
     if not all(band.is_float for count, band in bands.parts if count):
         # a Gaussian's steps clip a sequence's outliers, which costs more than all else
         spectrum = fit_steps(spectrum, x, token_scale=False)

@@ -86,7 +86,7 @@ def drawn_gradients(
     own = read.at[:, None, None, :, None].expand(*by_query.shape[:-1], 1)
     attended.weights.view(*by_query.shape[:-1], -1).scatter_(-1, own, 0.0)
     length = by_query.square().sum((1, 2, 4), keepdim=True).sqrt()
-    counted = length > 0 if hidden is None else (length > 0) & ~hidden[:, None, None, :, None]
+    counted = length > 0 if hidden is None else (length > 0) & ~hidden.to(length.device)[:, None, None, :, None]
     factor = counted / length.masked_fill(~counted, 1.0)
     generator = torch.Generator(device=key.device).manual_seed(0)
     for _ in range(draws):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.kernels.autocast import without_autocast
-from apack_compile.plan.basis import Moments, Spectrum, fit, fit_steps, mixed
+from apack_compile.plan.basis import TEXT_SPREAD, VISION_SPREAD, Moments, Spectrum, fit, fit_steps, mixed
 from apack_compile.plan.budget import StreamStatistics
 from apack_compile.plan.source import Statistics
 
@@ -121,9 +121,9 @@ class RunningMoments:
         count = torch.full((1, len(shift)), self.count, device=shift.device)
         return Moments(count, (self.center + shift)[None], covariance[None])
 
-    def spectrum(self) -> Spectrum:
+    def spectrum(self, spread: float) -> Spectrum:
         """Spectrum of the stream, with steps that serve a sample of its tokens best."""
-        found = mixed(fit(self.finish()))
+        found = mixed(fit(self.finish(), spread=spread))
         tokens = self.sample.tokens.float() + self.center[:, None]
         return fit_steps(found, tokens[None], token_scale=True)
 
@@ -149,7 +149,7 @@ def fitted(running: Running, advance: Callable[[], Any] = lambda: None) -> Fitte
     for layer in dict.fromkeys(layer for layer, _, _ in running):
         for key in [key for key in running if key[0] == layer]:
             moments = running.pop(key)
-            spectrum = moments.spectrum()
+            spectrum = moments.spectrum(VISION_SPREAD if key[1].endswith("vision") else TEXT_SPREAD)
             found[key] = spectrum, moments.harm(spectrum)
         advance()
     return found

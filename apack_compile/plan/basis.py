@@ -24,11 +24,11 @@ BINS_A_DEVIATION = 256
 BINS = round(max(band.top / 2 * band.step for band in LEVEL_BANDS) * STEP_FACTORS[-1] * BINS_A_DEVIATION)
 COMPONENTS_AT_ONCE = 64
 
-# How fast what is spread over all directions vanishes with tokens, for bases of a model: 20 cost a first request with pictures eight
-# times the KL, 1e6 the prompts after it three times (docs/notes/quality.md, "A first request with little text").
-MODEL_SPREAD = 1_000
-# For bases of a sequence, which have few components and must serve the text that it goes on with.
-SEQUENCE_SPREAD = 20
+# How fast what is spread over all directions vanishes with tokens. Bases of text must serve text that comes later.
+TEXT_SPREAD = 20
+# Of pictures a request has all in its prompt: 20 cost eight times the KL where a basis was of one prompt's pictures, 1e6 three times
+# in the prompts after it (docs/notes/quality.md, "A first request with little text").
+VISION_SPREAD = 1_000
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def principal_rows(covariance: Tensor, rank: int, start: Tensor | None = None) -
     return rows.contiguous(), values.flip(-1)[..., :rank].clamp_min(0)
 
 
-def fit(stats: Moments, rank: int | None = None, start: Tensor | None = None, spread: float = MODEL_SPREAD) -> Spectrum:
+def fit(stats: Moments, rank: int | None = None, start: Tensor | None = None, spread: float = TEXT_SPREAD) -> Spectrum:
     """Spectrum of a stream from its moments, with the steps of a Gaussian; `start` `[S, G, n, W_g]`, rows of an earlier basis, saves time.
 
     A little of the mean variance is spread over all directions, W_g / (W_g + spread * tokens) of it: with few the sample knows only
