@@ -150,6 +150,14 @@ def test_the_quality_guide_has_the_figures_of_both_ways_to_calibrate():
         assert re.search(rf"^\| {row['prompts']}.* \| {row['ratio']:g} \| {re.escape(ways)} \|$", page, re.MULTILINE)
 
 
+def test_the_performance_page_has_what_calibration_and_a_first_request_cost():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for row in of("calibration-cpu.json"):
+        start = f"| {row['shape']} | {row['tokens']:,} | "
+        figures = f" | {row['inputs']} | {row['peak_mb']:,.0f} MiB | {row['prefills_an_input']:.2f} |"
+        assert re.search(rf"^{re.escape(start)}`?{row['what']}.*{re.escape(figures)}", page, re.MULTILINE), row
+
+
 def test_the_performance_page_has_the_figures_of_the_result_files():
     page, rows = (ROOT / "docs" / "performance.md").read_text(), of("attend-cpu.json")
     for row in (row for row in rows if row["tokens"] == 8192 and row["dtype"] == "float32"):
