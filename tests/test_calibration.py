@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apack_compile.calibration.collect import Observations, collect
-from apack_compile.calibration.streams import RunningMoments
+from apack_compile.calibration.streams import RunningMoments, fitted
 from apack_compile.models.modality import padding_of, placeholder_ids, vision_of
 from apack_compile.plan.basis import moments
 from apack_compile.plan.budget import budget_plan
@@ -63,6 +63,17 @@ def test_moments_drawn_towards_others_are_those_of_as_many_more_tokens_around_th
     torch.testing.assert_close(found.mean.double(), expected.mean, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(found.covariance.double(), expected.covariance, atol=2e-4, rtol=1e-4)
     assert few.sample.tokens.shape[1] == 9 + 40
+
+
+def test_less_variance_is_spread_over_directions_that_no_picture_showed_than_over_those_that_no_text_did():
+    x = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(5))
+    running = {(0, name, 0): RunningMoments() for name in ("text", "vision")}
+    for part in running.values():
+        part.add(x)
+    average = running[0, "text", 0].finish().covariance[0, 0].diagonal().mean()
+    for (_, name, _), (spectrum, _) in fitted(running).items():
+        share = 9 / (9 + {"text": 20, "vision": 1_000}[name] * 4)
+        torch.testing.assert_close(spectrum.deviation[0, 0, -1].square(), share * average, rtol=1e-3, atol=0)
 
 
 def test_padding_and_first_tokens_never_enter_the_statistics(model):
