@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apack_compile.calibration.collect import Observations, collect
-from apack_compile.calibration.streams import RunningMoments, fitted
+from apack_compile.calibration.streams import PRIOR_TOKENS, RunningMoments, fitted
 from apack_compile.models.modality import padding_of, placeholder_ids, vision_of
 from apack_compile.plan.basis import moments
 from apack_compile.plan.budget import budget_plan
@@ -106,6 +106,22 @@ def test_vision_and_text_have_statistics_of_their_own(model):
     expected = cache.layers[0].values[0, :, 8:25].transpose(0, 1).flatten(1).mean(0)
     torch.testing.assert_close(statistics[0]["vision"][1].spectrum.mean[0, 0], expected, atol=1e-5, rtol=1e-4)
     assert "vision" not in collect(Observations(model, [0], {"input_ids": prompt(1, 20)}))[0][0]
+
+
+def test_little_text_gets_a_part_of_the_pictures_variance(model):
+    ids = prompt(1, 40)
+    ids[0, 8:25] = IMAGE
+    statistics = collect(Observations(model, [0], {"input_ids": ids}))[0]
+    with torch.no_grad():
+        states = model(input_ids=ids, use_cache=True).past_key_values.layers[0].values[0].transpose(0, 1).flatten(1)
+    vision, text = states[8:25], torch.cat([states[FIRST_TOKENS:8], states[25:]])
+    variance = {name: float(x.var(0, correction=0).sum()) for name, x in {"vision": vision, "text": text}.items()}
+    expected = {
+        "vision": variance["vision"],
+        "text": (len(text) * variance["text"] + PRIOR_TOKENS * variance["vision"]) / (len(text) + PRIOR_TOKENS),
+    }
+    found = {name: float(both[1].spectrum.deviation.square().sum()) for name, both in statistics[0].items()}
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_statistics_of_a_model_make_a_plan(model):

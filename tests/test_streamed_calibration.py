@@ -16,8 +16,10 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.utils import logging
 
 import apack_compile
+from apack_compile.calibration import collect as collected
 from apack_compile.calibration.collect import Observations, add_observation, as_packed, collect
 from apack_compile.calibration.differentiated_layers import Differentiation, Repeated, unpack
+from apack_compile.calibration.find_rotation import find_rotation
 from apack_compile.calibration.host_memory import give_back
 from apack_compile.calibration.inputs import limited
 from apack_compile.calibration.sensitivity import LABEL_DRAWS, draw_gradients, drawn_score, observe
@@ -104,6 +106,22 @@ def test_statistics_take_as_much_memory_for_several_inputs_as_for_one():
         held.append(sum(map(bytes_of, running.values())))
     assert held[0] == held[1] == held[2]
     assert {key[:2] for key in running} == {(0, "text"), (1, "text")}
+
+
+def test_tokens_added_in_parts_are_those_of_all_at_once(monkeypatch):
+    model, batch, found = build(), {"input_ids": prompt(rows=2)}, []
+    rotation = find_rotation(model, [0, 1], batch, 16)[0]
+    assert rotation is not None
+    for columns in (TOKENS, 5):
+        monkeypatch.setattr(collected, "COLUMNS_AT_ONCE", columns)
+        running: Running = {}
+        add_observation(running, as_packed(observe(model, batch, [0, 1]), rotation), model.config, batch, 1)
+        found.append(running)
+    for key, whole in found[0].items():
+        parts = found[1][key]
+        assert (parts.count, parts.gradients, parts.queries) == (whole.count, whole.gradients, whole.queries)
+        torch.testing.assert_close(parts.finish().covariance, whole.finish().covariance, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(parts.sensitivity, whole.sensitivity, atol=1e-7, rtol=1e-4)
 
 
 def bytes_of(moments: RunningMoments) -> int:
