@@ -14,7 +14,6 @@ from apack_compile.calibration.calibrate import FoundRotation, fitted_to, rotati
 from apack_compile.calibration.collect import Observations, collect_by_layer, usable_tokens
 from apack_compile.calibration.sensitivity import QUERY_SHARE, Observation, states_of
 from apack_compile.generate.session import Session, first_request_error
-from apack_compile.models.modality import padding_of, vision_of
 from apack_compile.plan.coarse_rule import tells_apart
 from apack_compile.plan.source import NEWEST_ATTENTION, Calibration
 
@@ -84,21 +83,20 @@ def begin(session: Session, model: nn.Module, batch: Mapping[str, Any], cache: C
         raise first_request_error(session.ratio, "no usable token: only padding or first tokens")
     with session.own_passes(), torch.inference_mode(False), torch.no_grad():
         rotations = rotations_of(model, session.source.layers, batch, session.config)
-    prompt = FirstPrompt(model, batch, queries_of(model, batch), rotations)
+    prompt = FirstPrompt(model, batch, queries_of(usable), rotations)
     cache.held_back = HeldBack(prompt)
     return prompt
 
 
-def queries_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """A row's newest text tokens, int64 `[B, Q]`, -1 where it has fewer; its newest tokens if none are text."""
-    states = states_of(batch)
-    shape, device = states.shape[:2], states.device
-    padding, vision = padding_of(batch, shape[1]), vision_of(model.config, batch)
-    real = torch.ones(shape, dtype=torch.bool, device=device) if padding is None else ~padding
-    text = real if vision is None or vision.shape != shape else real & ~vision
-    chosen = torch.where(text.any(1, keepdim=True), text, real)
-    at = torch.arange(shape[1], device=device).where(chosen, -1)
-    return at.topk(min(int(shape[1] * QUERY_SHARE), QUERIES), dim=1).values
+def queries_of(usable: Mapping[str, Tensor]) -> Tensor:
+    """A row's newest text tokens, int64 `[B, Q]`, -1 where it has fewer; its newest tokens if none are text.
+
+    usable: bool `[B, T]` by modality.
+    """
+    text = usable["text"]
+    chosen = torch.where(text.any(1, keepdim=True), text, usable["vision"])
+    at = torch.arange(text.shape[1], device=text.device).where(chosen, -1)
+    return at.topk(min(int(text.shape[1] * QUERY_SHARE), QUERIES), dim=1).values
 
 
 def finish(session: Session, cache: CompactedCache) -> None:

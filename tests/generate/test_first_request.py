@@ -11,6 +11,7 @@ from transformers.utils import logging
 from vlms import IMAGE, build
 
 import apack_compile
+from apack_compile.calibration.collect import usable_tokens
 from apack_compile.calibration.find_rotation import PROBE_TOKENS
 from apack_compile.generate.first_request import queries_of
 from apack_compile.generate.session import session_of
@@ -85,19 +86,17 @@ def test_components_that_the_newest_tokens_do_not_ask_for_weigh_less():
 
 
 def test_the_newest_text_plays_the_tokens_to_come_wherever_it_stands():
-    model = build("llava")[0]
+    config = build("llava")[0].config
     ids = torch.full((3, 48), 7)
     ids[0, 4:40] = ids[1, 20:] = ids[2, 30:] = IMAGE
     mask = torch.ones_like(ids)
-    mask[1, :18] = 0
-    batch = {"input_ids": ids, "attention_mask": mask}
-    assert queries_of(model, batch).tolist() == [
-        [47, 46, 45, 44, 43, 42],
-        [19, 18, -1, -1, -1, -1],
-        [29, 28, 27, 26, 25, 24],
-    ]
-    batch = {"input_ids": torch.full((1, 16), IMAGE)}
-    assert queries_of(model, batch).tolist() == [[15, 14]]
+    # four more are first tokens
+    mask[1, :14] = 0
+    usable = usable_tokens(config, {"input_ids": ids, "attention_mask": mask}, ids[:, None, :, None])
+    expected = [[47, 46, 45, 44, 43, 42], [19, 18, -1, -1, -1, -1], [29, 28, 27, 26, 25, 24]]
+    assert queries_of(usable).tolist() == expected
+    ids = torch.full((1, 16), IMAGE)
+    assert queries_of(usable_tokens(config, {"input_ids": ids}, ids[:, None, :, None])).tolist() == [[15, 14]]
 
 
 @pytest.mark.parametrize("kind", (KeyboardInterrupt, RuntimeError))
