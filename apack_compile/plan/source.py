@@ -27,15 +27,10 @@ NEWEST_ATTENTION = "the attention of its newest tokens; calibrate(model, inputs)
 class Calibration:
     """What the inputs of a calibration tell of a model.
 
-        rules: which tokens are coarse, by modality; ranked: modalities that a rule was looked for in. rotations,
-        rotation_reasons: how keys rotate and why, by window. inputs: what it was calibrated on; identity: the same on all
-    <<<<<<< HEAD
-        ranks of tensor parallelism. weight_bytes, adapters: of the model then. without_gradients: why all components of a stream
-        count alike; None where gradients were seen.
-    =======
-        ranks of tensor parallelism. adapters: those of the model then. without_gradients: why all components of a stream
-        count alike; None where gradients were seen. weighed_by: what says how much components matter.
-    >>>>>>> 24fe4db (wip)
+    rules: which tokens are coarse, by modality; ranked: modalities that a rule was looked for in. rotations, rotation_reasons:
+    how keys rotate and why, by window. inputs: what it was calibrated on; identity: the same on all ranks of tensor
+    parallelism. weight_bytes, adapters: of the model then. without_gradients: why all components of a stream count alike;
+    None where gradients were seen. weighed_by: what says how much components matter.
     """
 
     statistics: Statistics

@@ -51,6 +51,11 @@ def test_prose_ends_at_120_columns(page):
     assert [line for line in prose(page) if len(line) > 120] == []
 
 
+def test_no_file_has_what_a_merge_left_open():
+    mark = re.compile(r"^\s*(?:<{7} |>{7} |={7}$)", flags=re.MULTILINE)
+    assert [path for path in (*PAGES, *CODE) if mark.search(path.read_text())] == []
+
+
 @pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
 def test_links_outside_of_the_site_lead_somewhere(page):
     links = re.findall(r"""(?:\]\(|src=")(?!https?://|#)([^)#"]+)""", page.read_text())
