@@ -15,3 +15,10 @@ def attend(*arguments: Any, **options: Any) -> Any:
     from apack_compile.kernels.attend.triton import attend as in_triton
 
     return in_triton(*arguments, **options)
+
+
+def pack(*arguments: Any, **options: Any) -> Any:
+    """`apack::pack` in Triton."""
+    from apack_compile.kernels.pack.triton import pack as in_triton
+
+    return in_triton(*arguments, **options)

@@ -15,6 +15,7 @@ from apack_compile.kernels.append_at.reference import append_at
 from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.attend.reference import attend
 from apack_compile.kernels.autocast import without_autocast
+from apack_compile.kernels.pack.reference import pack
 from apack_compile.kernels.unpack import cpu as unpack_cpu
 from apack_compile.kernels.unpack.reference import unpack
 
@@ -42,6 +43,12 @@ LIBRARY.define(
 LIBRARY.define(f"attend({QUERY}, Tensor[]? state=None, int[] layout=[], float? scale=None) -> Tensor", tags=TAGS)
 # An operation of its own: one that writes, and is given nothing to write to, does not get through Inductor.
 LIBRARY.define(f"attend_tiers({QUERY}, {STATE}, float? scale, {TIERS}) -> Tensor", tags=TAGS)
+# Of a prompt, which no graph has: eager alone.
+LIBRARY.define(
+    "pack(Tensor key, Tensor value, Tensor[] bases, int[] layout, int groups, bool[] scaled, int used, int slots, int every, "
+    "Tensor? real=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("pack", pack, "CompositeExplicitAutograd")
 LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("append_at", partial(append_at, append), "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
@@ -55,6 +62,7 @@ if native.COMPILED is not None:
     LIBRARY.impl("attend_tiers", attend_cpu.attend, "CPU")
 LIBRARY.impl("append", cuda.append, "CUDA")
 LIBRARY.impl("append_at", partial(append_at, cuda.append), "CUDA")
+LIBRARY.impl("pack", cuda.pack, "CUDA")
 LIBRARY.impl("attend", cuda.attend, "CUDA")
 LIBRARY.impl("attend_tiers", cuda.attend, "CUDA")
 for name in ("append", "append_at", "unpack", "attend", "attend_tiers"):

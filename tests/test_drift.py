@@ -68,7 +68,7 @@ def test_other_tokens_are_refitted_and_pay_for_it(plan, monkeypatch):
         > like.report()["sequence_bytes"] + 2 * layer.pairs["text"].key.basis.decoder.nbytes
     )
     assert max(errors) < 3 * max(fit.expected for fit in layer.fits.values())
-    monkeypatch.setattr("apack_compile.cache.layer_store.refit", lambda *args: StreamBasis(*plan.bases[0][2]))
+    monkeypatch.setattr("apack_compile.cache.drift.refit", lambda *args: StreamBasis(*plan.bases[0][2]))
     unhelped, worse = filled(plan, 1)
     assert min(worse) > 3 * max(errors)
     assert "lose more than their calibration promised" in unhelped.notes[-1]

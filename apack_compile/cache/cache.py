@@ -8,13 +8,13 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from apack_compile.cache.accounting import cache_report
+from apack_compile.cache.checks import Checks
 from apack_compile.cache.drift import fit_notes
 from apack_compile.cache.held_back import HeldBack
 from apack_compile.cache.kept_layers import (
-    CROSS_ATTENTION,
     check_cropped,
     has_linear_states,
     kept_layer,
@@ -22,14 +22,15 @@ from apack_compile.cache.kept_layers import (
     why_not_cropped,
 )
 from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
+from apack_compile.cache.layer_group import Shape
 from apack_compile.cache.layer_groups import LayerGroups
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.shared_index import Incoming, SharedIndex
-from apack_compile.cache.undo import Undo, undo_of
+from apack_compile.cache.token_index import there
+from apack_compile.cache.undo import Undo, lengths_of, undo_of
 from apack_compile.cache.watch import Watch, WatchedKeys
 from apack_compile.errors import StrictError
 from apack_compile.kernels.autocast import without_autocast
-from apack_compile.kernels.cursor import HELD
 from apack_compile.models.inference_mode import outside_inference_mode
 from apack_compile.plan.source import PlanSource
 
@@ -71,6 +72,7 @@ class CompactedCache(Cache):
         self._padding: Tensor | None = None
         self._drafted, self._newest_row = 0, 0
         self._undo: Undo | None = None
+        self._checks = Checks()
         # Why its tokens are not whole any more.
         self._broken: str | None = None
         # The module, by id, whose forward pass runs with this cache.
@@ -156,11 +158,19 @@ class CompactedCache(Cache):
             if layer is packed[0]:
                 self._forget_unfinished()
                 layer.check(key, value)
-                self._begin(key)
+                self._begin(key, value)
             layer.check(key, value)
-            out = layer.update(key, value)
-        except BaseException:
-            self._roll_back()
+            self._checks.add(layer, key, value)
+            out, watched = layer.update_watched(key, value)
+            self._checks.watch(watched)
+            if layer is packed[-1]:
+                self._checks.read()
+        except BaseException as error:
+            try:
+                if isinstance(error, Exception):
+                    self._checks.blame()
+            finally:
+                self._roll_back()
             raise
         if layer.tiers is not None and layer.index.chunk is not None and layer.index.is_watched:
             out = WatchedKeys.of(out[0], Watch(self, layer, key.shape[2], self._newest_row, self._padding)), out[1]
@@ -187,9 +197,10 @@ class CompactedCache(Cache):
             )
         self.check_whole()
 
-    def _begin(self, key: Tensor) -> None:
+    def _begin(self, key: Tensor, value: Tensor) -> None:
         """Decide, at the first packed layer, what happens to the coming chunk `[B, H_kv, n, D]`."""
-        batch, _, tokens, _ = key.shape
+        batch, heads, tokens, key_dim = key.shape
+        self._checks = Checks()
         self.eager_chunks += 1
         incoming = self.incoming or Incoming()
         if not self.is_told and tokens > 1 and self.signature:
@@ -197,11 +208,13 @@ class CompactedCache(Cache):
                 f"{tokens} tokens came without a forward pass of the optimized model: all are stored as text, and none as padding; pass "
                 "the cache to the model itself"
             )
-        vision, padding = incoming.vision, incoming.padding
         self.incoming = self._undo = None
-        self._padding = padding
-        held = self.groups.held
-        has_pictures = vision is not None and bool(vision.any())
+        self._padding = incoming.padding
+        if self.is_filled and incoming.vision is None and tokens <= MAX_APPEND:
+            held, has_pictures = self.groups.held, False
+        else:
+            (vision, padding), befores = self.groups.on_host((incoming.vision, incoming.padding), batch, tokens)
+            held, has_pictures = befores[0].cursor[0], bool(vision.any())
         appends = held > 0 and tokens <= MAX_APPEND and not has_pictures
         self._drafted = self.groups.drafted(held, held + tokens)
         is_draft = held > 0 and self._drafted >= tokens and not has_pictures
@@ -217,18 +230,17 @@ class CompactedCache(Cache):
             group.index.length = None if self.is_compileable else held + tokens
             group.index.is_draft, group.index.chunk = is_draft, None
         if appends:
+            self.groups.note_cursors(tokens)
             return
-        none = torch.zeros(batch, tokens, dtype=torch.bool, device=key.device)
-        vision, padding = (none if f is None or f.shape != none.shape else f.to(key.device) for f in (vision, padding))
         self.groups.choose_plans(vision, padding)
-        if not self.groups.follow_coordinates(incoming.shown, padding, held):
+        if not self.groups.follow_coordinates(incoming.shown, there(padding, key.device), held):
             self._tell(
                 "a chunk's rotary coordinates were not seen (a prefill that is not eager?): its keys are rotated back as if it were all "
                 "text, and coded worse"
             )
-        if not all(plan.separates_vision for plan in self.groups.plans) and bool(vision.any()):
+        if not all(plan.separates_vision for plan in self.groups.plans) and has_pictures:
             self.note("the calibration inputs held no vision tokens: vision tokens are stored with the text bases")
-        self.groups.lay_out((vision, padding), held, key.shape[1] * key.shape[3])
+        self.groups.lay_out((vision, padding), befores, Shape(heads, key_dim, value.shape[3], key.device))
 
     def _tell(self, text: str) -> None:
         """Note what was not seen; raises StrictError when strict."""
@@ -252,14 +264,8 @@ class CompactedCache(Cache):
 
         Of a chunk that is all draft it comes from the attention of the first token, and nothing is evicted.
         """
-        group = next(group for group in self.groups if layer in group.layers)
         with self._changing():
-            if layer.index.is_draft and layer.tiers.earlier:
-                layer.observe_draft(importance)
-                return
-            settled = max(int(layer.cursor[HELD]) - self._drafted, group.floor)
-            group.floor = max(group.floor, layer.settle(importance, settled))
-            group.steps, group.refreshed_at = 0, -1
+            self.groups.settle(layer, importance, self._drafted)
 
     def unsettled(self) -> list[int]:
         """Layers with tiers whose attention was not seen since their last layout: they read every token they hold."""
@@ -279,13 +285,7 @@ class CompactedCache(Cache):
 
     def _check_even(self, may_differ: bool) -> None:
         """Whether all layers hold as many tokens, and none may have taken some that it does not count: else the cache is broken."""
-        growing = [
-            layer
-            for layer, kind in zip(self.layers, self.kinds, strict=True)
-            if isinstance(layer, (CompactedLayer, DynamicLayer)) and kind.layer_type != CROSS_ATTENTION
-        ]
-        held = {int(layer.get_seq_length()) if layer.is_initialized else 0 for layer in growing}
-        if may_differ or len(held) > 1:
+        if may_differ or len(lengths_of(self)) > 1:
             self._broken = "the last chunk did not end, and some layers keep what they took of it"
 
     def recover(self) -> None:

@@ -1,15 +1,15 @@
 """Whether a basis that all requests share still fits the tokens of this one, and a new one where it does not."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from apack_compile.kernels.encode import encode
-from apack_compile.kernels.format import Bands, StreamBasis, decode
+from apack_compile.cache.packed_pair import Coding, Tokens
+from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.basis import fit, fit_steps, mixed, moments
+from apack_compile.plan.plan import STREAMS
 
 if TYPE_CHECKING:
     from apack_compile.cache.layer import CompactedLayer
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 # A prompt may lose this many times what the calibration's tokens lose, and this share more, before its basis is refitted.
 ERROR_FACTOR = 4.0
 ERROR_MARGIN = 0.02
-SAMPLE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,46 @@ class Fit:
         return self.found > ERROR_FACTOR * self.expected + ERROR_MARGIN
 
 
-def lost_share(x: Tensor, real: Tensor, basis: StreamBasis, bands: Bands, token_scale: bool) -> float:
-    """Share of the variance of an even sample of tokens `[B, G, N, W_g]` that coding loses; `real` `[B, N]` leaves out empty ones."""
-    every = max(x.shape[2] // SAMPLE_TOKENS, 1)
-    x, weight = x[:, :, ::every].float(), real[:, None, ::every, None].float()
-    error = (decode(*encode(x, basis, bands, token_scale), basis, bands) - x).square()
-    mean = (x * weight).sum((0, 2), keepdim=True) / weight.sum().clamp_min(1)
-    variance = ((x - mean).square() * weight).sum()
-    return float((error * weight).sum() / variance.clamp_min(torch.finfo(torch.float32).tiny))
+@dataclass(frozen=True)
+class WatchedPair:
+    """A packed pair whose shared bases may not fit.
+
+    lost: float32 `[2]` on the device, the share of the variance of K and V that coding loses. expected: the same from the calibration;
+    None for a stream without a shared basis. tokens: what was packed, where nothing else is stored with these bases; else None.
+    """
+
+    segment: str
+    lost: Tensor
+    expected: tuple[float | None, float | None]
+    tokens: Tokens | None
 
 
-def refit(x: Tensor, real: Tensor, bands: Bands, like: StreamBasis) -> StreamBasis:
-    """A basis of the tokens `[B, G, N, W_g]` of all rows, in the shapes and dtypes of `like`."""
-    pooled = x.transpose(0, 1).flatten(1, 2)[:, real.flatten()][None]
+def judge(layer: "CompactedLayer", watched: WatchedPair, lost: Sequence[float]) -> None:
+    """Keep how well a pair's bases fit its tokens; pack them with others where they do not and can be packed again."""
+    named = zip(STREAMS, lost, watched.expected, strict=True)
+    fits = {name: Fit(found, expected) for name, found, expected in named if expected is not None}
+    layer.fits |= {f"{watched.segment}_{name}": fit for name, fit in fits.items()}
+    bad = [name for name, fit in fits.items() if fit.is_bad]
+    tokens, pair = watched.tokens, layer.pairs[watched.segment]
+    if not bad or tokens is None:
+        return
+    codings = {name: Coding.of(getattr(pair, name)) for name in STREAMS}
+    for name in bad:
+        old = codings[name]
+        codings[name] = replace(old, basis=refit(tokens.grouped(name), tokens.real, old.bands, old.basis))
+    again, lost_again = tokens.packed(pair.kind, codings["key"], codings["value"])
+    for name, found in zip(STREAMS, lost_again.tolist(), strict=True):
+        if name in bad and found < fits[name].found:
+            stream = f"{watched.segment}_{name}"
+            layer.pairs[watched.segment] = layer.pairs[watched.segment].with_stream(name, getattr(again, name))
+            layer.refitted[stream], layer.fits[stream] = fits[name], Fit(found, fits[name].expected)
+    layer.mark_static()
+
+
+def refit(x: Tensor, real: Tensor | None, bands: Bands, like: StreamBasis) -> StreamBasis:
+    """A basis of the tokens `[B, G, N, W_g]` of all rows that are `real` `[B, N]`, in the shapes and dtypes of `like`."""
+    pooled = x.transpose(0, 1).flatten(1, 2)
+    pooled = (pooled if real is None else pooled[:, real.flatten()])[None]
     spectrum = fit_steps(mixed(fit(moments(pooled))), pooled.float(), token_scale=True)
     basis = spectrum.basis(bands)
     return StreamBasis(*(new.to(old.dtype) for new, old in zip(basis, like, strict=True)))

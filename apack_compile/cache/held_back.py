@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from apack_compile.cache.checks import Checks
 from apack_compile.cache.watch import WatchedKeys
 from apack_compile.models.attention_call import ATTENTION, named_arguments
 
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
 class HeldBack:
     """States `[B, H_kv, T, D]` by layer, as the model has them.
 
-    prompt: what they are of; its `see(layer, named)` is told the arguments of each attention over them.
+    checks: of these states. prompt: what they are of; its `see(layer, named)` is told the arguments of each attention over them.
     """
 
     prompt: Any
     states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    checks: Checks = field(default_factory=Checks)
 
     def take(self, layer: "CompactedLayer", key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's states, and give them to the model; raises ValueError for such that cannot be packed."""
+        """Keep a layer's states, and give them to the model; `checks` says whether they can be packed."""
         layer.check(key, value)
+        self.checks.add(layer, key, value)
         number = layer.layer_idx
         if number in self.states:
             raise ValueError(

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from apack_compile.cache.drift import Fit
+from apack_compile.cache.drift import Fit, WatchedPair
 from apack_compile.cache.layer_store import store
 from apack_compile.cache.layer_tiers import LayerTiers
-from apack_compile.cache.packed_pair import PackedPair, empty_pairs
+from apack_compile.cache.packed_pair import PackedPair
 from apack_compile.cache.shared_index import SharedIndex
 from apack_compile.cache.stored_states import StoredStep
 from apack_compile.cache.token_index import extended
 from apack_compile.kernels.cursor import HELD, ORIGIN, PACKED
-from apack_compile.kernels.format import FLOAT16_MAX
 from apack_compile.kernels.state import TEXT, DenseSegment, PackedState, Segment
-from apack_compile.plan.plan import STREAMS, StreamPlan
+from apack_compile.plan.plan import StreamPlan
 from apack_compile.plan.rotation import deinterleaved_keys, rotations_of_blocks
 
 # A chunk of at most this many tokens is appended, not laid out anew; its attention sees the whole capacity.
@@ -42,6 +41,8 @@ class CompactedLayer(CacheLayerMixin):
         # The packed segments by name, in the operations' order.
         self.pairs: dict[str, PackedPair] = {}
         self.cursor: Tensor | None = None
+        # Position of text slot 0, as the cursor has it: no step changes it.
+        self.origin = 0
         self.tiers: LayerTiers | None = None
         # Positions and rotations of its own, where the plan tells coarse tokens from fine ones; else empty.
         self.own_positions: list[Tensor] = []
@@ -60,24 +61,28 @@ class CompactedLayer(CacheLayerMixin):
             key = deinterleaved_keys(key_states, self.index.plan.rotation)
             self.append(key, value_states)
             return self.unpacked(key, value_states, self.index.capacity)
+        return self.update_watched(key_states, value_states)[0]
+
+    def update_watched(self, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor], list[WatchedPair]]:
+        """As `update`, with what tells whether shared bases fit the new tokens."""
         self.updates += 1
         if not self.is_initialized or self.index.chunk is not None:
-            return store(self, key_states, value_states)
-        key = deinterleaved_keys(key_states, self.index.plan.rotation)
-        self.append(key, value_states)
-        step = StoredStep(self, key, value_states, self.index.length or self.index.capacity)
+            return store(self, key, value)
+        key = deinterleaved_keys(key, self.index.plan.rotation)
+        self.append(key, value)
+        step = StoredStep(self, key, value, self.index.length or self.index.capacity)
         # what is kept as it is gets the very attention of a dense cache
-        return step.states() if self.index.is_watched and not self._lossless() else step.decoded
+        return (step.states() if self.index.is_watched and not self.is_lossless() else step.decoded), []
 
     @property
     def packed(self) -> int:
         """First position of the tail."""
         return int(self.cursor[PACKED])
 
-    @property
-    def origin(self) -> int:
-        """Position of text slot 0 (docs/architecture.md)."""
-        return int(self.cursor[ORIGIN])
+    def move_origin(self, origin: int) -> None:
+        """Give text slot 0 another position (docs/architecture.md)."""
+        self.cursor[ORIGIN] += origin - self.origin
+        self.origin = origin
 
     @property
     def text_slots(self) -> int:
@@ -96,13 +101,13 @@ class CompactedLayer(CacheLayerMixin):
             fits = self._fits_before_slot_0(fits)
         self._append(key[:, :, :fits], value[:, :, :fits])
         if fits < key.shape[2]:
-            self.cursor[ORIGIN] += self.text_slots
+            self.move_origin(self.origin + self.text_slots)
             self._append(key[:, :, fits:], value[:, :, fits:])
 
     def _fits_before_slot_0(self, tokens: int) -> int:
         """How many of `tokens` new tokens push none into text slot 0 again."""
-        held, packed, origin = self.cursor.tolist()
-        end = origin + self.text_slots
+        held, packed = self.index.begun
+        end = self.origin + self.text_slots
         return min(tokens, end + self.tail.slots - held) if packed < end < self.index.assigned else tokens
 
     def _append(self, key: Tensor, value: Tensor) -> None:
@@ -139,7 +144,8 @@ class CompactedLayer(CacheLayerMixin):
         out = torch.ops.apack.attend_tiers.default(*given, *self.tier_state())
         for known, old in zip(self.tiers.importance, before, strict=True):
             known.copy_(old)
-        earlier = replace(state, cursor=state.cursor - torch.tensor([tokens - 1, 0, 0], device=state.cursor.device))
+        earlier = replace(state, cursor=state.cursor.clone())
+        earlier.cursor[HELD] -= tokens - 1
         one = first, key[:, :, :1], value[:, :, :1], seen, *earlier.flatten(), scale
         torch.ops.apack.attend_tiers.default(*one, *self.tier_state())
         return out
@@ -195,45 +201,28 @@ class CompactedLayer(CacheLayerMixin):
                     raise ValueError(
                         f"layer {self.layer_idx}: {name} is {got}, but this cache holds {want}; use a new cache"
                     )
-        for name, states in zip(STREAMS, (key, value), strict=True):
-            states = states.detach() if states.numel() else states.new_zeros(1)
-            largest = torch.maximum(states.amax(), -states.amin())
-            if not torch.isfinite(largest):
-                raise ValueError(f"layer {self.layer_idx}: {name} states hold NaN or Inf; the cache was left as it was")
-            lossy = self.index.plan is not None and not self._lossless()
-            if states.dtype.itemsize > 2 and largest > FLOAT16_MAX and lossy:
-                raise ValueError(
-                    f"layer {self.layer_idx}: {name} states reach {float(largest):.3g}, past float16's {FLOAT16_MAX:.0f}; "
-                    'use preset="lossless", or run the model in bfloat16'
-                )
 
     def _dense_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of dense tokens: the model's, 16 bits where the plan is lossy."""
-        return dtype if self._lossless() or dtype.itemsize == 2 else torch.float16
+        return dtype if self.is_lossless() or dtype.itemsize == 2 else torch.float16
 
     def stream_plan(self, segment: str, name: str) -> StreamPlan:
         """How a stream of a packed segment is stored."""
         return getattr(self.index.plan.layers[self.layer_idx], f"{segment}_{name}")
 
-    def _lossless(self) -> bool:
+    def is_lossless(self) -> bool:
         """Whether the plan keeps tokens as they are."""
         return self.index.plan is not None and self.index.plan.layers[self.layer_idx].text_key.scope == "as_is"
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty segments for states `[B, H_kv, n, D]`."""
+        """What states `[B, H_kv, n, D]` say of those to come."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
-        dense_dtype = self._dense_dtype(self.dtype)
-        tail = self.index.plan.tail_slots
-        given = key_states, value_states
-        self.first, self.tail = (
-            DenseSegment(*(x.new_zeros((*x.shape[:2], slots, x.shape[3]), dtype=dense_dtype) for x in given))
-            for slots in (0, tail)
-        )
-        self.pairs = empty_pairs(self.index.plan, self.layer_idx, key_states, value_states, dense_dtype)
-        self.cursor = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self.dense_dtype = self._dense_dtype(self.dtype)
         # Models look at these to see whether a layer is filled; who would read numbers gets an error.
-        self.keys, self.values = (x[:, :, :0].to("meta") for x in (key_states, value_states))
+        self.keys, self.values = (
+            torch.empty((*x.shape[:2], 0, x.shape[3]), dtype=x.dtype, device="meta") for x in (key_states, value_states)
+        )
         if self.index.plan.tiers is not None and self.tiers is None:
             self.tiers = LayerTiers(self.index.plan.tiers, self.batch_size, self.device)
         self.is_initialized = True
@@ -249,7 +238,7 @@ class CompactedLayer(CacheLayerMixin):
     def grow(self, slots: int) -> None:
         """Add empty text slots for tokens to come; a per-sequence layer has its tail instead."""
         if not self.index.plan.per_request:
-            start = self.text_slots + int(self.cursor[ORIGIN])
+            start = self.text_slots + self.origin
             if self.tiers is not None:
                 self.tiers.grow(start, slots)
             if self.own_positions:
@@ -287,16 +276,16 @@ class CompactedLayer(CacheLayerMixin):
             if tensor.dim() > 1 and tensor.shape[2] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
-    def keep_text(self, kept: Tensor) -> None:
-        """Leave only the text slots `kept` `[N]`, in this order; the newest packed token is in the last one."""
+    def keep_text(self, kept: Tensor, packed: int) -> None:
+        """Leave only the text slots `kept` `[N]`, in this order; the newest packed token, before position `packed`, is in the last one."""
         self.pairs["text"] = self.pairs["text"].with_tokens(lambda x: x.index_select(2, kept))
-        self.cursor[ORIGIN] = self.cursor[PACKED] - len(kept)
+        self.move_origin(packed - len(kept))
 
     def free_slots(self) -> int:
         """Tokens that can be appended before the layer must grow or be packed anew."""
-        held, packed, origin = self.cursor.tolist()
+        held, packed, _ = self.cursor.tolist()
         room = self.tail.slots - (held - packed)
-        return room if self.index.plan.per_request else room + self.text_slots - (packed - origin)
+        return room if self.index.plan.per_request else room + self.text_slots - (packed - self.origin)
 
     def get_seq_length(self) -> Tensor | int:
         """Tokens held: 0, or a 0-d tensor (a Python int would recompile at every step) that updates do not change."""
@@ -308,7 +297,13 @@ class CompactedLayer(CacheLayerMixin):
             return query_length, 0
         if torch.compiler.is_dynamo_compiling() or query_length <= MAX_APPEND:
             return self.index.capacity, 0
-        held, window = int(self.cursor[HELD]), self.index.window
+        return self.mask_sizes(int(self.cursor[HELD]), query_length)
+
+    def mask_sizes(self, held: int, query_length: int) -> tuple[int, int]:
+        """The same of a chunk that is laid out behind `held` tokens."""
+        if torch.compiler.is_dynamo_compiling() or query_length <= MAX_APPEND:
+            return self.index.capacity, 0
+        window = self.index.window
         offset = 0 if window is None else max(held - window + 1, 0)
         return held - offset + query_length, offset
 
@@ -321,6 +316,7 @@ class CompactedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self.first = self.tail = self.cursor = self.tiers = None
+        self.origin = 0
         self.pairs = {}
         self.own_positions, self.own_rotations = [], []
         self.fits, self.refitted = {}, {}
@@ -350,14 +346,14 @@ class CompactedLayer(CacheLayerMixin):
         return self.tiers is not None and self.tiers.has_evicted
 
     @torch.no_grad()
-    def settle(self, importance: Tensor, settled: int) -> int:
-        """After a prefill: take the `importance` `[B, T]` by position, evict, and rank; first position still croppable.
+    def settle(self, importance: Tensor, end: int) -> Tensor | None:
+        """After a prefill: take the `importance` `[B, T]` by position, evict text before position `end`, and rank.
 
-        settled: first position of the tokens that may be cropped again, of which none is evicted.
+        Gives the first position that can be cropped after it, 0-d; None for any.
         """
         tiers = self.tiers
         tiers.observe(importance)
-        floor = self.evict(tiers.rule.pools, settled)
+        floor = self.evict(tiers.rule.pools, end)
         self.rank()
         tiers.settled = True
         self.mark_static()
@@ -377,24 +373,28 @@ class CompactedLayer(CacheLayerMixin):
         self.tiers.rank(self.pairs["vision"].tensors)
 
     @torch.no_grad()
-    def evict(self, pools: Sequence[tuple[str, ...]], settled: int) -> int:
-        """Evict tokens of these pools, text before position `settled` alone; first position that can be cropped after it."""
-        _, packed, origin = self.cursor.tolist()
-        end = min(packed, settled)
-        if any("text" in pool for pool in pools):
-            self.tiers.count_text(end)
-        keep = {name: flags for pool in pools for name, flags in self.tiers.chosen(pool, end - origin).items()}
-        if "vision" in keep and keep["vision"].numel():
-            self.pairs["vision"] = self.tiers.keep_vision(self.pairs["vision"], keep["vision"])
-        return self._keep_text(keep["text"], end) if "text" in keep else 0
+    def evict(self, pools: Sequence[tuple[str, ...]], end: int) -> Tensor | None:
+        """Evict tokens of these pools, text before position `end` alone, none of it in the tail.
 
-    def _keep_text(self, keep: Tensor, end: int) -> int:
+        Gives the first position that can be cropped after it, 0-d; None for any.
+        """
+        origin, tiers = self.origin, self.tiers
+        if any("text" in pool for pool in pools):
+            tiers.count_text(end)
+        keep = {name: flags for pool in pools for name, flags in tiers.chosen(pool, end - origin).items()}
+        for pool in pools:
+            tiers.count_kept(pool)
+        if "vision" in keep and keep["vision"].numel():
+            self.pairs["vision"] = tiers.keep_vision(self.pairs["vision"], keep["vision"])
+        return self._keep_text(keep["text"], end) if "text" in keep else None
+
+    def _keep_text(self, keep: Tensor, end: int) -> Tensor:
         """Evict text before position `end`, in place where the slots stay as many; first position that can be cropped after it."""
-        origin = int(self.cursor[ORIGIN])
+        origin = self.origin
         kept, croppable = self.tiers.keep_text(self.pairs["text"].tensors, keep, end)
         if not self.tiers.settled:
             slots = kept + self.text_slots - (end - origin)
             self.pairs["text"] = self.pairs["text"].with_tokens(lambda x: x[:, :, :slots].clone())
             self.tiers.keep_text_slots(slots)
-        self.cursor[ORIGIN] = end - kept
+        self.move_origin(end - kept)
         return end - croppable

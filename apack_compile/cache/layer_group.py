@@ -1,40 +1,115 @@
 """The packed layers of a cache that see the same tokens: where chunks go, and room for tokens to come, decided once for all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from apack_compile.cache.coarse_choice import coarse_choice
 from apack_compile.cache.layer import CompactedLayer
 from apack_compile.cache.shared_index import ChunkPlan, SharedIndex
 from apack_compile.cache.token_index import (
     Chunk,
+    Flags,
+    Indices,
     Kept,
+    Taken,
     assign,
+    count_of,
     extended,
     kept_slots,
     positions_of,
+    there,
+    to_host,
     without_bad_bargains,
 )
-from apack_compile.kernels.cursor import ORIGIN, PACKED
+from apack_compile.kernels.format import StreamBasis
 from apack_compile.models.coordinates import TokenCoordinates
+from apack_compile.plan.plan import MODALITIES
 from apack_compile.plan.ring import block_for, in_order, leading_blocks_dropped, ring_slots, whole_blocks
 from apack_compile.plan.rotation import rotations_of_blocks
 
-Flags = tuple[Tensor, Tensor]
+FlagsOfBoth = tuple[Flags, Flags]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the states of a chunk: KV heads, width of a key and of a value, and where they are."""
+
+    heads: int
+    key: int
+    value: int
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        """Components of a key in all heads."""
+        return self.heads * self.key
+
+    @property
+    def of_state(self) -> tuple[int, int, int]:
+        """KV heads, width of a key and of a value."""
+        return self.heads, self.key, self.value
+
+
+@dataclass(frozen=True)
+class Before:
+    """What layers with one index hold before a chunk, on the host: tokens held, first position of the tail, that of text slot 0.
+
+    first: int32 `[B, slots]`, positions of the first tokens; packed: those of vision and text, of a window.
+    """
+
+    cursor: tuple[int, int, int]
+    first: NDArray
+    packed: Sequence[NDArray] = ()
+
+    @staticmethod
+    def of(places: Sequence[NDArray]) -> "Before":
+        """What `LayerGroup.places` gives, read; nothing for an empty cache."""
+        if not places:
+            return Before((0, 0, 0), np.empty(0))
+        cursor, first, *packed = places
+        return Before((int(cursor[0]), int(cursor[1]), int(cursor[2])), first, packed)
+
+
+def tail_tokens(start: int, end: int, chunk: Chunk, slots: int) -> Indices:
+    """Chunk indices `[B, slots]` of what the tail holds, a ring of the positions from `start` to `end`; -1 for an empty slot."""
+    position = start + (np.arange(slots) - start) % max(slots, 1)
+    return np.broadcast_to(np.where(position < end, position - chunk.start, -1), (len(chunk.vision), slots))
 
 
 class LayerGroup:
     """Layers with one index. window: newest tokens that a query of theirs sees, itself included; None for all.
 
-    floor: first position that can still be cropped. steps: decode steps since the last layout; refreshed_at: tokens held at the last one.
+    known_floor: first position that can still be cropped, before evictions that nobody asked after. steps: decode steps since the last
+    layout; refreshed_at: tokens held at the last one.
     """
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
         self.index = SharedIndex(window)
         self.layers: list[CompactedLayer] = []
-        self.floor, self.steps, self.refreshed_at = 0, 0, -1
+        self.known_floor, self.steps, self.refreshed_at = 0, 0, -1
+        self._floors: list[Tensor] = []
+
+    @property
+    def floor(self) -> int:
+        """First position that can still be cropped."""
+        if self._floors:
+            self.floor = max(self.known_floor, int(torch.stack(self._floors).max()))
+        return self.known_floor
+
+    @floor.setter
+    def floor(self, floor: int) -> None:
+        self.known_floor, self._floors = floor, []
+
+    def raise_floor(self, floor: Tensor | None) -> None:
+        """Follow an eviction in a layer, after which no position before `floor`, 0-d, can be cropped."""
+        if floor is not None:
+            self._floors = [*self._floors, floor]
 
     def forget(self) -> None:
         """Forget every token; the plan stays."""
@@ -63,50 +138,90 @@ class LayerGroup:
         return ring_slots(self.window, self.index.plan.tail_slots, self.block)
 
     def lay_out(
-        self, chunk: Flags, held: int, drafted: int, spare: int, width: int, history: Flags | None = None
+        self, chunk: FlagsOfBoth, before: "Before", drafted: int, spare: int, shape: Shape, history: FlagsOfBoth
     ) -> None:
         """Assign a chunk's tokens to slots and update the shared positions.
 
-        chunk, history: which tokens are vision and which padding, bool `[B, n]` each; of the chunk, and of all tokens where bases are
-        fitted to them. spare: free text slots for tokens to come. width: of the streams.
+        chunk, history: which tokens are vision and which padding, bool `[B, n]` each, on the host; of the chunk, and of all tokens where
+        bases are fitted to them. before: what is held. spare: free text slots for tokens to come. shape: of the states.
         """
-        index, plan, first = self.index, self.index.plan, self.layers[0]
-        vision, padding = chunk if plan.separates_vision else (torch.zeros_like(chunk[0]), chunk[1])
+        index, plan, device = self.index, self.index.plan, shape.device
+        vision, padding = chunk if plan.separates_vision else (np.zeros_like(chunk[0]), chunk[1])
+        held, packed, origin = before.cursor
         end = held + vision.shape[1]
-        packed, origin = (int(first.cursor[PACKED]), int(first.cursor[ORIGIN])) if held else (0, 0)
-        old, kept = [vision.new_empty((vision.shape[0], 0), dtype=torch.int32)] * 3, None
+        kept, waiting = None, None
         if plan.per_request:
-            every_vision, every_padding = history or chunk
-            tokens = Chunk(every_vision, every_padding, 0)
+            tokens = Chunk(*history, 0)
             whole = assign(tokens, plan.first_tokens, 0, drafted, self.window)
-            assignment = without_bad_bargains(whole, plan, width)
+            assignment = without_bad_bargains(whole, plan, shape.width)
         else:
-            waiting = held - packed
-            if waiting:
-                none = torch.zeros(vision.shape[0], waiting, dtype=torch.bool, device=vision.device)
-                vision, padding = torch.cat([none, vision], 1), torch.cat([none, padding], 1)
+            if held > packed:
+                none = np.zeros((vision.shape[0], held - packed), bool)
+                vision, padding = np.concatenate([none, vision], 1), np.concatenate([none, padding], 1)
+                waiting = there(np.arange(packed, held) % max(plan.tail_slots, 1), device)
             tokens = Chunk(vision, padding, packed)
             # a row whose first chunk was short, or mostly padding, still lacks first tokens
-            found = (first.positions()[0] >= 0).sum(1, keepdim=True) if held else 0
+            found = (before.first >= 0).sum(1, keepdims=True) if held else 0
             if self.window is not None and held >= self.window:
                 found = plan.first_tokens
             assignment = assign(tokens, plan.first_tokens - found, plan.tail_slots, drafted, self.window)
         self.floor = self._floor_after(end, drafted, assignment.recent, tokens.vision.shape[1])
-        if held and not plan.per_request and not plan.layers_place_tokens:
-            kept = self._kept(packed, packed - origin)
-            slots = (index.positions[0].shape[1], kept["vision"], kept["text"])
-            old = [kept_slots(p, count, 1) for p, count in zip(index.positions, slots, strict=True)]
-        start = end - assignment.tail
+        start, fresh = end - assignment.tail, not held or plan.per_request
         new = [positions_of(i, tokens.start) for i in (assignment.first, assignment.vision, assignment.text)]
-        before = index.positions, index.rotations
-        index.positions = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
-        spare = self._spare(index.positions[2].shape[1], spare)
-        index.chunk = ChunkPlan(tokens, assignment, spare, kept, *before)
-        index.assigned = start + spare
+        if not fresh and not plan.layers_place_tokens:
+            kept = self._kept(before, packed - origin)
+        used_text = 0 if fresh else packed - origin if kept is None else count_of(kept["text"])
+        spare = self._spare(used_text + new[2].shape[1], spare)
+        if not plan.per_request and not plan.layers_place_tokens:
+            free = np.broadcast_to(np.arange(start, start + spare, dtype=np.int32), (len(vision), spare))
+            new[2] = np.concatenate([new[2], free], 1)
+        earlier = index.positions, index.rotations
+        index.positions = [there(p, device) for p in new]
+        if kept is not None:
+            old = [
+                kept_slots(p, kept_here, 1)
+                for p, kept_here in zip(earlier[0], (earlier[0][0].shape[1], kept["vision"], kept["text"]), strict=True)
+            ]
+            index.positions = [torch.cat(pair, 1) for pair in zip(old, index.positions, strict=True)]
+        coarse = None
+        if plan.coarse is not None:
+            coarse = coarse_choice(
+                plan.coarse,
+                plan.rotation,
+                tokens,
+                assignment,
+                spare,
+                index.coordinates,
+                shape.of_state,
+                plan.segments,
+                device,
+            )
+        text_slots = assignment.text.shape[1] if coarse is None else coarse.text_slots
+        origin_then = start - used_text - text_slots
+        index.chunk = ChunkPlan(
+            chunk=tokens,
+            assignment=assignment,
+            spare=spare,
+            kept=kept,
+            positions=earlier[0],
+            rotations=earlier[1],
+            held=held,
+            packed=packed,
+            end=end,
+            start=start,
+            text_origin=origin_then,
+            first=Taken.at(assignment.first, device),
+            first_positions=there(new[0], device),
+            tail=Taken.at(tail_tokens(start, end, tokens, plan.tail_slots), device),
+            segments={name: Taken.at(getattr(assignment, name), device) for name in MODALITIES},
+            waiting=waiting,
+            cursor=there(np.array([end, start, origin_then]), device),
+            identity=StreamBasis(*[torch.empty(0, device=device)] * 3),
+            coarse=coarse,
+        )
+        index.assigned, index.laid_out = start + spare, (end, start)
         if plan.coarse is not None:
             index.positions = []
-        elif not plan.per_request and plan.tiers is None:
-            index.positions[2] = extended(index.positions[2], start, spare)
         self.follow_positions()
 
     def _floor_after(self, end: int, drafted: int, recent: int, tokens: int) -> int:
@@ -117,16 +232,23 @@ class LayerGroup:
         earlier = self.floor if goes_on or self.window is not None else 0
         return max(end - (max(recent, drafted) if goes_on else recent), earlier)
 
-    def _kept(self, packed: int, used: int) -> dict[str, Kept]:
+    def _kept(self, before: "Before", used: int) -> dict[str, Kept]:
         """Slots of vision and text that a chunk leaves: of a window, those that a query at the floor or later sees, in order."""
-        _, vision, text = self.index.positions
+        packed, device = before.cursor[1], self.layers[0].device
         if self.window is None:
-            return {"vision": vision.shape[1], "text": used}
+            return {"vision": self.index.positions[1].shape[1], "text": used}
         keep_from = self.floor - self.window + 1
+        vision, text = before.packed
         return {
-            "vision": leading_blocks_dropped(vision, self.block, keep_from, packed),
-            "text": in_order(text, used, self.block, keep_from, packed),
+            "vision": there(leading_blocks_dropped(vision, self.block, keep_from, packed), device),
+            "text": there(in_order(text, used, self.block, keep_from, packed), device),
         }
+
+    def places(self) -> list[Tensor]:
+        """What a chunk needs to know of what is held: the cursor, positions of the first tokens and, of a window, of its slots."""
+        layer = self.layers[0]
+        window = [] if self.window is None else self.index.positions[1:]
+        return [layer.cursor, layer.positions()[0], *window]
 
     def _spare(self, used: int, spare: int) -> int:
         """Free text slots behind the used ones: `spare`, or what completes a ring."""
@@ -180,7 +302,7 @@ class LayerGroup:
         end = layer.origin + layer.text_slots
         if self.index.assigned > end and layer.packed >= end:
             for layer in self.layers:
-                layer.cursor[ORIGIN] += layer.text_slots
+                layer.move_origin(layer.origin + layer.text_slots)
 
     def _grow(self, slots: int) -> None:
         """Add text slots for the positions to come."""
@@ -215,10 +337,11 @@ class LayerGroup:
         index, layer = self.index, self.layers[0]
         packed = layer.packed
         keep_from = self.floor - self.window + 1
-        kept = in_order(index.positions[2], packed - layer.origin, self.block, keep_from, packed)
+        (text,) = to_host([index.positions[2]])
+        kept = there(in_order(text, packed - layer.origin, self.block, keep_from, packed), layer.device)
         index.positions[2] = kept_slots(index.positions[2], kept, 1)
         for layer in self.layers:
-            layer.keep_text(kept)
+            layer.keep_text(kept, packed)
         index.assigned = packed
 
     def refresh(self, held: int, settled: int) -> None:
@@ -236,7 +359,9 @@ class LayerGroup:
             if plan.revisits and self.steps % plan.refresh_every == 0:
                 layer.tiers.attend_all()
         if plan.prune_every is not None and done and done % plan.prune_every == 0:
-            self.floor = max(self.floor, *(layer.evict([("text",)], settled) for layer in self.layers))
+            end = min(self.layers[0].packed, settled)
+            for layer in self.layers:
+                self.raise_floor(layer.evict([("text",)], end))
 
     def crop(self, tokens: int) -> None:
         """Remove the newest `tokens` tokens; the cache has checked that it can."""
@@ -245,7 +370,7 @@ class LayerGroup:
         first = self.layers[0]
         if self.reuses_slots and first.packed < first.origin:
             for layer in self.layers:
-                layer.cursor[ORIGIN] -= layer.text_slots
+                layer.move_origin(layer.origin - layer.text_slots)
 
     def change_rows(self, change: Callable[[Tensor], Tensor], coordinates: TokenCoordinates) -> None:
         """Apply a change of the batch to every tensor that has a row per sequence; coordinates: these, changed."""

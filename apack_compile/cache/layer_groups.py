@@ -1,16 +1,18 @@
 """All groups of packed layers of a cache: their plans, room for tokens to come, and which tokens may be cropped again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
-from apack_compile.cache.layer_group import Flags, LayerGroup
+from apack_compile.cache.layer_group import Before, FlagsOfBoth, LayerGroup, Shape
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.layer_store import recompact
 from apack_compile.cache.packed_layers import packed_layer
+from apack_compile.cache.token_index import Flags, to_host
 from apack_compile.models.coordinates import TokenCoordinates, coordinates_of
 from apack_compile.plan.budget import spare_slots
 from apack_compile.plan.plan import Plan
@@ -34,7 +36,7 @@ class LayerGroups:
         self.source: PlanSource | None = source
         self.expected_tokens = expected_tokens
         self.max_tokens = max_tokens
-        self.history: Flags | None = None
+        self.history: tuple[Tensor, Tensor] | None = None
         self.prompt_end: int | None = None
         self.recorded_from: int | None = None
 
@@ -81,25 +83,42 @@ class LayerGroups:
             return held
         return min(max(self.recorded_from, self.prompt_end or 0, floor), held)
 
-    def choose_plans(self, vision: Tensor, padding: Tensor) -> None:
-        """Choose the plans, once, for a prompt of which these tokens are vision and padding, bool `[B, T]` each."""
+    def choose_plans(self, vision: Flags, padding: Flags) -> None:
+        """Choose the plans, once, for a prompt of which these tokens are vision and padding, bool `[B, T]` each, on the host."""
         for group in self if self.source is not None else ():
             newest = slice(None if group.window is None else -group.window, None)
             real = ~padding[:, newest]
-            share = float((vision[:, newest] & real).sum() / real.sum().clamp_min(1))
+            share = float(np.float32((vision[:, newest] & real).sum()) / np.float32(max(real.sum(), 1)))
             group.index.plan = self.source.plan_for(real.shape[1], share, group.window)
         self.source = None
 
-    def lay_out(self, chunk: Flags, held: int, width: int) -> None:
-        """Assign a chunk's tokens, of which these are vision and padding, to slots."""
-        tokens = chunk[0].shape[1]
+    def on_host(self, flags: Sequence[Tensor | None], batch: int, tokens: int) -> tuple[FlagsOfBoth, list[Before]]:
+        """Flags of a chunk, bool `[B, n]` each (none where they are missing or of another shape), and what each group holds: one wait."""
+        given = [f for f in flags if f is not None and f.shape == (batch, tokens)]
+        places = [group.places() if group.layers[0].is_initialized else [] for group in self]
+        read = to_host([*given, *(tensor for of_group in places for tensor in of_group)])
+        none = np.zeros((batch, tokens), bool)
+        found = [read.pop(0) != 0 if any(f is g for g in given) else none for f in flags]
+        befores = [Before.of([read.pop(0) for _ in of_group]) for of_group in places]
+        return (found[0], found[1]), befores
+
+    def lay_out(self, chunk: FlagsOfBoth, befores: Sequence[Before], shape: Shape) -> None:
+        """Assign a chunk's tokens, of which these are vision and padding, on the host, to slots."""
+        tokens, held = chunk[0].shape[1], befores[0].cursor[0]
         end = held + tokens
-        self._extend_history(chunk, held)
-        for group in self:
-            group.lay_out(chunk, held, self.drafted(held, end), self._spare(end), width, self.history)
+        history = self._extended_history(chunk, held)
+        for group, before in zip(self, befores, strict=True):
+            group.lay_out(chunk, before, self.drafted(held, end), self._spare(end), shape, history)
             # a chunk that `get_mask_sizes` took for an append keeps the capacity that it announced
             if tokens > MAX_APPEND or end > group.index.capacity:
                 group.index.capacity = max(group.index.capacity, self._capacity(end))
+
+    def note_cursors(self, tokens: int) -> None:
+        """Before several tokens are appended: where layers with a window are, whose text slots are a ring."""
+        rings = [group for group in self if group.window is not None] if tokens > 1 else []
+        cursors = to_host([group.layers[0].cursor for group in rings])
+        for group, cursor in zip(rings, cursors, strict=True):
+            group.index.begun = int(cursor[0]), int(cursor[1])
 
     def end_chunk(self) -> None:
         """All layers have stored it."""
@@ -128,14 +147,16 @@ class LayerGroups:
             group.index.coordinates = known[count, must_be_shown]
         return was_shown
 
-    def _extend_history(self, chunk: Flags, held: int) -> None:
-        """Where bases are fitted to every token, follow which are vision and padding. Those appended since the last layout are text."""
+    def _extended_history(self, chunk: FlagsOfBoth, held: int) -> FlagsOfBoth:
+        """Where bases are fitted to every token, which are vision and padding. Those appended since the last layout are text."""
         if not any(plan.per_request for plan in self.plans):
-            return
-        past: Flags = self.history or (chunk[0][:, :0], chunk[1][:, :0])
-        more = max(held - past[0].shape[1], 0)
-        padded = [torch.nn.functional.pad(flags[:, :held], (0, more)) for flags in past]
-        self.history = (torch.cat([padded[0], chunk[0]], 1), torch.cat([padded[1], chunk[1]], 1))
+            return chunk
+        if self.history is not None and held:
+            past = [flags[:, :held].numpy() for flags in self.history]
+            padded = [np.pad(flags, ((0, 0), (0, held - flags.shape[1]))) for flags in past]
+            chunk = np.concatenate([padded[0], chunk[0]], 1), np.concatenate([padded[1], chunk[1]], 1)
+        self.history = torch.from_numpy(chunk[0]), torch.from_numpy(chunk[1])
+        return chunk
 
     def _spare(self, tokens: int) -> int:
         """Free text slots to keep when `tokens` tokens are held."""
@@ -157,17 +178,19 @@ class LayerGroups:
                 group.index.capacity = self._capacity(held + tokens)
         self.refresh(held)
         if any(group.index.plan.per_request and group.missing(tokens) > 0 for group in self):
-            self._pack_tails(held)
+            self._pack_tails()
         for group in self:
             if not group.index.plan.per_request:
                 group.reserve(tokens, self._spare(held), self.settled(held, group.floor))
 
-    def _pack_tails(self, held: int) -> None:
+    def _pack_tails(self) -> None:
         """Lay out what is held anew, where bases are fitted to it."""
         layers = sorted((layer for group in self for layer in group.layers), key=lambda layer: layer.layer_idx)
         first = layers[0]
-        none = torch.zeros(first.batch_size, 0, dtype=torch.bool, device=first.device)
-        self.lay_out((none, none), held, first.num_heads * first.first.key.shape[3])
+        none, befores = self.on_host((None, None), first.batch_size, 0)
+        self.lay_out(
+            none, befores, Shape(first.num_heads, first.first.key.shape[3], first.first.value.shape[3], first.device)
+        )
         for layer in layers:
             recompact(layer)
         self.end_chunk()
@@ -176,6 +199,17 @@ class LayerGroups:
         """Before a step, once: choose anew by importance, where plans have tiers."""
         for group in self:
             group.refresh(held, self.settled(held, group.floor))
+
+    def settle(self, layer: CompactedLayer, importance: Tensor, drafted: int) -> None:
+        """Give a layer the importance `[B, T]` after a prompt of which the newest `drafted` tokens may be cropped again."""
+        if layer.index.is_draft and layer.tiers.earlier:
+            layer.observe_draft(importance)
+            return
+        group = next(group for group in self if layer in group.layers)
+        end, start = layer.index.laid_out
+        settled = max(end - drafted, group.known_floor)
+        group.raise_floor(layer.settle(importance, min(start, settled)))
+        group.steps, group.refreshed_at = 0, -1
 
     def check_cropped(self, tokens: int) -> None:
         """Raise ValueError where so many of the newest tokens cannot be removed."""

@@ -1,24 +1,18 @@
 """How a layer stores a chunk of tokens, and packs its tail: states become slots of its segments."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from apack_compile.cache.drift import Fit, lost_share, refit
-from apack_compile.cache.packed_pair import PackedPair
-from apack_compile.cache.token_index import Kept, count_of, flags_at, gather_tokens, kept_slots, positions_of
+from apack_compile.cache.drift import WatchedPair
+from apack_compile.cache.packed_pair import Coding, PackedPair, Tokens, codings, empty_pair
+from apack_compile.cache.token_index import Kept, Taken, count_of, kept_slots
 from apack_compile.kernels.cursor import HELD
-from apack_compile.kernels.encode import encode
-from apack_compile.kernels.format import StreamBasis
 from apack_compile.kernels.heads import to_groups
-from apack_compile.kernels.rotations import rotated, rotations_of_slots
-from apack_compile.kernels.state import TEXT, VISION, DenseSegment, PackedStream
-from apack_compile.models.modality import compact
+from apack_compile.kernels.state import KIND_NAMES, TEXT, VISION, DenseSegment
 from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.coarse_rule import NEWEST, least_important, scores_of
 from apack_compile.plan.plan import FITTED_SCOPES, STREAMS, StreamPlan
 from apack_compile.plan.rotation import deinterleaved_keys
 
@@ -27,33 +21,27 @@ if TYPE_CHECKING:
 
 # Fewer tokens do not tell whether a basis fits.
 MIN_WATCHED = 32
+# At least so many of a stream's tokens, evenly spread, say what coding loses.
+SAMPLE_TOKENS = 256
 
 Pair = tuple[Tensor, Tensor]
 
 
 @torch.compiler.disable
-def store(layer: "CompactedLayer", key: Tensor, value: Tensor) -> Pair:
-    """Lay a chunk `[B, H_kv, n, D]` out in a layer's segments; K and V as `update` returns them."""
+def store(layer: "CompactedLayer", key: Tensor, value: Tensor) -> tuple[Pair, list[WatchedPair]]:
+    """Lay a chunk `[B, H_kv, n, D]` out in a layer's segments; K and V as `update` returns them, and what tells whether bases fit."""
     key, value = key.detach(), value.detach()
-    fresh, plan = not layer.is_initialized, layer.index.plan
+    fresh, plan, chunk = not layer.is_initialized, layer.index.plan, layer.index.chunk
+    given, key = key, deinterleaved_keys(key, plan.rotation)
     if fresh:
         layer.lazy_initialization(key, value)
-    held, packed, origin = layer.cursor.tolist()
-    end = held + key.shape[2]
-    given, key = key, deinterleaved_keys(key, plan.rotation)
     out, offset = ((given, value), 0) if fresh else _exact(layer, key, value)
-    earlier: Mapping[str, PackedPair] = {}
-    used: Mapping[str, Kept]
     if plan.per_request:
-        earlier = {} if fresh else layer.pairs
-        layer.lazy_initialization(key, value)
-        parts, used = (out[0][:, :, :end], out[1][:, :, :end]), dict.fromkeys(plan.segments, 0)
+        parts = out[0][:, :, : chunk.end], out[1][:, :, : chunk.end]
     else:
         parts = _tail_then(layer, key, value)
-        every = {segment: pair.slots for segment, pair in layer.pairs.items()}
-        used = layer.index.chunk.kept or every | {"text": packed - origin}
-    _lay_out(layer, parts, used, end, earlier)
-    return (out[0][:, :, offset:], out[1][:, :, offset:]) if offset else out
+    watched = _lay_out(layer, (key, value) if fresh else parts, fresh)
+    return ((out[0][:, :, offset:], out[1][:, :, offset:]) if offset else out), watched
 
 
 def recompact(layer: "CompactedLayer") -> None:
@@ -61,7 +49,7 @@ def recompact(layer: "CompactedLayer") -> None:
     batch, heads, _, key_dim = layer.first.key.shape
     tiers = layer.tiers
     none = torch.empty(batch, heads, 0, key_dim, dtype=layer.dtype, device=layer.device)
-    known = None if tiers is None else tiers.vision_importance(int(layer.cursor[HELD]))
+    known = None if tiers is None else tiers.vision_importance(layer.index.chunk.held)
     was_settled = tiers is not None and tiers.settled
     store(layer, none, none.new_empty(batch, heads, 0, layer.first.value.shape[3]))
     if was_settled:
@@ -72,160 +60,156 @@ def recompact(layer: "CompactedLayer") -> None:
 
 def _exact(layer: "CompactedLayer", key: Tensor, value: Tensor) -> tuple[Pair, int]:
     """What is held, decoded, with the chunk exact at its end; the position from which on `update` returns it."""
-    index = layer.index
-    cursor = layer.cursor + torch.tensor([key.shape[2], 0, 0], device=key.device)
-    length, offset = (index.length, 0) if index.length else layer.get_mask_sizes(key.shape[2])
-    tokens = max(offset + length, int(cursor[HELD]))
-    positions = layer.positions() if index.plan.layers_place_tokens else index.chunk.positions
-    state = layer.state_at(positions, layer.own_rotations or index.chunk.rotations, cursor, every=True)
+    index, chunk = layer.index, layer.index.chunk
+    cursor = layer.cursor.clone()
+    cursor[HELD] += key.shape[2]
+    length, offset = (index.length, 0) if index.length else layer.mask_sizes(chunk.held, key.shape[2])
+    tokens = max(offset + length, chunk.end)
+    positions = layer.positions() if index.plan.layers_place_tokens else chunk.positions
+    state = layer.state_at(positions, layer.own_rotations or chunk.rotations, cursor, every=True)
     return torch.ops.apack.unpack.default(key, value, *state.flatten(), tokens), offset
 
 
 def _tail_then(layer: "CompactedLayer", key: Tensor, value: Tensor) -> Pair:
     """The tail's tokens, in order, then the chunk's."""
-    held, packed, _ = layer.cursor.tolist()
-    ring = torch.arange(packed, held, device=key.device) % max(layer.tail.slots, 1)
+    waiting = layer.index.chunk.waiting
+    if waiting is None:
+        return key, value
+    tail = layer.tail
     return (
-        torch.cat([layer.tail.key[:, :, ring].to(key.dtype), key], dim=2),
-        torch.cat([layer.tail.value[:, :, ring].to(value.dtype), value], dim=2),
+        torch.cat([tail.key.index_select(2, waiting).to(key.dtype), key], dim=2),
+        torch.cat([tail.value.index_select(2, waiting).to(value.dtype), value], dim=2),
     )
 
 
-def _lay_out(
-    layer: "CompactedLayer", parts: Pair, used: Mapping[str, Kept], end: int, earlier: Mapping[str, PackedPair]
-) -> None:
-    """Put the tokens of `parts` (K, V) where the chunk's plan says, behind the `used` slots of each segment.
-
-    earlier: the segments before, where bases are fitted to all tokens anew.
-    """
+def _lay_out(layer: "CompactedLayer", parts: Pair, fresh: bool) -> list[WatchedPair]:
+    """Put the tokens of `parts` (K, V) where the chunk's plan says, behind the slots that each segment keeps."""
     index, tiers, plan = layer.index, layer.tiers, layer.index.plan
-    assignment = index.chunk.assignment
-    where = {"vision": assignment.vision, "text": assignment.text}
-    if plan.coarse is not None:
-        where = _told_apart(layer, parts)
-        _place(layer, where, used)
+    chunk, earlier = index.chunk, layer.pairs
+    used = _used(layer, fresh)
+    where = chunk.segments
+    if chunk.coarse is not None:
+        where = _told_apart(layer, parts, used)
+    if tiers is not None and plan.per_request and not fresh:
+        where = tiers.without_evicted(where, chunk.end)
+    layer.first = _dense(layer, chunk.first, parts, layer.first if not fresh and not plan.per_request else None)
+    layer.tail = _dense(layer, chunk.tail, parts, None)
+    layer.pairs, watched = {}, []
+    for segment, taken in where.items():
+        layer.pairs[segment], lost = _packed(layer, segment, earlier.get(segment), parts, taken, used[segment])
+        watched += lost
+    layer.cursor, layer.origin = chunk.cursor.clone(), chunk.text_origin
+    text = count_of(used["text"]) + where["text"].slots
+    if chunk.start - text != chunk.text_origin:
+        layer.move_origin(chunk.start - text)
     if tiers is not None and plan.per_request:
-        alive = tiers.alive(end)
-        where = {name: torch.where(alive.gather(1, i.clamp_min(0)), i, -1) for name, i in where.items()}
-    first = (gather_tokens(states, assignment.first).to(layer.first.key.dtype) for states in parts)
-    layer.first = DenseSegment(*map(torch.cat, zip((layer.first.key, layer.first.value), first, strict=True), (2, 2)))
-    for segment, tokens in where.items():
-        for name, states in zip(STREAMS, parts, strict=True):
-            before = getattr(earlier[segment], name).basis if earlier else None
-            stream = _with_chunk(layer, segment, name, states, tokens, used[segment], before)
-            layer.pairs[segment] = layer.pairs[segment].with_stream(name, stream)
-    start = end - assignment.tail
-    ring = torch.arange(start, end, device=layer.device) % max(layer.tail.slots, 1)
-    key, value = (x[:, :, x.shape[2] - assignment.tail :].to(layer.tail.key.dtype) for x in parts)
-    layer.tail = DenseSegment(layer.tail.key.index_copy(2, ring, key), layer.tail.value.index_copy(2, ring, value))
-    layer.cursor = torch.tensor([end, start, start - layer.text_slots], device=layer.device)
-    if tiers is not None and plan.per_request:
-        tiers.lay_out(index.positions, {VISION: where["vision"], TEXT: where["text"]}, end)
+        tiers.lay_out(index.positions, {VISION: where["vision"], TEXT: where["text"]}, chunk)
     elif tiers is not None:
-        slots = {VISION: used["vision"], TEXT: used["text"]}
-        tiers.add_chunk(index.positions, slots, end - parts[0].shape[2], end)
-    layer.grow(index.chunk.spare)
+        tiers.add_chunk(index.positions, {VISION: used["vision"], TEXT: used["text"]}, chunk)
+        tiers.grow(chunk.start, chunk.spare)
+    layer.mark_static()
+    return watched
 
 
-def _with_chunk(
-    layer: "CompactedLayer",
-    segment: str,
-    name: str,
-    states: Tensor,
-    where: Tensor,
-    used: Kept,
-    before: StreamBasis | None,
-) -> PackedStream:
-    """A stream with chunk states `[B, H_kv, n, D]` at `where` `[B, N]` behind its `used` slots.
+def _told_apart(layer: "CompactedLayer", parts: Pair, used: Mapping[str, Kept]) -> Mapping[str, Taken]:
+    """Which of a chunk's tokens go where, as the layer tells coarse ones from fine ones; its positions and rotations follow."""
+    chunk = layer.index.chunk
+    placed = chunk.coarse.of_layer(layer.layer_idx, *parts)
+    new = [chunk.first_positions.clone(), *placed.positions]
+    if not layer.own_positions:
+        layer.own_positions, layer.own_rotations = new, placed.rotations
+        return placed.segments
+    first, *packed = layer.own_positions
+    old = [first, *(p[:, : count_of(used[name])] for name, p in zip(placed.segments, packed, strict=True))]
+    layer.own_positions = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
+    layer.follow_positions()
+    return placed.segments
 
-    A basis of a sequence or batch is fitted on the way; before: the one that it had.
+
+def _used(layer: "CompactedLayer", fresh: bool) -> Mapping[str, Kept]:
+    """The slots of each segment that stay."""
+    chunk, plan = layer.index.chunk, layer.index.plan
+    if fresh or plan.per_request:
+        return dict.fromkeys(plan.segments, 0)
+    every = {segment: pair.slots for segment, pair in layer.pairs.items()}
+    return chunk.kept or every | {"text": chunk.packed - layer.origin}
+
+
+def _dense(layer: "CompactedLayer", taken: Taken, parts: Pair, old: DenseSegment | None) -> DenseSegment:
+    """Tokens as they are, behind those of `old`."""
+    if taken.slots == 0 and old is not None:
+        return old
+    new = []
+    for states in parts:
+        made = taken.copied(states)
+        new.append(made if made.dtype == layer.dense_dtype else made.to(layer.dense_dtype))
+    if old is None or old.slots == 0:
+        return DenseSegment(*new)
+    return DenseSegment(*(torch.cat(both, 2) for both in zip((old.key, old.value), new, strict=True)))
+
+
+def _packed(
+    layer: "CompactedLayer", segment: str, before: PackedPair | None, parts: Pair, taken: Taken, kept: Kept
+) -> tuple[PackedPair, list[WatchedPair]]:
+    """A pair with the tokens of a chunk behind the slots that it keeps, and with free ones; what tells whether its bases fit.
+
+    Bases of a sequence or batch are fitted on the way, from those that `before` has.
     """
-    plan, stream = layer.index.plan, getattr(layer.pairs[segment], name)
-    planned = layer.stream_plan(segment, name)
-    tokens, real = gather_tokens(states, where), where >= 0
-    if name == "key" and layer.rotations():
-        first_slot = count_of(used)
-        slots = torch.arange(first_slot, first_slot + tokens.shape[2], device=tokens.device)
-        blocks = dict(zip(layer.pairs, layer.rotations(), strict=True))[segment]
-        rotations = rotations_of_slots(blocks, plan.rotation.block, slots)[:, None]
-        tokens = rotated(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), rotations, back=True)
-    x = to_groups(tokens, plan.groups)
-    if planned.scope in FITTED_SCOPES:
-        stream = _fitted(stream, planned, x, real, before)
-    if planned.scope == "model":
-        stream = _watched(layer, stream, planned, f"{segment}_{name}", x, real)
-    codes, scale = encode(x, stream.basis, stream.bands, planned.token_scale)
-    codes = codes.to(stream.codes.dtype) if planned.scope == "half" else codes
-    if scale.dim() <= 1:
-        scale = stream.scale
-    elif not plan.per_request:
-        scale = torch.cat([kept_slots(stream.scale, used, 2), scale], dim=2)
-    if not plan.per_request:
-        codes = torch.cat([kept_slots(stream.codes, used, 2), codes], dim=2)
-    return replace(stream, codes=codes, scale=scale)
+    plan, chunk, used = layer.index.plan, layer.index.chunk, count_of(kept)
+    kind, planned = KIND_NAMES.index(segment), [layer.stream_plan(segment, name) for name in STREAMS]
+    spare = chunk.spare if segment == "text" and not plan.per_request else 0
+    if before is None or plan.per_request:
+        key, value = codings(plan, layer.layer_idx, segment, layer.dense_dtype, chunk.identity)
+    else:
+        key, value = map(Coding.of, before.streams)
+    if taken.slots == 0:
+        if before is None or plan.per_request:
+            before = empty_pair(kind, (key, value), plan, layer.layer_idx, *parts)
+        elif used != before.slots:
+            before = before.with_tokens(lambda x: kept_slots(x, kept, 2).clone())
+        return before.with_more_slots(spare) if spare else before, []
+    keys, values = (taken.of(states) for states in parts)
+    if planned[0].scope in FITTED_SCOPES:
+        old = [None, None] if before is None else [stream.basis.decoder for stream in before.streams]
+        key, value = (
+            _fitted(how, to_groups(x, plan.groups), taken.real, rows)
+            for how, x, rows in zip(planned, (keys, values), old, strict=True)
+        )
+    expected = [how.expected_error if how.scope == "model" and how.bands.components else None for how in planned]
+    is_watched = taken.tokens >= MIN_WATCHED and expected != [None, None]
+    rotations = layer.rotations()[plan.segments.index(segment)] if layer.rotations() else None
+    tokens = Tokens(
+        keys,
+        values,
+        taken.real,
+        rotations,
+        block=0 if plan.rotation is None else plan.rotation.block,
+        groups=plan.groups,
+        used=used,
+        slots=used + taken.slots + spare,
+        every=max(taken.slots // SAMPLE_TOKENS, 1) if is_watched else 0,
+    )
+    pair, lost = tokens.packed(kind, key, value)
+    if used:
+        for new, stored in zip(pair.tensors, before.tensors, strict=True):
+            if new.dim() > 1:
+                new[:, :, :used] = kept_slots(stored, kept, 2)
+    watched = WatchedPair(segment, lost, (expected[0], expected[1]), tokens if used == 0 else None)
+    return pair, [watched] if is_watched else []
 
 
-def _fitted(
-    stream: PackedStream, plan: StreamPlan, x: Tensor, real: Tensor, before: StreamBasis | None
-) -> PackedStream:
-    """A stream with a basis of the tokens `[B, G, N, W_g]` that are `real` `[B, N]`, each row's or that of all rows."""
+def _fitted(plan: StreamPlan, x: Tensor, real: Tensor | None, before: Tensor | None) -> Coding:
+    """How tokens `[B, G, N, W_g]` that are `real` `[B, N]` are stored, with a basis of each row or of all rows.
+
+    before: the decoder of an earlier one.
+    """
     if plan.scope == "batch":
-        x, real = x.transpose(0, 1).flatten(1, 2)[None], real.reshape(1, -1)
+        x, real = x.transpose(0, 1).flatten(1, 2)[None], None if real is None else real.reshape(1, -1)
     bands = plan.bands.at_most(x.shape[2])
-    rows = before.decoder if before is not None and bool(before.decoder.any()) else None
-    spectrum = fit(moments(x, real.to(torch.float32)), bands.components, rows)
+    weight = None if real is None else real.to(torch.float32)
+    rows = before if before is not None and before.numel() else None
+    spectrum = fit(moments(x, weight), bands.components, rows)
     if not all(band.is_float for count, band in bands.parts if count):
         # a Gaussian's steps clip a sequence's outliers, which costs more than all else
         spectrum = fit_steps(spectrum, x, token_scale=False)
-    return replace(stream, basis=spectrum.basis(bands, torch.float16), bands=bands)
-
-
-def _watched(
-    layer: "CompactedLayer", stream: PackedStream, plan: StreamPlan, name: str, x: Tensor, real: Tensor
-) -> PackedStream:
-    """Measure how well a shared basis codes tokens `[B, G, N, W_g]`; with another one where it is bad and nothing is stored with it."""
-    if plan.bands.components == 0 or int(real.sum()) < MIN_WATCHED:
-        return stream
-    fitted = Fit(lost_share(x, real, stream.basis, plan.bands, plan.token_scale), plan.expected_error)
-    if fitted.is_bad and stream.codes.shape[2] == 0:
-        again = refit(x, real, plan.bands, stream.basis)
-        after = Fit(lost_share(x, real, again, plan.bands, plan.token_scale), plan.expected_error)
-        if after.found < fitted.found:
-            stream = replace(stream, basis=again)
-            layer.refitted[name] = fitted
-            fitted = after
-    layer.fits[name] = fitted
-    return stream
-
-
-def _told_apart(layer: "CompactedLayer", parts: Pair) -> dict[str, Tensor]:
-    """Where a chunk's tokens go, chunk indices `[B, slots]` per packed segment; the newest text is fine."""
-    index, rule = layer.index, layer.index.plan.coarse
-    chunk, assignment = index.chunk.chunk, index.chunk.assignment
-    tokens, recent = parts[0].shape[2], assignment.recent - assignment.tail
-    older, newest = assignment.text.split([assignment.text.shape[1] - recent, recent], dim=1)
-    column = torch.arange(tokens, device=older.device)
-    candidates = flags_at(assignment.vision if rule.modality == "vision" else older, tokens) & (
-        column < tokens - NEWEST
-    )
-    coordinates = index.coordinates.at((chunk.start + column).expand(len(older), -1))
-    scores = scores_of(parts[0], parts[1], coordinates, index.plan.rotation, rule.weights[layer.layer_idx])
-    coarse = least_important(candidates, scores, rule.share)
-    fine = {"vision": assignment.vision, "text": assignment.text}
-    if rule.modality == "vision":
-        fine["vision"] = compact(flags_at(assignment.vision, tokens) & ~coarse)
-    else:
-        fine["text"] = torch.cat([compact(flags_at(older, tokens) & ~coarse), newest], 1)
-    return {"coarse": compact(coarse), **fine}
-
-
-def _place(layer: "CompactedLayer", where: Mapping[str, Tensor], used: Mapping[str, int]) -> None:
-    """Positions and rotations of a chunk's tokens, behind those of the `used` slots."""
-    chunk = layer.index.chunk
-    new = [positions_of(i, chunk.chunk.start) for i in (chunk.assignment.first, *where.values())]
-    if layer.own_positions:
-        first, *packed = layer.own_positions
-        old = [first, *(p[:, : used[name]] for name, p in zip(where, packed, strict=True))]
-        new = [torch.cat(pair, 1) for pair in zip(old, new, strict=True)]
-    layer.own_positions = new
-    layer.follow_positions()
+    return Coding(spectrum.basis(bands, torch.float16), bands, False)

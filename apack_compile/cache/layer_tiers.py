@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from apack_compile.cache.packed_pair import PackedPair
-from apack_compile.cache.token_index import extended
+from apack_compile.cache.token_index import Kept, Taken, count_of, extended
 from apack_compile.kernels.state import TEXT, VISION
 from apack_compile.plan.tiers import (
     ROUNDING,
@@ -22,6 +25,9 @@ from apack_compile.plan.tiers import (
     to_positions,
 )
 
+if TYPE_CHECKING:
+    from apack_compile.cache.shared_index import ChunkPlan
+
 # Segments that hold what may be evicted, by modality.
 PACKED = {"vision": VISION, "text": TEXT}
 
@@ -31,7 +37,8 @@ class LayerTiers:
 
     positions: int32 `[B, slots]` of first, vision, text. importance: float32 `[B, slots]` of vision, text (empty where no rule
     needs it). counts: `read` int32 `[B, 2]`, leading vision slots read in full and read at all, and `seen` int32 `[B, 2]`,
-    vision and text tokens so far. began, end: first position of the newest chunk, and what was counted. settled: importance has been
+    vision and text tokens so far. host: int64 `[B, 2]` on the host, these and how many of them are held, -1 where only the device knows.
+    began, end: first position of the newest chunk, and what was counted. settled: importance has been
     observed since the last layout; earlier: by position, what it was before that, until it is observed again.
     """
 
@@ -41,6 +48,7 @@ class LayerTiers:
         self.positions = [empty, empty.clone(), empty.clone()]
         self.importance = [empty.float(), empty.float()]
         self.counts = [torch.zeros(batch, 2, dtype=torch.int32, device=device) for _ in range(2)]
+        self.host = [torch.zeros(batch, 2, dtype=torch.int64) for _ in range(2)]
         self.began = 0
         self.end = 0
         self.settled = False
@@ -59,11 +67,11 @@ class LayerTiers:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [*self.positions, *self.importance, *self.counts]
+        return [*self.positions, *self.importance, *self.counts, *self.host]
 
     def batched(self) -> list[list[Tensor]]:
         """The lists whose tensors have a row per sequence."""
-        return [self.positions, self.importance, self.counts]
+        return [self.positions, self.importance, self.counts, self.host]
 
     def state(self, components: int) -> tuple:
         """The last arguments of `attend_tiers`, for values of so many components."""
@@ -84,31 +92,56 @@ class LayerTiers:
         held[:, self.end :] = True
         return held[:, :end]
 
-    def lay_out(self, positions: list[Tensor], where: Mapping[int, Tensor], end: int) -> None:
-        """Follow a layout of everything anew; `where` is -1 for evicted tokens."""
-        self._remember_importance()
-        self._count(positions, self.end, end)
+    def without_evicted(self, where: Mapping[str, Taken], end: int) -> dict[str, Taken]:
+        """What a layout of everything anew takes, by modality, without what was evicted."""
+        alive, found = self.alive(end), {}
+        for name, taken in where.items():
+            index = taken.index if taken.index.dim() == 1 else taken.index[:, 0, :, 0]
+            stays = alive.gather(1, index.expand(len(alive), -1))
+            found[name] = Taken(taken.index, None, stays if taken.real is None else stays & taken.real, taken.tokens)
+        return found
+
+    def lay_out(self, positions: list[Tensor], where: Mapping[int, Taken], chunk: "ChunkPlan") -> None:
+        """Follow a layout of everything anew; of `where`, evicted tokens are not real."""
+        self._remember_importance(chunk.held)
+        self._count(chunk.counts(self.end))
         self.began = self.end
-        self.positions = [positions[0].clone(), *(positions[s].masked_fill(where[s] < 0, -1) for s in (VISION, TEXT))]
-        self._unsettle(end)
+        placed = [(positions[s], where[s].real) for s in (VISION, TEXT)]
+        self.positions = [
+            positions[0].clone(),
+            *(p.clone() if real is None else p.masked_fill(~real, -1) for p, real in placed),
+        ]
+        self._unsettle(chunk.end)
 
-    def add_chunk(self, positions: list[Tensor], used: Mapping[int, int], began: int, end: int) -> None:
+    def add_chunk(self, positions: list[Tensor], used: Mapping[int, Kept], chunk: "ChunkPlan") -> None:
         """Follow a layout of a chunk behind the `used` slots."""
-        self._remember_importance()
-        self.counts[1] = self.seen + torch.tensor([0, began - self.end], dtype=torch.int32, device=self.seen.device)
-        self._count(positions, began, end)
-        self.began = began
-        old = [self.positions[0], *(self.positions[s][:, : used[s]] for s in (VISION, TEXT))]
-        self.positions = [torch.cat(pair, 1) for pair in zip(old, positions, strict=True)]
-        self._unsettle(end)
+        self._remember_importance(chunk.held)
+        new = chunk.counts(chunk.chunk.start)
+        new[:, 1] += chunk.chunk.start - self.end
+        self._count(new)
+        self.began = chunk.chunk.start
+        if self.end == 0:
+            self.positions = [p.clone() for p in positions]
+        else:
+            old = [self.positions[0], *(self.positions[s][:, : count_of(used[s])] for s in (VISION, TEXT))]
+            self.positions = [torch.cat(pair, 1) for pair in zip(old, positions, strict=True)]
+        self._unsettle(chunk.end)
 
-    def _count(self, positions: list[Tensor], began: int, end: int) -> None:
-        new = [(positions[s] >= began) & (positions[s] < end) for s in (VISION, TEXT)]
-        self.counts[1] = self.seen + torch.stack([flags.sum(1, dtype=torch.int32) for flags in new], 1)
+    def _count(self, new: NDArray[np.int64]) -> None:
+        """Count vision and text tokens `[B, 2]` that came."""
+        more = torch.from_numpy(new)
+        seen, held = self.host
+        self.host = [seen + more, torch.where(held < 0, held, held + more)]
+        self.counts[1] = self.host[0].to(torch.int32).to(self.read.device, non_blocking=True)
 
-    def _remember_importance(self) -> None:
+    def _count_text(self, tokens: int) -> None:
+        """Count text that came or, where negative, went."""
+        self.seen[:, 1] += tokens
+        self.host = [x + torch.tensor([0, tokens]) for x in self.host]
+
+    def _remember_importance(self, held: int) -> None:
         pairs = zip(self.importance, self.positions[1:], strict=True)
-        self.earlier = [to_positions(x, p, int(p.max()) + 1) if x.numel() else x for x, p in pairs if self.settled]
+        self.earlier = [to_positions(x, p, held) if x.numel() else x for x, p in pairs if self.settled]
 
     def _unsettle(self, end: int) -> None:
         self.end = end
@@ -149,14 +182,15 @@ class LayerTiers:
     def crop(self, held: int) -> None:
         """Forget the tokens from position `held` on, which are text in every row."""
         if held < self.end:
-            self.seen[:, 1] -= self.end - held
+            self._count_text(held - self.end)
             self.end = held
         if self.importance[1].numel():
             self.importance[1].masked_fill_(self.positions[TEXT] >= held, 0.0)
 
     def count_text(self, end: int) -> None:
         """Count the text before position `end` as seen."""
-        self.seen[:, 1] += end - self.end
+        if end != self.end:
+            self._count_text(end - self.end)
         self.end = end
 
     def chosen(self, pool: tuple[str, ...], used: int) -> dict[str, Tensor]:
@@ -172,10 +206,29 @@ class LayerTiers:
         stay = most_scored(self.rule.score(tokens), self.rule.budget(tokens), tokens)
         return dict(zip(pool, stay.split(ends, 1), strict=True))
 
+    def count_kept(self, pool: tuple[str, ...]) -> None:
+        """Count what stays of a pool: as many tokens as the rule's budget, which the host knows where one modality competes."""
+        columns = [PACKED[name] - VISION for name in pool]
+        seen, held = self.host
+        kept = held.clone()
+        kept[:, columns] = -1
+        if len(pool) == 1 and bool(np.all(np.asarray(held)[:, columns] >= 0)):
+            (column,) = columns
+            none = torch.empty(len(held), 0)
+            tokens = Tokens(pool, none, none, none, held[:, column], seen[:, column])
+            kept[:, column] = torch.minimum(self.rule.budget(tokens).clamp_min(0), held[:, column])
+        self.host = [seen, kept]
+
+    def most_kept(self, name: str, keep: Tensor) -> int:
+        """Most tokens of a modality that a row keeps: those at `keep` `[B, slots]`."""
+        known = np.asarray(self.host[1])[:, PACKED[name] - VISION]
+        # only the device knows how modalities that compete share a budget
+        return int(known.max(initial=0)) if (known >= 0).all() else int(keep.sum(1).max())
+
     def keep_vision(self, pair: PackedPair, keep: Tensor) -> PackedPair:
         """The vision tokens in the slots `keep`, bool `[B, slots]`; positions and importance follow."""
         self.has_evicted, count = True, keep.sum(1)
-        most = int(count.max())
+        most = self.most_kept("vision", keep)
         order = by_importance(self.importance[0], keep)[:, :most]
         inside = torch.arange(most, device=order.device) < count[:, None]
         self.positions[VISION] = self.positions[VISION].gather(1, order).masked_fill(~inside, -1)
@@ -195,17 +248,17 @@ class LayerTiers:
         """Read every vision slot at the next step."""
         self.read.fill_(self.positions[VISION].shape[1])
 
-    def keep_text(self, codes: list[Tensor], keep: Tensor, end: int) -> tuple[int, int]:
+    def keep_text(self, codes: list[Tensor], keep: Tensor, end: int) -> tuple[int, Tensor]:
         """Of the text tokens before position `end`, in the first slots, move those to `keep` `[B, slots]` to the front, in place.
 
-        Gives the slots that they have then, in order of position, and how many of the newest are contiguous. Slots of later positions
+        Gives the slots that they have then, in order of position, and how many of the newest are contiguous, 0-d. Slots of later positions
         follow. A row that keeps fewer leaves the leading slots empty, so that the newest tokens have the same slots in every row.
         """
         self.has_evicted, used = True, keep.shape[1]
         positions, slots = self.positions[TEXT], self.positions[TEXT].shape[1]
         older = positions[:, :used]
         recent, count = newest_without_gap(keep, older, older >= 0), keep.sum(1)
-        most = int(count.max()) if len(count) else 0
+        most = self.most_kept("text", keep)
         last = older.long().masked_fill(~keep, -1).argsort(dim=1, stable=True)
         later = torch.arange(used, slots, device=last.device).expand(len(last), -1)
         order = torch.cat([last[:, used - most :], later, last[:, : used - most]], 1)
@@ -218,7 +271,7 @@ class LayerTiers:
         moved[:, most:] = column[most:] - most + end
         positions.copy_(moved)
         self.importance[1][:, slots - (used - most) :] = 0
-        return most, int(recent.min())
+        return most, recent.min()
 
     def keep_text_slots(self, slots: int) -> None:
         """Free the text slots behind the first `slots`."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from apack_compile.kernels.encode import encode
-from apack_compile.kernels.format import StreamBasis
+from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.kernels.heads import to_groups
-from apack_compile.kernels.state import KIND_NAMES, PackedStream
-from apack_compile.plan.plan import STREAMS, Plan, StreamPlan
+from apack_compile.kernels.pack.reference import grouped
+from apack_compile.kernels.state import KIND_NAMES, TEXT, PackedStream, layout_words
+from apack_compile.plan.plan import FITTED_SCOPES, STREAMS, Plan
 
 
 @dataclass(frozen=True)
@@ -60,35 +60,105 @@ class PackedPair:
         return replace(self, key=changed(self.key), value=changed(self.value))
 
 
-def empty_pairs(plan: Plan, layer: int, key: Tensor, value: Tensor, dense_dtype: torch.dtype) -> dict[str, PackedPair]:
-    """The packed segments of a layer by name, without slots, for states `[B, H_kv, n, D]`."""
+@dataclass(frozen=True)
+class Coding:
+    """How one stream is stored. dtype: of tokens that are kept as they are, None for codes."""
+
+    basis: StreamBasis
+    bands: Bands
+    is_scaled: bool
+    dtype: torch.dtype | None = None
+
+    @staticmethod
+    def of(stream: PackedStream) -> "Coding":
+        """That of a stream that is stored."""
+        return Coding(stream.basis, stream.bands, stream.scale.dim() > 1, stream.codes.dtype if stream.as_is else None)
+
+    def stream_of(self, codes: Tensor, scale: Tensor) -> PackedStream:
+        """A stream that is stored so."""
+        codes = codes if self.dtype in (None, codes.dtype) else codes.to(self.dtype)
+        return PackedStream(codes, scale, self.basis, self.bands)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens `[B, H_kv, n, D]` of a packed segment, keys deinterleaved, and how they become its slots from `used` on, of `slots`.
+
+    real: bool `[B, n]`, None for all. rotations: of the segment's blocks of `block` slots, None for keys as they come. groups: head groups.
+    every: how many tokens apart the sample is that says what coding loses; 0 for none.
+    """
+
+    key: Tensor
+    value: Tensor
+    real: Tensor | None
+    rotations: Tensor | None
+    block: int
+    groups: int
+    used: int
+    slots: int
+    every: int
+
+    def packed(self, kind: int, key: Coding, value: Coding) -> tuple[PackedPair, Tensor]:
+        """The pair of these tokens, slots before `used` left empty; what coding K and V loses, `[2]`."""
+        rotations = [] if self.rotations is None else [self.rotations]
+        block = 0 if self.rotations is None else self.block
+        layout = layout_words(block, 0, [(TEXT, (key.bands, value.bands))])
+        bases = [*key.basis, *value.basis, *rotations]
+        scaled = [key.is_scaled, value.is_scaled]
+        given = self.key, self.value, bases, layout, self.groups, scaled, self.used, self.slots, self.every, self.real
+        key_codes, key_scale, value_codes, value_scale, lost = torch.ops.apack.pack.default(*given)
+        return PackedPair(kind, key.stream_of(key_codes, key_scale), value.stream_of(value_codes, value_scale)), lost
+
+    def grouped(self, name: str) -> Tensor:
+        """K or V as head groups `[B, G, n, W_g]`, as their basis codes them."""
+        if name == "value":
+            return to_groups(self.value, self.groups)
+        slots = torch.arange(self.used, self.used + self.key.shape[2], device=self.key.device)
+        return grouped(self.key, self.groups, self.rotations, self.block, slots)
+
+
+def codings(
+    plan: Plan, layer: int, segment: str, dense_dtype: torch.dtype, identity: StreamBasis
+) -> tuple[Coding, Coding]:
+    """How a packed segment of a layer is stored; bases that are fitted to each cache are yet to come."""
     named = plan.layers[layer].named
-    bases = dict(zip(named, plan.bases.get(layer, ()), strict=False))
-
-    def stream(segment: str, name: str, states: Tensor) -> PackedStream:
-        planned, basis = named[f"{segment}_{name}"], bases.get(f"{segment}_{name}")
-        x = to_groups(states[:, :, :0], plan.groups)
-        basis = basis if planned.scope == "model" else _basis_to_come(planned, states, plan.groups)
-        codes, _ = encode(x, basis, planned.bands)
-        codes = codes.to(dense_dtype) if planned.scope == "half" else codes
-        scale = x.new_empty((*x.shape[:3],) if planned.token_scale else 0, dtype=torch.float16)
-        return PackedStream(codes, scale, basis, planned.bands)
-
-    return {
-        segment: PackedPair(
-            KIND_NAMES.index(segment),
-            *(stream(segment, name, x) for name, x in zip(STREAMS, (key, value), strict=True)),
-        )
-        for segment in plan.segments
-    }
+    found = []
+    for name in (f"{segment}_{stream}" for stream in STREAMS):
+        planned = named[name]
+        if planned.scope == "model":
+            basis = plan.bases[layer][list(named).index(name)]
+            has_scale = planned.token_scale and planned.bands.components > 0
+            found.append(Coding(basis, planned.bands, has_scale))
+        else:
+            # fitted bases have at most as many components as tokens
+            dtype = dense_dtype if planned.scope == "half" else None
+            found.append(Coding(identity, planned.bands.at_most(0), False, dtype))
+    return found[0], found[1]
 
 
-def _basis_to_come(plan: StreamPlan, states: Tensor, groups: int) -> StreamBasis:
-    """The basis of a stream that the plan has none for: the identity, or zeros that the first fit replaces."""
-    empty = states.new_empty(0, dtype=torch.float32)
-    if plan.scope in ("as_is", "half"):
-        return StreamBasis(empty, empty, empty)
-    batch, width = 1 if plan.scope == "batch" else states.shape[0], states.shape[1] * states.shape[3] // groups
-    shape = (batch, groups, plan.bands.components, width)
-    half = {"dtype": torch.float16, "device": states.device}
-    return StreamBasis(torch.zeros(batch, groups, width, **half), torch.zeros(shape, **half), empty.new_ones(shape[:3]))
+def empty_pair(
+    kind: int, codings: tuple[Coding, Coding], plan: Plan, layer: int, key: Tensor, value: Tensor
+) -> PackedPair:
+    """A packed segment of a layer without slots, for states `[B, H_kv, n, D]`."""
+    streams = []
+    planned = plan.layers[layer].pair(KIND_NAMES[kind])
+    for coding, how, states in zip(codings, planned, (key, value), strict=True):
+        shape, width = (states.shape[0], plan.groups, 0), states.shape[1] * states.shape[3] // plan.groups
+        if how.scope in ("as_is", "half"):
+            codes = states.new_empty((*shape, width), dtype=coding.dtype)
+        else:
+            codes = states.new_empty((*shape, coding.bands.token_bytes), dtype=torch.uint8)
+        if how.scope in FITTED_SCOPES:
+            coding = replace(
+                coding, basis=_basis_of_none(1 if how.scope == "batch" else shape[0], plan.groups, width, codes)
+            )
+        scale = states.new_empty(shape if coding.is_scaled else 0, dtype=torch.float16)
+        streams.append(PackedStream(codes, scale, coding.basis, coding.bands))
+    return PackedPair(kind, *streams)
+
+
+def _basis_of_none(batch: int, groups: int, width: int, like: Tensor) -> StreamBasis:
+    """The basis that is fitted to no tokens."""
+    mean = like.new_zeros((batch, groups, width), dtype=torch.float16)
+    decoder = mean.new_empty((batch, groups, 0, width))
+    return StreamBasis(mean, decoder, mean.new_empty((batch, groups, 0), dtype=torch.float32))

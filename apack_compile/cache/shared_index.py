@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from apack_compile.cache.token_index import Assignment, Chunk, Kept
+from apack_compile.cache.coarse_choice import CoarseChoice
+from apack_compile.cache.token_index import Assignment, Chunk, Kept, Taken
+from apack_compile.kernels.format import StreamBasis
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.plan import Plan
 
@@ -24,10 +28,15 @@ class Incoming:
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Where the tokens of a chunk go in every layer, and what layers have which it has not reached.
+    """Where the tokens of a chunk go in every layer, worked out once, and what layers have which it has not reached.
 
-    assignment: of the chunk's tokens to slots. spare: free text slots behind them. kept: slots of vision and text that the chunk
-    leaves, in their new order; None where these are all that are used. positions, rotations: those of before.
+    chunk, assignment: of its tokens to slots, on the host. spare: free text slots behind them. kept: slots of vision and text that the
+    chunk leaves, in their new order; None where these are all that are used. positions, rotations: those of before.
+
+    held, packed: tokens held before it, and the first position of the tail then; end, start: the same after it. first, tail, segments:
+    which tokens go into the slots of first, tail and the packed segments; first_positions: int32 `[B, slots]`. waiting: slots of the
+    tail of before that hold a token, in order. cursor: what the layers' cursors are then, with the position `text_origin` in text slot
+    0. identity: the basis of streams that are kept as they are. coarse: how layers tell tokens apart.
     """
 
     chunk: Chunk
@@ -36,6 +45,24 @@ class ChunkPlan:
     kept: Mapping[str, Kept] | None
     positions: list[Tensor]
     rotations: list[Tensor]
+    held: int
+    packed: int
+    end: int
+    start: int
+    text_origin: int
+    first: Taken
+    first_positions: Tensor
+    tail: Taken
+    segments: Mapping[str, Taken]
+    waiting: Tensor | None
+    cursor: Tensor
+    identity: StreamBasis
+    coarse: CoarseChoice | None = None
+
+    def counts(self, began: int) -> NDArray[np.int64]:
+        """Vision and text tokens `[B, 2]` from position `began` on that get a slot."""
+        first = max(began - self.chunk.start, 0)
+        return np.stack([(index >= first).sum(1) for index in (self.assignment.vision, self.assignment.text)], 1)
 
 
 @dataclass
@@ -46,8 +73,9 @@ class SharedIndex:
     rotations: of vision and text, float32 `[B, blocks, 2, P]`, by which packed keys are rotated back; empty where they are not.
     coordinates: of the tokens, by which keys rotate. assigned: end of the positions that have a text slot. capacity: logical length of
     what `unpack` returns; length: instead of it, of an eager step that may return held tokens alone. chunk: None while tokens are
-    only appended. is_draft: whether all tokens of the chunk that came last may be cropped again. is_watched: whether a forward pass
-    that runs eagerly is known to have begun, so that its attentions can be served by `attend`.
+    only appended. laid_out: tokens held after the last chunk that was, and the first position of the tail then; begun: the same before
+    several tokens of a window are appended. is_draft: whether all tokens of the chunk that came last may be cropped again. is_watched:
+    whether a forward pass that runs eagerly is known to have begun, so that its attentions can be served by `attend`.
     """
 
     window: int | None = None
@@ -59,6 +87,8 @@ class SharedIndex:
     capacity: int = 0
     length: int | None = None
     chunk: ChunkPlan | None = None
+    laid_out: tuple[int, int] = (0, 0)
+    begun: tuple[int, int] = (0, 0)
     is_draft: bool = False
     is_watched: bool = False
 

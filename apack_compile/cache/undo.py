@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from apack_compile.cache.kept_layers import CROSS_ATTENTION
+from apack_compile.cache.layer import CompactedLayer
 
 if TYPE_CHECKING:
     from apack_compile.cache.cache import CompactedCache
@@ -47,3 +51,13 @@ def undo_of(cache: "CompactedCache", appends: bool) -> Undo:
 def attributes_of(holder: object) -> dict[str, Any]:
     """Attributes of an object, its lists and dictionaries copied."""
     return {name: copy(value) if isinstance(value, (list, dict)) else value for name, value in vars(holder).items()}
+
+
+def lengths_of(cache: "CompactedCache") -> set[int]:
+    """How many tokens the layers hold that grow with them: one number, unless a chunk did not end."""
+    growing = [
+        layer
+        for layer, kind in zip(cache.layers, cache.kinds, strict=True)
+        if isinstance(layer, (CompactedLayer, DynamicLayer)) and kind.layer_type != CROSS_ATTENTION
+    ]
+    return {int(layer.get_seq_length()) if layer.is_initialized else 0 for layer in growing}

@@ -104,6 +104,7 @@ def finish(session: Session, cache: CompactedCache) -> None:
     prompt, states = cache.held_back.prompt, cache.held_back.states
     missing = [str(layer.layer_idx) for layer in cache.packed_layers if layer.layer_idx not in states]
     try:
+        cache.held_back.checks.read()
         if missing:
             raise ValueError(
                 f"layers {', '.join(missing)} stored nothing in the first forward pass; call calibrate first"

@@ -68,9 +68,90 @@ def feature_count(heads: int, key_dim: int, value_dim: int) -> int:
     return sum(averages(heads, dim) * dim + heads for dim in (key_dim, value_dim))
 
 
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's weights of a token, float32, by what they are multiplied with: heads of which some are averaged.
+
+    key, turned, value: `[A, 1, 1, D]`; turned: those of a key as it is before it is rotated by a quarter, None where it is not rotated.
+    key_norm, value_norm: `[H_kv, 1]`.
+    """
+
+    key: Tensor
+    turned: Tensor | None
+    value: Tensor
+    key_norm: Tensor
+    value_norm: Tensor
+
+    @staticmethod
+    def of_layers(
+        weights: Mapping[int, Tensor], shape: tuple[int, int, int], rotation: KeyRotation | None
+    ) -> "dict[int, LayerWeights]":
+        """Those of all layers, from a token's features' `[F]`; shape: KV heads, width of a key and of a value."""
+        heads, *dims = shape
+        means = [averages(heads, dim) for dim in dims]
+        every = torch.stack(list(weights.values()))
+        parts = every.split([means[0] * dims[0], means[1] * dims[1], heads, heads], dim=1)
+        key, value = (
+            (part / (heads // count)).unflatten(1, (count, 1, 1, dim))
+            for part, count, dim in zip(parts, means, dims, strict=False)
+        )
+        turned = [None] * len(every)
+        if rotation is not None:
+            pairs = len(rotation.frequencies)
+            first, second, rest = key.split([pairs, pairs, dims[0] - 2 * pairs], dim=-1)
+            turned = torch.cat([-second, first, torch.zeros_like(rest)], -1).unbind()
+        norms = (part[..., None].unbind() for part in parts[2:])
+        found = zip(key.unbind(), turned, value.unbind(), *norms, strict=True)
+        return {layer: LayerWeights(*of_layer) for layer, of_layer in zip(weights, found, strict=True)}
+
+
+@dataclass(frozen=True)
+class RotationTable:
+    """How the keys of some tokens are rotated. cosine, sine: float32 `[B, T, D]`, 1 and 0 where nothing rotates.
+
+    flat: float32 `[B N, 2, P]` of all rows, and of tokens to come. start: `[B, 1]`, where each row begins.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    flat: Tensor
+    start: Tensor
+
+    @staticmethod
+    def of(rotations: Tensor, tokens: int, head_dim: int) -> "RotationTable":
+        """Of the rotations `[B, N, 2, P]` of a chunk of so many tokens, and of those to come, of keys `[..., D]`."""
+        rows, each, _, pairs = rotations.shape
+        cosine, sine = rotations[:, :tokens].unbind(-2)
+        rest = cosine.new_ones(rows, tokens, head_dim - 2 * pairs)
+        start = each * torch.arange(rows, device=rotations.device)[:, None]
+        both = torch.cat([cosine, cosine, rest], -1), torch.cat([sine, sine, torch.zeros_like(rest)], -1)
+        return RotationTable(*both, rotations.flatten(0, 1), start)
+
+    def at(self, index: Tensor) -> Tensor:
+        """Rotations `[B, n, 2, P]` of tokens `[B, n]`."""
+        return self.flat[index if len(index) == 1 else index + self.start]
+
+
+def scores_at(key: Tensor, value: Tensor, table: RotationTable | None, weights: LayerWeights) -> Tensor:
+    """Scores `[B, T]` of tokens `[B, H_kv, T, D]`: their features times the weights, without making the features."""
+    keys, values = (x.unflatten(1, (len(w), -1)) for x, w in ((key, weights.key), (value, weights.value)))
+    score = (keys * weights.key).sum((1, 2))
+    if table is not None:
+        # before it was rotated, a key k was k cos + k' sin, and k' w is k times the turned weights
+        score = (score * table.cosine).addcmul_((keys * weights.turned).sum((1, 2)), table.sine)
+    score = score.sum(-1).add_((values * weights.value).sum((1, 2, 4)))
+    for states, weight in ((key, weights.key_norm), (value, weights.value_norm)):
+        norms = torch.linalg.vector_norm(states, dim=-1, dtype=score.dtype)
+        score = score.add_((norms * weight).sum(1))
+    return score
+
+
 def scores_of(key: Tensor, value: Tensor, coordinates: Tensor, rotation: KeyRotation | None, weights: Tensor) -> Tensor:
     """Scores `[B, T]` of tokens `[B, H_kv, T, D]` at rotary `coordinates` `[B, T, C]`."""
-    return features(unrotated(key, coordinates, rotation), value) @ weights
+    heads, tokens, head_dim = key.shape[1:]
+    table = None if rotation is None else RotationTable.of(rotation.at(coordinates), tokens, head_dim)
+    of_layer = LayerWeights.of_layers({0: weights}, (heads, head_dim, value.shape[3]), rotation)[0]
+    return scores_at(key, value, table, of_layer)
 
 
 def unrotated(key: Tensor, coordinates: Tensor, rotation: KeyRotation | None) -> Tensor:

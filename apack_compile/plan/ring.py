@@ -4,8 +4,8 @@ Text is stored in the order of its positions. When the last slot is taken, the o
 its slots get the positions to come. A block is reused as a whole, because its keys were rotated back to its first slot.
 """
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 # Slots that are reused together where keys are not rotated back.
 BLOCK = 32
@@ -31,26 +31,26 @@ def whole_blocks(slots: int, block: int) -> int:
     return -(-slots // block) * block
 
 
-def leading_blocks_dropped(positions: Tensor, block: int, keep_from: int, packed: int) -> Tensor:
+def leading_blocks_dropped(positions: NDArray, block: int, keep_from: int, packed: int) -> NDArray[np.int64]:
     """Slots `[N']` of `[B, N]` positions without the leading blocks that hold none from `keep_from` to `packed`."""
-    slots = torch.arange(positions.shape[1], device=positions.device)
-    needed = ((positions >= keep_from) & (positions < packed)).any(0).nonzero()
+    slots = np.arange(positions.shape[1])
+    needed = np.flatnonzero(((positions >= keep_from) & (positions < packed)).any(0))
     first = int(needed[0]) // block * block if len(needed) else len(slots)
     return slots[first:]
 
 
-def in_order(positions: Tensor, head: int, block: int, keep_from: int, packed: int) -> Tensor:
+def in_order(positions: NDArray, head: int, block: int, keep_from: int, packed: int) -> NDArray[np.int64]:
     """Slots `[N']` of a ring with positions `[B, N]`, oldest first, up to the last one taken; `head`: the slot taken next.
 
     Blocks without a position from `keep_from` on, and those given to tokens from `packed` on, are left out.
     """
     taken = whole_blocks(head, block)
-    slots = torch.arange(positions.shape[1], device=positions.device)
+    slots = np.arange(positions.shape[1])
     older, newer = slots[taken:], slots[:head]
     held = (positions < packed) & (positions >= keep_from)
-    blocks = held[:, taken:].any(0)
-    padded = torch.nn.functional.pad(blocks, (0, -len(blocks) % block)).unflatten(0, (-1, block)).any(1)
-    older = older[padded.repeat_interleave(block)[: len(older)]]
+    blocks = np.any(held[:, taken:], axis=0)
+    padded = np.pad(blocks, (0, -len(blocks) % block)).reshape(-1, block).any(1)
+    older = older[padded.repeat(block)[: len(older)]]
     # where the newest token is in the last block, blocks given away are the leading ones
     newest = leading_blocks_dropped(positions[:, :head], block, keep_from, packed) if len(older) == 0 else newer
-    return torch.cat([older, newest])
+    return np.concatenate([older, newest])
