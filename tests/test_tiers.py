@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,16 +89,16 @@ def test_importance_is_made_of_the_head_mean_attention_of_the_newest_queries(bat
 
 
 def test_the_newest_rows_are_real_tokens():
-    none = newest_rows(4, 3, 1, None, torch.device("cpu"))
+    none = newest_rows(4, 3, np.zeros((1, 5), bool))
     assert none.tolist() == [[4, 3, 2]]
-    padding = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 0, 0]]).bool()
-    assert newest_rows(4, 3, 4, padding, torch.device("cpu")).tolist() == [
+    padding = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 0, 0]], bool)
+    assert newest_rows(4, 3, padding).tolist() == [
         [4, 3, -1],
         [2, 1, 0],
         [4, -1, -1],
         [4, 2, 0],
     ]
-    assert newest_rows(1, 3, 4, padding, torch.device("cpu")).tolist() == [[1, -1], [1, 0], [1, -1], [0, -1]]
+    assert newest_rows(1, 3, padding).tolist() == [[1, -1], [1, 0], [1, -1], [0, -1]]
 
 
 @given(st.integers(1, 40), st.integers(0, 999))

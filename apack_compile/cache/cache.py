@@ -28,7 +28,7 @@ from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.shared_index import Incoming, SharedIndex
 from apack_compile.cache.token_index import there
 from apack_compile.cache.undo import Undo, lengths_of, undo_of
-from apack_compile.cache.watch import Watch, WatchedKeys
+from apack_compile.cache.watch import AskedRows, Watch, WatchedKeys
 from apack_compile.errors import StrictError
 from apack_compile.kernels.autocast import without_autocast
 from apack_compile.models.inference_mode import outside_inference_mode
@@ -69,10 +69,9 @@ class CompactedCache(Cache):
         self.held_back: HeldBack | None = None
         self.incoming: Incoming | None = None
         # Of the chunk being stored.
-        self._padding: Tensor | None = None
-        self._drafted, self._newest_row = 0, 0
+        self._asked: AskedRows | None = None
         self._undo: Undo | None = None
-        self._checks = Checks()
+        self._drafted, self._checks = 0, Checks()
         # Why its tokens are not whole any more.
         self._broken: str | None = None
         # The module, by id, whose forward pass runs with this cache.
@@ -173,11 +172,11 @@ class CompactedCache(Cache):
                 self._roll_back()
             raise
         if layer.tiers is not None and layer.index.chunk is not None and layer.index.is_watched:
-            out = WatchedKeys.of(out[0], Watch(self, layer, key.shape[2], self._newest_row, self._padding)), out[1]
+            out = WatchedKeys.of(out[0], Watch(self, layer, key.shape[2], self._asked.over(layer, out[0]))), out[1]
         if layer is packed[-1]:
             for text in fit_notes(packed):
                 self.note(text)
-            self._undo = self._padding = None
+            self._undo = self._asked = None
             self.groups.end_chunk()
         return out
 
@@ -200,16 +199,14 @@ class CompactedCache(Cache):
     def _begin(self, key: Tensor, value: Tensor) -> None:
         """Decide, at the first packed layer, what happens to the coming chunk `[B, H_kv, n, D]`."""
         batch, heads, tokens, key_dim = key.shape
-        self._checks = Checks()
+        self._checks, incoming = Checks(), self.incoming or Incoming()
         self.eager_chunks += 1
-        incoming = self.incoming or Incoming()
         if not self.is_told and tokens > 1 and self.signature:
             self._tell(
                 f"{tokens} tokens came without a forward pass of the optimized model: all are stored as text, and none as padding; pass "
                 "the cache to the model itself"
             )
         self.incoming = self._undo = None
-        self._padding = incoming.padding
         if self.is_filled and incoming.vision is None and tokens <= MAX_APPEND:
             held, has_pictures = self.groups.held, False
         else:
@@ -218,8 +215,6 @@ class CompactedCache(Cache):
         appends = held > 0 and tokens <= MAX_APPEND and not has_pictures
         self._drafted = self.groups.drafted(held, held + tokens)
         is_draft = held > 0 and self._drafted >= tokens and not has_pictures
-        # the first token of a draft is one that stays
-        self._newest_row = 0 if is_draft else tokens - 1 - (self._drafted if self._drafted < tokens else 0)
         if appends:
             self.reserve(tokens)
         elif is_draft:
@@ -232,6 +227,9 @@ class CompactedCache(Cache):
         if appends:
             self.groups.note_cursors(tokens)
             return
+        # the first token of a draft is one that stays
+        newest = 0 if is_draft else tokens - 1 - (self._drafted if self._drafted < tokens else 0)
+        self._asked = AskedRows(newest, padding)
         self.groups.choose_plans(vision, padding)
         if not self.groups.follow_coordinates(incoming.shown, there(padding, key.device), held):
             self._tell(
@@ -240,7 +238,9 @@ class CompactedCache(Cache):
             )
         if not all(plan.separates_vision for plan in self.groups.plans) and has_pictures:
             self.note("the calibration inputs held no vision tokens: vision tokens are stored with the text bases")
-        self.groups.lay_out((vision, padding), befores, Shape(heads, key_dim, value.shape[3], key.device))
+        self.groups.lay_out(
+            (vision, padding), befores, Shape(batch, heads, key_dim, value.shape[3], key.dtype, key.device)
+        )
 
     def _tell(self, text: str) -> None:
         """Note what was not seen; raises StrictError when strict."""

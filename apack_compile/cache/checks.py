@@ -24,7 +24,7 @@ LAYERS_BEHIND = 2
 
 def largest_of(key: Tensor, value: Tensor) -> Tensor:
     """Largest magnitude `[2]` of K and of V, NaN where there is one."""
-    return torch.stack([torch.linalg.vector_norm(x.detach(), math.inf) for x in (key, value)])
+    return torch.stack([torch.linalg.vector_norm(x.detach() if x.requires_grad else x, math.inf) for x in (key, value)])
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ class Slots:
 
     def taken(self, indices: Tensor) -> Taken:
         """Which tokens go into the slots."""
-        index = indices[0, : self.slots] if len(indices) == 1 else indices[:, None, : self.slots, None]
-        return Taken(index, None, None if self.real is None else self.real[:, : self.slots], self.tokens)
+        index = indices[0, : self.slots] if len(indices) == 1 else indices[:, : self.slots]
+        return Taken.of_tensors(index, None, None if self.real is None else self.real[:, : self.slots], self.tokens)
 
     def positions(self, indices: Tensor, position: Tensor) -> Tensor:
         """int32 `[B, slots + free]`, of chunk indices whose positions `[T + free]` are these."""

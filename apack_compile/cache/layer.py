@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from apack_compile.cache.drift import Fit, WatchedPair
+from apack_compile.cache.eviction import evict
+from apack_compile.cache.first_choice import Floor
 from apack_compile.cache.layer_store import store
 from apack_compile.cache.layer_tiers import LayerTiers
 from apack_compile.cache.packed_pair import PackedPair
@@ -81,7 +83,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def move_origin(self, origin: int) -> None:
         """Give text slot 0 another position (docs/architecture.md)."""
-        self.cursor[ORIGIN] += origin - self.origin
+        self.cursor[ORIGIN].add_(origin - self.origin)
         self.origin = origin
 
     @property
@@ -220,9 +222,7 @@ class CompactedLayer(CacheLayerMixin):
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.dense_dtype = self._dense_dtype(self.dtype)
         # Models look at these to see whether a layer is filled; who would read numbers gets an error.
-        self.keys, self.values = (
-            torch.empty((*x.shape[:2], 0, x.shape[3]), dtype=x.dtype, device="meta") for x in (key_states, value_states)
-        )
+        self.keys, self.values = self.index.chunk.offered
         if self.index.plan.tiers is not None and self.tiers is None:
             self.tiers = LayerTiers(self.index.plan.tiers, self.batch_size, self.device)
         self.is_initialized = True
@@ -335,9 +335,10 @@ class CompactedLayer(CacheLayerMixin):
         own_bases = any(stream.scope == "sequence" for stream in self.index.plan.layers[self.layer_idx].streams)
         self.pairs = {name: pair.with_rows(change, own_bases) for name, pair in self.pairs.items()}
         self.first, self.tail = (DenseSegment(change(x.key), change(x.value)) for x in (self.first, self.tail))
-        own = [] if self.tiers is None else self.tiers.batched()
-        for tensors in (self.own_positions, self.own_rotations, *own):
+        for tensors in (self.own_positions, self.own_rotations):
             tensors[:] = map(change, tensors)
+        if self.tiers is not None:
+            self.tiers.change_rows(change)
         self.batch_size = self.first.key.shape[0]
 
     @property
@@ -346,15 +347,19 @@ class CompactedLayer(CacheLayerMixin):
         return self.tiers is not None and self.tiers.has_evicted
 
     @torch.no_grad()
-    def settle(self, importance: Tensor, end: int) -> Tensor | None:
+    def settle(self, importance: Tensor, end: int) -> Floor | None:
         """After a prefill: take the `importance` `[B, T]` by position, evict text before position `end`, and rank.
 
-        Gives the first position that can be cropped after it, 0-d; None for any.
+        Gives the first position that can be cropped after it; None for any.
         """
         tiers = self.tiers
         tiers.observe(importance)
+        tiers.is_ranked = False
         floor = self.evict(tiers.rule.pools, end)
-        self.rank()
+        if tiers.is_ranked:
+            tiers.read_some()
+        else:
+            self.rank()
         tiers.settled = True
         self.mark_static()
         return floor
@@ -373,28 +378,9 @@ class CompactedLayer(CacheLayerMixin):
         self.tiers.rank(self.pairs["vision"].tensors)
 
     @torch.no_grad()
-    def evict(self, pools: Sequence[tuple[str, ...]], end: int) -> Tensor | None:
+    def evict(self, pools: Sequence[tuple[str, ...]], end: int) -> Floor | None:
         """Evict tokens of these pools, text before position `end` alone, none of it in the tail.
 
-        Gives the first position that can be cropped after it, 0-d; None for any.
+        Gives the first position that can be cropped after it; None for any.
         """
-        origin, tiers = self.origin, self.tiers
-        if any("text" in pool for pool in pools):
-            tiers.count_text(end)
-        keep = {name: flags for pool in pools for name, flags in tiers.chosen(pool, end - origin).items()}
-        for pool in pools:
-            tiers.count_kept(pool)
-        if "vision" in keep and keep["vision"].numel():
-            self.pairs["vision"] = tiers.keep_vision(self.pairs["vision"], keep["vision"])
-        return self._keep_text(keep["text"], end) if "text" in keep else None
-
-    def _keep_text(self, keep: Tensor, end: int) -> Tensor:
-        """Evict text before position `end`, in place where the slots stay as many; first position that can be cropped after it."""
-        origin = self.origin
-        kept, croppable = self.tiers.keep_text(self.pairs["text"].tensors, keep, end)
-        if not self.tiers.settled:
-            slots = kept + self.text_slots - (end - origin)
-            self.pairs["text"] = self.pairs["text"].with_tokens(lambda x: x[:, :, :slots].clone())
-            self.tiers.keep_text_slots(slots)
-        self.move_origin(end - kept)
-        return end - croppable
+        return evict(self, pools, end)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apack_compile.cache.coarse_choice import coarse_choice
+from apack_compile.cache.first_choice import Floor, highest
 from apack_compile.cache.layer import CompactedLayer
 from apack_compile.cache.shared_index import ChunkPlan, SharedIndex
 from apack_compile.cache.token_index import (
@@ -37,12 +38,21 @@ FlagsOfBoth = tuple[Flags, Flags]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the states of a chunk: KV heads, width of a key and of a value, and where they are."""
+    """Of the states of a chunk: rows, KV heads, width of a key and of a value, their dtype and where they are."""
 
+    batch: int
     heads: int
     key: int
     value: int
+    dtype: torch.dtype
     device: torch.device
+
+    @property
+    def offered(self) -> tuple[Tensor, Tensor]:
+        """K and V of no tokens, on no device."""
+        shapes = ((self.batch, self.heads, 0, dim) for dim in (self.key, self.value))
+        key, value = (torch.empty(shape, dtype=self.dtype, device="meta") for shape in shapes)
+        return key, value
 
     @property
     def width(self) -> int:
@@ -93,21 +103,21 @@ class LayerGroup:
         self.index = SharedIndex(window)
         self.layers: list[CompactedLayer] = []
         self.known_floor, self.steps, self.refreshed_at = 0, 0, -1
-        self._floors: list[Tensor] = []
+        self._floors: list[Floor] = []
 
     @property
     def floor(self) -> int:
         """First position that can still be cropped."""
         if self._floors:
-            self.floor = max(self.known_floor, int(torch.stack(self._floors).max()))
+            self.floor = max(self.known_floor, highest(self._floors))
         return self.known_floor
 
     @floor.setter
     def floor(self, floor: int) -> None:
         self.known_floor, self._floors = floor, []
 
-    def raise_floor(self, floor: Tensor | None) -> None:
-        """Follow an eviction in a layer, after which no position before `floor`, 0-d, can be cropped."""
+    def raise_floor(self, floor: Floor | None) -> None:
+        """Follow an eviction in a layer, after which no position before `floor` can be cropped."""
         if floor is not None:
             self._floors = [*self._floors, floor]
 
@@ -172,7 +182,7 @@ class LayerGroup:
             kept = self._kept(before, packed - origin)
         used_text = 0 if fresh else packed - origin if kept is None else count_of(kept["text"])
         spare = self._spare(used_text + new[2].shape[1], spare)
-        if not plan.per_request and not plan.layers_place_tokens:
+        if not plan.per_request and plan.coarse is None:
             free = np.broadcast_to(np.arange(start, start + spare, dtype=np.int32), (len(vision), spare))
             new[2] = np.concatenate([new[2], free], 1)
         earlier = index.positions, index.rotations
@@ -217,9 +227,11 @@ class LayerGroup:
             waiting=waiting,
             cursor=there(np.array([end, start, origin_then]), device),
             identity=StreamBasis(*[torch.empty(0, device=device)] * 3),
+            offered=shape.offered,
             coarse=coarse,
         )
         index.assigned, index.laid_out = start + spare, (end, start)
+        index.budgets, index.choices = {}, {}
         if plan.coarse is not None:
             index.positions = []
         self.follow_positions()

@@ -189,7 +189,16 @@ class LayerGroups:
         first = layers[0]
         none, befores = self.on_host((None, None), first.batch_size, 0)
         self.lay_out(
-            none, befores, Shape(first.num_heads, first.first.key.shape[3], first.first.value.shape[3], first.device)
+            none,
+            befores,
+            Shape(
+                first.batch_size,
+                first.num_heads,
+                first.first.key.shape[3],
+                first.first.value.shape[3],
+                first.dtype,
+                first.device,
+            ),
         )
         for layer in layers:
             recompact(layer)

@@ -30,17 +30,21 @@ Pair = tuple[Tensor, Tensor]
 @torch.compiler.disable
 def store(layer: "CompactedLayer", key: Tensor, value: Tensor) -> tuple[Pair, list[WatchedPair]]:
     """Lay a chunk `[B, H_kv, n, D]` out in a layer's segments; K and V as `update` returns them, and what tells whether bases fit."""
-    key, value = key.detach(), value.detach()
+    key, value = (x.detach() if x.requires_grad else x for x in (key, value))
     fresh, plan, chunk = not layer.is_initialized, layer.index.plan, layer.index.chunk
     given, key = key, deinterleaved_keys(key, plan.rotation)
     if fresh:
         layer.lazy_initialization(key, value)
     out, offset = ((given, value), 0) if fresh else _exact(layer, key, value)
-    if plan.per_request:
+    if fresh:
+        parts = key, value
+    elif plan.per_request:
         parts = out[0][:, :, : chunk.end], out[1][:, :, : chunk.end]
     else:
         parts = _tail_then(layer, key, value)
-    watched = _lay_out(layer, (key, value) if fresh else parts, fresh)
+    if all(stream.scope == "half" for stream in plan.layers[layer.layer_idx].streams):
+        parts = parts[0].to(layer.dense_dtype), parts[1].to(layer.dense_dtype)
+    watched = _lay_out(layer, parts, fresh)
     return ((out[0][:, :, offset:], out[1][:, :, offset:]) if offset else out), watched
 
 
@@ -105,8 +109,9 @@ def _lay_out(layer: "CompactedLayer", parts: Pair, fresh: bool) -> list[WatchedP
     if tiers is not None and plan.per_request:
         tiers.lay_out(index.positions, {VISION: where["vision"], TEXT: where["text"]}, chunk)
     elif tiers is not None:
-        tiers.add_chunk(index.positions, {VISION: used["vision"], TEXT: used["text"]}, chunk)
-        tiers.grow(chunk.start, chunk.spare)
+        named = {VISION: "vision", TEXT: "text"}
+        kept = {kind: used[name] for kind, name in named.items()}
+        tiers.add_chunk(index.positions, kept, {kind: where[name] for kind, name in named.items()}, chunk)
     layer.mark_static()
     return watched
 
@@ -137,8 +142,10 @@ def _used(layer: "CompactedLayer", fresh: bool) -> Mapping[str, Kept]:
 
 def _dense(layer: "CompactedLayer", taken: Taken, parts: Pair, old: DenseSegment | None) -> DenseSegment:
     """Tokens as they are, behind those of `old`."""
-    if taken.slots == 0 and old is not None:
-        return old
+    if taken.slots == 0:
+        if old is not None:
+            return old
+        return DenseSegment(*(x.new_empty((*x.shape[:2], 0, x.shape[3]), dtype=layer.dense_dtype) for x in parts))
     new = []
     for states in parts:
         made = taken.copied(states)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apack_compile.cache.coarse_choice import CoarseChoice
+from apack_compile.cache.first_choice import FirstChoice
 from apack_compile.cache.token_index import Assignment, Chunk, Kept, Taken
 from apack_compile.kernels.format import StreamBasis
 from apack_compile.models.coordinates import TokenCoordinates
@@ -36,7 +37,8 @@ class ChunkPlan:
     held, packed: tokens held before it, and the first position of the tail then; end, start: the same after it. first, tail, segments:
     which tokens go into the slots of first, tail and the packed segments; first_positions: int32 `[B, slots]`. waiting: slots of the
     tail of before that hold a token, in order. cursor: what the layers' cursors are then, with the position `text_origin` in text slot
-    0. identity: the basis of streams that are kept as they are. coarse: how layers tell tokens apart.
+    0. identity: the basis of streams that are kept as they are. offered: K and V of no tokens, for
+    models that look at a layer's. coarse: how layers tell tokens apart.
     """
 
     chunk: Chunk
@@ -57,6 +59,7 @@ class ChunkPlan:
     waiting: Tensor | None
     cursor: Tensor
     identity: StreamBasis
+    offered: tuple[Tensor, Tensor]
     coarse: CoarseChoice | None = None
 
     def counts(self, began: int) -> NDArray[np.int64]:
@@ -74,8 +77,9 @@ class SharedIndex:
     coordinates: of the tokens, by which keys rotate. assigned: end of the positions that have a text slot. capacity: logical length of
     what `unpack` returns; length: instead of it, of an eager step that may return held tokens alone. chunk: None while tokens are
     only appended. laid_out: tokens held after the last chunk that was, and the first position of the tail then; begun: the same before
-    several tokens of a window are appended. is_draft: whether all tokens of the chunk that came last may be cropped again. is_watched:
-    whether a forward pass that runs eagerly is known to have begun, so that its attentions can be served by `attend`.
+    several tokens of a window are appended. budgets, choices: what the first layer that evicts leaves for the others. is_draft: whether
+    all tokens of the chunk that came last may be cropped again. is_watched: whether a forward pass that runs eagerly is known to have
+    begun, so that its attentions can be served by `attend`.
     """
 
     window: int | None = None
@@ -89,6 +93,8 @@ class SharedIndex:
     chunk: ChunkPlan | None = None
     laid_out: tuple[int, int] = (0, 0)
     begun: tuple[int, int] = (0, 0)
+    budgets: dict[tuple, NDArray[np.int64]] = field(default_factory=dict)
+    choices: dict[tuple[str, int], FirstChoice] = field(default_factory=dict)
     is_draft: bool = False
     is_watched: bool = False
 

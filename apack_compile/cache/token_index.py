@@ -116,14 +116,22 @@ def count_of(kept: Kept) -> int:
 class Taken:
     """Which of a chunk's tokens go into some slots, as all layers take them.
 
-    index: int64 `[N]` where all rows take the same ones, else `[B, 1, N, 1]`; 0 for a slot left empty. start: the first one where they
-    follow one another. real: bool `[B, N]`, the slots with a token; None for all. tokens: of all rows, empty slots left out.
+    index: int64 `[N]` where all rows take the same ones, else `[B, N]`; 0 for a slot left empty. start: the first one where they follow one
+    another. real: bool `[B, N]`, the slots with a token; None for all. tokens: of all rows, empty slots left out. wide: index and real as
+    `[B, 1, N, 1]`, where there are more rows, and empty slots.
     """
 
     index: Tensor
     start: int | None
     real: Tensor | None
     tokens: int
+    wide: tuple[Tensor | None, Tensor | None]
+
+    @staticmethod
+    def of_tensors(index: Tensor, start: int | None, real: Tensor | None, tokens: int) -> "Taken":
+        """These tokens."""
+        wide = None if index.dim() == 1 else index[:, None, :, None]
+        return Taken(index, start, real, tokens, (wide, None if real is None else real[:, None, :, None]))
 
     @staticmethod
     def at(index: Indices, device: torch.device) -> "Taken":
@@ -133,13 +141,13 @@ class Taken:
         is_full = tokens == index.size
         follow = is_same and is_full and slots > 0 and bool((np.diff(index[0]) == 1).all())
         start = int(index[0, 0]) if follow else None
-        wanted = (index[0] if is_same else index[:, None, :, None]).clip(0)
-        return Taken(there(wanted, device), start, None if is_full else there(real, device), tokens)
+        wanted = (index[0] if is_same else index).clip(0)
+        return Taken.of_tensors(there(wanted, device), start, None if is_full else there(real, device), tokens)
 
     @property
     def slots(self) -> int:
         """Slots, empty ones included."""
-        return self.index.numel() if self.index.dim() == 1 else self.index.shape[2]
+        return self.index.shape[-1]
 
     def of(self, x: Tensor) -> Tensor:
         """Tokens `[B, H, slots, D]` of `[B, H, n, D]`, which may be a view; zeros in empty slots."""
@@ -147,12 +155,21 @@ class Taken:
 
     def copied(self, x: Tensor) -> Tensor:
         """The same in memory of their own."""
-        if self.index.dim() == 1:
+        index, real = self.wide
+        if index is None:
             # copies whole rows, several times faster than a gather
             found = x.index_select(2, self.index)
         else:
-            found = x.gather(2, self.index.expand(-1, x.shape[1], -1, x.shape[3]))
-        return found if self.real is None else found.mul_(self.real[:, None, :, None])
+            found = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+        return found if real is None else found.mul_(real)
+
+    def values(self, by_token: Tensor) -> Tensor:
+        """Values `[B, slots]` of tokens with `[B, n]`; 0 in empty slots."""
+        if self.index.dim() == 1:
+            found = by_token.index_select(1, self.index)
+        else:
+            found = by_token.gather(1, self.index)
+        return found if self.real is None else found.mul_(self.real)
 
 
 def there(x: NDArray, device: torch.device) -> Tensor:

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from apack_compile.cache.token_index import Flags, there
 from apack_compile.kernels.autocast import without_autocast
 from apack_compile.models.attention_call import ATTENTION, named_arguments
 from apack_compile.plan.tiers import Prompt
@@ -37,16 +40,12 @@ STILL_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Watch:
-    """Who wants to see the attention of a chunk of so many tokens, and of which of its rows: the last real ones up to `newest`.
-
-    padding: bool `[B, tokens]`, the padding among them; None for none.
-    """
+    """Who wants to see the attention of a chunk of so many tokens, and of which of its rows."""
 
     cache: "CompactedCache"
     layer: "CompactedLayer"
     tokens: int
-    newest: int
-    padding: Tensor | None
+    rows: "Rows"
 
     def attend(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The attention that is called with these arguments, without what was evicted; the layer gets the importance that it makes."""
@@ -60,16 +59,13 @@ class Watch:
             out = ATTENTION(*args, **kwargs)
         # Heads may come as rows (grouped query), and keys repeated.
         query = query.reshape(query.shape[0], -1, self.tokens, query.shape[3])
-        key = key[:, :: key.shape[1] // self.layer.num_heads]
+        repeats = key.shape[1] // self.layer.num_heads
+        key = key if repeats == 1 else key[:, ::repeats]
         mask = named["attn_mask"] if mask is None else mask
         mask = mask if mask is None or mask.shape[2] <= self.tokens else mask[:, :, -self.tokens :]
-        rule, padding = self.layer.tiers.rule, self.padding
-        padding = None if padding is None or padding.shape[1] != query.shape[2] else padding
-        rows = newest_rows(self.newest, rule.queries, len(query), padding, query.device)
-        attention = newest_attention(query, key, mask, scale, rows)
-        first = rows.masked_fill(rows < 0, self.tokens).amin(1)
-        prompt = Prompt(attention, first + key.shape[2] - self.tokens, key)
-        self.cache.settle(self.layer, rule.importance(prompt))
+        attention = newest_attention(query, key, mask, scale, self.rows)
+        prompt = Prompt(attention, self.rows.oldest, key)
+        self.cache.settle(self.layer, self.layer.tiers.rule.importance(prompt))
         return out
 
     def _without_evicted(self, named: dict[str, Any]) -> Tensor | None:
@@ -121,34 +117,88 @@ class WatchedKeys(Tensor):
 
 @torch.compiler.disable
 @without_autocast
-def newest_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, rows: Tensor) -> Tensor:
+def newest_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, rows: "Tensor | Rows") -> Tensor:
     """Head-mean attention `[B, R, T]`, float32, of the queries at `rows` `[B, R]` of `[B, H_q, n, D]` over keys `[B, H, T, D]`.
 
     mask: as for scaled_dot_product_attention, or None for causal. rows: -1 for none, whose attention is 0. Only these queries'
     attention matrix is built.
     """
-    batch, heads, tokens, head_dim = query.shape
-    at = rows.clamp_min(0)[:, None, :, None]
-    chosen = query.gather(2, at.expand(batch, heads, -1, head_dim)).float() * scale
-    grouped = chosen.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    scores = (grouped @ key.float().mT).reshape(batch, heads, rows.shape[1], -1)
-    columns = torch.arange(key.shape[2], device=key.device)
+    heads = query.shape[1]
+    if isinstance(rows, Tensor):
+        rows = Rows.of(rows.cpu().numpy(), query.shape[2], key.shape[2], query.device)
+    chosen = rows.of_each(query).float() * scale
+    grouped = chosen.view(len(chosen), key.shape[1], -1, chosen.shape[3])
+    scores = (grouped @ key.float().mT).view(len(query), heads, rows.count, -1)
     if mask is None:
-        scores = scores.masked_fill((columns > rows[..., None] + key.shape[2] - tokens)[:, None], float("-inf"))
+        scores = scores if rows.hidden is None else scores.masked_fill_(rows.hidden, float("-inf"))
     else:
-        whole = mask.expand(batch, -1, tokens, -1)
-        at_rows = whole.gather(2, at.expand(batch, whole.shape[1], -1, whole.shape[3]))
-        hidden = ~at_rows if mask.dtype == torch.bool else None
-        scores = scores + at_rows.float() if hidden is None else scores.masked_fill(hidden, float("-inf"))
-    return scores.softmax(-1).nan_to_num(0.0).mean(1).masked_fill(rows[..., None] < 0, 0.0)
+        seen = rows.of_each(mask) if mask.shape[2] > 1 else mask
+        scores = scores.masked_fill_(~seen, float("-inf")) if mask.dtype == torch.bool else scores + seen.float()
+    attention = scores.softmax(-1).nan_to_num_(0.0).mean(1)
+    return attention if rows.missing is None else attention.masked_fill_(rows.missing, 0.0)
 
 
-def newest_rows(newest: int, queries: int, batch: int, padding: Tensor | None, device: torch.device) -> Tensor:
+@dataclass(frozen=True)
+class Rows:
+    """Queries whose attention is asked for, the same in all layers.
+
+    index: int64 `[R]` where they are the same in all sequences, else `[B, 1, R, 1]`. hidden: bool `[B, 1, R, T]`, keys behind them,
+    None for none. missing: bool `[B, R, 1]`, those that a sequence has not, None for none. oldest: position `[B]` of the first one.
+    """
+
+    index: Tensor
+    hidden: Tensor | None
+    missing: Tensor | None
+    oldest: Tensor
+
+    @staticmethod
+    def of(rows: NDArray[np.int64], tokens: int, keys: int, device: torch.device) -> "Rows":
+        """Rows `[B, R]`, -1 for none, of so many queries over so many keys, the queries' own the last of them."""
+        index, before = rows.clip(0), keys - tokens
+        hidden = np.arange(keys) > rows[:, None, :, None] + before
+        first = np.where(rows < 0, tokens, rows).min(axis=1) + before
+        return Rows(
+            there(index[0] if (rows == rows[:1]).all() else index[:, None, :, None], device),
+            there(hidden, device) if hidden.any() else None,
+            there(rows[..., None] < 0, device) if (rows < 0).any() else None,
+            there(first, device),
+        )
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return self.index.numel() if self.index.dim() == 1 else self.index.shape[2]
+
+    def of_each(self, x: Tensor) -> Tensor:
+        """Those rows `[B, H, R, D]` of `[B, H, n, D]`."""
+        if self.index.dim() == 1:
+            return x.index_select(2, self.index)
+        x = x if len(x) == len(self.index) else x.expand(len(self.index), -1, -1, -1)
+        return x.gather(2, self.index.expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+@dataclass
+class AskedRows:
+    """The newest real queries of a chunk, up to row `newest`, made once for all layers; padding: bool `[B, n]`."""
+
+    newest: int
+    padding: Flags
+    rows: Rows | None = None
+
+    def over(self, layer: "CompactedLayer", key: Tensor) -> Rows:
+        """As many as a layer's rule asks for, over keys `[B, H_kv, T, D]`."""
+        if self.rows is None:
+            wanted = newest_rows(self.newest, layer.tiers.rule.queries, self.padding)
+            self.rows = Rows.of(wanted, self.padding.shape[1], key.shape[2], key.device)
+        return self.rows
+
+
+def newest_rows(newest: int, queries: int, padding: Flags) -> NDArray[np.int64]:
     """Rows `[B, R]` of the newest real tokens up to row `newest`, in falling order; -1 where there are fewer, 0 < R <= queries.
 
     padding: bool `[B, tokens]`; a sequence of padding alone has the row `newest`.
     """
-    columns = torch.arange(newest + 1, device=device).expand(batch, -1)
-    real = columns if padding is None else columns.masked_fill(padding[:, : newest + 1].to(device), -1)
-    rows = real.topk(min(queries, newest + 1), dim=1).values
-    return torch.cat([rows[:, :1].masked_fill(rows[:, :1] < 0, newest), rows[:, 1:]], 1)
+    real = np.where(padding[:, : newest + 1], -1, np.arange(newest + 1))
+    rows = -np.sort(-real, axis=1)[:, :queries]
+    rows[:, 0] = np.where(rows[:, 0] < 0, newest, rows[:, 0])
+    return rows

@@ -111,13 +111,22 @@ class TierRule:
         """Importance `[B, T]` of the tokens of a prompt that was read."""
         return prompt.attention.sum(1)
 
+    def always(self, tokens: Tokens) -> Tensor | None:
+        """Tokens of a pool that come before all others, bool `[B, N]`, whatever their importance; None for none."""
+        return None
+
     def score(self, tokens: Tokens) -> Tensor:
         """Score `[B, N]` of a pool's tokens; those with the highest are kept."""
-        return tokens.importance
+        return scored(tokens.importance, self.always(tokens))
 
     def budget(self, tokens: Tokens) -> Tensor:
         """How many of a pool's tokens `[B]` are kept at most."""
         return share_of(tokens.seen, self.kept)
+
+
+def scored(importance: Tensor, always: Tensor | None) -> Tensor:
+    """Importance `[B, N]`, and more than that for the tokens that come before all others."""
+    return importance if always is None else importance.masked_fill(always, float("inf"))
 
 
 def share_of(count: Tensor, share: float) -> Tensor:

@@ -67,15 +67,14 @@ class AVLOptions(Preset):
         """Decode steps between two evictions of text."""
         return self.text_every
 
-    def score(self, tokens: Tokens) -> Tensor:
-        """The importance; before it, of text, the first tokens and the newest, which are what the heavy hitters leave of the budget."""
+    def always(self, tokens: Tokens) -> Tensor | None:
+        """Of text, the first tokens and the newest, which are what the heavy hitters leave of the budget."""
         if "text" not in tokens.modalities:
-            return tokens.importance
+            return None
         budget = self.budget(tokens)
         first = budget.clamp_max(self.text_first)
         recent = budget - first - share_of(budget - first, self.text_heavy)
-        always = (tokens.place < first[:, None]) | (tokens.place >= (tokens.count - recent)[:, None])
-        return tokens.importance.masked_fill(always, float("inf"))
+        return (tokens.place < first[:, None]) | (tokens.place >= (tokens.count - recent)[:, None])
 
     def budget(self, tokens: Tokens) -> Tensor:
         """How many tokens `[B]` are kept."""

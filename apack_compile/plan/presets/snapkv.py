@@ -59,9 +59,9 @@ class SnapKVOptions(Preset):
         before = prompt.attention.sum(1).masked_fill(column >= prompt.oldest[:, None], 0.0)
         return max_pool1d(before[:, None], self.kernel, stride=1, padding=self.kernel // 2)[:, 0]
 
-    def score(self, tokens: Tokens) -> Tensor:
-        """The importance; the window's tokens come first."""
-        return tokens.importance.masked_fill(tokens.place >= (tokens.count - self.window)[:, None], float("inf"))
+    def always(self, tokens: Tokens) -> Tensor:
+        """The window's tokens."""
+        return tokens.place >= (tokens.count - self.window)[:, None]
 
     def budget(self, tokens: Tokens) -> Tensor:
         """The share that is kept, the window at least."""
