@@ -31,7 +31,8 @@ def pack(
 
     bases, layout: as `append` is given them. groups: head groups. scaled: whether K, and V, have token scales. What lies before slot
     `used` is for the caller to fill, what lies behind the tokens is zero. The last tensor is float32 `[2]`: the share of the variance of
-    every `every`-th token that coding K, and V, loses; empty where `every` is 0. real: bool `[B, n]`, tokens that count; None for all.
+    every `every`-th token that coding K, and V, loses; empty where `every` is 0, as it is where rows have bases of their own. real: bool
+    `[B, n]`, tokens that count there; None for all.
     """
     found = Layout.parse(layout)
     rotations = bases[6] if found.block else None

@@ -11,6 +11,8 @@ from apack_compile.kernels.append.triton import append
 from apack_compile.kernels.attend.triton import attend
 from apack_compile.kernels.encode.triton import quantize
 from apack_compile.kernels.format import Bands
+from apack_compile.kernels.pack.triton import pack
+from apack_compile.kernels.state import TEXT, layout_words
 
 
 def state(bands, heads, groups, head_dim, dtype, batch=2, sequences=1, scaled=True, slots=(512, 256)):
@@ -69,6 +71,14 @@ def append_with(bands, heads, head_dim, dtype, block=0):
     quantize(torch.zeros(1, 1, 50, bands.components), torch.ones(1, 1, bands.components), bands, True)
 
 
+def pack_with(bands, heads, head_dim, dtype, block):
+    """Compile what packing a segment launches."""
+    _, _, bases, _, _, _ = state(bands, heads, 1, head_dim, dtype)
+    new, layout = torch.zeros(2, heads, 64, head_dim, dtype=dtype), layout_words(block, 0, [(TEXT, (bands, bands))])
+    real = torch.ones(2, 64, dtype=torch.bool)
+    pack(new, new, [*bases[6:], rotations_of(256, block, head_dim)], layout, 1, [True, True], 0, 256, 1, real)
+
+
 ALL_WIDTHS, RANK_64 = Bands((16, 64, 128, 128)), Bands((64, 0, 0, 0))
 MASK = torch.ones(2, 1, 1, 1000, dtype=torch.bool)
 CASES = {
@@ -89,6 +99,7 @@ CASES = {
         ALL_WIDTHS, 28, 4, 1, 128, torch.bfloat16, slots=(1024, 512, 256), block=64
     ),
     "append": lambda: append_with(ALL_WIDTHS, 4, 128, torch.bfloat16),
+    "pack": lambda: pack_with(ALL_WIDTHS, 4, 128, torch.bfloat16, block=64),
     "append relative keys": lambda: append_with(ALL_WIDTHS, 4, 128, torch.bfloat16, block=64),
 }
 
