@@ -275,7 +275,7 @@ class CompactedCache(Cache):
         """Forget the chunk being stored; linear states can only be reset, where the cache was empty before."""
         if self._undo is not None:
             self._undo.apply()
-            self._undo = self._broken = None
+            self._undo, self._broken, self._checks = None, None, Checks()
         if self.packed_layers[0].is_initialized:
             self._check_even(any(map(has_linear_states, self.layers)))
         else:

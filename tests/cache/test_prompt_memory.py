@@ -6,13 +6,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache
-from apack_compile.cache.checks import LAYERS_BEHIND
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.source import PlanSource
 
-LAYERS, HEADS, HEAD_DIM, TOKENS = 5, 4, 32, 4096
+LAYERS, HEADS, HEAD_DIM, TOKENS = 5, 4, 32, 8192
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def peak_bytes(prof: profile) -> int:
 
 
 @pytest.mark.parametrize("pictures", (0, 1500), ids=("text", "pictures"))
-def test_a_layer_takes_no_more_than_four_times_its_keys_and_values_for_a_while(cache, pictures):
+def test_a_layer_takes_no_more_than_three_times_its_keys_and_values_for_a_while(cache, pictures):
     vision = torch.zeros(1, TOKENS, dtype=torch.bool)
     vision[:, 300 : 300 + pictures // 2] = vision[:, 2000 : 2000 + pictures // 2] = True
     cache.expect(vision, None)
@@ -50,14 +49,14 @@ def test_a_layer_takes_no_more_than_four_times_its_keys_and_values_for_a_while(c
         key, value = states(layer), states(10 + layer)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             cache.update(key, value, layer)
-    assert 0 < peak_bytes(prof) <= 4 * (key.nbytes + value.nbytes)
+    assert 0 < peak_bytes(prof) <= 3 * (key.nbytes + value.nbytes)
 
 
 def test_exact_tokens_are_kept_of_few_layers_until_it_is_known_whether_their_bases_fit(cache):
     cache.expect(None, None)
     for layer in range(LAYERS):
         cache.update(states(layer), states(10 + layer), layer)
-        assert len(cache._checks._open) <= LAYERS_BEHIND
+        assert len(cache._checks._open) <= 2
     assert not cache._checks._open
     refitted = [i for i, layer in enumerate(cache.packed_layers) if "text_value" in layer.refitted]
     assert {0, LAYERS - 1} <= set(refitted), "read while later layers came, and after the last one"
@@ -68,4 +67,4 @@ def test_exact_tokens_are_kept_of_few_layers_until_it_is_known_whether_their_bas
         expected = states(10 + i).float()
         lost = (value - expected).square().sum() / (expected - expected.mean(2, True)).square().sum()
         assert lost == pytest.approx(layer.fits["text_value"].found, abs=0.01), "packed again, with the basis that fits"
-        assert lost < layer.refitted["text_value"].found / 2
+        assert lost < layer.refitted["text_value"].found
