@@ -16,8 +16,9 @@ tightest limit (apack_compile/plan/time_model.py) over the time; `predicted_spee
 cores may be those of one core.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import apack_compile  # noqa: F401  (registers the operations)
+from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.format import BANDS, Bands, StreamBasis
+from apack_compile.kernels.native import INSTRUCTION_SET, INSTRUCTION_SETS
 from apack_compile.kernels.ops import implementations
 from apack_compile.kernels.state import KIND_NAMES, TEXT, DenseSegment, PackedState, PackedStream, Segment
 from apack_compile.models.coordinates import TokenCoordinates
@@ -240,9 +243,9 @@ def working(calls: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Te
 
 def measured(
     name: str, tokens: int, batch: int, ratio: float | None, groups: int | None, dtype: torch.dtype, device: str,
-    bandwidth: float, seconds: float, key_block: int = 0,
+    bandwidth: float, seconds: float, key_block: int = 0, instructions: Sequence[str] = (),
 ) -> Row:  # fmt: skip
-    """One row: a shape, a length, a batch, a plan."""
+    """One row: a shape, a length, a batch, a plan. instructions: sets by which a CPU attends too, in the same run."""
     shape = SHAPES[name]
     groups = groups if groups and ratio else default_groups(shape, ratio, dtype, key_block, device)
     plan = with_relative_keys(
@@ -260,6 +263,9 @@ def measured(
         "packed": lambda: torch.ops.apack.attend.default(query, *new, None, state, layout, None),
         "dense": calls[best],
     }
+    for name_of_set in instructions:
+        by_set = partial(attend_cpu.attend, instructions=INSTRUCTION_SETS.index(name_of_set))
+        ours[name_of_set] = partial(by_set, query, *new, None, state, layout)
     if device == "cuda":
         dense = {n: (lambda s, q, k, v, n=n: dense_calls(s, q, k, v)[n]()) for n in calls}
         ours["fp8"] = fp8_call(shape, query, key, value, dense[best])
@@ -287,6 +293,9 @@ def measured(
         "speedup_of_first_deciles": timing["dense"].low / timing["packed"].low,
         "share_of_byte_limit": packed.bytes_read / timing["packed"].median / bandwidth,
     }
+    for name_of_set in instructions:
+        row[f"{name_of_set}_ms"] = 1e3 * timing[name_of_set].median
+        row[f"{name_of_set}_speedup"] = timing["dense"].median / timing[name_of_set].median
     load = Load(shape.query_heads, shape.heads, shape.head_dim, tokens, batch, element_bytes=dtype.itemsize)
     row |= limit_columns(plan, load, device, bandwidth, timing["packed"].median)
     if device == "cpu":
@@ -349,10 +358,15 @@ def main(
     key_block: Annotated[
         int, typer.Option(help="Slots that share an anchor, with a ratio; 0: keys as they come.")
     ] = BLOCK,
+    instructions: Annotated[
+        list[str] | None, typer.Option(help="An instruction set to attend by as well, on a CPU; may be repeated.")
+    ] = None,
 ) -> None:
     """Time packed and dense decode attention."""
     if preset not in (None, "attentionpack"):
         raise typer.BadParameter(f"preset={preset!r} must be 'attentionpack'")
+    if unknown := sorted({*(instructions or ())} - {*INSTRUCTION_SETS[: INSTRUCTION_SET + 1]}):
+        raise typer.BadParameter(f"instructions={unknown} must be of {INSTRUCTION_SETS[: INSTRUCTION_SET + 1]} here")
     plans = [None] if preset else [8.0, None] if ratio is None else [ratio]
     on_cpu = device == "cpu"
     lengths = tokens or ([512, 8_192] if on_cpu or quick else [2_048, 8_192, 32_768, 131_072])
@@ -362,8 +376,9 @@ def main(
     bandwidth = copy_bandwidth(device)
     operations = {kind: implementations(device, getattr(torch, kind)) for kind in dtypes}
     print(f"copy {bandwidth / 1e9:.1f} GB/s; {operations}")
+    seconds, options = 0.5 if quick else 2.0, (key_block, instructions or ())
     rows = [
-        measured(name, n, b, plan, groups, getattr(torch, kind), device, bandwidth, 0.5 if quick else 2.0, key_block)
+        measured(name, n, b, plan, groups, getattr(torch, kind), device, bandwidth, seconds, *options)
         for kind in dtypes
         for plan in plans
         for name in shape or SHAPES
@@ -372,6 +387,7 @@ def main(
     ]
     shown = ("shape", "plan", "tokens", "batch", "dtype", "ratio", "groups", "key_block", "dense_ms", "packed_ms")
     shown += ("speedup_vs_dense", "speedup_of_first_deciles", "speedup_vs_fp8", "share_of_byte_limit")
+    shown += tuple(f"{name}_speedup" for name in instructions or ())
     shown += ("limit", "share_of_limit", "predicted_speedup", "thread_speedup")
     print_table(f"decode attention, {device}", [{k: row[k] for k in shown if k in row} for row in rows])
     if json is not None:

@@ -13,10 +13,15 @@ import torch
 from apack_compile.kernels.format import WIDTHS
 from apack_compile.kernels.structs import STRUCTURES, places
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_vnni_bf16")
 # kernels/csrc/threads.h: OpenMp
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+
+def has_integers(instructions: int) -> bool:
+    """Whether attention multiplies levels as integers with that instruction set."""
+    return INSTRUCTION_SETS[instructions] in ("avx512_vnni", "avx512_vnni_bf16")
 
 
 def find_library() -> Path | None:

@@ -28,9 +28,10 @@ def attend(
     tiers: Tensor | None = None,
     partial: int = 0,
     ema: Sequence[float] | None = None,
+    instructions: int = INSTRUCTION_SET,
 ) -> Tensor:
-    """As the reference, in float32 inside; queries in float64, heads wider than 2,048 and relative keys
-    that are kept as they are get the reference.
+    """As the reference, in float32 inside, or in 16-bit integers where the processor multiplies those faster; queries in float64, heads
+    wider than 2,048 and relative keys that are kept as they are get the reference. instructions: index into INSTRUCTION_SETS.
 
     Raises ValueError for importance that is not contiguous, MemoryError when there is no memory for scratch space.
     """
@@ -75,7 +76,7 @@ def attend(
         key.data_ptr(), value.data_ptr(), DTYPES[kinds[1]], *strides[1][:3], DTYPES[kinds[2]], *strides[2][:3],
         *at.rotations,
     )  # fmt: skip
-    if COMPILED.apack_attend(arguments, at.state, INSTRUCTION_SET):
+    if COMPILED.apack_attend(arguments, at.state, instructions):
         raise MemoryError("attend: no memory for its scratch space")
     return out
 

@@ -19,11 +19,10 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
     int kind = kind_of(segment), M = heads_per_group(w, kind) * w.R;
     bool packed = is_packed(w.segments[segment].key);
     int columns = packed ? w.key[kind - 1].count : 0, ahead = packed ? w.ahead[kind - 1] : 0;
-    const float *latent = nullptr, *offsets = nullptr;
+    Latents latents = {}, rotated = {};
     if (packed && !ahead) {
         int64_t row = (int64_t)item.b * a.heads * w.R + item.group * M;
-        latent = w.latent[kind - 1] + row * columns;
-        offsets = w.offset[kind - 1] + row;
+        latents = latents_of(w, kind, w.latent[kind - 1] + row * columns, w.offset[kind - 1] + row, M, local);
     }
     const int64_t key_block = ahead ? a.rotations[segment - 1].block : 0;
     int64_t known = 0, end_known = 0;  // blocks of relative keys whose latents are there
@@ -44,12 +43,12 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
                 known = block;
                 end_known = block + ahead < last + 1 ? block + ahead : last + 1;
                 project_rotated(w, item, segment, known, (int)(end_known - known), local);
+                rotated = latents_of(w, kind, local.latent, local.offset, (int)(end_known - known) * M, local);
             }
-            latent = local.latent + (block - known) * M * columns;
-            offsets = local.offset + (block - known) * M;
+            latents = rotated.from_row((block - known) * M, columns);
         }
-        score_block(w, item, segment, token, tokens, latent, local);
-        for (int m = 0; m < M; ++m) weigh_scores(w, item, segment, m, local.score + m * BLOCK, slots, token, tokens, offsets, w.width[kind]);
+        score_block(w, item, segment, token, tokens, latents, local);
+        for (int m = 0; m < M; ++m) weigh_scores(w, item, segment, m, local, slots, token, tokens, latents.offset, w.width[kind]);
         sum_values(w, item, segment, token, tokens, slots, local);
     }
 }
@@ -179,50 +178,33 @@ inline void order_items(const Work &w) {
 }
 
 // 0, or 1 where memory ran out.
-inline int run_attend(const Attend &a, const State &state) {
-    Work w = work_of(a, state);
+inline int run_attend(const Attend &a, const State &state, bool bfloat16 = false) {
+    Work w = work_of(a, state, bfloat16);
     Arena count = {};
     lay_out(w, count);
-    int most_rows = w.R, most_width = (int)a.value_dim;
-    int64_t most_bytes = 0, rotated = 0, latents = 0, offsets = 0;
-    for (int kind = 1; kind < KINDS; ++kind) {
-        if (!w.parts[kind]) continue;
-        int M = heads_per_group(w, kind) * w.R;
-        most_rows = M > most_rows ? M : most_rows;
-        most_width = w.width[kind] > most_width ? w.width[kind] : most_width;
-        int64_t key = w.key[kind - 1].bytes, value = w.value[kind - 1].bytes, more = key > value ? key : value;
-        most_bytes = more > most_bytes ? more : most_bytes;
-        int64_t ahead = w.ahead[kind - 1], columns = ahead * M * w.key[kind - 1].count;
-        rotated = ahead * M * a.head_dim > rotated ? ahead * M * a.head_dim : rotated;
-        latents = columns > latents ? columns : latents;
-        offsets = ahead * M > offsets ? ahead * M : offsets;
-    }
-    int64_t score = (int64_t)most_rows * BLOCK, merged = (int64_t)w.R * (most_width + a.value_dim);
-    int64_t relative = round_up(rotated, LANES) + round_up(latents, LANES) + round_up(offsets, LANES);
-    int64_t local = TILE + LANES + score + relative + merged + most_bytes / 4 + 32;
-    size_t each = (size_t)(local * sizeof(float) + 63) / 64 * 64;
-    char *memory = scratch(count.size + each * a.threads + Team::bytes(a.threads));
+    Arena own = {};
+    lay_out_local(w, own);
+    char *memory = scratch(count.size + own.size * a.threads + Team::bytes(a.threads));
     if (!memory) return 1;
     Arena arena = {memory, 0};
     lay_out(w, arena);
     int64_t pairs = a.batch * a.heads, slot_tasks = 0, transposed = 0;
     for (int kind = 1; kind < KINDS; ++kind) transposed += transposed_heads(w, kind);
     for (int segment = 0; segment < SEGMENTS; ++segment) slot_tasks += a.batch * pieces_of(w.used[segment]);
-    Team team = {(int)a.threads, (Counter *)(memory + count.size + each * a.threads), {}};
+    Team team = {(int)a.threads, (Counter *)(memory + count.size + own.size * a.threads), {}};
     memset((void *)team.next, 0, Team::bytes(a.threads));
     order_items(w);
     on_threads(a.threads, [&](int thread) {
-        float *own = (float *)(memory + count.size + each * thread);
-        Local local = {own, own + TILE + LANES};
-        local.rotated = local.score + score;
-        local.latent = local.rotated + round_up(rotated, LANES);
-        local.offset = local.latent + round_up(latents, LANES);
-        float *latent = local.offset + round_up(offsets, LANES), *out = latent + (int64_t)w.R * most_width;
-        local.row = (uint8_t *)(out + w.R * a.value_dim);
+        Arena part = {memory + count.size + own.size * thread, 0};
+        const Local local = lay_out_local(w, part);
         auto prepare = [&](int64_t i) {
             for (int kind = 1; kind < KINDS; ++kind) {
                 int64_t heads = transposed_heads(w, kind);
-                if (i < heads) return transpose_decoder(w, kind, i / a.heads, i % a.heads);
+                auto transpose = transpose_decoder<Floats>;
+#if defined(APACK_VNNI)
+                if (w.pairs[kind - 1]) transpose = transpose_decoder<Pairs>;
+#endif
+                if (i < heads) return transpose(w, kind, i / a.heads, i % a.heads);
                 i -= heads;
             }
             if (i < pairs) {
@@ -244,7 +226,7 @@ inline int run_attend(const Attend &a, const State &state) {
         };
         team.share(0, thread, transposed + pairs + slot_tasks, prepare);
         team.share(1, thread, w.item_count, [&](int64_t i) { run_item(w, w.items[w.order[i]], local); });
-        team.share(2, thread, pairs, [&](int64_t i) { finish_head(w, i / a.heads, i % a.heads, out, latent, local.tile); });
+        team.share(2, thread, pairs, [&](int64_t i) { finish_head(w, i / a.heads, i % a.heads, local.out, local.merged, local.tile); });
         for (int segment = VISION; segment <= TEXT; ++segment) {
             if (!known_importance(w, segment)) continue;
             int64_t pieces = pieces_of(w.used[segment]);

@@ -1,44 +1,22 @@
 // Attention of one block of tokens: scores, weights, sums of values.
 #pragma once
 
+#include "attend_packed.h"
 #include "attend_slots.h"
-#include "key_tile.h"
-#include "products.h"
 
 namespace {
 
 // Scores of one block against keys; packed ones by the group's latents.
-__attribute__((noinline)) void score_block(const Work &w, const Item &item, int segment, int token, int tokens, const float *latent,
-                                           const Local &local) {
+__attribute__((noinline)) void score_block(const Work &w, const Item &item, int segment, int token, int tokens,
+                                           const Latents &latents, const Local &local) {
     const Attend &a = *w.a;
     const Segment &s = w.segments[segment];
     int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.head_dim;
     int64_t first_head = (int64_t)item.b * a.heads + item.group * per_group;
     if (is_packed(s.key)) {
-        const Columns &columns = w.key[kind - 1];
-        Packed packed = packed_of(s.key, a.batch, item.b, item.group, s.slots, columns.bytes);
-        if (KEYS_BY_COMPONENT) {
-            memset(local.score, 0, (size_t)M * BLOCK * sizeof(float));
-            for (int c = 0; c < columns.count; c += KEY_TILE_COLUMNS) {
-                int width = columns.count - c < KEY_TILE_COLUMNS ? columns.count - c : KEY_TILE_COLUMNS;
-                unpack_key_tile(packed, columns, c, width, token, tokens, local.tile, local.row);
-                weigh(latent + c, columns.count, M, local.tile, BLOCK, round_up(tokens, LANES), width, local.score, BLOCK);
-            }
-            if (is_packed(s.value)) prefetch_rows(packed_of(s.value, a.batch, item.b, item.group, s.slots, w.value[kind - 1].bytes), token, tokens);
-            return;
-        }
-        int wide = columns.count < KEY_COLUMNS ? columns.count : KEY_COLUMNS;
-        int step = wide ? (TILE / wide & ~3) : BLOCK;
-        if (step > BLOCK) step = BLOCK;
-        if (!wide) memset(local.score, 0, (size_t)M * BLOCK * sizeof(float));
-        for (int t = 0; t < tokens; t += step) {
-            int n = tokens - t < step ? tokens - t : step;
-            for (int c = 0; c < columns.count; c += wide) {
-                int width = columns.count - c < wide ? columns.count - c : wide;
-                unpack_tile(packed, columns, c, width, token + t, n, nullptr, local.tile, local.row);
-                dots(latent + c, columns.count, M, local.tile, width, n, width, local.score + t, BLOCK, c > 0);
-            }
-        }
+        Packed keys = packed_of(s.key, a.batch, item.b, item.group, s.slots, w.key[kind - 1].bytes);
+        score_packed(keys, w.key[kind - 1], latents, M, token, tokens, local);
+        if (is_packed(s.value)) prefetch_rows(packed_of(s.value, a.batch, item.b, item.group, s.slots, w.value[kind - 1].bytes), token, tokens);
         return;
     }
     for (int h = 0; h < per_group; ++h) {
@@ -69,10 +47,19 @@ inline void keep_newest(const Work &w, const Item &item, int segment, int m, con
     memcpy(newest + token, score, tokens * sizeof *score);
 }
 
+// A row's weights, up to `greatest`, as 16-bit numbers.
+inline void quantize_weights(const Local &local, int m, float greatest) {
+#if defined(APACK_VNNI)
+    const int at = m * BLOCK, sum = quantize<8>(local.score + at, BLOCK, inverse_of(greatest), local.weight_terms[0] + at, local.weight_terms[1] + at);
+    local.weight_scale[m] = {greatest / MOST, greatest / MOST * sum};
+#endif
+}
+
 // Scores of one row become weights relative to its maximum so far, times the values' scales; what the sums held before is scaled to it.
-__attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens,
-                         const float *offsets, int width) {
+__attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int m, const Local &local, const Slots &slots, int token,
+                                            int tokens, const float *offsets, int width) {
     const Attend &a = *w.a;
+    float *score = local.score + m * BLOCK;
     bool causal = segment == NEW && !a.mask && a.rows == a.new_tokens;
     bool own_mask = a.mask && !mask_is_shared(a);
     Vec offset = broadcast(offsets ? offsets[m] : 0.0f);
@@ -105,14 +92,18 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
     if (!(best > before)) best = before;
     if (best == -INFINITY) {
         memset(score, 0, BLOCK * sizeof *score);
+        quantize_weights(local, m, 0);
         return;
     }
-    Vec minus = broadcast(-best), total = zero();
+    Vec minus = broadcast(-best), total = zero(), most = zero();
     for (int t = 0; t < BLOCK; t += LANES) {
         Vec weight = exp_of(add(load(score + t), minus));
         total = add(total, weight);
-        store(score + t, select_positive(load(slots.holds + t), scaled(weight, load(slots.value_scale + t)), zero()));
+        weight = select_positive(load(slots.holds + t), scaled(weight, load(slots.value_scale + t)), zero());
+        most = maximum(most, weight);
+        store(score + t, weight);
     }
+    if (INTEGERS) quantize_weights(local, m, largest(most));
     // after the weights, which then need not wait for a branch that nobody can foresee
     if (best > before && before > -INFINITY) {
         float shrink = expf(before - best), *sums = item.sums + (int64_t)m * width;
@@ -129,25 +120,10 @@ __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int s
     int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.value_dim;
     if (is_packed(s.value)) {
         bool partial = segment == VISION && a.tiers && token >= a.tiers[2 * item.b];
-        const Columns &columns = partial ? w.partial[kind - 1] : w.value[kind - 1];
-        const float *holds = slots.all ? nullptr : slots.holds;
-        Packed packed = packed_of(s.value, a.batch, item.b, item.group, s.slots, columns.bytes);
-        auto sum_columns = [&](int first, int count, int to) {
-            for (int c = 0, tiles = (count + VALUE_COLUMNS - 1) / VALUE_COLUMNS; c < count; --tiles) {
-                int width = round_up((count - c + tiles - 1) / tiles, LANES);
-                if (width > count - c) width = count - c;
-                unpack_tile(packed, columns, first + c, width, token, tokens, holds, local.tile, local.row);
-                weigh(local.score, BLOCK, M, local.tile, width, width, tokens, item.sums + to + c, w.width[kind]);
-                c += width;
-            }
-        };
-        if (!partial) {
-            sum_columns(0, columns.count, 0);
-            return;
-        }
         // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
-        for (int i = 0; i < BANDS; ++i) sum_columns(columns.band[i].column, columns.band[i].columns, w.value[kind - 1].band[i].column);
-        return;
+        const Columns &all = w.value[kind - 1], &columns = partial ? w.partial[kind - 1] : all;
+        Packed values = packed_of(s.value, a.batch, item.b, item.group, s.slots, columns.bytes);
+        return sum_packed(values, columns, all, M, token, tokens, slots.all ? nullptr : slots.holds, item.sums, local);
     }
     for (int h = 0; h < per_group; ++h) {
         int head = item.group * per_group + h, source_heads = (int)(a.heads / s.value.groups), step = TILE / D;

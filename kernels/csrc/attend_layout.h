@@ -1,10 +1,9 @@
 // What the phases of an attend share, and where it lies in scratch memory.
 #pragma once
 
-#include "codes.h"
-#include "products.h"
 #include "scratch.h"
 #include "segments.h"
+#include "tiles.h"
 
 namespace {
 
@@ -18,6 +17,9 @@ constexpr int ROTATED_LATENTS = 1 << 17;  // and floats of their latents: 512 Ki
 
 // A sum over the lanes for each row and component costs more than transposing the decoder, where so many times the rows are a head's D.
 constexpr int TRANSPOSED_ROWS = 6;
+
+// As pairs of bfloat16 it is worth it where so many rows are multiplied with it in a call.
+constexpr int PAIRED_ROWS = 8;
 
 // Part of one head group's tokens in one segment (or in all dense ones, where `segment` is FIRST).
 struct Item {
@@ -33,7 +35,8 @@ struct Work {
     Columns key[MAX_PACKED], value[MAX_PACKED], partial[MAX_PACKED];
     int width[KINDS];                         // columns of an item's sums
     int ahead[MAX_PACKED];                    // blocks of relative keys that queries are rotated to at once; 0 for none
-    bool transposes[MAX_PACKED];              // whether their decoders are transposed for that
+    bool transposes[MAX_PACKED];              // whether their decoders are transposed for that,
+    bool pairs[MAX_PACKED];                   // and multiplied as bfloat16
     float *query;                             // [B][H][R][D], scaled
     float *latent[MAX_PACKED], *offset[MAX_PACKED];  // [B][H][R][columns], [B][H][R]
     float *transposed[MAX_PACKED];            // [1 or B][H][D][columns], decoders
@@ -77,6 +80,13 @@ inline int used_slots(const Work &w, int segment) {
         if (last > used) used = last;
     }
     return (int)used;
+}
+
+// Whether most components have codes of less than a byte: what those lose is far more than products of bfloat16 add.
+inline bool mostly_short(const Source &s) {
+    int64_t more = 0;
+    for (int i = 0; i < BANDS; ++i) more += WIDTHS[i] < 8 ? s.bands[i] : -s.bands[i];
+    return more >= 0;
 }
 
 // Heads whose part of a packed segment's decoder is transposed.
@@ -123,7 +133,7 @@ inline void lay_out(Work &w, Arena &arena) {
     }
 }
 
-inline Work work_of(const Attend &a, const State &state) {
+inline Work work_of(const Attend &a, const State &state, bool bfloat16) {
     Work w = {};
     w.a = &a;
     memcpy(w.segments, state.segments, sizeof state);
@@ -156,8 +166,10 @@ inline Work work_of(const Attend &a, const State &state) {
             int64_t most = latents ? ROTATED_LATENTS / latents : ROTATED, there = (w.used[FIRST_PACKED + i] + slots - 1) / slots;
             if (most > there) most = there;
             w.ahead[i] = (int)(most < 1 ? 1 : most > ROTATED ? ROTATED : most);
-            int64_t rows = (int64_t)w.ahead[i] * w.R;
-            w.transposes[i] = TRANSPOSES && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim;
+            int64_t rows = (int64_t)w.ahead[i] * w.R, blocks = (w.used[FIRST_PACKED + i] + a.rotations[i].block - 1) / a.rotations[i].block;
+            bool even = a.head_dim % (2 * LANES) == 0 && a.rotations[i].pairs % 2 == 0;
+            w.pairs[i] = bfloat16 && mostly_short(s.key) && even && blocks * w.R >= PAIRED_ROWS;
+            w.transposes[i] = w.pairs[i] || (TRANSPOSES && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim);
         }
         w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;
     }
@@ -166,11 +178,45 @@ inline Work work_of(const Attend &a, const State &state) {
     return w;
 }
 
+// What a thread works on.
 struct Local {
     float *tile, *score;      // [TILE], [M][BLOCK]
-    float *rotated;            // [heads of a group][ROTATED][R][D]
-    float *latent, *offset;   // [TURNED][M][columns], [TURNED][M]
-    uint8_t *row;             // one token's codes and a vector
+    float *rotated;           // [heads of a group][ROTATED][R][D]
+    float *latent, *offset;   // [ROTATED][M][columns], [ROTATED][M]
+    int8_t *latent_terms[2], *weight_terms[2];  // [ROTATED][M][columns], [M][BLOCK], as 8-bit numbers
+    Scale *latent_scale, *weight_scale;         // [ROTATED][M][BANDS], [M]
+    float *merged, *out;      // [R][columns], [R][D]
+    uint8_t *codes;           // of TOKENS_AT_ONCE tokens, and a vector each
 };
+
+inline Local lay_out_local(const Work &w, Arena &arena) {
+    const Attend &a = *w.a;
+    int most_rows = w.R, width = (int)a.value_dim;
+    int64_t bytes = 0, rotated = 0, latents = 0, columns = 0;
+    for (int kind = 1; kind < KINDS; ++kind) {
+        if (!w.parts[kind]) continue;
+        int64_t M = heads_per_group(w, kind) * w.R, ahead = w.ahead[kind - 1], rows = ahead ? ahead * M : M;
+        auto raise = [](auto &most, int64_t n) { most = n > most ? n : most; };
+        raise(most_rows, M), raise(width, w.width[kind]);
+        raise(bytes, w.key[kind - 1].bytes), raise(bytes, w.value[kind - 1].bytes);
+        raise(rotated, ahead * M), raise(latents, rows), raise(columns, rows * w.key[kind - 1].count);
+    }
+    Local local;
+    local.tile = arena.floats(TILE + LANES);
+    local.score = arena.floats((int64_t)most_rows * BLOCK);
+    local.rotated = arena.floats(rotated * a.head_dim);
+    local.latent = arena.floats(rotated ? columns : 0);
+    local.offset = arena.floats(rotated);
+    for (int term = 0; term < 2; ++term) {
+        local.latent_terms[term] = (int8_t *)arena.take(INTEGERS ? columns : 0);
+        local.weight_terms[term] = (int8_t *)arena.take(INTEGERS ? (size_t)most_rows * BLOCK : 0);
+    }
+    local.latent_scale = (Scale *)arena.take(INTEGERS ? latents * BANDS * sizeof(Scale) : 0);
+    local.weight_scale = (Scale *)arena.take(INTEGERS ? most_rows * sizeof(Scale) : 0);
+    local.merged = arena.floats((int64_t)w.R * width);
+    local.out = arena.floats((int64_t)w.R * a.value_dim);
+    local.codes = (uint8_t *)arena.take(TOKENS_AT_ONCE * (bytes + LANES));
+    return local;
+}
 
 }  // namespace

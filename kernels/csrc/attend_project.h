@@ -33,6 +33,7 @@ inline Rotating rotating_of(const Rotations &rotations, int64_t b, int64_t first
         for (int i = P - 1; i >= high; --i)
             if (rotation[i] != before[i] || rotation[P + i] != before[P + i]) high = i + 1;
     }
+    low &= ~1, high += high < P ? high & 1 : 0;  // pairs of numbers stay together
     Rotating found = {};
     if (low >= high) {
         add_range(found.still, 0, D);
@@ -127,46 +128,50 @@ __attribute__((noinline)) void project_rotated_rows(const Work &w, const Item &i
 }
 
 // A head's part of a decoder, transposed, rows times the steps; all parts of the tokens read it.
+template <typename Kind>
 __attribute__((noinline)) void transpose_decoder(const Work &w, int kind, int64_t basis, int64_t head) {
     const Source &s = w.segments[kind].key;
     const Columns &columns = w.key[kind - 1];
+    constexpr int WIDE = LANES * Kind::EACH;
     int D = (int)w.a->head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
     int64_t at = basis * s.groups + head / per_group, W = (int64_t)per_group * D, inside = head % per_group * D;
     float *out = w.transposed[kind - 1] + (basis * w.a->heads + head) * D * columns.count;
     for (const Band &band : columns.band)
         for (int c = 0; c < band.columns; c += LANES)
-            for (int d = 0; d < D; d += LANES) {
-                const float *rows[LANES];
-                float step[LANES], tile[LANES * LANES];
+            for (int d = 0; d < D; d += WIDE) {
+                Vec x[LANES];
+                float buffer[WIDE];
                 for (int i = 0; i < LANES; ++i) {
                     int64_t component = at * r + band.component + c + i;
                     bool stored = c + i < band.count;
-                    rows[i] = stored ? basis_row(s, s.decoder, component * W + inside + d, LANES, tile + i * LANES) : nullptr;
-                    step[i] = stored ? s.step[component] : 0;
+                    x[i] = stored ? Kind::numbers(basis_row(s, s.decoder, component * W + inside + d, WIDE, buffer), broadcast(s.step[component])) : zero();
                 }
-                transpose_square(rows, step, out + (int64_t)d * columns.count + band.column + c, columns.count);
+                transpose_square(x, out + (int64_t)(d / Kind::EACH) * columns.count + band.column + c, columns.count);
             }
 }
 
 // The same by transposed decoders: sums then stay in their lanes.
+template <typename Kind>
 __attribute__((noinline)) void project_transposed(const Work &w, const Item &item, int segment, int rotations, const Rotating &over, const Local &local) {
-    const int columns = w.key[segment - 1].count, D = (int)w.a->head_dim, per_group = heads_per_group(w, segment);
-    const int64_t rotation_step = (int64_t)per_group * w.R * columns, basis = w.segments[segment].key.basis_batch == 1 ? 0 : item.b;
-    const size_t size = (size_t)w.R * columns * sizeof(float);
+    typedef const typename Kind::Number *Numbers;
+    const int columns = w.key[segment - 1].count, D = (int)w.a->head_dim, per_group = heads_per_group(w, segment), R = w.R;
+    const int64_t rotation_step = (int64_t)per_group * R * columns, basis = w.segments[segment].key.basis_batch == 1 ? 0 : item.b;
+    const size_t size = (size_t)R * columns * sizeof(float);
     for (int h = 0; h < per_group; ++h) {
-        const float *query = local.rotated + (int64_t)h * rotations * w.R * D;
-        const float *decoder = w.transposed[segment - 1] + (basis * w.a->heads + item.group * per_group + h) * D * columns;
-        float *latent = local.latent + (int64_t)h * w.R * columns;
-        auto add = [&](const float *rows, const Ranges &ranges, float *out) {
+        Numbers query = (Numbers)(local.rotated + (int64_t)h * rotations * R * D);
+        Numbers decoder = (Numbers)(w.transposed[segment - 1] + (basis * w.a->heads + item.group * per_group + h) * D * columns);
+        float *latent = local.latent + (int64_t)h * R * columns;
+        auto add = [&](int rows, const Ranges &ranges) {
             for (int i = 0; i < ranges.count; ++i) {
-                int begin = ranges.part[i].begin, end = ranges.part[i].end;
-                weigh(rows + begin, D, w.R, decoder + (int64_t)begin * columns, columns, columns, end - begin, out, columns);
+                int begin = ranges.part[i].begin / Kind::EACH, count = ranges.part[i].end / Kind::EACH - begin;
+                weigh(Kind{}, query + begin, D, rows, decoder + (int64_t)begin * columns, columns, columns, count,
+                      [=](int m) { return latent + m / R * rotation_step + m % R * (int64_t)columns; });
             }
         };
         memset(latent, 0, size);
-        add(query, over.still, latent);
+        add(R, over.still);
         for (int k = 1; k < rotations; ++k) memcpy(latent + k * rotation_step, latent, size);
-        for (int k = 0; k < rotations; ++k) add(query + (int64_t)k * w.R * D, over.moving, latent + k * rotation_step);
+        add(rotations * R, over.moving);
     }
 }
 
@@ -186,10 +191,17 @@ __attribute__((noinline)) void project_rotated(const Work &w, const Item &item, 
             const float *rotation = rotation_of(rotations, item.b, (first + k) * rotations.block);
             for (int i = 0; i < w.R; ++i) rotate_back(rows + i * D, rotation, rotations.pairs);
             mean_scores(rows, w.R, D, mean, local.offset + k * M + h * w.R);
+#if defined(APACK_VNNI)
+            // in place: what is written was read
+            for (int64_t d = 0; w.pairs[segment - 1] && d < size; d += 2 * LANES) store(rows + d / D * D + d % D / 2, Pairs::numbers(rows + d, broadcast(1.0f)));
+#endif
         }
     }
     const Rotating over = rotating_of(rotations, item.b, first, count, D);
-    auto project = w.transposes[segment - 1] ? project_transposed : project_rotated_rows;
+    auto project = w.transposes[segment - 1] ? project_transposed<Floats> : project_rotated_rows;
+#if defined(APACK_VNNI)
+    if (w.pairs[segment - 1]) project = project_transposed<Pairs>;
+#endif
     project(w, item, segment, count, over, local);
 }
 

@@ -93,18 +93,24 @@ inline void unpack_rows(const Packed &s, const Band &band, int from, int columns
     }
 }
 
+// Calls run(band, from, n, at) for each band's columns [from, from + n) among columns [first, first + count), `at` of which is the first.
+template <typename Run>
+inline void for_each_part(const Columns &columns, int first, int count, const Run &run) {
+    for (const Band &band : columns.band) {
+        int low = first > band.column ? first : band.column, end = band.column + band.columns;
+        int n = (first + count < end ? first + count : end) - low;
+        if (n > 0) run(band, low - band.column, n, low - first);
+    }
+}
+
 // Columns [first, first + count) of tokens as floats, tile[token][column]; zeros where a slot is not held.
 __attribute__((noinline)) void unpack_tile(const Packed &s, const Columns &columns, int first, int count, int token, int tokens,
                                            const float *holds, float *tile, uint8_t *row_copy) {
-    for (const Band &band : columns.band) {
-        int low = first > band.column ? first : band.column, end = band.column + band.columns;
-        int n = (first + count < end ? first + count : end) - low, from = low - band.column;
-        float *out = tile + low - first;
-        if (n <= 0) continue;
+    for_each_part(columns, first, count, [&](const Band &band, int from, int n, int at) {
         with_width(band.bits, [&](auto width) {
-            unpack_rows<width.bits>(s, band, from, n, token, tokens, holds, out, count, row_copy);
+            unpack_rows<width.bits>(s, band, from, n, token, tokens, holds, tile + at, count, row_copy);
         });
-    }
+    });
 }
 
 }  // namespace

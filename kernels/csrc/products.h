@@ -31,13 +31,12 @@ inline void store_sums(float *out, const Vec *x) {
 }
 #endif
 
-// out[d][c] = rows[c][d] * factor[c] for a square of LANES; null rows are zeros. Only where a set has the shuffles for it.
+// out[d][c] = x[c][d] for a square of LANES. Only where a set has the shuffles for it.
 #if defined(APACK_AVX512)
 constexpr bool TRANSPOSES = true;
-inline void transpose_square(const float *const rows[LANES], const float *factor, float *out, int64_t ldo) {
+inline void transpose_square(Vec x[LANES], float *out, int64_t ldo) {
     __m512d pairs[16];
-    __m512 x[16], y[16];
-    for (int i = 0; i < 16; ++i) x[i] = rows[i] ? scaled(load(rows[i]), broadcast(factor[i])) : zero();
+    __m512 y[16];
     for (int i = 0; i < 16; i += 2) {
         pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1]));
         pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
@@ -59,7 +58,7 @@ inline void transpose_square(const float *const rows[LANES], const float *factor
 }
 #else
 constexpr bool TRANSPOSES = false;
-inline void transpose_square(const float *const *, const float *, float *, int64_t) {}
+inline void transpose_square(Vec *, float *, int64_t) {}
 #endif
 
 constexpr int AHEAD = 8;  // rows of a decoder that are fetched before they are needed
@@ -161,71 +160,121 @@ __attribute__((noinline)) void dots(const float *a, int64_t lda, int rows, const
     }
 }
 
-// out[m][:] += sum over k of a[m][k] b[k][:], for MB rows of a and NB vectors of columns, the last one `last` wide.
-template <int MB, int NB>
-inline void weigh_tile(const float *a, int64_t lda, const float *b, int64_t ldb, int k, float *out, int64_t ldo, int last) {
-    Vec acc[MB][NB];
+// How a product multiplies: numbers of a with vectors of b, which Sums hold between `begin` and `end`; n: lanes that there are.
+struct Floats {
+    typedef float Number;
+    static constexpr int EACH = 1;  // floats that a number is made of
+    static Vec numbers(const float *row, Vec factor) { return scaled(load(row), factor); }
+    typedef Vec Sums;
+    static constexpr int TERMS = 1;
+    static constexpr int64_t term_step = 0;
+    static Vec begin(const float *out, int n) { return n == LANES ? load(out) : load_some(out, n); }
+    static Vec row(const float *b, int n) { return n == LANES ? load_once(b) : load_some(b, n); }
+    static Vec each(const float *a) { return broadcast(*a); }
+    static Vec multiply(Vec a, Vec b, Vec sums) { return fma(a, b, sums); }
+    static Vec next_term(Vec sums) { return sums; }
+    static void end(Vec sums, float *out, int n, int, int) { n == LANES ? store(out, sums) : store_some(out, sums, n); }
+};
+
+#if defined(APACK_VNNI)
+typedef uint32_t __attribute__((may_alias)) Word;  // several numbers
+
+// Pairs of bfloat16.
+struct Pairs : Floats {
+    typedef Word Number;
+    static constexpr int EACH = 2;
+    static Vec numbers(const float *row, Vec factor) {
+        return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(scaled(load(row + LANES), factor), scaled(load(row), factor)));
+    }
+    static Vec row(const Word *b, int n) { return Floats::row((const float *)b, n); }
+    static Vec each(const Word *a) { return Floats::each((const float *)a); }
+    static Vec multiply(Vec a, Vec b, Vec sums) {
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(b), "v"(a));
+        return sums;
+    }
+};
+#endif
+
+// out[m][:] += sum over k of a[m][k] b[k][:], for MB rows of a from `first` on and NB vectors of columns, the last one `last` wide.
+template <int MB, int NB, typename Kind>
+inline void weigh_tile(const Kind &kind, int first, const typename Kind::Number *a, int64_t lda, const typename Kind::Number *b, int64_t ldb, int k,
+                       float *const out[MB], int column, int last) {
+    typename Kind::Sums acc[MB][NB];
+    a += first * lda;
+    auto lanes = [&](int n) { return n < NB - 1 ? LANES : last; };
 #pragma GCC unroll 4
     for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < NB; ++n) {
-            const float *p = out + m * ldo + n * LANES;
-            acc[m][n] = n < NB - 1 || last == LANES ? load(p) : load_some(p, last);
-        }
-    for (int i = 0; i < k; ++i) {
-        Vec x[NB];
+        for (int n = 0; n < NB; ++n) acc[m][n] = kind.begin(out[m] + column + n * LANES, lanes(n));
+    for (int term = 0; term < Kind::TERMS; ++term, a += kind.term_step) {
 #pragma GCC unroll 4
-        for (int n = 0; n < NB; ++n) {
-            const float *p = b + i * ldb + n * LANES;
-            x[n] = n < NB - 1 || last == LANES ? load_once(p) : load_some(p, last);
-        }
+        for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 4
-        for (int m = 0; m < MB; ++m) {
-            Vec y = broadcast(a[m * lda + i]);
+            for (int n = 0; term && n < NB; ++n) acc[m][n] = kind.next_term(acc[m][n]);
+        for (int i = 0; i < k; ++i) {
+            decltype(kind.row(b, 0)) x[NB];
 #pragma GCC unroll 4
-            for (int n = 0; n < NB; ++n) acc[m][n] = fma(y, x[n], acc[m][n]);
+            for (int n = 0; n < NB; ++n) x[n] = kind.row(b + i * ldb + n * LANES, lanes(n));
+#pragma GCC unroll 4
+            for (int m = 0; m < MB; ++m) {
+                auto y = kind.each(a + m * lda + i);
+#pragma GCC unroll 4
+                for (int n = 0; n < NB; ++n) acc[m][n] = kind.multiply(y, x[n], acc[m][n]);
+            }
         }
     }
 #pragma GCC unroll 4
     for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 4
-        for (int n = 0; n < NB; ++n) {
-            float *p = out + m * ldo + n * LANES;
-            if (n < NB - 1 || last == LANES) store(p, acc[m][n]);
-            else store_some(p, acc[m][n], last);
-        }
+        for (int n = 0; n < NB; ++n) kind.end(acc[m][n], out[m] + column + n * LANES, lanes(n), first + m, column + n * LANES);
 }
 
-template <int MB>
-inline void weigh_rows(const float *a, int64_t lda, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
+template <int MB, typename Kind, typename Place>
+inline void weigh_rows(const Kind &kind, int first, const typename Kind::Number *a, int64_t lda, const typename Kind::Number *b, int64_t ldb, int n,
+                       int k, const Place &place, int column) {
+    float *out[MB];
+    for (int m = 0; m < MB; ++m) out[m] = place(first + m);
     int vectors = (n + LANES - 1) / LANES, last = n - (vectors - 1) * LANES;
     switch (vectors) {
-        case 4: weigh_tile<MB, 4>(a, lda, b, ldb, k, out, ldo, last); break;
-        case 3: weigh_tile<MB, 3>(a, lda, b, ldb, k, out, ldo, last); break;
-        case 2: weigh_tile<MB, 2>(a, lda, b, ldb, k, out, ldo, last); break;
-        case 1: weigh_tile<MB, 1>(a, lda, b, ldb, k, out, ldo, last); break;
+        case 4: return weigh_tile<MB, 4>(kind, first, a, lda, b, ldb, k, out, column, last);
+        case 3: return weigh_tile<MB, 3>(kind, first, a, lda, b, ldb, k, out, column, last);
+        case 2: return weigh_tile<MB, 2>(kind, first, a, lda, b, ldb, k, out, column, last);
+        case 1: return weigh_tile<MB, 1>(kind, first, a, lda, b, ldb, k, out, column, last);
     }
 }
 
-// out[m][:n] += sum over k of a[m][k] b[k][:n]. Rows and vectors of columns are shared out evenly; a strip of b is used by all rows
+// place(m)[:n] += sum over k of a[m][k] b[k][:n]. Rows and vectors of columns are shared out evenly; a strip of b is used by all rows
 // while it is in the nearest cache.
-__attribute__((noinline)) void weigh(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
+template <typename Kind, typename Place>
+__attribute__((noinline)) void weigh(const Kind &kind, const typename Kind::Number *a, int64_t lda, int rows, const typename Kind::Number *b, int64_t ldb,
+                                     int n, int k, const Place &place) {
     int vectors = (n + LANES - 1) / LANES;
     for (int j = 0, strips = (vectors + VECTORS - 1) / VECTORS; j < n; --strips) {
         int wide = (vectors + strips - 1) / strips, width = n - j < wide * LANES ? n - j : wide * LANES;
         for (int m = 0, left = (rows + ROWS - 1) / ROWS; m < rows; --left) {
             int now = (rows - m + left - 1) / left;
             switch (now) {
-                case 4: weigh_rows<4>(a + m * lda, lda, b + j, ldb, width, k, out + m * ldo + j, ldo); break;
-                case 3: weigh_rows<3>(a + m * lda, lda, b + j, ldb, width, k, out + m * ldo + j, ldo); break;
-                case 2: weigh_rows<2>(a + m * lda, lda, b + j, ldb, width, k, out + m * ldo + j, ldo); break;
-                case 1: weigh_rows<1>(a + m * lda, lda, b + j, ldb, width, k, out + m * ldo + j, ldo); break;
+                case 4: weigh_rows<4>(kind, m, a, lda, b + j, ldb, width, k, place, j); break;
+                case 3: weigh_rows<3>(kind, m, a, lda, b + j, ldb, width, k, place, j); break;
+                case 2: weigh_rows<2>(kind, m, a, lda, b + j, ldb, width, k, place, j); break;
+                case 1: weigh_rows<1>(kind, m, a, lda, b + j, ldb, width, k, place, j); break;
             }
             m += now;
         }
         j += width;
         vectors -= wide;
     }
+}
+
+// Rows that follow one another.
+struct Rows {
+    float *out;
+    int64_t step;
+    float *operator()(int m) const { return out + m * step; }
+};
+
+inline void weigh(const float *a, int64_t lda, int rows, const float *b, int64_t ldb, int n, int k, float *out, int64_t ldo) {
+    weigh(Floats{}, a, lda, rows, b, ldb, n, k, Rows{out, ldo});
 }
 
 }  // namespace

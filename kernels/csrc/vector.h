@@ -80,9 +80,8 @@ inline Vec select_positive(Vec flag, Vec a, Vec b) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(flag, zero(), _CMP_GT_OQ), b, a);
 }
 inline bool any_nan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
-inline Vec power_of_two(Vec n) {  // 2**n for whole n in [-127, 127]
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
+constexpr float LEAST_EXPONENT = -200;  // of a number that a power of two makes 0 or leaves right
+inline Vec times_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec from_half(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 inline Vec from_bfloat(const uint8_t *p) {
@@ -144,8 +143,9 @@ inline Vec select_positive(Vec flag, Vec a, Vec b) {
     return _mm256_blendv_ps(b, a, _mm256_cmp_ps(flag, zero(), _CMP_GT_OQ));
 }
 inline bool any_nan(Vec x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
-inline Vec power_of_two(Vec n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+constexpr float LEAST_EXPONENT = -87.3365f;
+inline Vec times_power_of_two(Vec x, Vec n) {
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
 }
 inline Vec nearest(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec from_half(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
@@ -198,9 +198,10 @@ inline bool any_nan(Vec x) {
     EACH_LANE found |= x.lane[i] != x.lane[i];
     return found;
 }
-inline Vec power_of_two(Vec n) {
-    EACH_LANE n.lane[i] = from_bits((uint32_t)((int)n.lane[i] + 127) << 23);
-    return n;
+constexpr float LEAST_EXPONENT = -87.3365f;
+inline Vec times_power_of_two(Vec x, Vec n) {
+    EACH_LANE x.lane[i] *= from_bits((uint32_t)((int)n.lane[i] + 127) << 23);
+    return x;
 }
 inline Vec nearest(Vec x) {
     EACH_LANE x.lane[i] = nearbyintf(x.lane[i]);
@@ -243,9 +244,9 @@ inline void to_bfloat(uint8_t *p, Vec x) {
 inline Vec add(Vec a, Vec b) { return fma(a, broadcast(1.0f), b); }
 inline Vec scaled(Vec a, Vec b) { return fma(a, b, zero()); }
 
-// e**x for x <= 0, within 2 units in the last place; 0 below the smallest normal number.
+// e**x for x <= 0, within 2 units in the last place; 0 or right below the smallest normal number.
 inline Vec exp_of(Vec x) {
-    const Vec low = broadcast(-87.3365f);
+    const Vec low = broadcast(LEAST_EXPONENT);
     Vec y = maximum(low, x);  // maximum returns its second argument when that is NaN
     Vec n = nearest(scaled(y, broadcast(1.44269504f)));
     Vec r = fma(n, broadcast(-0.693359375f), y);
@@ -257,7 +258,8 @@ inline Vec exp_of(Vec x) {
     p = fma(p, r, broadcast(1.6666665459e-1f));
     p = fma(p, r, broadcast(5.0000001201e-1f));
     p = fma(scaled(p, r), r, add(r, broadcast(1.0f)));
-    p = scaled(p, power_of_two(n));
+    p = times_power_of_two(p, n);
+    if (LEAST_EXPONENT < -126) return p;
     Vec below = fma(x, broadcast(-1.0f), low);
     return select_positive(below, zero(), p);
 }

@@ -1,7 +1,9 @@
 """The compiled attend of CPUs against the reference in float64: random states, garbage in unused slots, guarded memory."""
 
 import mmap
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,15 +22,22 @@ attend, reference = attend_with(cpu.attend), attend_with(attend_reference.attend
 SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
 
 
+def attend_on(instructions: int) -> Callable[..., Tensor]:
+    """`attend` by one instruction set."""
+    return attend_with(partial(cpu.attend, instructions=instructions))
+
+
 def run(function, call: Call) -> list[Tensor]:
     """Output and importance after it."""
     return [function(*call.arguments, *call.tiers, **call.rotations), *(x for x in call.tiers[:2])]
 
 
-def assert_close_to_float64(case: Case, call: Call) -> None:
-    """No further from the reference in float64 than the reference in the call's own dtype, times a small constant."""
+def assert_close_to_float64(case: Case, call: Call, instructions: int = native.INSTRUCTION_SET) -> None:
+    """No further from the reference in float64 than the reference in the call's own dtype, times a small constant; than bfloat16 where
+    levels are multiplied as integers (test_attend_integers.py has what that adds)."""
     clean = without_garbage(call)
-    own = run(attend, call.copy())
+    own = run(attend_on(instructions), call.copy())
+    dtype = torch.bfloat16 if native.has_integers(instructions) else case.dtype
     exact = run(reference, clean.copy(torch.float64))
     plain = run(reference, clean.copy())
     assert own[0].dtype == case.dtype and own[0].shape == exact[0].shape
@@ -37,7 +46,7 @@ def assert_close_to_float64(case: Case, call: Call) -> None:
         error = (got.double() - wanted.double()).abs().max() if got.numel() else torch.zeros(())
         allowed = (rounded.double() - wanted.double()).abs().max() if got.numel() else torch.zeros(())
         largest = wanted.abs().max() if got.numel() else torch.zeros(())
-        assert error <= 4 * allowed + 4 * torch.finfo(got.dtype).eps * largest
+        assert error <= 4 * allowed + 4 * torch.finfo(dtype).eps * largest
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +57,7 @@ def poisoned_scratch(poisoned):
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
-def test_attend_is_as_close_to_float64_as_the_reference(instructions, monkeypatch):
-    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
-
+def test_attend_is_as_close_to_float64_as_the_reference(instructions):
     @settings(max_examples=120, deadline=None)
     @given(cases())
     @example(Case(text=0, tail=0))
@@ -58,7 +65,7 @@ def test_attend_is_as_close_to_float64_as_the_reference(instructions, monkeypatc
     @example(Case(vision=300, tiers=True, bands=((0, 0, 32, 0),) * 4, partial=16, batch=3))
     @example(Case(heads=4, head_dim=72, value_dim=80, bands=(None, (0, 0, 0, 64), (16, 0, 0, 0), None)))
     def check(case: Case) -> None:
-        assert_close_to_float64(case, build(case))
+        assert_close_to_float64(case, build(case), instructions)
 
     check()
 
@@ -69,20 +76,18 @@ LENGTHS = (0, 1, 63, 64, 65)
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 @pytest.mark.parametrize("block", (0, 16, 64))
 @pytest.mark.parametrize("shift", range(len(LENGTHS)))
-def test_lengths_of_three_packed_segments_around_a_block(shift, block, instructions, monkeypatch):
-    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+def test_lengths_of_three_packed_segments_around_a_block(shift, block, instructions):
     coarse, vision, text = (LENGTHS[(shift + i) % len(LENGTHS)] for i in range(3))
     batch, heads, groups = ((1, 2, 1), (3, 4, 2))[shift % 2]
     case = Case(
         batch=batch, heads=heads, groups=groups, coarse=coarse, vision=vision, text=text, block=block, seed=shift
     )
-    assert_close_to_float64(case, build(case))
+    assert_close_to_float64(case, build(case), instructions)
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 @pytest.mark.parametrize("width", (1100, 4096))
-def test_wide_streams_run_in_several_tiles(width, instructions, monkeypatch):
-    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+def test_wide_streams_run_in_several_tiles(width, instructions):
     heads = width // 4
     bands = ((16, 48, 400, 600), (64, 0, 0, 1000), (0, 600, 0, 0), (0, 0, 800, 0))
     case = Case(
@@ -97,7 +102,7 @@ def test_wide_streams_run_in_several_tiles(width, instructions, monkeypatch):
         partial=200,
         block=48,
     )
-    assert_close_to_float64(case, build(case))
+    assert_close_to_float64(case, build(case), instructions)
 
 
 SHARING = {
@@ -113,14 +118,13 @@ SHARING = {
 @pytest.mark.parametrize("scope", ("model", "sequence"))
 @pytest.mark.parametrize(("share", "head_dim"), ((1, 72), (2, 128), (7, 64)), ids=str)
 @pytest.mark.parametrize("sharing", SHARING.values(), ids=SHARING)
-def test_blocks_that_share_the_rotations_of_some_pairs(sharing, share, head_dim, scope, instructions, monkeypatch):
-    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+def test_blocks_that_share_the_rotations_of_some_pairs(sharing, share, head_dim, scope, instructions):
     bands = ((0, 0, 16, 35), (0, 0, 16, 0), (0, 0, 18, 64), (0, 0, 16, 0))
     case = Case(
         batch=2, heads=4, groups=2, share=share, head_dim=head_dim, value_dim=16, vision=300, text=700, bands=bands,
         scope=scope, block=32, sharing=sharing,
     )  # fmt: skip
-    assert_close_to_float64(case, build(case))
+    assert_close_to_float64(case, build(case), instructions)
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3))
@@ -174,7 +178,7 @@ def test_tensors_that_took_the_place_of_others_are_read():
     assert not torch.equal(after, before)
 
 
-def assert_reads_nothing_past_the_end(case: Case) -> None:
+def assert_reads_nothing_past_the_end(case: Case, instructions: int) -> None:
     """The same result where a page that may not be touched follows each tensor."""
     call, keep = build(case), []
 
@@ -184,8 +188,8 @@ def assert_reads_nothing_past_the_end(case: Case) -> None:
         return guarded(x.contiguous(), keep) if isinstance(x, Tensor) and x.numel() else x
 
     rotations = {name: placed(x) for name, x in call.rotations.items()}
-    wanted = run(attend, call.copy())
-    got = run(attend, Call(placed(call.arguments), placed(call.tiers), rotations))
+    wanted = run(attend_on(instructions), call.copy())
+    got = run(attend_on(instructions), Call(placed(call.arguments), placed(call.tiers), rotations))
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
@@ -193,8 +197,7 @@ def assert_reads_nothing_past_the_end(case: Case) -> None:
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs mprotect")
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatch):
-    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions):
     sizes = ((64, 16), (72, 80), (3, 5), (33, 128), (80, 72), (16, 8))[seed]
     odd = ((3, 1, 3, 3), (0, 0, 1, 0), None, (0, 0, 0, 1), (1, 0, 0, 0), (0, 3, 0, 0))
     bands = tuple(odd[(seed + i) % 6] for i in range(4))
@@ -203,27 +206,25 @@ def test_nothing_past_the_end_of_a_tensor_is_read(seed, instructions, monkeypatc
         mask="float", seed=seed, scope=("model", "sequence")[seed % 2], dtype=(torch.float32, torch.bfloat16)[seed // 3],
         block=(0, 16, 64)[seed % 3],
     )  # fmt: skip
-    assert_reads_nothing_past_the_end(case)
+    assert_reads_nothing_past_the_end(case, instructions)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs mprotect")
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 @pytest.mark.parametrize("scope", ["model", "sequence"])
-def test_nothing_past_the_end_of_a_transposed_decoder_is_read(instructions, scope, monkeypatch):
-    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+def test_nothing_past_the_end_of_a_transposed_decoder_is_read(instructions, scope):
     bands = ((0, 0, 0, 5), (0, 0, 16, 0), (0, 0, 3, 0), (0, 0, 16, 0))
     case = Case(heads=1, head_dim=32, vision=65, text=300, bands=bands, empty=0.0, block=16, scope=scope)
-    assert_reads_nothing_past_the_end(case)
+    assert_reads_nothing_past_the_end(case, instructions)
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 @pytest.mark.parametrize("head_dim", [16, 32, 72])
-def test_a_decoder_in_16_bits_is_transposed_as_one_in_float32(head_dim, instructions, monkeypatch):
-    monkeypatch.setattr(cpu, "INSTRUCTION_SET", instructions)
+def test_a_decoder_in_16_bits_is_transposed_as_one_in_float32(head_dim, instructions):
     bands = ((0, 0, 0, 5), (0, 0, 16, 0), (2, 0, 3, 0), (0, 0, 16, 0))
     for batch, heads, groups in ((1, 1, 1), (2, 4, 2)):
         case = Case(
             batch=batch, heads=heads, groups=groups, share=4, head_dim=head_dim, vision=65, text=300, bands=bands,
             block=16, scope="sequence",
         )  # fmt: skip
-        assert_close_to_float64(case, build(case))
+        assert_close_to_float64(case, build(case), instructions)

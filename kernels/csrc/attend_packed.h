@@ -1,0 +1,112 @@
+// Products of packed codes: scores of a block of keys by latents, sums of a block of values by weights.
+#pragma once
+
+#include "attend_layout.h"
+
+namespace {
+
+// A group's rows of queries, projected into the key's components; as 16-bit numbers too where levels are multiplied as integers.
+struct Latents {
+    const float *row, *offset;  // [M][columns], [M]
+    const int8_t *terms[2];
+    const Scale *scale;         // [M]
+
+    Latents from_row(int64_t m, int columns) const {
+        return {row + m * columns, offset + m, {terms[0] + m * columns, terms[1] + m * columns}, scale + m};
+    }
+};
+
+// Columns whose levels are multiplied as floats; the others follow.
+inline int float_columns(const Columns &columns) { return INTEGERS ? columns.band[0].columns : columns.count; }
+
+inline Latents latents_of(const Work &w, int kind, const float *row, const float *offset, int rows, const Local &local) {
+#if defined(APACK_VNNI)
+    const Columns &columns = w.key[kind - 1];
+    const int floats = float_columns(columns);
+    for (int m = 0; m < rows; ++m) {
+        const int64_t at = (int64_t)m * columns.count;
+        Vec most = zero();
+        for (int c = floats; c < columns.count; c += LANES) most = maximum(most, _mm512_abs_ps(load(row + at + c)));
+        const float greatest = largest(most), inverse = inverse_of(greatest);
+        float mass = 0;
+        for_each_part(columns, floats, columns.count - floats, [&](const Band &band, int, int n, int) {
+            int8_t *high = local.latent_terms[0] + at + band.column, *low = local.latent_terms[1] + at + band.column;
+            with_width(band.bits, [&](auto width) { mass += middle_of(width.bits) * quantize<width.bits>(row + at + band.column, n, inverse, high, low); });
+        });
+        local.latent_scale[m] = {greatest / MOST, greatest / MOST * mass};
+    }
+#endif
+    return {row, offset, {local.latent_terms[0], local.latent_terms[1]}, local.latent_scale};
+}
+
+// local.score[m][token] of M rows, but for the offsets.
+inline void score_packed(const Packed &keys, const Columns &columns, const Latents &latents, int M, int token, int tokens, const Local &local) {
+    memset(local.score, 0, (size_t)M * BLOCK * sizeof(float));
+#if defined(APACK_AVX512)
+    const int lanes = round_up(tokens, LANES), floats = float_columns(columns);
+    for (int c = 0; c < floats; c += KEY_TILE_COLUMNS) {
+        int width = floats - c < KEY_TILE_COLUMNS ? floats - c : KEY_TILE_COLUMNS;
+        unpack_key_tile<FloatLevels>(keys, columns, c, width, token, tokens, local.tile, local.codes);
+        weigh(latents.row + c, columns.count, M, local.tile, BLOCK, lanes, width, local.score, BLOCK);
+    }
+#if defined(APACK_VNNI)
+    static constexpr float ONCE[BLOCK / LANES] = {1, 1, 1, 1}, AGAIN[BLOCK / LANES] = {};
+    for (int c = floats; c < columns.count; c += FOURS_COLUMNS) {
+        int width = columns.count - c < FOURS_COLUMNS ? columns.count - c : FOURS_COLUMNS;
+        Word *tile = (Word *)local.tile;
+        unpack_key_tile<FourLevels>(keys, columns, c, width, token, tokens, tile, local.codes);
+        Fours fours = {(latents.terms[1] - latents.terms[0]) / 4, latents.scale, c == floats ? ONCE : AGAIN};
+        weigh(fours, (const Word *)(latents.terms[0] + c), columns.count / 4, M, tile, BLOCK, lanes, width / 4, Rows{local.score, BLOCK});
+    }
+#endif
+#else
+    int wide = columns.count < KEY_COLUMNS ? columns.count : KEY_COLUMNS, step = wide ? (TILE / wide & ~3) : BLOCK;
+    if (step > BLOCK) step = BLOCK;
+    for (int t = 0; t < tokens; t += step) {
+        int n = tokens - t < step ? tokens - t : step;
+        for (int c = 0; c < columns.count; c += wide) {
+            int width = columns.count - c < wide ? columns.count - c : wide;
+            unpack_tile(keys, columns, c, width, token + t, n, nullptr, local.tile, local.codes);
+            dots(latents.row + c, columns.count, M, local.tile, width, n, width, local.score + t, BLOCK, c > 0);
+        }
+    }
+#endif
+}
+
+// sums[m][:] += weights of M rows times a block of values; to: where each band of the columns goes.
+inline void sum_packed(const Packed &values, const Columns &columns, const Columns &to, int M, int token, int tokens, const float *holds, float *sums,
+                       const Local &local) {
+    auto sum_columns = [&](int first, int count, int at) {
+        for (int c = 0, tiles = (count + VALUE_COLUMNS - 1) / VALUE_COLUMNS; c < count; --tiles) {
+            int width = round_up((count - c + tiles - 1) / tiles, LANES);
+            if (width > count - c) width = count - c;
+            unpack_tile(values, columns, first + c, width, token, tokens, holds, local.tile, local.codes);
+            weigh(local.score, BLOCK, M, local.tile, width, width, tokens, sums + at + c, to.count);
+            c += width;
+        }
+    };
+    auto sum = [&](int first, int count, int at) {
+#if defined(APACK_VNNI)
+        if (first < float_columns(columns)) return sum_columns(first, round_up(count, LANES), at);
+        for (int c = 0; c < count; c += FOURS_COLUMNS) {
+            int n = count - c < FOURS_COLUMNS ? count - c : FOURS_COLUMNS, width = round_up(n, LANES);
+            Word *tile = (Word *)local.tile;
+            float middles[FOURS_COLUMNS / LANES];
+            unpack_value_fours(values, columns, first + c, width, token, tokens, tile, middles, local.codes);
+            Fours fours = {(local.weight_terms[1] - local.weight_terms[0]) / 4, local.weight_scale, middles};
+            weigh(fours, (const Word *)local.weight_terms[0], BLOCK / 4, M, tile, width, n, (tokens + 3) / 4, Rows{sums + at + c, to.count});
+        }
+#else
+        sum_columns(first, round_up(count, LANES), at);
+#endif
+    };
+    const int floats = float_columns(columns);
+    if (&columns == &to) {
+        sum(0, floats, 0);
+        sum(floats, columns.count - floats, floats);
+        return;
+    }
+    for (int i = 0; i < BANDS; ++i) sum(columns.band[i].column, columns.band[i].count, to.band[i].column);
+}
+
+}  // namespace

@@ -1,0 +1,25 @@
+// The attention for processors with AVX512 and its integer dot products, and with those of bfloat16 or without; empty elsewhere.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define APACK_AVX512
+#define APACK_VNNI
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c")
+#endif
+#include "attend.h"
+
+extern "C" int64_t apack_attend_avx512_vnni(const void *arguments, const void *state, bool bfloat16) {
+    return run_attend(*(const Attend *)arguments, *(const State *)state, bfloat16);
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,167 @@
+"""What integer dot products add to an attention over codes, beside what the codes themselves lost."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from state_lists import state_of
+from torch import Tensor
+
+from apack_compile.kernels import native
+from apack_compile.kernels.attend import cpu, reference
+from apack_compile.kernels.format import Bands, StreamBasis, quantize
+from apack_compile.kernels.state import PackedState
+
+SETS = [i for i in range(native.INSTRUCTION_SET + 1) if native.has_integers(i)]
+pytestmark = pytest.mark.skipif(native.COMPILED is None or not SETS, reason="no integer dot products here")
+SDPA = torch.nn.functional.scaled_dot_product_attention
+HEADS, WIDTH = 2, 64
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Text tokens of Gaussian components, whose deviations fall by `decay` from the first to the last.
+
+    sharpness: deviation of the scores. drift: how far from the mean of the basis tokens lie, in deviations.
+    """
+
+    bands: tuple[int, int, int, int]
+    count: int = 300
+    decay: float = 0.1
+    sharpness: float = 2.0
+    drift: float = 0.0
+    outlier: float = 1.0
+    share: int = 3
+    block: int = 0
+    token_scale: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A query over packed tokens; keys and values that were packed, what was decoded of them, both as heads `[1, H, N, D]`."""
+
+    query: Tensor
+    state: PackedState
+    exact: tuple[Tensor, Tensor]
+
+
+def built(tokens: Tokens) -> Attention:
+    g = torch.Generator().manual_seed(tokens.seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, dtype=torch.float64)
+
+    bands, width = Bands(tokens.bands), HEADS * WIDTH
+    deviation = torch.logspace(0, torch.tensor(tokens.decay).log10(), bands.components, dtype=torch.float64)
+    unit = torch.tensor([band.step for band in bands.each], dtype=torch.float64)
+    codes, bases, exact = [], [], []
+    for _ in range(2):
+        # what is lost is what quantizing loses: there are no other components
+        rows = torch.linalg.qr(normal(width, bands.components)).Q.mT[None, None]
+        step = (deviation * unit)[None, None]
+        basis = StreamBasis(normal(1, 1, width).float() * 0.1, rows.float(), step.float())
+        own = (
+            normal(1, 1, tokens.count, bands.components) + tokens.drift * normal(bands.components).sign()
+        ) * deviation
+        packed = quantize(own.float(), basis.step, bands, tokens.token_scale)
+        codes += packed
+        bases += basis
+        states = own @ basis.decoder.double() + basis.mean.double()[:, :, None]
+        exact.append(states.unflatten(-1, (HEADS, WIDTH)).squeeze(1).transpose(1, 2))
+    blocks = tokens.count // max(tokens.block, 1) + 1
+    angles = normal(1, blocks, WIDTH // 4).float()
+    rotations = [torch.stack([angles.cos(), angles.sin()], 2)] if tokens.block else None
+    if rotations:
+        turns = rotations[0].double()[0, torch.arange(tokens.count) // tokens.block][None]
+        exact[0] = rotated(exact[0], turns)
+    position = torch.arange(tokens.count, dtype=torch.int32)[None]
+    nothing = [torch.zeros(1, HEADS, 0, WIDTH)] * 4
+    cursor = torch.tensor([tokens.count + 1, tokens.count, 0])
+    state = state_of(
+        nothing, codes, bases, [*tokens.bands] * 2, [position[:, :0], position], cursor, rotations, tokens.block
+    )
+    query = normal(1, HEADS * tokens.share, 1, WIDTH)
+    query[..., 0] *= tokens.outlier
+    score = query.unflatten(1, (HEADS, -1)).flatten(2, 3) @ exact[0].mT
+    query *= tokens.sharpness / (score - score.mean(-1, keepdim=True)).square().mean().sqrt().clamp_min(1e-3)
+    return Attention(query.float(), state, (exact[0], exact[1]))
+
+
+def rotated(keys: Tensor, rotations: Tensor) -> Tensor:
+    """Keys `[1, H, N, D]` rotated forward by `[1, N, 2, P]`."""
+    cosine, sine = rotations[:, None].unbind(3)
+    pairs = cosine.shape[-1]
+    first, second = keys[..., :pairs], keys[..., pairs : 2 * pairs]
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine, keys[..., 2 * pairs :]], -1)
+
+
+def dense(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention in float64."""
+    grouped = query.double().unflatten(1, (HEADS, -1)).flatten(2, 3)
+    return ((grouped @ keys.double().mT).softmax(-1) @ values.double()).reshape(*query.shape)
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b).square().mean().sqrt())
+
+
+def errors(tokens: Tokens, instructions: int) -> tuple[float, float, float]:
+    """Root mean squares: what an instruction set adds, what the codes lost, what dense attention in bfloat16 loses."""
+    made = built(tokens)
+    none = torch.zeros(1, HEADS, 0, WIDTH)
+    arguments = (none, none, None, *made.state.flatten(), 1.0)
+    coded = reference.attend(made.query.double(), *arguments)
+    exact = dense(made.query, *made.exact)
+    short = SDPA(*(x.bfloat16() for x in (made.query, *made.exact)), scale=1.0, enable_gqa=True)
+    got = cpu.attend(made.query, *arguments, instructions=instructions)
+    return error(got, coded), error(coded, exact), error(short, exact)
+
+
+COUNT = st.integers(0, 32)
+
+
+@st.composite
+def some_tokens(draw) -> Tokens:
+    return Tokens(
+        bands=draw(st.tuples(COUNT, COUNT, COUNT, COUNT).filter(any)),
+        count=draw(st.sampled_from((1, 63, 65, 300, 1100))),
+        decay=draw(st.sampled_from((1.0, 0.1, 0.01))),
+        sharpness=draw(st.sampled_from((0.01, 0.5, 2.0, 8.0))),
+        drift=draw(st.sampled_from((0.0, 0.0, 2.0))),
+        outlier=draw(st.sampled_from((1.0, 1.0, 30.0))),
+        share=draw(st.sampled_from((1, 3, 7))),
+        block=draw(st.sampled_from((0, 16, 64))),
+        token_scale=draw(st.booleans()),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+def test_integers_add_a_tenth_of_what_the_codes_lost_or_less_than_bfloat16(instructions):
+    with_bfloat16 = native.INSTRUCTION_SETS[instructions].endswith("bf16")
+
+    @settings(max_examples=60, deadline=None)
+    @given(some_tokens())
+    # one token has nearly all of the weight, and many with the same mean have little each
+    @example(Tokens((0, 0, 64, 0), count=1100, sharpness=8.0, drift=3.0))
+    @example(Tokens((0, 0, 0, 64), count=1100, sharpness=8.0, drift=3.0))
+    # latents of very different size in one row
+    @example(Tokens((0, 64, 0, 0), decay=0.001, outlier=100.0))
+    @example(Tokens((0, 30, 30, 60), decay=0.001, outlier=100.0))
+    # keys of nothing but bytes: queries are not rounded to bfloat16
+    @example(Tokens((0, 64, 0, 0), count=1100, block=16))
+    def check(tokens: Tokens) -> None:
+        added, lost, short = errors(tokens, instructions)
+        assert added <= max(lost / 10, short if with_bfloat16 else short / 10)
+
+    check()
+
+
+@pytest.mark.parametrize("bands", ((16, 0, 0, 0), (0, 64, 0, 0), (8, 40, 40, 0)), ids=str)
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+def test_queries_are_rounded_to_bfloat16_only_where_most_codes_are_shorter_than_a_byte(bands, instructions):
+    added, lost, short = errors(Tokens(bands, count=1100, block=16), instructions)
+    assert added <= min(lost, short) / 20
