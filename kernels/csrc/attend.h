@@ -48,7 +48,7 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
             latents = rotated.from_row((block - known) * M, columns);
         }
         score_block(w, item, segment, token, tokens, latents, local);
-        for (int m = 0; m < M; ++m) weigh_scores(w, item, segment, m, local, slots, token, tokens, latents.offset, w.width[kind]);
+        weigh_scores(w, item, segment, M, local, slots, token, tokens, latents.offset, w.width[kind]);
         sum_values(w, item, segment, token, tokens, slots, local);
     }
 }

@@ -47,22 +47,12 @@ inline void keep_newest(const Work &w, const Item &item, int segment, int m, con
     memcpy(newest + token, score, tokens * sizeof *score);
 }
 
-// A row's weights, up to `greatest`, as 16-bit numbers.
-inline void quantize_weights(const Local &local, int m, float greatest) {
-#if defined(APACK_VNNI)
-    const int at = m * BLOCK, sum = quantize<8>(local.score + at, BLOCK, inverse_of(greatest), local.weight_terms[0] + at, local.weight_terms[1] + at);
-    local.weight_scale[m] = {greatest / MOST, greatest / MOST * sum};
-#endif
-}
-
-// Scores of one row become weights relative to its maximum so far, times the values' scales; what the sums held before is scaled to it.
-__attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int m, const Local &local, const Slots &slots, int token,
-                                            int tokens, const float *offsets, int width) {
+// Scores of one row with its offset and mask, -inf where a slot is not read; returns the largest score so far.
+inline float complete_scores(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens, float offset_of_row) {
     const Attend &a = *w.a;
-    float *score = local.score + m * BLOCK;
     bool causal = segment == NEW && !a.mask && a.rows == a.new_tokens;
     bool own_mask = a.mask && !mask_is_shared(a);
-    Vec offset = broadcast(offsets ? offsets[m] : 0.0f);
+    Vec offset = broadcast(offset_of_row);
     Vec top = broadcast(-INFINITY), hidden = broadcast(-INFINITY);
     bool nan = false;
     for (int t = 0; t < BLOCK; t += LANES) {
@@ -88,30 +78,45 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
     float best = largest(top);
     if (nan) item.total[m] = NAN;
     if (nan || best == INFINITY) best = best > item.top[m] ? best : item.top[m] > -INFINITY ? item.top[m] : 0;
-    const float before = item.top[m];
-    if (!(best > before)) best = before;
-    if (best == -INFINITY) {
-        memset(score, 0, BLOCK * sizeof *score);
-        quantize_weights(local, m, 0);
-        return;
+    return best > item.top[m] ? best : item.top[m];
+}
+
+// Scores become weights relative to the largest so far, times the values' scales; what was summed before is scaled to it. Row by row in
+// each step, so that rows do not wait for one another's reductions.
+__attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int M, const Local &local, const Slots &slots, int token,
+                                            int tokens, const float *offsets, int width) {
+    for (int m = 0; m < M; ++m)
+        local.best[m] = complete_scores(w, item, segment, m, local.score + m * BLOCK, slots, token, tokens, offsets ? offsets[m] : 0);
+    for (int m = 0; m < M; ++m) {
+        float *score = local.score + m * BLOCK;
+        Vec minus = broadcast(local.best[m] == -INFINITY ? 0 : -local.best[m]), total = zero(), most = zero();
+        for (int t = 0; t < BLOCK; t += LANES) {
+            Vec weight = exp_of(add(load(score + t), minus));
+            total = add(total, weight);
+            weight = select_positive(load(slots.holds + t), scaled(weight, load(slots.value_scale + t)), zero());
+            most = maximum(most, weight);
+            store(score + t, weight);
+        }
+        local.total[m] = sum(total);
+        local.most[m] = INTEGERS ? largest(most) : 0;
     }
-    Vec minus = broadcast(-best), total = zero(), most = zero();
-    for (int t = 0; t < BLOCK; t += LANES) {
-        Vec weight = exp_of(add(load(score + t), minus));
-        total = add(total, weight);
-        weight = select_positive(load(slots.holds + t), scaled(weight, load(slots.value_scale + t)), zero());
-        most = maximum(most, weight);
-        store(score + t, weight);
+    for (int m = 0; m < M; ++m) {
+        const float best = local.best[m], before = item.top[m];
+        if (best > before && before > -INFINITY) {
+            float shrink = expf(before - best), *sums = item.sums + (int64_t)m * width;
+            item.total[m] *= shrink;
+            for (int c = 0; c < width; ++c) sums[c] *= shrink;
+        }
+        item.top[m] = best;
+        item.total[m] += local.total[m];
     }
-    if (INTEGERS) quantize_weights(local, m, largest(most));
-    // after the weights, which then need not wait for a branch that nobody can foresee
-    if (best > before && before > -INFINITY) {
-        float shrink = expf(before - best), *sums = item.sums + (int64_t)m * width;
-        item.total[m] *= shrink;
-        for (int c = 0; c < width; ++c) sums[c] *= shrink;
+#if defined(APACK_VNNI)
+    for (int m = 0; m < M && is_packed(w.segments[segment].value); ++m) {
+        const int at = m * BLOCK;
+        Vec mass = quantize<8>(local.score + at, BLOCK, inverse_of(local.most[m]), local.weight_terms[0] + at, local.weight_terms[1] + at);
+        local.weight_scale[m] = {local.most[m] / MOST, local.most[m] / MOST * sum(mass)};
     }
-    item.top[m] = best;
-    item.total[m] += sum(total);
+#endif
 }
 
 __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int segment, int token, int tokens, const Slots &slots, const Local &local) {

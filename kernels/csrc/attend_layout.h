@@ -181,12 +181,13 @@ inline Work work_of(const Attend &a, const State &state, bool bfloat16) {
 // What a thread works on.
 struct Local {
     float *tile, *score;      // [TILE], [M][BLOCK]
+    float *best, *total, *most;  // [M]: of a block's rows
     float *rotated;           // [heads of a group][ROTATED][R][D]
     float *latent, *offset;   // [ROTATED][M][columns], [ROTATED][M]
     int8_t *latent_terms[2], *weight_terms[2];  // [ROTATED][M][columns], [M][BLOCK], as 8-bit numbers
     Scale *latent_scale, *weight_scale;         // [ROTATED][M][BANDS], [M]
     float *merged, *out;      // [R][columns], [R][D]
-    uint8_t *codes;           // of TOKENS_AT_ONCE tokens, and a vector each
+    uint8_t *codes;           // of a block's tokens, and a vector each
 };
 
 inline Local lay_out_local(const Work &w, Arena &arena) {
@@ -204,6 +205,9 @@ inline Local lay_out_local(const Work &w, Arena &arena) {
     Local local;
     local.tile = arena.floats(TILE + LANES);
     local.score = arena.floats((int64_t)most_rows * BLOCK);
+    local.best = arena.floats(most_rows);
+    local.total = arena.floats(most_rows);
+    local.most = arena.floats(most_rows);
     local.rotated = arena.floats(rotated * a.head_dim);
     local.latent = arena.floats(rotated ? columns : 0);
     local.offset = arena.floats(rotated);
@@ -215,7 +219,7 @@ inline Local lay_out_local(const Work &w, Arena &arena) {
     local.weight_scale = (Scale *)arena.take(INTEGERS ? most_rows * sizeof(Scale) : 0);
     local.merged = arena.floats((int64_t)w.R * width);
     local.out = arena.floats((int64_t)w.R * a.value_dim);
-    local.codes = (uint8_t *)arena.take(TOKENS_AT_ONCE * (bytes + LANES));
+    local.codes = (uint8_t *)arena.take(BLOCK * (bytes + LANES));
     return local;
 }
 

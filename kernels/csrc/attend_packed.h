@@ -28,12 +28,12 @@ inline Latents latents_of(const Work &w, int kind, const float *row, const float
         Vec most = zero();
         for (int c = floats; c < columns.count; c += LANES) most = maximum(most, _mm512_abs_ps(load(row + at + c)));
         const float greatest = largest(most), inverse = inverse_of(greatest);
-        float mass = 0;
+        Vec mass = zero();
         for_each_part(columns, floats, columns.count - floats, [&](const Band &band, int, int n, int) {
             int8_t *high = local.latent_terms[0] + at + band.column, *low = local.latent_terms[1] + at + band.column;
-            with_width(band.bits, [&](auto width) { mass += middle_of(width.bits) * quantize<width.bits>(row + at + band.column, n, inverse, high, low); });
+            with_width(band.bits, [&](auto width) { mass = fma(quantize<width.bits>(row + at + band.column, n, inverse, high, low), broadcast(middle_of(width.bits)), mass); });
         });
-        local.latent_scale[m] = {greatest / MOST, greatest / MOST * mass};
+        local.latent_scale[m] = {greatest / MOST, greatest / MOST * sum(mass)};
     }
 #endif
     return {row, offset, {local.latent_terms[0], local.latent_terms[1]}, local.latent_scale};

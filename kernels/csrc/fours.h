@@ -15,28 +15,43 @@ struct Scale {
 #if defined(APACK_VNNI)
 constexpr bool INTEGERS = true;
 
-// Numbers in the order in which shifts of words of codes give their levels.
+// Where the low bytes of 64 numbers are, packed to 16 bits by twos of vectors; in the order in which shifts of words of codes give levels.
 template <int BITS>
-inline __m128i in_order_of_words(__m128i numbers) {
-    if constexpr (BITS == 4) return _mm_shuffle_epi8(numbers, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
-    if constexpr (BITS == 2) return _mm_shuffle_epi8(numbers, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    return numbers;
-}
+struct NumberOrder {
+    uint8_t byte[64] = {};
+    constexpr NumberOrder() {
+        constexpr int EACH = is_float(BITS) ? 1 : 8 / BITS;  // levels of a byte
+        for (int i = 0; i < 64; ++i) {
+            int component = i / (4 * EACH) * 4 * EACH + i % 4 * EACH + i / 4 % EACH;
+            // packing works on quarters of vectors: four numbers of the first, four of the second
+            int vector = component / 16, quarter = component % 16 / 4, place = quarter * 8 + vector % 2 * 4 + component % 4;
+            byte[i] = (uint8_t)(vector / 2 * 64 + 2 * place);
+        }
+    }
+};
 
 // Numbers as 16-bit integers, high and low bytes apart: with one term of 8 bits, products would lose weights that are small but many, and
-// as much as 8-bit codes do. n: a multiple of LANES. Returns the integers' sum.
+// as much as 8-bit codes do. n: a multiple of LANES. Returns the sums of the integers' lanes.
 constexpr float MOST = 127 * 256 + 127;
 template <int BITS>
-inline int quantize(const float *row, int n, float inverse, int8_t *high, int8_t *low) {
+inline Vec quantize(const float *row, int n, float inverse, int8_t *high, int8_t *low) {
+    static constexpr NumberOrder<BITS> order;
+    const __m512i bytes = _mm512_loadu_si512(order.byte), upper = _mm512_add_epi8(bytes, _mm512_set1_epi8(1));
+    const __m512i half = _mm512_set1_epi16(128), ones = _mm512_set1_epi16(1);
     __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < n; i += LANES) {
-        __m512i number = _mm512_cvtps_epi32(scaled(load(row + i), broadcast(inverse)));
-        __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
-        total = _mm512_add_epi32(total, number);
-        _mm_storeu_si128((__m128i *)(high + i), in_order_of_words<BITS>(_mm512_cvtepi32_epi8(upper)));
-        _mm_storeu_si128((__m128i *)(low + i), in_order_of_words<BITS>(_mm512_cvtepi32_epi8(number)));
+    for (int i = 0; i < n; i += 64) {
+        const int left = n - i < 64 ? n - i : 64;
+        __m512i x[4];
+        for (int j = 0; j < 4; ++j)
+            x[j] = j * LANES < left ? _mm512_cvtps_epi32(scaled(load(row + i + j * LANES), broadcast(inverse))) : _mm512_setzero_si512();
+        __m512i a = _mm512_packs_epi32(x[0], x[1]), b = _mm512_packs_epi32(x[2], x[3]);
+        total = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(total, a, ones), b, ones);
+        const __mmask64 there = ~0ull >> (64 - left);
+        _mm512_mask_storeu_epi8(low + i, there, _mm512_permutex2var_epi8(a, bytes, b));
+        a = _mm512_add_epi16(a, half), b = _mm512_add_epi16(b, half);
+        _mm512_mask_storeu_epi8(high + i, there, _mm512_permutex2var_epi8(a, upper, b));
     }
-    return _mm512_reduce_add_epi32(total);
+    return _mm512_cvtepi32_ps(total);
 }
 
 // What numbers up to `greatest` are multiplied with to be integers.

@@ -9,13 +9,13 @@ namespace {
 constexpr int TOKENS_AT_ONCE = 16;
 constexpr int KEY_TILE_COLUMNS = 128;  // of BLOCK tokens as floats: 32 KiB
 
-// Rows of codes of `count` tokens, the last of `tokens` in the place of those that are not there; copies near the tensor's end, past
-// which a vector would reach.
-inline void rows_of(const Packed &s, int token, int tokens, int count, const uint8_t **rows, uint8_t *copies) {
-    for (int i = 0; i < count; ++i, copies += s.bytes + LANES) {
-        rows[i] = s.base + (token + (i < tokens ? i : tokens - 1)) * s.stride;
-        if (rows[i] > s.last) rows[i] = (const uint8_t *)memcpy(copies, rows[i], s.bytes);
-    }
+// Rows of codes of a block, the last of its tokens in the place of those that are not there; copies near the tensor's end, past which a
+// vector would reach.
+inline void rows_of(const Packed &s, int token, int tokens, const uint8_t *rows[BLOCK], uint8_t *copies) {
+    const uint8_t *row = s.base + token * s.stride;
+    for (int i = 0; i < BLOCK; ++i) rows[i] = row + (i < tokens ? i : tokens - 1) * s.stride;
+    if (rows[tokens - 1] <= s.last) return;
+    for (int i = 0; i < BLOCK; ++i, copies += s.bytes + LANES) rows[i] = (const uint8_t *)memcpy(copies, rows[i], s.bytes);
 }
 
 #if defined(APACK_AVX512)
@@ -67,29 +67,24 @@ inline void unpack_components(const uint8_t *const rows[TOKENS_AT_ONCE], int64_t
     }
 }
 
-// Columns [first, first + count) of up to 16 tokens.
+// Columns [first, first + count) of tokens, tile[row][token]; what is written past the last token has no meaning.
 template <typename Levels>
-inline void unpack_group(const uint8_t *const rows[TOKENS_AT_ONCE], const Columns &columns, int first, int count, typename Levels::Number *tile) {
+__attribute__((noinline)) void unpack_key_tile(const Packed &s, const Columns &columns, int first, int count, int token, int tokens,
+                                               typename Levels::Number *tile, uint8_t *copies) {
+    const uint8_t *rows[BLOCK];
+    rows_of(s, token, tokens, rows, copies);
+    if (first == 0) prefetch_rows(s, token + BLOCK, BLOCK);
     for_each_part(columns, first, count, [&](const Band &band, int from, int n, int at) {
         // columns that hold no component are multiplied with zeros, but a float there may be none
         int stored = Levels::COMPONENTS == 1 && band.count - from < n ? band.count - from : n;
         int64_t byte = band.byte + from * band.bits / 8;
         auto *out = tile + (int64_t)at / Levels::COMPONENTS * BLOCK;
-        with_width(band.bits, [&](auto width) { unpack_components<Levels, width.bits>(rows, byte, stored / Levels::COMPONENTS, out); });
-        for (int c = stored; c < n; ++c) memset(out + c * BLOCK, 0, TOKENS_AT_ONCE * sizeof *out);
+        with_width(band.bits, [&](auto width) {
+            for (int t = 0; t < tokens; t += TOKENS_AT_ONCE)
+                unpack_components<Levels, width.bits>(rows + t, byte, stored / Levels::COMPONENTS, out + t);
+        });
+        memset(out + stored * BLOCK, 0, (n - stored) * BLOCK * sizeof *out);
     });
-}
-
-// Columns [first, first + count) of tokens, tile[row][token]; what is written past the last token has no meaning.
-template <typename Levels>
-__attribute__((noinline)) void unpack_key_tile(const Packed &s, const Columns &columns, int first, int count, int token, int tokens,
-                                               typename Levels::Number *tile, uint8_t *copies) {
-    for (int t = 0; t < tokens; t += TOKENS_AT_ONCE) {
-        const uint8_t *rows[TOKENS_AT_ONCE];
-        rows_of(s, token + t, tokens - t, TOKENS_AT_ONCE, rows, copies);
-        if (first == 0) prefetch_rows(s, token + t + TOKENS_AT_ONCE, TOKENS_AT_ONCE);
-        unpack_group<Levels>(rows, columns, first, count, tile + t);
-    }
 }
 #else
 constexpr bool KEYS_BY_COMPONENT = false;
@@ -122,33 +117,31 @@ struct QuadOrder {
 
 // Words of a component of four tokens, `columns` of a band, a multiple of 16, from the codes at `byte` on.
 template <int BITS>
-inline void unpack_quad(const uint8_t *const rows[4], int64_t byte, int columns, Word *out) {
+inline void unpack_quads(const uint8_t *const rows[BLOCK], int tokens, int64_t byte, int columns, Word *tile, int64_t stride) {
     static constexpr QuadOrder<BITS> order;
     const __m512i index = _mm512_loadu_si512(order.byte), shift = _mm512_loadu_si512(order.shift);
-    for (int c = 0; !is_float(BITS) && c < columns; byte += 16) {
-        const __m512i codes = load_rows(rows, 1, byte);
+    for (int t = 0; t < tokens; t += 4, tile += stride)
+        for (int c = 0; !is_float(BITS) && c < columns; c += 128 / BITS) {
+            const __m512i codes = load_rows(rows + t, 1, byte + c * BITS / 8);
 #pragma GCC unroll 4
-        for (int i = 0; i < 8 / BITS && c < columns; ++i, c += 16) {
-            __m512i x = _mm512_permutexvar_epi8(_mm512_add_epi8(index, _mm512_set1_epi8(2 * BITS * i)), codes);
-            if constexpr (BITS < 8) x = _mm512_and_si512(_mm512_srlv_epi32(x, shift), _mm512_set1_epi8((1 << BITS) - 1));
-            _mm512_storeu_si512(out + c, x);
+            for (int i = 0; i < 8 / BITS; ++i) {
+                if (c + i * LANES >= columns) break;
+                __m512i x = _mm512_permutexvar_epi8(_mm512_add_epi8(index, _mm512_set1_epi8(2 * BITS * i)), codes);
+                if constexpr (BITS < 8) x = _mm512_and_si512(_mm512_srlv_epi32(x, shift), _mm512_set1_epi8((1 << BITS) - 1));
+                _mm512_storeu_si512(tile + c + i * LANES, x);
+            }
         }
-    }
 }
 
 // Columns [first, first + count) of tokens, tile[quad][column], and the middles of the levels, by vector of columns.
 __attribute__((noinline)) void unpack_value_fours(const Packed &s, const Columns &columns, int first, int count, int token, int tokens, Word *tile,
                                                   float *middles, uint8_t *copies) {
+    const uint8_t *rows[BLOCK];
+    rows_of(s, token, tokens, rows, copies);
     for_each_part(columns, first, count, [&](const Band &band, int from, int n, int at) {
-        for (int c = 0; c < n; c += LANES) middles[(at + c) / LANES] = ((1 << band.bits) - 1) / 2.0f;
+        for (int c = 0; c < n; c += LANES) middles[(at + c) / LANES] = middle_of(band.bits);
+        with_width(band.bits, [&](auto width) { unpack_quads<width.bits>(rows, tokens, band.byte + from * width.bits / 8, n, tile + at, count); });
     });
-    for (int t = 0; t < tokens; t += 4, tile += count) {
-        const uint8_t *rows[4];
-        rows_of(s, token + t, tokens - t, 4, rows, copies);
-        for_each_part(columns, first, count, [&](const Band &band, int from, int n, int at) {
-            with_width(band.bits, [&](auto width) { unpack_quad<width.bits>(rows, band.byte + from * width.bits / 8, n, tile + at); });
-        });
-    }
 }
 #endif
 
