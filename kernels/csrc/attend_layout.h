@@ -82,11 +82,11 @@ inline int used_slots(const Work &w, int segment) {
     return (int)used;
 }
 
-// Whether most components have codes of less than a byte: what those lose is far more than products of bfloat16 add.
+// Whether at least three quarters of the components have codes shorter than a byte: these lose far more than products of bfloat16 add.
 inline bool mostly_short(const Source &s) {
-    int64_t more = 0;
-    for (int i = 0; i < BANDS; ++i) more += WIDTHS[i] < 8 ? s.bands[i] : -s.bands[i];
-    return more >= 0;
+    int64_t whole = 0;
+    for (int i = 0; i < BANDS; ++i) whole += WIDTHS[i] < 8 ? 0 : s.bands[i];
+    return 4 * whole <= components_of(s);
 }
 
 // Heads whose part of a packed segment's decoder is transposed.

@@ -144,6 +144,8 @@ __attribute__((noinline)) void transpose_decoder(const Work &w, int kind, int64_
                 for (int i = 0; i < LANES; ++i) {
                     int64_t component = at * r + band.component + c + i;
                     bool stored = c + i < band.count;
+                    if (c + i + LANES < band.count && s.basis_dtype == FLOAT32)
+                        prefetch((const float *)s.decoder + (component + LANES) * W + inside + d, WIDE);
                     x[i] = stored ? Kind::numbers(basis_row(s, s.decoder, component * W + inside + d, WIDE, buffer), broadcast(s.step[component])) : zero();
                 }
                 transpose_square(x, out + (int64_t)(d / Kind::EACH) * columns.count + band.column + c, columns.count);

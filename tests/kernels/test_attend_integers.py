@@ -151,6 +151,8 @@ def test_integers_add_a_tenth_of_what_the_codes_lost_or_less_than_bfloat16(instr
     # latents of very different size in one row
     @example(Tokens((0, 64, 0, 0), decay=0.001, outlier=100.0))
     @example(Tokens((0, 30, 30, 60), decay=0.001, outlier=100.0))
+    # found by chance where most codes were short, but not three quarters
+    @example(Tokens((13, 30, 32, 32), count=63, decay=0.01, share=7, block=16, token_scale=False, seed=20))
     # keys of nothing but bytes: queries are not rounded to bfloat16
     @example(Tokens((0, 64, 0, 0), count=1100, block=16))
     def check(tokens: Tokens) -> None:
@@ -160,8 +162,8 @@ def test_integers_add_a_tenth_of_what_the_codes_lost_or_less_than_bfloat16(instr
     check()
 
 
-@pytest.mark.parametrize("bands", ((16, 0, 0, 0), (0, 64, 0, 0), (8, 40, 40, 0)), ids=str)
+@pytest.mark.parametrize("bands", ((16, 0, 0, 0), (0, 64, 0, 0), (8, 12, 30, 20)), ids=str)
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
-def test_queries_are_rounded_to_bfloat16_only_where_most_codes_are_shorter_than_a_byte(bands, instructions):
+def test_queries_are_rounded_to_bfloat16_only_where_three_quarters_of_the_codes_are_short(bands, instructions):
     added, lost, short = errors(Tokens(bands, count=1100, block=16), instructions)
     assert added <= min(lost, short) / 20
