@@ -47,37 +47,31 @@ inline void keep_newest(const Work &w, const Item &item, int segment, int m, con
     memcpy(newest + token, score, tokens * sizeof *score);
 }
 
+// Adds what a mask has for one row to its scores; -inf where it hides a slot, or where one comes later.
+inline void mask_row(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int tokens, bool causal) {
+    const Attend &a = *w.a;
+    const int head = item.group * heads_per_group(w, kind_of(segment)) + m / w.R, i = m % w.R, row = i % (int)a.rows;
+    for (int t = 0; t < tokens; ++t) {
+        bool out = causal && t > row;
+        if (!causal && slots.holds[t] > 0) score[t] += mask_at(a, item.b, head * w.share + i / a.rows, row, slots.position[t], out);
+        if (out) score[t] = -INFINITY;
+    }
+}
+
 // Scores of one row with its offset and mask, -inf where a slot is not read; returns the largest score so far.
 inline float complete_scores(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens, float offset_of_row) {
     const Attend &a = *w.a;
-    bool causal = segment == NEW && !a.mask && a.rows == a.new_tokens;
-    bool own_mask = a.mask && !mask_is_shared(a);
-    Vec offset = broadcast(offset_of_row);
-    Vec top = broadcast(-INFINITY), hidden = broadcast(-INFINITY);
-    bool nan = false;
+    const bool causal = segment == NEW && !a.mask && a.rows == a.new_tokens;
+    const Vec offset = broadcast(offset_of_row), hidden = broadcast(-INFINITY);
     for (int t = 0; t < BLOCK; t += LANES) {
         Vec x = fma(load(score + t), load(slots.key_scale + t), add(offset, load(slots.added + t)));
-        if (own_mask || causal) {
-            const int head = item.group * heads_per_group(w, kind_of(segment)) + m / w.R, i = m % w.R, row = i % (int)a.rows;
-            store(score + t, x);
-            for (int j = t; j < t + LANES && j < tokens; ++j) {
-                bool out = causal && j > row;
-                float more = 0;
-                if (own_mask && slots.holds[j] > 0)
-                    more = mask_at(a, item.b, head * w.share + i / a.rows, row, slots.position[j], out);
-                score[j] = out ? -INFINITY : score[j] + more;
-            }
-            x = load(score + t);
-        }
-        x = select_positive(load(slots.holds + t), x, hidden);
-        store(score + t, x);
-        top = maximum(top, x);
-        nan |= any_nan(x);
+        store(score + t, select_positive(load(slots.holds + t), x, hidden));
     }
+    if (causal || (a.mask && !mask_is_shared(a))) mask_row(w, item, segment, m, score, slots, tokens, causal);
     if (known_importance(w, segment)) keep_newest(w, item, segment, m, score, token, tokens);
-    float best = largest(top);
-    if (nan) item.total[m] = NAN;
-    if (nan || best == INFINITY) best = best > item.top[m] ? best : item.top[m] > -INFINITY ? item.top[m] : 0;
+    Vec top = load(score);
+    for (int t = LANES; t < BLOCK; t += LANES) top = maximum(top, load(score + t));
+    const float best = largest(top);
     return best > item.top[m] ? best : item.top[m];
 }
 
@@ -101,7 +95,8 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
         local.most[m] = INTEGERS ? largest(most) : 0;
     }
     for (int m = 0; m < M; ++m) {
-        const float best = local.best[m], before = item.top[m];
+        // NaN shows in the sum, and must be seen where nothing else was
+        const float best = local.best[m] == -INFINITY && local.total[m] != local.total[m] ? 0 : local.best[m], before = item.top[m];
         if (best > before && before > -INFINITY) {
             float shrink = expf(before - best), *sums = item.sums + (int64_t)m * width;
             item.total[m] *= shrink;

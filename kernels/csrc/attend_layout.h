@@ -18,8 +18,10 @@ constexpr int ROTATED_LATENTS = 1 << 17;  // and floats of their latents: 512 Ki
 // A sum over the lanes for each row and component costs more than transposing the decoder, where so many times the rows are a head's D.
 constexpr int TRANSPOSED_ROWS = 6;
 
-// As pairs of bfloat16 it is worth it where so many rows are multiplied with it in a call.
-constexpr int PAIRED_ROWS = 8;
+// As pairs of bfloat16 that is worth it where so many rows are multiplied with it in a call, by the decoder's floats: a large one has to
+// come from further away, and is read once more.
+constexpr int64_t LARGE_DECODER = 1 << 20;
+constexpr int paired_rows(int64_t floats) { return floats > LARGE_DECODER ? 28 : 12; }
 
 // Part of one head group's tokens in one segment (or in all dense ones, where `segment` is FIRST).
 struct Item {
@@ -168,7 +170,7 @@ inline Work work_of(const Attend &a, const State &state, bool bfloat16) {
             w.ahead[i] = (int)(most < 1 ? 1 : most > ROTATED ? ROTATED : most);
             int64_t rows = (int64_t)w.ahead[i] * w.R, blocks = (w.used[FIRST_PACKED + i] + a.rotations[i].block - 1) / a.rotations[i].block;
             bool even = a.head_dim % (2 * LANES) == 0 && a.rotations[i].pairs % 2 == 0;
-            w.pairs[i] = bfloat16 && mostly_short(s.key) && even && blocks * w.R >= PAIRED_ROWS;
+            w.pairs[i] = bfloat16 && mostly_short(s.key) && even && blocks * w.R >= paired_rows(a.heads * a.head_dim * w.key[i].count);
             w.transposes[i] = w.pairs[i] || (TRANSPOSES && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim);
         }
         w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;

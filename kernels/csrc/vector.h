@@ -79,7 +79,6 @@ inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 inline Vec select_positive(Vec flag, Vec a, Vec b) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(flag, zero(), _CMP_GT_OQ), b, a);
 }
-inline bool any_nan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 constexpr float LEAST_EXPONENT = -200;  // of a number that a power of two makes 0 or leaves right
 inline Vec times_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 inline Vec nearest(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -142,7 +141,6 @@ inline float largest(Vec x) {
 inline Vec select_positive(Vec flag, Vec a, Vec b) {
     return _mm256_blendv_ps(b, a, _mm256_cmp_ps(flag, zero(), _CMP_GT_OQ));
 }
-inline bool any_nan(Vec x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
 constexpr float LEAST_EXPONENT = -87.3365f;
 inline Vec times_power_of_two(Vec x, Vec n) {
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
@@ -192,11 +190,6 @@ inline float largest(Vec x) { return fmaxf(fmaxf(x.lane[0], x.lane[1]), fmaxf(x.
 inline Vec select_positive(Vec flag, Vec a, Vec b) {
     EACH_LANE a.lane[i] = flag.lane[i] > 0 ? a.lane[i] : b.lane[i];
     return a;
-}
-inline bool any_nan(Vec x) {
-    bool found = false;
-    EACH_LANE found |= x.lane[i] != x.lane[i];
-    return found;
 }
 constexpr float LEAST_EXPONENT = -87.3365f;
 inline Vec times_power_of_two(Vec x, Vec n) {
