@@ -12,6 +12,7 @@ Head groups are as many as `optimize` chooses on the device, unless `--groups` s
 `share_of_byte_limit`: bytes that a step must read (codes, scales, positions, dense tokens, bases) over its time, as a share of the
 bandwidth of a copy in the same run. It can pass 1 where the cache of the processor holds a layer. `share_of_limit`: the time model's
 tightest limit (apack_compile/plan/time_model.py) over the time; `predicted_speedup`: what the model expected.
+`--instructions`: sets by which a CPU attends in the same run, called without the dispatcher, which `packed` is called through.
 `thread_speedup`: how much faster all threads do arithmetic than one, right before and after a row, whichever is less: two virtual
 cores may be those of one core.
 """
@@ -295,6 +296,7 @@ def measured(
     }
     for name_of_set in instructions:
         row[f"{name_of_set}_ms"] = 1e3 * timing[name_of_set].median
+        row[f"{name_of_set}_ms_first_decile"] = 1e3 * timing[name_of_set].low
         row[f"{name_of_set}_speedup"] = timing["dense"].median / timing[name_of_set].median
     load = Load(shape.query_heads, shape.heads, shape.head_dim, tokens, batch, element_bytes=dtype.itemsize)
     row |= limit_columns(plan, load, device, bandwidth, timing["packed"].median)
