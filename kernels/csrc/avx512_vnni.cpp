@@ -1,5 +1,7 @@
-// The attention for processors with AVX512 and its integer dot products, and with those of bfloat16 or without; empty elsewhere.
-#if defined(__x86_64__)
+// Attention for processors with AVX512's integer dot products, and with those of bfloat16 or without; empty elsewhere.
+#include "sets.h"
+
+#if defined(APACK_BUILDS_VNNI)
 #include <immintrin.h>
 #include <math.h>
 #include <sched.h>

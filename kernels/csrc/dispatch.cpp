@@ -1,6 +1,7 @@
 // The functions that Python calls, for the processor at hand.
 #include <stdint.h>
 
+#include "sets.h"
 #include "threads.h"
 
 #if defined(__x86_64__)
@@ -41,15 +42,18 @@ int64_t apack_instruction_set() {
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (!avx2 || !__builtin_cpu_supports("avx512f")) return avx2;
+#if defined(APACK_BUILDS_VNNI)
     bool vnni = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-    return !vnni ? 2 : __builtin_cpu_supports("avx512bf16") ? 4 : 3;
+    if (vnni) return __builtin_cpu_supports("avx512bf16") ? 4 : 3;
+#endif
+    return 2;
 #endif
     return 0;
 }
 
 // 0, or 1 where memory ran out.
 int64_t apack_attend(const void *arguments, const void *state, int64_t set) {
-#if defined(__x86_64__)
+#if defined(APACK_BUILDS_VNNI)
     if (set >= 3) return apack_attend_avx512_vnni(arguments, state, set >= 4);
 #endif
     return FOR_SET(apack_attend, set, arguments, state);

@@ -80,6 +80,25 @@ def test_a_library_with_other_bands_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert native.load_library(path) == (None, "built from other sources: install again")
 
 
+def test_the_instruction_set_is_the_best_that_the_processor_has():
+    if native.COMPILED is None or not Path("/proc/cpuinfo").is_file():
+        pytest.skip(f"{native.STATUS}; /proc/cpuinfo is needed")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    has = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    needs = {
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx512f"},
+        "avx512_vnni": {"avx512bw", "avx512_vnni", "avx512vbmi"},
+    }
+    best = "baseline"
+    for name, flags in (needs | {"avx512_vnni_bf16": {"avx512_bf16"}}).items():
+        if not flags <= has:
+            break
+        best = name
+    assert native.INSTRUCTION_SETS[native.INSTRUCTION_SET] == best
+    assert native.has_integers(native.INSTRUCTION_SET) == ("vnni" in best)
+
+
 BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 PARALLEL = ctypes.CFUNCTYPE(None, BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 THREAD_NUMBER = ctypes.CFUNCTYPE(ctypes.c_int)
