@@ -167,3 +167,25 @@ def test_integers_add_a_tenth_of_what_the_codes_lost_or_less_than_bfloat16(instr
 def test_queries_are_rounded_to_bfloat16_only_where_three_quarters_of_the_codes_are_short(bands, instructions):
     added, lost, short = errors(Tokens(bands, count=1100, block=16), instructions)
     assert added <= min(lost, short) / 20
+
+
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+def test_sums_of_the_largest_levels_and_numbers_do_not_overflow(instructions):
+    components, count = 600, 70
+    basis = StreamBasis(torch.zeros(1, 1, 1), torch.ones(1, 1, components, 1), torch.ones(1, 1, components))
+    codes = torch.full((1, 1, count, components), 255, dtype=torch.uint8)
+    stream = codes, torch.empty(0, dtype=torch.float16)
+    nothing, position = [torch.zeros(1, 1, 0, 1)] * 4, torch.arange(count, dtype=torch.int32)[None]
+    cursor = torch.tensor([count + 1, count, 0])
+    state = state_of(
+        nothing, [*stream] * 2, [*basis] * 2, [0, components, 0, 0] * 2, [position[:, :0], position], cursor
+    )
+    query = torch.tensor([1e-5, -1e-5])[None, :, None, None]
+    none = torch.zeros(1, 1, 0, 1)
+    arguments = (none, none, None, *state.flatten(), 1.0)
+    got = cpu.attend(query, *arguments, instructions=instructions)
+    torch.testing.assert_close(got, torch.full_like(got, 127.5 * components), atol=0, rtol=1e-4)
+    # with keys that differ: half of the tokens have the least levels, and all of the weight goes to the others, or to them
+    codes[:, :, ::2] = 0
+    got = cpu.attend(query * 1e5, *arguments, instructions=instructions)
+    torch.testing.assert_close(got, torch.tensor([127.5, -127.5])[None, :, None, None] * components, atol=0, rtol=1e-4)
