@@ -31,7 +31,9 @@ inline Latents latents_of(const Work &w, int kind, const float *row, const float
         Vec mass = zero();
         for_each_part(columns, floats, columns.count - floats, [&](const Band &band, int, int n, int) {
             int8_t *high = local.latent_terms[0] + at + band.column, *low = local.latent_terms[1] + at + band.column;
-            with_width(band.bits, [&](auto width) { mass = fma(quantize<width.bits>(row + at + band.column, n, inverse, high, low), broadcast(middle_of(width.bits)), mass); });
+            with_width(band.bits, [&](auto width) {
+                mass = fma(quantize<width.bits>(row + at + band.column, n, inverse, high, low), broadcast(middle_of(width.bits)), mass);
+            });
         });
         local.latent_scale[m] = {greatest / MOST, greatest / MOST * sum(mass)};
     }

@@ -7,7 +7,8 @@
 
 namespace {
 
-// row[i] ~ factor * (256 high[i] + low[i]); mass: what products with levels less their middles lack of those with levels, by middle.
+// row[i] ~ factor * (256 high[i] + low[i]); mass: their sum, of latents times the middles of their levels: what products with levels have
+// too much.
 struct Scale {
     float factor, mass;
 };

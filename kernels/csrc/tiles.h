@@ -19,8 +19,6 @@ inline void rows_of(const Packed &s, int token, int tokens, const uint8_t *rows[
 }
 
 #if defined(APACK_AVX512)
-constexpr bool KEYS_BY_COMPONENT = true;
-
 // A float for each component, less its band's middle.
 struct FloatLevels {
     typedef float Number;
@@ -86,8 +84,6 @@ __attribute__((noinline)) void unpack_key_tile(const Packed &s, const Columns &c
         memset(out + stored * BLOCK, 0, (n - stored) * BLOCK * sizeof *out);
     });
 }
-#else
-constexpr bool KEYS_BY_COMPONENT = false;
 #endif
 
 #if defined(APACK_VNNI)
