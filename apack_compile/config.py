@@ -9,7 +9,7 @@ from apack_compile.checks import is_ratio
 from apack_compile.plan.plan import MIN_TAIL_SLOTS
 from apack_compile.plan.presets import PRESETS, AttentionPackOptions, AVLOptions
 from apack_compile.plan.presets.base import Layers, Preset
-from apack_compile.plan.rotation import BLOCK
+from apack_compile.plan.time_model import OF_TYPE, PREFERENCES
 
 COMPILE_MODES = ("auto", "inductor", "aot_eager", "eager", "none")
 DEFAULT_RATIO = 4.0
@@ -27,9 +27,12 @@ class AttentionPackConfig:
     - preset: "lossless", "attentionpack", "a-vl" or "snapkv".
     - options: of the preset, an instance of its class; None: its defaults.
     - key_block: with a ratio, keys are rotated back to the start of their block of so many slots. Fewer give better quality and
-      slower attention; 0 leaves keys rotated. On CUDA, powers of two from 16 up have a fast kernel, others the reference.
+      slower attention; 0 leaves keys rotated. On CUDA, powers of two from 16 up have a fast kernel, others the reference. None: as
+      the time model chooses for the device, with head_groups.
     - head_groups: with a ratio, into how many groups the KV heads are split that share a basis. 1 gives the best quality; more is
-      faster on models with many heads. None: the fewest that are predicted to be about as fast as a dense cache.
+      faster on models with many heads. None: as the time model chooses: of what is fast enough, what loses least.
+    - prefer: how fast is fast enough for that choice: "quality", "balanced" or "speed".
+    - planned_device: the type of device that plans are made for, "cpu" or "cuda". None: the model's.
     - coarse: from a ratio of 5 and 1,024 tokens on, of which kinds ("text", "vision") tokens that are expected to matter less get
       fewer bits.
     - min_tokens: a generate call whose prompt and new tokens are fewer, in a row of the batch, keeps transformers' own cache.
@@ -49,7 +52,7 @@ class AttentionPackConfig:
         default_factory=lambda: {"vision_key": 64, "vision_value": 64, "text_key": 64, "text_value": 64}
     )
     tail_slots: int = 64
-    key_block: int = BLOCK
+    key_block: int | None = None
     head_groups: int | None = None
     coarse: tuple[str, ...] = ("text",)
     attentionpack: AttentionPackOptions = field(default_factory=AttentionPackOptions)
@@ -58,6 +61,8 @@ class AttentionPackConfig:
     compile: str = "auto"
     strict: bool = False
     min_tokens: int | None = None
+    prefer: str = "balanced"
+    planned_device: str | None = None
 
     def __post_init__(self) -> None:
         if self.ratio is not None and self.preset is not None:
@@ -84,8 +89,12 @@ class AttentionPackConfig:
             raise ValueError(f"tail_slots={self.tail_slots!r} must be an integer >= {MIN_TAIL_SLOTS}")
         if self.head_groups is not None and (not _is_count(self.head_groups) or self.head_groups < 1):
             raise ValueError(f"head_groups={self.head_groups!r} must be an integer >= 1, or None")
-        if not _is_count(self.key_block):
-            raise ValueError(f"key_block={self.key_block!r} must be an integer >= 0")
+        if self.key_block is not None and not _is_count(self.key_block):
+            raise ValueError(f"key_block={self.key_block!r} must be an integer >= 0, or None")
+        if self.prefer not in PREFERENCES:
+            raise ValueError(f"prefer={self.prefer!r} is not one of {', '.join(PREFERENCES)}")
+        if self.planned_device is not None and self.planned_device not in OF_TYPE:
+            raise ValueError(f"planned_device={self.planned_device!r} is not one of {', '.join(OF_TYPE)}, or None")
         if not isinstance(self.coarse, (list, tuple)) or not all(name in ("text", "vision") for name in self.coarse):
             raise ValueError(f'coarse={self.coarse!r} must hold "text", "vision", both or none')
         object.__setattr__(self, "coarse", tuple(self.coarse))

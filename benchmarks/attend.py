@@ -39,12 +39,12 @@ from apack_compile.kernels.state import KIND_NAMES, TEXT, DenseSegment, PackedSt
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.basis import Spectrum
 from apack_compile.plan.budget import StreamStatistics, budget_plan, spare_slots
-from apack_compile.plan.choice import PackedLayers, Weights, head_groups_for, typical_variance
+from apack_compile.plan.choice import Groups, PackedLayers, Weights, head_groups_for, typical_variance
 from apack_compile.plan.coarse_rule import COARSE_SHARE, NEWEST, CoarseRule, tells_apart
 from apack_compile.plan.plan import FIRST_TOKENS, Plan, StreamPlan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
 from apack_compile.plan.rotation import BLOCK, KeyRotation, rotations_of_blocks
-from apack_compile.plan.time_model import Load
+from apack_compile.plan.time_model import Load, is_aligned
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 # Harm of a fine token over that of a coarse one, keys and values: geometric means over the layers of SmolLM2-135M, text.
@@ -87,17 +87,25 @@ SHAPES = {
 
 def default_groups(shape: Shape, ratio: float | None, dtype: torch.dtype, key_block: int, device: str) -> int:
     """Head groups that `optimize` uses for a ratio; one for the paper's plan."""
-    if ratio is None:
-        return 1
+    return 1 if ratio is None else planned(shape, ratio, dtype, key_block, device).count
+
+
+def planned(shape: Shape, ratio: float, dtype: torch.dtype, key_block: int | None, device: str) -> Groups:
+    """What `optimize` chooses for a ratio: head groups, and where none are given the slots that share an anchor."""
     one = PackedLayers(shape.query_heads, shape.heads, shape.head_dim)
     full = replace(one, count=shape.layers - shape.windowed)
     layers = (full, replace(one, count=shape.windowed, has_window=True)) if shape.windowed else (full,)
     weights = Weights(shape.parameters * dtype.itemsize, pictures=shape.pictures, coarse=True)
-    return head_groups_for(layers, dtype, ratio, key_block, device, weights).count
+    return head_groups_for(layers, dtype, ratio, key_block, device, weights)
 
 
-def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, coarse: bool = False) -> Plan:
-    """One layer's plan: for a ratio, or the paper's. coarse: with coarse tokens, where a real plan of this ratio has them."""
+def synthetic_plan(
+    shape: Shape, groups: int, ratio: float | None, tokens: int, coarse: bool = False, device: str = "cpu"
+) -> Plan:
+    """One layer's plan: for a ratio, or the paper's. coarse: with coarse tokens, where a real plan of this ratio has them.
+
+    Where plans have whole tiles, keys count twice: streams differ, as those of a model do.
+    """
     if ratio is None:
         ranks = {f"{modality}_{stream}": PAPER_RANK for modality in ("vision", "text") for stream in ("key", "value")}
         return attentionpack_plan([0], ranks, PAPER_TAIL)
@@ -108,13 +116,15 @@ def synthetic_plan(shape: Shape, groups: int, ratio: float | None, tokens: int, 
     rows = torch.randn(1, groups, width, width) / width**0.5
     spectrum = Spectrum(torch.zeros(1, groups, width), rows, deviation, steps)
     statistics = StreamStatistics(spectrum, variance.expand(groups, width))
-    segments = {"text": (statistics, statistics)}
+    aligned = is_aligned(device)
+    of_keys = replace(statistics, weights=2 * statistics.weights) if aligned else statistics
+    segments = {"text": (of_keys, statistics)}
     if not coarse or not tells_apart(ratio, tokens):
-        return budget_plan({0: segments}, ratio, tokens, 0.0)
-    segments["coarse_text"] = (statistics, statistics)
+        return budget_plan({0: segments}, ratio, tokens, 0.0, aligned=aligned)
+    segments["coarse_text"] = (of_keys, statistics)
     segments["fine_text"] = tuple(replace(statistics, weights=statistics.weights * harm) for harm in FINE_HARM)
     rules = {"text": CoarseRule("text", COARSE_SHARE, {})}
-    return budget_plan({0: segments}, ratio, tokens, 0.0, rules=rules)
+    return budget_plan({0: segments}, ratio, tokens, 0.0, rules=rules, aligned=aligned)
 
 
 @dataclass(frozen=True)
@@ -131,9 +141,19 @@ class Packed:
 
 
 def packed_state(
-    plan: Plan, shape: Shape, groups: int, tokens: int, batch: int, dtype: torch.dtype, device: str
+    plan: Plan,
+    shape: Shape,
+    groups: int,
+    tokens: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    filled: bool = True,
 ) -> Packed:
-    """A cache of `tokens` text tokens, the last of them in the tail, with random codes and free slots full of zeros."""
+    """A cache of `tokens` text tokens, the last of them in the tail, with random codes and free slots full of zeros.
+
+    filled: else codes are zeros too, which take no memory until they are read.
+    """
     stored = tokens - FIRST_TOKENS - plan.tail_slots
     coarse = [] if plan.coarse is None else [round(COARSE_SHARE * max(stored - NEWEST, 0))]
     # slots of each packed segment, and how many of them are held
@@ -154,7 +174,7 @@ def packed_state(
             (torch.randn(*size, stream.bands.components, width, device=device) / width**0.5).to(kind),
             torch.rand(*size, stream.bands.components, device=device) + 0.5,
         )
-        codes = packed_codes(stream, batch, groups, slots[i // 2], held[i // 2], device)
+        codes = packed_codes(stream, batch, groups, slots[i // 2], held[i // 2] if filled else 0, device)
         streams.append(PackedStream(*codes, basis, stream.bands))
     position = torch.arange(FIRST_TOKENS + sum(slots), dtype=torch.int32, device=device).expand(batch, -1)
     first_positions, *positions = (x.contiguous() for x in position.split([FIRST_TOKENS, *slots], dim=1))
@@ -175,12 +195,14 @@ def packed_state(
 
 def packed_codes(stream: StreamPlan, batch: int, groups: int, slots: int, stored: int, device: str) -> list[Tensor]:
     """Codes and token scales of one stream."""
-    size = (batch, groups, slots)
-    codes = torch.randint(0, 256, (*size, stream.bands.token_bytes), dtype=torch.uint8, device=device)
-    halves = torch.randn(*size, stream.bands.counts[0], device=device).half()
-    codes[..., : 2 * stream.bands.counts[0]] = halves.view(torch.uint8)
-    codes[:, :, stored:] = 0
-    scale = (torch.rand(size, device=device) + 0.5).half()
+    size, count = (batch, groups, slots), stream.bands.counts[0]
+    codes = torch.zeros((*size, stream.bands.token_bytes), dtype=torch.uint8, device=device)
+    if stored:
+        codes[:, :, :stored].random_(0, 256)
+        halves = torch.randn(batch, groups, stored, count, device=device).half()
+        codes[:, :, :stored, : 2 * count] = halves.view(torch.uint8)
+    scale = torch.ones(size, dtype=torch.float16, device=device)
+    scale[:, :, :stored] += torch.rand(batch, groups, stored, device=device).half() - 0.5
     return [codes, scale if stream.token_scale else torch.empty(0, dtype=torch.float16, device=device)]
 
 
@@ -250,7 +272,7 @@ def measured(
     shape = SHAPES[name]
     groups = groups if groups and ratio else default_groups(shape, ratio, dtype, key_block, device)
     plan = with_relative_keys(
-        synthetic_plan(shape, groups, ratio, tokens, coarse=True), shape, key_block if ratio else 0
+        synthetic_plan(shape, groups, ratio, tokens, coarse=True, device=device), shape, key_block if ratio else 0
     )
     packed = packed_state(plan, shape, groups, tokens, batch, dtype, device)
     query = torch.randn(batch, shape.query_heads, 1, shape.head_dim, device=device, dtype=dtype)

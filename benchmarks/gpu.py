@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
+from attend import SHAPES, planned
 from harness import Row, machine, print_table, write_json
 from steps import HERE, Step, run_steps, script
 from targets import LLAVA, QWEN, verdicts, with_time_per_token
@@ -21,8 +22,7 @@ from targets import LLAVA, QWEN, verdicts, with_time_per_token
 BUDGET = 530.0
 TESTS = HERE.parent / "tests" / "kernels"
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-# Head groups and key block of a ratio's plan, by shape, as the time model chooses them for an H200 (docs/notes/performance.md).
-CHOICES = {QWEN: ("1", "256"), LLAVA: ("16", "32"), "SmolLM2-135M": ("1", "0"), "Gemma3-4B": ("1", "64")}
+RATIO = 8.0
 # Of a model that reads half a million tokens: prefill takes most of a step's time.
 LONG_PROMPT_LAYERS = "2"
 LENGTHS = ("2048", "8192", "32768", "131072")
@@ -57,8 +57,9 @@ def sanitizer_step(device: str) -> Step:
 
 def chosen(shape: str, relative: bool = True) -> tuple[str, ...]:
     """Options for a shape with the time model's head groups, and its key block or keys as they come."""
-    groups, key_block = CHOICES[shape]
-    return ("--shape", shape, "--groups", groups, "--key-block", key_block if relative else "0")
+    found = planned(SHAPES[shape], RATIO, torch.bfloat16, None, "cuda")
+    key_block = str(found.key_block if relative else 0)
+    return ("--shape", shape, "--groups", str(found.count), "--key-block", key_block)
 
 
 def full_steps(device: str) -> list[Step]:
@@ -77,7 +78,7 @@ def full_steps(device: str) -> list[Step]:
         script("decode, Qwen, 32k x 16", "decode", 80, *long, *qwen_32k),
         script("decode, Qwen, 128k", "decode", 60, *long, "--tokens", "131072"),
     ]
-    for name in CHOICES:
+    for name in SHAPES:
         lengths = [x for length in LENGTHS for x in ("--tokens", length)]
         arguments = (*on, *chosen(name, False), "--batch", "1", *lengths, "--quick")
         steps.append(script(f"attention, {name}, one request", "attend", 60, *arguments))

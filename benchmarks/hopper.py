@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,38 @@ MATRIX = ("HGMMA", "HMMA")
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel. registers, stack (spilled bytes): of a thread; loops: instructions of those with matrix products."""
+    """A compiled kernel. registers, stack (spilled bytes): of a thread; matrix: its matrix products; instructions: all of it.
+
+    loops: instructions of the loops that have matrix products; starts: where each begins.
+    """
 
     name: str
     registers: int
     stack: int
     shared: int
-    wgmma: int
+    matrix: int
     warps: int
     constants: dict[str, Any]
     loops: list[int]
+    starts: list[int]
+    instructions: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and how many programs of it."""
+
+    kernel: Compiled
+    programs: int
 
 
 class Driver:
-    """A Hopper GPU that runs nothing; `seen` is given each kernel when it would be loaded."""
+    """A Hopper GPU that runs nothing; `seen` is given each kernel when it would be loaded, `launched` each launch."""
 
-    def __init__(self, seen: Callable[[Compiled], None]) -> None:
-        self.seen = seen
+    def __init__(self, seen: Callable[[Compiled], None], launched: Callable[[Launch], None]) -> None:
+        self.seen, self.launched = seen, launched
         self.warps, self.constants = 0, {}
+        self.loaded: list[Compiled] = []
 
     @property
     def utils(self) -> "Driver":
@@ -50,11 +65,16 @@ class Driver:
         return self
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """A launcher that does nothing; called before the kernel is loaded."""
+        """A launcher that only tells what it is given; called before the kernel is loaded."""
         names = source.fn.arg_names
         self.warps = metadata.num_warps
         self.constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
-        return lambda *arguments, **options: None
+        number = len(self.loaded)
+
+        def launch(x: int, y: int, z: int, *arguments: Any) -> None:
+            self.launched(Launch(self.loaded[number], x * y * z))
+
+        return launch
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """What an H200 has."""
@@ -65,8 +85,16 @@ class Driver:
         usage, code = dumped("cuobjdump", "-res-usage", kernel), dumped("nvdisasm", "-c", kernel)
         sizes = dict(part.split(":") for part in usage.splitlines()[-1].split() if ":" in part)
         registers, stack = int(sizes["REG"]), int(sizes["STACK"])
-        wgmma = code.count("HGMMA")
-        self.seen(Compiled(name, registers, stack, shared, wgmma, self.warps, self.constants, loops(code)))
+        instructions = [found[1] for line in code.splitlines() if (found := INSTRUCTION.match(line))]
+        matrix = sum(any(name in instruction for name in MATRIX) for instruction in instructions)
+        found = loops(code)
+        lengths, starts = [end - start for start, end in found], [start for start, _ in found]
+        self.loaded.append(
+            Compiled(
+                name, registers, stack, shared, matrix, self.warps, self.constants, lengths, starts, len(instructions)
+            )
+        )
+        self.seen(self.loaded[-1])
         return 0, 0, registers, 0, 1024
 
     def get_current_device(self) -> int:
@@ -82,9 +110,18 @@ class Driver:
         return torch.device("cpu")
 
 
-def watch(seen: Callable[[Compiled], None]) -> None:
+@cache
+def the_driver() -> Driver:
+    """One for the process: kernels that were compiled before tell it of their launches."""
+    one = Driver(lambda kernel: None, lambda launch: None)
+    driver.set_active(one)
+    return one
+
+
+def watch(seen: Callable[[Compiled], None], launched: Callable[[Launch], None] = lambda launch: None) -> None:
     """Let this process compile for Hopper, and launch nothing, from now on."""
-    driver.set_active(Driver(seen))
+    one = the_driver()
+    one.seen, one.launched = seen, launched
 
 
 def dumped(tool: str, option: str, kernel: bytes) -> str:
@@ -95,8 +132,8 @@ def dumped(tool: str, option: str, kernel: bytes) -> str:
         return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def loops(disassembly: str) -> list[int]:
-    """Instructions of each loop that has matrix products, in order."""
+def loops(disassembly: str) -> list[tuple[int, int]]:
+    """First instruction of each loop that has matrix products, and the first behind it, in order."""
     code: list[str] = []
     labels: dict[str, int] = {}
     found = []
@@ -108,7 +145,7 @@ def loops(disassembly: str) -> list[int]:
             jump = JUMP.search(instruction[1])
             body = code[labels[jump[1]] :] if jump and jump[1] in labels else []
             if any(name in line for line in body for name in MATRIX):
-                found.append(len(body))
+                found.append((labels[jump[1]], len(code)))
     return found
 
 

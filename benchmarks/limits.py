@@ -6,7 +6,6 @@ a synthetic spectrum, the paper's rank 64), with head groups and key blocks as o
 of the groups.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -19,15 +18,12 @@ from attend import SHAPES, Shape, synthetic_plan
 from choices import DEVICES, Option, choose_groups, option_of, shortest_length
 from harness import Row, print_table, write_json
 
+from apack_compile.plan.choice import predicted_harm
 from apack_compile.plan.plan import LayerPlan, Plan
 from apack_compile.plan.rotation import BLOCK, KeyRotation
 from apack_compile.plan.time_model import Device, Load, dense_limits, packed_seconds
 
 KEY_BLOCKS = (0, 32, 64, 128, 256)
-# Objective of the plan at ratio 8, over that of one basis and blocks of 32 (results/harm-smollm2.json): of one basis for all heads
-# by key block, and of a basis for each of the three heads over one for all.
-HARM_OF_BLOCKS = {32: 1.0, 64: 1.05, 128: 1.11, 256: 1.17, 0: 1.31}
-HARM_OF_A_BASIS_PER_HEAD = 2.3
 CASES = {
     "32k x 16": (32_768, 16),
     "4k x 32": (4_096, 32),
@@ -42,14 +38,13 @@ def load_of(shape: Shape, tokens: int, batch: int) -> Load:
 
 
 @cache
-def plan_of(shape: Shape, ratio: float | None, tokens: int, groups: int, key_block: int) -> Plan:
+def plan_of(shape: Shape, ratio: float | None, tokens: int, groups: int, key_block: int, device: str = "cuda") -> Plan:
     """One layer's plan with so many head groups and slots of an anchor, expected to lose what SmolLM2's figures say."""
-    plan = synthetic_plan(shape, groups, ratio, tokens)
+    plan = synthetic_plan(shape, groups, ratio, tokens, device=device)
     if ratio is None:
         return plan
     rotation = KeyRotation(torch.zeros(shape.head_dim // 2), key_block) if key_block else None
-    share = math.log(groups) / math.log(shape.heads) if groups > 1 else 0.0
-    harm = HARM_OF_BLOCKS[key_block] * HARM_OF_A_BASIS_PER_HEAD**share
+    harm = predicted_harm(shape.heads, groups, key_block)
     streams = LayerPlan(*(replace(stream, expected_error=harm) for stream in plan.layers[0].streams))
     return replace(plan, layers={0: streams}, rotation=rotation)
 

@@ -117,7 +117,7 @@ def random_plan(model: nn.Module, name: str, packing: Packing, tokens: int) -> P
     """The plan of attend.py for a shape in every layer; whatever it loses is expected, so that no basis is fitted anew."""
     shape = SHAPES[name]
     chosen = default_groups(shape, packing.ratio, model.dtype, packing.key_block, model.device.type)
-    plan = synthetic_plan(shape, packing.groups or chosen, packing.ratio, tokens)
+    plan = synthetic_plan(shape, packing.groups or chosen, packing.ratio, tokens, device=model.device.type)
     streams = LayerPlan(*(replace(stream, expected_error=LOSES_ALL) for stream in plan.layers[0].streams))
     layers = range(model.config.num_hidden_layers)
     rotation = None

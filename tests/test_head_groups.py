@@ -15,10 +15,12 @@ from apack_compile.plan.bits import largest_ratio
 from apack_compile.plan.choice import (
     LEAST_LIMIT,
     LEAST_SPEED,
+    Option,
     PackedLayers,
     Weights,
-    fewest_groups,
+    choose,
     head_groups_for,
+    option,
     typical_plan,
 )
 from apack_compile.plan.time_model import CPU, H200, Device, Load, predicted_speedup
@@ -63,19 +65,55 @@ def bytes_in_16_bits(name: str, groups: int, ratio: float) -> int:
     return total
 
 
-@given(st.sampled_from(list(SHAPES.values())), st.sampled_from([3.0, 4.0, 8.0, 16.0]), st.sampled_from([CPU, H200]))
-def test_no_fewer_groups_are_fast_enough(shape, ratio, device):
-    chosen = fewest_groups([PackedLayers(*shape)], 2, ratio, 64, device).count
+@given(st.sampled_from(list(SHAPES.values())), st.sampled_from([3.0, 4.0, 8.0, 16.0]))
+def test_no_fewer_groups_are_fast_enough_on_a_cpu(shape, ratio):
+    chosen = choose([PackedLayers(*shape)], 2, ratio, 64, CPU).count
     assert shape[1] % chosen == 0
-    fewer = [n for n in range(1, chosen) if shape[1] % n == 0 and fits(shape, n, device)]
-    assert fits(shape, chosen, device)
-    assert all(speed(shape, n, ratio, device) < LEAST_SPEED for n in fewer)
-    assert speed(shape, chosen, ratio, device) >= LEAST_SPEED
+    fewer = [n for n in range(1, chosen) if shape[1] % n == 0]
+    assert all(speed(shape, n, ratio, CPU) < LEAST_SPEED["balanced"] for n in fewer)
+    assert speed(shape, chosen, ratio, CPU) >= LEAST_SPEED["balanced"]
+
+
+def options_of(shape: tuple[int, int, int], ratio: float, whole_tiles: bool = False) -> list[Option]:
+    """All that a GPU can choose from."""
+    load = Load(*shape, H200.planned_tokens, H200.planned_batch)
+    groups = [n for n in range(1, shape[1] + 1) if shape[1] % n == 0 and shape[1] * shape[2] // n <= H200.widest_basis]
+    reachable = [n for n in groups if largest_ratio(shape[1] * shape[2] // n) >= ratio]
+    return [option([load], ratio, n, block, H200, whole_tiles) for n in reachable for block in H200.key_blocks]
+
+
+@given(st.sampled_from(list(SHAPES.values())), st.sampled_from([4.0, 8.0, 16.0]))
+def test_a_gpu_takes_what_loses_least_of_what_is_near_its_byte_limit(shape, ratio):
+    options = options_of(shape, ratio)
+    by_choice = {(one.groups, one.key_block): one for one in options}
+    found = {
+        prefer: choose([PackedLayers(*shape)], 2, ratio, None, H200, prefer=prefer)
+        for prefer in ("quality", "balanced", "speed")
+    }
+    own = {prefer: by_choice[groups.count, groups.key_block] for prefer, groups in found.items()}
+    fastest = max(options_of(shape, ratio, whole_tiles=True), key=lambda one: one.speed)
+    assert (found["speed"].count, found["speed"].key_block) == (fastest.groups, fastest.key_block)
+    assert own["quality"].harm <= own["balanced"].harm
+    for prefer, least in (("quality", 0.5), ("balanced", 0.8)):
+        near = [one for one in options if one.share >= least]
+        near = near or [one for one in options if one.speed >= least * max(one.speed for one in options)]
+        assert own[prefer].harm == min(one.harm for one in near)
+
+
+def test_a_gpu_says_what_its_choice_costs():
+    found = choose([PackedLayers(*SHAPES["Gemma3-4B"])], 2, 8.0, None, H200)
+    assert f"keys rotated back by blocks of {found.key_block}" in found.reason
+    assert "of the byte limit. Predicted harm: " in found.reason
+    alone = choose([PackedLayers(*SHAPES["Gemma3-4B"])], 2, 8.0, 128, H200)
+    assert alone.key_block == 128 and "harm" not in alone.reason
+    assert choose([PackedLayers(*SHAPES["Gemma3-4B"])], 2, 8.0, None, H200, groups=4).count == 4
+    # a CPU has one block to choose from
+    assert choose([PackedLayers(*SHAPES["Gemma3-4B"])], 4, 8.0, None, CPU).key_block == 64
 
 
 def test_few_heads_share_one_basis_and_many_do_not_on_a_cpu():
     found = {
-        name: [fewest_groups([PackedLayers(*shape)], 4, ratio, 64, CPU).count for ratio in (4, 8, 16)]
+        name: [choose([PackedLayers(*shape)], 4, ratio, 64, CPU).count for ratio in (4, 8, 16)]
         for name, shape in SHAPES.items()
     }
     assert found["SmolLM2-135M"] == [1, 1, 1]
@@ -85,11 +123,11 @@ def test_few_heads_share_one_basis_and_many_do_not_on_a_cpu():
 
 def test_a_basis_is_no_wider_than_a_device_takes():
     assert SHAPES["LLaVA-1.5-7B"][1:] == (32, 128) and H200.widest_basis == 2_048
-    found = fewest_groups([PackedLayers(*SHAPES["LLaVA-1.5-7B"])], 2, 8.0, 64, H200)
-    assert found.count == 2 and "no basis is wider than 2,048" in found.reason
+    found = choose([PackedLayers(*SHAPES["LLaVA-1.5-7B"])], 2, 8.0, 64, H200)
+    assert found.count >= 2 and "no basis is wider than 2,048" in found.reason
     narrow = replace(H200, widest_basis=100)
-    assert fewest_groups([PackedLayers(*SHAPES["LLaVA-1.5-7B"])], 2, 8.0, 64, narrow).count == 32
-    assert "wider" not in fewest_groups([PackedLayers(*SHAPES["Qwen2.5-VL-7B"])], 2, 8.0, 64, H200).reason
+    assert choose([PackedLayers(*SHAPES["LLaVA-1.5-7B"])], 2, 8.0, 64, narrow).count == 32
+    assert "wider" not in choose([PackedLayers(*SHAPES["Qwen2.5-VL-7B"])], 2, 8.0, 64, H200).reason
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,10 +135,10 @@ def test_a_basis_is_no_wider_than_a_device_takes():
 @pytest.mark.parametrize("device", [CPU, H200], ids=lambda device: device.name)
 def test_the_bases_of_all_layers_weigh_at_most_3_percent_of_the_weights(name, ratio, device):
     layers, weights = MODELS[name]
-    found = fewest_groups(layers, 2, ratio, 64, device, weights)
+    found = choose(layers, 2, ratio, 64, device, weights)
     assert weights.limit == int(0.03 * weights.bytes)
     assert bytes_in_16_bits(name, found.count, ratio) <= weights.limit
-    without = fewest_groups(layers, 2, ratio, 64, device)
+    without = choose(layers, 2, ratio, 64, device)
     heavy = bytes_in_16_bits(name, without.count, ratio) > weights.limit
     assert found.count > without.count if heavy else found.count >= without.count
     assert ("weigh more than 3% of the model's weights" in found.reason) >= heavy
@@ -108,38 +146,38 @@ def test_the_bases_of_all_layers_weigh_at_most_3_percent_of_the_weights(name, ra
 
 def test_what_the_weights_allow_is_chosen_and_said():
     layers, weights = MODELS["LLaVA-1.5-7B"]
-    found = fewest_groups(layers, 2, 8.0, 64, CPU, weights)
+    found = choose(layers, 2, 8.0, 64, CPU, weights)
     assert found.count == 16
     said = "; with fewer groups, shared bases would weigh more than 3% of the model's weights, 423,805,624 bytes"
     assert found.reason.endswith(said)
-    twice = fewest_groups(layers, 4, 8.0, 64, CPU, replace(weights, bytes=2 * weights.bytes))
+    twice = choose(layers, 4, 8.0, 64, CPU, replace(weights, bytes=2 * weights.bytes))
     assert twice.count == 8
-    assert "weigh" not in fewest_groups(*MODELS["SmolLM2-135M"][:1], 4, 8.0, 64, CPU, MODELS["SmolLM2-135M"][1]).reason
+    assert "weigh" not in choose(*MODELS["SmolLM2-135M"][:1], 4, 8.0, 64, CPU, MODELS["SmolLM2-135M"][1]).reason
 
 
 def test_where_no_number_of_groups_is_light_there_are_as_many_as_can_be():
     layers, weights = MODELS["LLaVA-1.5-7B"]
-    found = fewest_groups(layers, 2, 4.0, 64, CPU, replace(weights, bytes=weights.bytes // 8))
+    found = choose(layers, 2, 4.0, 64, CPU, replace(weights, bytes=weights.bytes // 8))
     assert found.count == 32
     assert "; with any number of groups, shared bases would weigh more than 3% of the model's weights" in found.reason
-    assert fewest_groups(layers, 2, 8.0, 64, CPU, replace(weights, bytes=weights.bytes // 4)).count == 32
+    assert choose(layers, 2, 8.0, 64, CPU, replace(weights, bytes=weights.bytes // 4)).count == 32
 
 
 def test_heads_that_cannot_be_halved_and_a_single_head_keep_to_the_weights_too():
     odd = [PackedLayers(18, 9, 64, 20)]
     fast = replace(CPU, matrix_operations=1e15)
-    found = {n: fewest_groups(odd, 2, 4.0, 64, fast, Weights(n * 10**6)).count for n in (2_000, 700, 100)}
+    found = {n: choose(odd, 2, 4.0, 64, fast, Weights(n * 10**6)).count for n in (2_000, 700, 100)}
     assert found == {2_000: 1, 700: 3, 100: 9}
-    one = fewest_groups([PackedLayers(71, 1, 64, 400)], 2, 4.0, 64, CPU, Weights(10**8))
+    one = choose([PackedLayers(71, 1, 64, 400)], 2, 4.0, 64, CPU, Weights(10**8))
     assert one.count == 1 and "with any number of groups" in one.reason
     mixed = [PackedLayers(8, 4, 64, 300), PackedLayers(6, 6, 64, 300)]
-    assert fewest_groups(mixed, 2, 4.0, 64, CPU, Weights(5 * 10**9)).count == 2
+    assert choose(mixed, 2, 4.0, 64, CPU, Weights(5 * 10**9)).count == 2
 
 
 def test_small_models_may_have_a_mebibyte_of_bases():
     layers = [PackedLayers(4, 4, 16, 2)]
-    assert fewest_groups(layers, 4, 4.0, 64, CPU, Weights(10**5)).count == 1
-    found = fewest_groups([PackedLayers(4, 4, 64, 8)], 4, 4.0, 64, CPU, Weights(10**5))
+    assert choose(layers, 4, 4.0, 64, CPU, Weights(10**5)).count == 1
+    found = choose([PackedLayers(4, 4, 64, 8)], 4, 4.0, 64, CPU, Weights(10**5))
     assert found.count > 1 and f"more than {LEAST_LIMIT:,} bytes, which any model is granted" in found.reason
 
 
@@ -152,22 +190,22 @@ def test_the_weights_count_on_devices_without_figures_too():
 
 def test_groups_divide_the_heads_of_every_layer():
     slow = replace(CPU, matrix_operations=1e9)
-    assert fewest_groups([PackedLayers(8, 4, 64), PackedLayers(6, 6, 64)], 4, 4.0, 64, slow).count == 2
-    assert fewest_groups([PackedLayers(71, 1, 64)], 4, 4.0, 64, slow).count == 1
+    assert choose([PackedLayers(8, 4, 64), PackedLayers(6, 6, 64)], 4, 4.0, 64, slow).count == 2
+    assert choose([PackedLayers(71, 1, 64)], 4, 4.0, 64, slow).count == 1
 
 
 def test_where_none_is_fast_enough_the_fastest_is_taken():
     slow = replace(CPU, matrix_operations=1e9)
     speeds = {n: speed((8, 8, 64), n, 4.0, slow) for n in (1, 2, 4, 8)}
-    assert max(speeds.values()) < LEAST_SPEED
-    assert fewest_groups([PackedLayers(8, 8, 64)], 4, 4.0, 64, slow).count == max(speeds, key=lambda n: speeds[n])
+    assert max(speeds.values()) < LEAST_SPEED["balanced"]
+    assert choose([PackedLayers(8, 8, 64)], 4, 4.0, 64, slow).count == max(speeds, key=lambda n: speeds[n])
 
 
 def test_groups_that_cannot_reach_the_ratio_are_left_out():
     slow = replace(CPU, matrix_operations=1e9)
     assert largest_ratio(16) < 8 < largest_ratio(32)
-    assert fewest_groups([PackedLayers(4, 4, 16)], 4, 8.0, 64, slow).count == 2
-    assert fewest_groups([PackedLayers(4, 4, 16)], 4, 4.0, 64, slow).count == 4
+    assert choose([PackedLayers(4, 4, 16)], 4, 8.0, 64, slow).count == 2
+    assert choose([PackedLayers(4, 4, 16)], 4, 4.0, 64, slow).count == 4
 
 
 @pytest.mark.parametrize("groups", (1, 4))
@@ -197,7 +235,7 @@ def test_a_model_of_many_heads_gets_groups_and_the_report_says_why():
     apack_compile.calibrate(model, prompt())
     weights = Weights(weight_bytes(model), coarse=True)
     layers = [PackedLayers(16, 16, 64, model.config.num_hidden_layers)]
-    groups = fewest_groups(layers, 4, 4.0, 64, CPU, weights).count
+    groups = choose(layers, 4, 4.0, 64, CPU, weights).count
     assert groups > 1 and apack_compile.plan_for(model, 300).groups == groups
     said = apack_compile.report(model).head_groups
     assert said.startswith(f"{groups}; predicted speed over a dense cache (ratio 4, 8,192 tokens, batch 1, CPU): ")
@@ -288,7 +326,7 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 BESIDE = Weights(weight_bytes(StaticDecoder()))
-GROUPS_OF_BUFFERS = fewest_groups([PackedLayers(16, 16, 64)], 4, 6.0, 0, CPU, BESIDE).count
+GROUPS_OF_BUFFERS = choose([PackedLayers(16, 16, 64)], 4, 6.0, 0, CPU, BESIDE).count
 
 
 @torch.no_grad()

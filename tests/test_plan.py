@@ -15,7 +15,7 @@ from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.format import BANDS, WIDTHS, Bands
 from apack_compile.plan.basis import BAND_GRAIN, fit, moments
-from apack_compile.plan.bits import bands_of, largest_ratio, runs_of, water_fill
+from apack_compile.plan.bits import ALIGNED, TILE_BYTES, bands_of, fill_aligned, largest_ratio, runs_of, water_fill
 from apack_compile.plan.budget import StreamStatistics, budget_key, budget_plan, tail_slots_for
 from apack_compile.plan.plan import FIRST_TOKENS, LayerPlan, Plan
 from apack_compile.plan.presets.attentionpack import attentionpack_plan
@@ -83,10 +83,44 @@ def test_bands_hold_every_run_that_has_bits(bits, last):
 
 @pytest.mark.parametrize("width", (1, 16, 40, 192))
 def test_runs_cover_every_component_once(width):
-    weights = torch.rand(3, width)
+    weights = torch.rand(width)
     runs, lengths = runs_of(weights)
     assert sum(lengths) == width and max(lengths) <= BAND_GRAIN
     assert float(runs.sum()) == pytest.approx(float(weights.double().sum()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from((128, 192, 200, 256, 1024)), min_size=1, max_size=4),
+    st.floats(34.0, 90.0),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_tokens_of_plans_for_a_gpu_are_aligned_within_the_budget(widths, mean_bytes, whole_tiles, seed):
+    generator = torch.Generator().manual_seed(seed)
+    streams = [torch.rand(w, generator=generator).sort(descending=True).values ** 4 for w in widths]
+    cost = torch.rand(len(widths), generator=generator).double() + 0.5
+    budget = float(8 * mean_bytes * cost.sum())
+    found = fill_aligned(streams, cost, budget, whole_tiles)
+    taken = sum(
+        float(c) * sum(count * bits for count, bits in zip(b.counts, WIDTHS, strict=True))
+        for c, b in zip(cost, found, strict=True)
+    )
+    assert taken <= budget
+    for stream, bands in zip(streams, found, strict=True):
+        assert 0 < bands.components <= len(stream) and bands.token_bytes % ALIGNED == 0
+        if whole_tiles:
+            whole = [count * bits / 8 % TILE_BYTES for count, bits in zip(bands.counts, WIDTHS, strict=True)]
+            assert not any(whole[:-1]) or bands.components == len(stream)
+
+
+def test_a_plan_for_a_gpu_keeps_the_width_of_leading_components():
+    # one component has nearly all of the variance
+    stream = torch.full((192,), 1e-3)
+    stream[:4] = 100.0
+    (bands,) = fill_aligned([stream], torch.ones(1, dtype=torch.float64), 8 * 48.0)
+    exact = water_fill(*(runs_of(stream)[0], torch.full((12,), 16.0, dtype=torch.float64)), 8 * 48.0)
+    assert bands.widths[0] >= exact[0] > 2
 
 
 def held(plan, tokens: int, vision_share: float, layers: int, heads: int, head_dim: int) -> dict:
@@ -232,3 +266,9 @@ def test_components_without_variance_are_not_stored():
     stream = StreamStatistics(spectrum, spectrum.deviation[0].square() - spectrum.deviation[0].square().min())
     plan = budget_plan({0: {"text": (stream, stream)}}, 2.0, 4000, 0.0)
     assert {one.bands.components for one in plan.layers[0].streams} == {32}, "20 components in whole runs of 16"
+
+
+def test_narrow_streams_keep_their_budget_on_a_gpu(statistics_of):
+    statistics = statistics_of(2, 2, 20, vision=False)
+    plan = budget_plan(statistics, 4.0, 1000, 0.5, aligned=True)
+    assert plan.layers == budget_plan(statistics, 4.0, 1000, 0.5).layers

@@ -135,7 +135,9 @@ def test_more_tokens_batch_components_or_bits_never_take_less_time(device, compo
         return packed_seconds(plan_with(Bands(counts), Bands(counts), groups, block), 0, load, device)
 
     least = seconds()
-    assert seconds((components // groups, 0, 0, 0)) >= least or device is CPU
+    # half a tile of a GPU's matrix unit costs as much as a whole one, and short codes fill it later
+    whole = device is H200 and components // groups % 64 == 0
+    assert seconds((components // groups, 0, 0, 0)) >= least or not whole
     assert seconds((0, 0, components // groups + 16, 0)) >= least
     assert seconds(load=replace(load, tokens=tokens + 512)) > least
     assert seconds(load=replace(load, batch=batch + 1)) > least
@@ -167,8 +169,9 @@ def test_many_heads_with_one_basis_pay_in_matrix_work_and_bases():
     )
     busy, alone = Load(32, 32, 128, tokens=4096, batch=32), Load(32, 32, 128, tokens=8192)
     joint, split = (packed_limits(plan, 0, busy, H200) for plan in (wide, narrow))
+    # more rows than a tile has are unpacked for again, and products of wide bases repeat each other's work
     assert joint.tightest == "unpack"
-    assert joint.unpack == split.unpack
+    assert joint.unpack > split.unpack
     assert joint.matrix > split.matrix
     # one sequence has to read the bases for itself
     assert packed_limits(wide, 0, alone, H200).tightest == "bytes"

@@ -27,6 +27,7 @@ from apack_compile.plan.choice import PackedLayers, Weights, alike, head_groups_
 from apack_compile.plan.file import versions
 from apack_compile.plan.plan import FIRST_TOKENS, Plan, Provenance
 from apack_compile.plan.source import PlanSource, Statistics
+from apack_compile.plan.time_model import is_aligned
 
 # A call of more tokens over buffers that are still dense is a prefill and leaves them dense.
 MAX_DECODE = 8
@@ -182,6 +183,7 @@ class OwnCaches:
                 self.ratio,
                 *which[1],
                 basis_limit=None if weights is None else weights.limit,
+                aligned=is_aligned(key.device.type),
             )
             about_model = (len(held), key.shape[1], key.shape[3], str(key.dtype))
             provenance = Provenance(f"the first {filled[0][0].shape[2]} tokens in static buffers", versions())

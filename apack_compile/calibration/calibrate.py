@@ -1,6 +1,7 @@
 """What calibration inputs tell of a model: how its keys rotate, head groups, statistics."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from apack_compile.models.modality import placeholder_ids
 from apack_compile.models.offload import computing_device
 from apack_compile.models.weights import weight_bytes
 from apack_compile.models.wrappers import adapters_of
-from apack_compile.plan.choice import Groups, PackedLayers, Weights, alike, head_groups_for
+from apack_compile.plan.choice import Groups, PackedLayers, Weights, alike, choose, head_groups_for
 from apack_compile.plan.ranks import agreed_id
 from apack_compile.plan.ring import block_for
-from apack_compile.plan.rotation import KeyRotation
+from apack_compile.plan.rotation import BLOCK, KeyRotation
+from apack_compile.plan.signature import kv_heads, query_heads
 from apack_compile.plan.source import GRADIENTS, Calibration
+from apack_compile.plan.time_model import OF_TYPE
 
 # How keys rotate, or None; and why.
 FoundRotation = tuple[KeyRotation | None, str]
@@ -37,10 +40,36 @@ def calibrate(
     source: what the inputs are, for the report.
     """
     with torch.inference_mode(False), torch.no_grad():
+        config = replace(config, key_block=key_block_for(model, layers, config))
         found = rotations_of(model, layers, batches[0], config)
         rotation = rotation_by_layer(layers, found)
         seen = Observations(model, sorted(rotation), batches, rotation)
         return fitted_to(model, layers, seen, found, config, source)
+
+
+def key_block_for(model: nn.Module, layers: Mapping[int | None, Sequence[int]], config: AttentionPackConfig) -> int:
+    """Slots that share an anchor: as configured, or as the time model chooses, for heads as the model's configuration has them."""
+    if config.key_block is not None:
+        return config.key_block
+    device = OF_TYPE.get(config.planned_device or computing_device(model).type)
+    blocks = (BLOCK,) if device is None else device.key_blocks
+    if len(blocks) == 1:
+        return blocks[0]
+    shapes = (
+        PackedLayers(
+            max(query_heads(model, i), kv_heads(model, i)[0]), *kv_heads(model, i), has_window=window is not None
+        )
+        for window, those in layers.items()
+        for i in those
+    )
+    ratio, beside = config.ratio or DEFAULT_RATIO, weights_beside(model, config, weight_bytes(model))
+    found = choose(alike(shapes), model.dtype.itemsize, ratio, None, device, beside, config.prefer, config.head_groups)
+    return found.key_block
+
+
+def weights_beside(model: nn.Module, config: AttentionPackConfig, weights: int) -> Weights:
+    """What bases are weighed against; weights: bytes of the model's."""
+    return Weights(weights, pictures=bool(placeholder_ids(model.config)), coarse=bool(config.coarse))
 
 
 def rotations_of(
@@ -99,22 +128,21 @@ def packed_layers(
     model: nn.Module, seen: Observations, layers: Mapping[int | None, Sequence[int]]
 ) -> tuple[PackedLayers, ...]:
     """The layers that were observed, those that are alike as one; as many query heads as KV heads where no config says."""
-    config = model.config.get_text_config(decoder=True)
     found = []
     for window, those in layers.items():
         for i in those:
-            layer = config.per_layer_config[i] if config.is_heterogeneous else config
             key = seen.first.states[i][0]
             heads, head_dim = key.shape[1], key.shape[3]
-            query_heads = max(getattr(layer, "num_attention_heads", None) or 0, heads)
-            found.append(PackedLayers(query_heads, heads, head_dim, has_window=window is not None))
+            found.append(
+                PackedLayers(max(query_heads(model, i), heads), heads, head_dim, has_window=window is not None)
+            )
     return alike(found)
 
 
 def groups_for(model: nn.Module, config: AttentionPackConfig, layers: tuple[PackedLayers, ...], weights: int) -> Groups:
     """Head groups for such layers, on the model's device; weights: bytes of the model's weights."""
     if config.head_groups is not None:
-        return Groups(config.head_groups, "as configured", layers)
-    device, ratio = computing_device(model).type, config.ratio or DEFAULT_RATIO
-    beside = Weights(weights, pictures=bool(placeholder_ids(model.config)), coarse=bool(config.coarse))
-    return head_groups_for(layers, model.dtype, ratio, config.key_block, device, beside)
+        return Groups(config.head_groups, "as configured", layers, config.key_block)
+    device, ratio = config.planned_device or computing_device(model).type, config.ratio or DEFAULT_RATIO
+    beside = weights_beside(model, config, weights)
+    return head_groups_for(layers, model.dtype, ratio, config.key_block, device, beside, config.prefer)

@@ -11,6 +11,7 @@ from apack_compile.plan.bits import largest_ratio
 from apack_compile.plan.budget import budget_plan
 from apack_compile.plan.check import check_plan
 from apack_compile.plan.plan import Plan
+from apack_compile.plan.time_model import is_aligned
 
 
 def budget_plans(seen: Observed, caches: Sequence[BufferPair], ratio: float) -> dict[int, CachePlan]:
@@ -28,7 +29,8 @@ def budget_plans(seen: Observed, caches: Sequence[BufferPair], ratio: float) -> 
             )
         statistics = {cache.number: seen.statistics[cache.number] for cache in alike}
         limit = seen.basis_limit and seen.basis_limit * len(alike)
-        plan = budget_plan(statistics, ratio, tokens, 0.0, rotation=seen.rotation, basis_limit=limit)
+        aligned = is_aligned(value_of(caches[0].key.state).device.type)
+        plan = budget_plan(statistics, ratio, tokens, 0.0, rotation=seen.rotation, basis_limit=limit, aligned=aligned)
         plans |= {cache.number: cache_plan(plan, cache.number) for cache in alike}
     return plans
 

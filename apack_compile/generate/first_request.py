@@ -10,9 +10,16 @@ from torch import Tensor, nn
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.held_back import HeldBack
 from apack_compile.calibration.attention_harm import Read, Reads, read_of
-from apack_compile.calibration.calibrate import FoundRotation, fitted_to, rotation_by_layer, rotations_of
+from apack_compile.calibration.calibrate import (
+    FoundRotation,
+    fitted_to,
+    key_block_for,
+    rotation_by_layer,
+    rotations_of,
+)
 from apack_compile.calibration.collect import Observations, collect_by_layer, usable_tokens
 from apack_compile.calibration.sensitivity import QUERY_SHARE, Observation, states_of
+from apack_compile.config import AttentionPackConfig
 from apack_compile.generate.session import Session, first_request_error
 from apack_compile.plan.coarse_rule import tells_apart
 from apack_compile.plan.source import NEWEST_ATTENTION, Calibration
@@ -27,13 +34,14 @@ class FirstPrompt:
     """A first prompt while it is read.
 
     queries: tokens that play those to come, int64 `[B, Q]`, -1 for none. rotations: how keys rotate, by window. reads: what the
-    queries read, by layer.
+    queries read, by layer. config: the model's, with the slots that share an anchor.
     """
 
     model: nn.Module
     batch: Mapping[str, Any]
     queries: Tensor
     rotations: Mapping[int | None, FoundRotation]
+    config: AttentionPackConfig
     reads: dict[int, Read] = field(default_factory=dict)
 
     @property
@@ -60,7 +68,7 @@ class FirstPrompt:
         seen = Observation(states, self.queries.shape[1], cache.incoming.shown, gradients=reads)
         layers, rotation = session.source.layers, rotation_by_layer(session.source.layers, self.rotations)
         observations = Observations(self.model, sorted(rotation), self.batch, rotation, seen)
-        config = session.config
+        config = self.config
         if not tells_apart(session.ratio, self.tokens):
             config = replace(config, coarse=())
         return fitted_to(
@@ -82,8 +90,10 @@ def begin(session: Session, model: nn.Module, batch: Mapping[str, Any], cache: C
     if not any(bool(flags.any()) for flags in usable.values()):
         raise first_request_error(session.ratio, "no usable token: only padding or first tokens")
     with session.own_passes(), torch.inference_mode(False), torch.no_grad():
-        rotations = rotations_of(model, session.source.layers, batch, session.config)
-    prompt = FirstPrompt(model, batch, queries_of(usable), rotations)
+        block = key_block_for(model, session.source.layers, session.config)
+        config = replace(session.config, key_block=block)
+        rotations = rotations_of(model, session.source.layers, batch, config)
+    prompt = FirstPrompt(model, batch, queries_of(usable), rotations, config)
     cache.held_back = HeldBack(prompt)
     return prompt
 

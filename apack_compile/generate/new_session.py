@@ -49,7 +49,9 @@ def new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | None
         source = replace(source, given=plan.to(device))
     elif config.ratio is not None:
         check_ratio(config.ratio, config.head_groups or 1, signature)
-        source = replace(source, ratio=config.ratio, coarse=config.coarse)
+        source = replace(
+            source, ratio=config.ratio, coarse=config.coarse, planned_device=config.planned_device, prefer=config.prefer
+        )
     else:
         wanted = {window: config.wanted(those, window, can_be_packed) for window, those in layers.items()}
         plans = {window: config.preset_options.plan(wanted[window]) for window in layers}

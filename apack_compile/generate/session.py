@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer_kinds import LayerKind
-from apack_compile.calibration.calibrate import calibrate, groups_for
+from apack_compile.calibration.calibrate import calibrate, groups_for, key_block_for
 from apack_compile.checks import counted
 from apack_compile.config import AttentionPackConfig
 from apack_compile.errors import StrictError
@@ -190,12 +190,13 @@ class Session:
         with_plan = self.plan is not None or other.plan is not None
         if with_plan and (other.outdated is not None or other.adapters != self.adapters):
             return
-        groups = found.groups
+        groups, config = found.groups, self.config
         if self.ratio is not None:
+            config = replace(config, key_block=key_block_for(model, self.source.layers, config))
             # beside the weights that were calibrated, which may be quantized by now
-            groups = groups_for(model, self.config, groups.layers, found.weight_bytes)
+            groups = groups_for(model, config, groups.layers, found.weight_bytes)
         usable = {
-            f"key_block={found.key_block}": self.config.key_block == found.key_block,
+            f"key_block={found.key_block}": config.key_block in (None, found.key_block),
             f"head_groups={found.groups.count}": groups.count == found.groups.count,
             f"coarse={found.ranked}": set(self.config.coarse) <= set(found.ranked),
         }

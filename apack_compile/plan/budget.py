@@ -1,7 +1,7 @@
 """The plan of a byte budget: what stays dense, and the bits that are left to every component."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,12 +9,14 @@ from torch import Tensor
 
 from apack_compile.kernels.format import Bands
 from apack_compile.plan.basis import Spectrum
-from apack_compile.plan.bits import bands_of, expected_error, runs_of, water_fill
+from apack_compile.plan.bits import bands_of, expected_error, fill_aligned, runs_of, water_fill
 from apack_compile.plan.coarse_rule import NEWEST, CoarseRule
 from apack_compile.plan.plan import BASIS_DTYPES, FIRST_TOKENS, STREAMS, LayerPlan, Plan, StreamPlan
 from apack_compile.plan.ring import block_for, ring_slots
 from apack_compile.plan.rotation import KeyRotation
 
+# Bytes of a token's codes, in the mean of a plan's streams, from which they are aligned.
+LEAST_ALIGNED = 32
 # The tail of newest tokens may take this share of the budget, in tokens of these sizes.
 TAIL_SHARE = 0.06
 TAIL_SIZES = (32, 16, 8)
@@ -49,6 +51,8 @@ def budget_plan(
     rules: Mapping[str, CoarseRule] | None = None,
     window: int | None = None,
     basis_limit: int | None = None,
+    aligned: bool = False,
+    whole_tiles: bool = False,
 ) -> Plan:
     """The plan that holds prompts of about `tokens` tokens, `vision_share` of them vision, at `ratio`.
 
@@ -56,7 +60,7 @@ def budget_plan(
     told apart where it has one of the `rules`. The budget is what a 16-bit dense cache takes, divided by the ratio, less what
     stays dense: the first tokens, the tail, and positions and rotations, shared or by layer. window: newest tokens that a query sees;
     a prompt that fills it is held in a ring of text slots, without its first tokens. basis_limit: bytes that its bases may have; those that
-    would have more are stored in 16 bits.
+    would have more are stored in 16 bits. aligned, whole_tiles: for a GPU, as `bands_within`.
     """
     fills = window is not None and tokens >= window
     tokens = min(tokens, window or tokens)
@@ -88,20 +92,16 @@ def budget_plan(
     budget = (tokens * dense_bits / ratio - fixed) / packed_tokens - scale_bits
     if tokens * dense_bits / ratio <= fixed:
         budget = (dense_bits / ratio) - scale_bits
-    weights, cost, owners, lengths = [], [], [], []
+    streams, cost = {}, {}
     for layer, segments in statistics.items():
         for source, part in share.items():
             for stream, measured in enumerate(segments[source]):
-                run_weights, run_lengths = runs_of(measured.weights)
-                # what rounding to 16 bits costs anyway is not worth a component
-                run_weights[run_weights <= torch.finfo(torch.float32).eps * run_weights.sum()] = 0
-                groups = groups_of(measured)
-                weights.append(run_weights * max(part, 1e-3))
-                cost.append(torch.tensor(run_lengths, dtype=torch.float64) * groups * max(part, 1e-3))
-                owners.append((layer, source, stream))
-                lengths.append(run_lengths)
-    bits = water_fill(torch.cat(weights), torch.cat(cost), budget).split([len(run) for run in lengths])
-    chosen = {owner: bands_of(b.tolist(), run) for owner, b, run in zip(owners, bits, lengths, strict=True)}
+                weights = measured.weights.sum(0).double().cpu()
+                streams[layer, source, stream] = weights * max(part, 1e-3)
+                cost[layer, source, stream] = groups_of(measured) * max(part, 1e-3)
+    chosen = dict(
+        zip(streams, bands_within(streams.values(), cost.values(), budget, aligned, whole_tiles), strict=True)
+    )
     dtype = basis_dtype(statistics, chosen, basis_limit)
     layers, bases = {}, {}
     for layer, segments in statistics.items():
@@ -129,6 +129,32 @@ def budget_plan(
         rotation=rotation,
         coarse=coarse,
     )
+
+
+def worth_storing(weights: Tensor) -> Tensor:
+    """These weights, 0 where rounding to 16 bits costs as much anyway."""
+    return torch.where(weights <= torch.finfo(torch.float32).eps * weights.sum(), 0.0, weights)
+
+
+def bands_within(
+    streams: Iterable[Tensor],
+    cost: Iterable[float],
+    budget: float,
+    aligned: bool = False,
+    whole_tiles: bool = False,
+) -> list[Bands]:
+    """Bands of each stream, of which components have these weights `[r]`; `cost`: what one bit of its token counts in the budget.
+
+    aligned, whole_tiles: for a GPU (`fill_aligned`).
+    """
+    streams, costs = list(streams), torch.tensor(list(cost), dtype=torch.float64)
+    if aligned and budget >= 8 * LEAST_ALIGNED * float(costs.sum()):
+        return fill_aligned(list(map(worth_storing, streams)), costs, budget, whole_tiles)
+    weights, lengths = zip(*map(runs_of, streams), strict=True)
+    runs = [each * torch.tensor(length, dtype=torch.float64) for each, length in zip(costs, lengths, strict=True)]
+    of_runs = torch.cat(list(map(worth_storing, weights)))
+    bits = water_fill(of_runs, torch.cat(runs), budget).split([len(run) for run in lengths])
+    return [bands_of(b.tolist(), run) for b, run in zip(bits, lengths, strict=True)]
 
 
 def basis_dtype(

@@ -25,6 +25,13 @@ def kv_heads(model: nn.Module, layer: int) -> tuple[int, int]:
     return heads_here(model, heads, head_dim), head_dim
 
 
+def query_heads(model: nn.Module, layer: int) -> int:
+    """Query heads of a layer, on all ranks; 0 where no configuration says."""
+    config = model.config.get_text_config(decoder=True)
+    own = config.per_layer_config[layer] if config.is_heterogeneous else config
+    return getattr(own, "num_attention_heads", None) or 0
+
+
 def describe(signature: tuple) -> str:
     """A signature in words."""
     layers, heads, head_dim, dtype = signature

@@ -13,6 +13,7 @@ from apack_compile.plan.file import versions
 from apack_compile.plan.plan import Plan, Provenance
 from apack_compile.plan.ranks import ALONE, Ranks
 from apack_compile.plan.rotation import KeyRotation
+from apack_compile.plan.time_model import is_aligned
 
 # Of each layer and segment, the key's and the value's.
 Statistics = dict[int, dict[str, tuple[StreamStatistics, StreamStatistics]]]
@@ -53,7 +54,8 @@ class PlanSource:
     """Gives every prompt its plan: `given`, else that of `presets` by window, else one made of the calibration for `ratio`.
 
     layers: the packed ones by window, those that see every token first. signature, device, ranks: of the model. asked: the whole
-    configuration, as text. coarse: modalities that may have coarse tokens. made: plans so far, by window and representative prompt.
+    configuration, as text. coarse: modalities that may have coarse tokens. planned_device: the type of device that plans are made
+    for; None: of `device`. prefer: as the configuration says. made: plans so far, by window and representative prompt.
     """
 
     given: Plan | None = None
@@ -66,6 +68,8 @@ class PlanSource:
     device: torch.device | None = None
     ranks: Ranks = ALONE
     asked: str = ""
+    planned_device: str | None = None
+    prefer: str = "balanced"
     made: dict[tuple, Plan] = field(default_factory=dict)
 
     @property
@@ -122,6 +126,7 @@ class PlanSource:
         statistics = {layer: calibration.statistics[layer] for layer in self.layers[window]}
         # of what all layers may have, by number of layers
         part = len(statistics) / sum(map(len, self.layers.values()))
+        aligned = is_aligned(self.planned_device or getattr(self.device, "type", None))
         plan = budget_plan(
             statistics,
             self.ratio,
@@ -130,6 +135,8 @@ class PlanSource:
             rules=rules,
             window=window,
             basis_limit=int(part * Weights(calibration.weight_bytes).limit),
+            aligned=aligned,
+            whole_tiles=aligned and self.prefer == "speed",
         )
         plan = plan if self.device is None else plan.to(self.device)
         return self._signed(plan, window, calibration, key)

@@ -1,15 +1,18 @@
 """Predicted time of one layer's decode attention, from what a device can read, multiply and unpack in a second.
 
 A step over a packed cache reads bytes; multiplies every token's components with the rows of its head group, `2 * rows * components`
-operations a stream, rows padded to the matrix unit's tile; and turns codes into numbers, up to two integer operations each. On a GPU
-the three overlap, so the tightest one is the limit; a CPU core does one after the other. Relative keys add queries rotated and projected
-anew for every block of slots.
+operations a stream, rows padded to the matrix unit's tile; and turns codes into numbers: up to two integer operations each on a CPU,
+on a GPU all that its warps issue, fitted to what was compiled (benchmarks/instructions.py). On a GPU the three overlap, so the tightest
+one is the limit; a CPU core does one after the other. Relative keys add queries rotated and projected anew for every block of slots.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
+from apack_compile.kernels.format import Bands
+from apack_compile.plan.bits import TILE_BYTES
 from apack_compile.plan.plan import Plan, StreamPlan
+from apack_compile.plan.rotation import BLOCK
 
 LATENT_BYTES = 2
 MODEL_BASIS_BYTES, OWN_BASIS_BYTES = 4, 2
@@ -23,13 +26,14 @@ class Device:
     """What a device does in a second, and what each launch costs.
 
     bytes_per_second: of a copy, read and written. matrix_operations: multiplications and additions of wide products. unpack_operations:
-    on integers. row_tiles: rows that the matrix unit takes at once, () for any number. narrow_rows: rows that give a product its full
-    rate; n rows give `2 n / (n + narrow_rows)` of it, because both operands are fetched. 0 where rows do not matter. packed_launches,
-    dense_launches: kernels of a step, one after the other, each of `launch_seconds`. dense_bytes_per_second: at which dense attention reads
-    its cache; None for that of a copy. min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of
-    the step that head groups are chosen for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype.
-    overlaps: reading, multiplying and unpacking happen at the same time. widest_basis: channels of the widest basis that kernels multiply
-    at these rates; None for any.
+    on integers; where warps_issue, instructions of warps, which is what a step is counted in there. row_tiles: rows that the matrix
+    unit takes at once, () for any number. narrow_rows: rows that give a product its full rate; n rows give `2 n / (n + narrow_rows)`
+    of it, because both operands are fetched. 0 where rows do not matter. packed_launches, dense_launches: kernels of a step, one after
+    the other, each of `launch_seconds`. dense_bytes_per_second: at which dense attention reads its cache; None for that of a copy.
+    min_tokens: of a row from which `generate` packs by default. planned_tokens, planned_batch: of the step that head groups are chosen
+    for. dense_bytes: of a number of the dense cache there; None for those of the model's dtype. overlaps: reading, multiplying and
+    unpacking happen at the same time. widest_basis: channels of the widest basis that kernels multiply at these rates; None for any.
+    aligned: tokens of plans are aligned for it. key_blocks: slots that may share an anchor, by rising harm.
     """
 
     name: str
@@ -48,6 +52,9 @@ class Device:
     dense_bytes: int | None = None
     overlaps: bool = True
     widest_basis: int | None = None
+    warps_issue: bool = False
+    aligned: bool = False
+    key_blocks: tuple[int, ...] = (BLOCK,)
 
     def seconds(self, limits: "Limits") -> float:
         """The least time of a step with these limits."""
@@ -72,24 +79,26 @@ class Device:
         return 2 * tile * columns / rate
 
 
-# Copy and full matrix rate: measured on an H200. Unpacking: 132 processors x 64 integer operations x 1.8 GHz. A narrow product's share
-# assumes that both operands come from shared memory (64 rows of codes, n rows of queries); launches are assumed, as in a CUDA graph.
-# widest_basis: with 4,096 a block has room for 32 tokens, and the kernel issues 3.2 times the instructions (benchmarks/instructions.py).
+# Copy: measured on an H200. Matrix rate: 60 % of the full one that was measured there, 790e12, for products of a warp. Instructions: 132
+# processors, four of them a cycle, 1.8 GHz. Launches are assumed, as in a CUDA graph.
+# widest_basis: wider ones have so many components that a pass takes their values in turns.
 # min_tokens: the shortest of the lengths from which ratio 8 is predicted to pay, LLaVA and Gemma at batch 16 (docs/notes/performance.md).
 H200 = Device(
     "H200",
     4.3e12,
-    790e12,
-    15e12,
-    (16, 32, 64),
-    64,
-    3e-6,
+    474e12,
+    132 * 4 * 1.8e9,
+    (8, 16),
+    launch_seconds=3e-6,
     packed_launches=4,
     dense_launches=2,
     min_tokens=1_024,
     planned_tokens=32_768,
     planned_batch=16,
     widest_basis=2_048,
+    warps_issue=True,
+    aligned=True,
+    key_blocks=(64, 128, 256, 0),
 )
 # Measured (`measured_cpu` of benchmarks/choices.py): 2 threads of an AMD EPYC (Zen 5, AVX-512), float32, torch 2.13.
 # min_tokens: where a step loses 5 %, about 300 tokens, as a power of two (benchmarks/crossover.py, docs/notes/performance.md).
@@ -107,6 +116,13 @@ CPU = Device(
     overlaps=False,
 )
 OF_TYPE = {"cpu": CPU, "cuda": H200}
+# What a user may prefer: in a choice between plans of one byte budget.
+PREFERENCES = ("quality", "balanced", "speed")
+
+
+def is_aligned(device_type: str | None) -> bool:
+    """Whether tokens of plans for a type of device are aligned."""
+    return device_type in OF_TYPE and OF_TYPE[device_type].aligned
 
 
 def default_min_tokens(device_type: str) -> int:
@@ -171,9 +187,29 @@ def basis_bytes(stream: StreamPlan, load: Load, groups: int) -> int:
     return groups * (load.width // groups * (components + 1) + components) * size
 
 
+# Instructions of the pass over codes that all warps together issue for a token and head group: of itself, of every 8 rows; of each
+# field of each 16 words, in a stream, and of every 8 rows; of each band; of an anchor's latents. Least squares over plans of 2 to 24
+# fields and 8 to 32 rows, within 10 % (benchmarks/instructions.py; docs/notes/performance.md).
+TOKEN_ISSUE, TOKEN_ROWS_ISSUE = 7.0, 3.2
+FIELD_ISSUE, FIELD_ROWS_ISSUE, BAND_ISSUE, ANCHOR_ISSUE = 0.25, 0.225, 1.0, 3.3
+# Of all that, where a tile of rows has more sums of values than two warps have registers for, and four of them repeat each other's work.
+WIDE_ISSUE, MOST_SUMS = 1.4, 7_168
+# Of a query row that is rotated: of itself, of each channel; of each component, and of each channel of it.
+ROW_ISSUE, CHANNEL_ISSUE, COMPONENT_ISSUE, PRODUCT_ISSUE = 30.0, 0.6, 0.1, 0.0035
+WORD_BITS = 16
+
+
+def stream_issue(bands: Bands, rows: int) -> float:
+    """Instructions of a token's codes of one stream, for so many padded rows, with half of those of the token itself."""
+    fields = sum(-(-count * band.bits // (8 * TILE_BYTES)) * WORD_BITS / band.bits for count, band in bands.parts)
+    found = (TOKEN_ISSUE + TOKEN_ROWS_ISSUE * rows / 8) / 2 + BAND_ISSUE * sum(count > 0 for count in bands.counts)
+    found += fields * (FIELD_ISSUE + FIELD_ROWS_ISSUE * rows / 8)
+    return found * (WIDE_ISSUE if 8 * TILE_BYTES // WORD_BITS * fields * rows > MOST_SUMS else 1.0)
+
+
 @dataclass
 class _Work:
-    """Running sums of a step: bytes, seconds of the matrix unit, integer operations."""
+    """Running sums of a step: bytes, seconds of the matrix unit, operations of unpacking."""
 
     device: Device
     bytes: float = 0.0
@@ -192,9 +228,15 @@ class _Work:
         for bands, share in ((stream.bands, read), (leading, 1 - read)):
             self.bytes += tokens * share * groups * bands.token_bytes
             self.matrix += self.device.matrix_seconds(rows, groups * bands.components * tokens * share)
-            codes = sum(count * band.unpack_operations for count, band in bands.parts)
-            self.unpack += codes * groups * tokens * share * self.device.unpackings(rows)
+            self.unpack += self._unpacking(bands, rows) * groups * tokens * share * self.device.unpackings(rows)
         self.bytes += tokens * groups * TOKEN_SCALE_BYTES if stream.token_scale else 0
+
+    def _unpacking(self, bands: Bands, rows: int) -> float:
+        """Operations of a token's codes of one stream, for a tile of so many rows."""
+        if not self.device.warps_issue:
+            return sum(count * band.unpack_operations for count, band in bands.parts)
+        tile = min(self.device.padded(rows), self.device.row_tiles[-1])
+        return stream_issue(bands, tile)
 
     def basis(self, load: Load, groups: int, stream: StreamPlan) -> None:
         """A stream's basis, read once or once a sequence, and the product of all query rows with it."""
@@ -237,6 +279,8 @@ def packed_limits(plan: Plan, layer: int, load: Load, device: Device) -> Limits:
             work.basis(load, plan.groups, stream)
             if name == "key" and plan.rotation is not None:
                 rotating += _rotation(work, plan, load, stream.bands.components, tokens)
+                if device.warps_issue:
+                    work.unpack += ANCHOR_ISSUE * plan.groups * tokens * device.unpackings(load.rows(plan.groups))
     work.dense(load, load.batch * (load.tokens - stored), load.element_bytes)
     seconds = work.bytes / device.bytes_per_second, work.matrix, work.unpack / device.unpack_operations
     return Limits(*seconds, rotating)
@@ -251,7 +295,14 @@ def _rotation(work: _Work, plan: Plan, load: Load, components: int, tokens: floa
     work.bytes += latents
     # the rows of all blocks are one product, so that no tile is padded
     full = 2 * rows * products / device.matrix_operations
-    return max(full, latents / device.bytes_per_second) + device.launch_seconds
+    issuing = 0.0
+    if device.warps_issue:
+        each = (
+            ROW_ISSUE + CHANNEL_ISSUE * load.head_dim + (COMPONENT_ISSUE + PRODUCT_ISSUE * load.head_dim) * components
+        )
+        issuing = blocks * load.query_heads * load.query_tokens * each / device.unpack_operations
+    launch = 0.0 if device.warps_issue else device.launch_seconds
+    return max(full, latents / device.bytes_per_second, issuing) + launch
 
 
 def dense_seconds(load: Load, device: Device) -> float:
@@ -263,6 +314,12 @@ def packed_seconds(plan: Plan, layer: int, load: Load, device: Device) -> float:
     """Predicted time of attention over one layer of a packed cache."""
     limits = packed_limits(plan, layer, load, device)
     return device.seconds(limits) + device.packed_launches * device.launch_seconds
+
+
+def share_of_bytes(plan: Plan, load: Load, device: Device) -> float:
+    """Time of reading its bytes over the least time of a step over a packed cache, without launches, all layers together."""
+    limits = [packed_limits(plan, layer, load, device) for layer in plan.layers]
+    return sum(one.bytes for one in limits) / sum(map(device.seconds, limits))
 
 
 def predicted_speedup(plan: Plan, load: Load, device: Device) -> float:

@@ -15,7 +15,6 @@ from apack_compile.kernels.append.triton_kernel import Dense, Side, Stream, proj
 from apack_compile.kernels.encode.triton import block_of
 from apack_compile.kernels.format import Bands
 from apack_compile.kernels.state import AppendState, PackedStream
-from apack_compile.kernels.triton_bands import key_layout
 from apack_compile.kernels.triton_rotations import pairs_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,7 +49,7 @@ def append(
     row_tile = 16 if rows <= 16 else 32
     blocks = tuple(0 if s.coefficients is None else triton.cdiv(s.coefficients.shape[-1], COLUMNS) for s in streams)
     before = torch.empty_like(cursor)
-    shapes = {"LAYOUTS": tuple(map(key_layout, bands)), "KEPT": kept, "DIMS": (key.shape[3], value.shape[3])}
+    shapes = {"LAYOUTS": tuple(b.counts for b in bands), "KEPT": kept, "DIMS": (key.shape[3], value.shape[3])}
     shapes["PER"] = heads // groups
     with torch.cuda.device_of(key):
         project_kernel[(triton.cdiv(rows, row_tile), groups * (1 if fold else batch), max(1, sum(blocks)))](

@@ -171,9 +171,11 @@ def basis_of(stream: PackedStream) -> Basis:
     return Basis(mean, decoder, step, 0 if mean.shape[0] == 1 else stream.groups)
 
 
-def reads_halves(stream: PackedStream) -> bool:
-    """Whether float16 coefficients can be read as such."""
-    return stream.bands.token_bytes % 2 == 0 and stream.codes.data_ptr() % 2 == 0
+def codes_of(stream: PackedStream) -> Tensor:
+    """A stream's codes for the kernel: as 16-bit words where every token starts at an even address."""
+    codes = stream.codes.contiguous()
+    even = stream.bands.token_bytes % 2 == 0 and codes.data_ptr() % 2 == 0 and codes.numel() > 0
+    return codes.view(torch.int16) if even else codes
 
 
 def masks_of(mask: Tensor | None) -> Masks:

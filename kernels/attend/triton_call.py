@@ -19,32 +19,30 @@ from apack_compile.kernels.attend.triton_arguments import (
     Transform,
     alignment,
     basis_of,
+    codes_of,
     kept_as_is,
     masks_of,
-    reads_halves,
     strided,
 )
 from apack_compile.kernels.attend.triton_kernel import MAX_SEGMENTS, attend_kernel
-from apack_compile.kernels.attend.triton_latent import expand_kernel, importance_kernel, merge_kernel, project_kernel
+from apack_compile.kernels.attend.triton_latent import (
+    block_tiles,
+    expand_kernel,
+    importance_kernel,
+    merge_kernel,
+    project_kernel,
+)
 from apack_compile.kernels.attend.triton_launch import (
     blocks_per_split,
     choose_launch,
     dense_dot_dtype,
     passes,
-    row_tile,
     shared_bytes,
 )
 from apack_compile.kernels.state import VISION, PackedState, PackedStream
 from apack_compile.kernels.state import Segment as StateSegment
-from apack_compile.kernels.triton_bands import (
-    COLUMN_BLOCK,
-    column_blocks,
-    column_count,
-    component_count,
-    key_layout,
-    value_layout,
-)
 from apack_compile.kernels.triton_rotations import pairs_of
+from apack_compile.kernels.triton_words import COLUMN_BLOCK, column_blocks, column_count
 
 # Head channels and slots that one program of the small kernels takes.
 CHANNELS, SLOTS = 64, 64
@@ -107,7 +105,9 @@ class Call:
         # programs that share each split of a segment: units times tiles of their rows
         self.copies = [self.head_copies if segment.key.as_is else group_copies for segment in self.segments]
         work = [(count, self.batch * copies) for count, copies in zip(blocks, self.copies, strict=True)]
-        self.blocks = blocks_per_split([*work, (tail_blocks, self.batch * self.head_copies)], self.query.device)
+        self.blocks = blocks_per_split(
+            [*work, (tail_blocks, self.batch * self.head_copies)], self.launch.warps, self.query.device
+        )
         # the tail's first split has the first and the new tokens, so there is one
         self.tail_splits = max(1, triton.cdiv(tail_blocks, self.blocks))
         self.splits = [triton.cdiv(count, self.blocks) for count in blocks]
@@ -140,7 +140,7 @@ class Call:
             if segment.key.as_is:
                 self.latents.append(None)
                 continue
-            layout, columns = key_layout(segment.key.bands), column_count(value_layout(segment.value.bands))
+            layout, columns = segment.key.bands.counts, column_count(segment.value.bands.counts)
             dot = torch.float16 if self.half else torch.float32
             anchored = self.batch, self._anchors(number), self.all_rows
             query = Latent(
@@ -187,23 +187,30 @@ class Call:
         rotations = self.rotations[number]
         return 1 if rotations is None else rotations.shape[1]
 
-    def _rows_grid(self, streams: Sequence[PackedStream], anchors: int = 1) -> tuple[bool, int, int, int]:
+    def _rows_grid(
+        self, streams: Sequence[PackedStream], anchors: int = 1, most: int = 64
+    ) -> tuple[bool, int, int, int]:
         """Whether one basis serves all sequences, so that their rows go together; row tile; grid of row tiles and KV heads.
 
         anchors: how often each row is there.
         """
         fold = all(stream.basis.mean.shape[0] == 1 for stream in streams)
         rows = self.kv_rows * anchors * (self.batch if fold else 1)
-        return fold, row_tile(rows), triton.cdiv(rows, row_tile(rows)), self.kv_heads * (1 if fold else self.batch)
+        tile = min(most, max(16, triton.next_power_of_2(rows)))
+        return fold, tile, triton.cdiv(rows, tile), self.kv_heads * (1 if fold else self.batch)
 
     def project(self, scale: float) -> None:
         """Query latents of the packed segments."""
         if not self.packed:
             return
         keys = [segment.key for _, segment, _ in self.packed]
-        anchors, layouts = [self._anchors(number) for number, *_ in self.packed], [key_layout(k.bands) for k in keys]
-        fold, tile, *grid = self._rows_grid(keys, max(anchors))
-        project_kernel[(*grid, sum(map(column_blocks, layouts)))](
+        anchors, layouts = [self._anchors(number) for number, *_ in self.packed], [key.bands.counts for key in keys]
+        fold, tile, *grid = self._rows_grid(
+            keys, max(anchors), 128 if max(anchors) > 1 and self.head_dim != 128 else 64
+        )
+        # queries of many anchors are rotated once for all columns; others are few, and columns are what there is of parallel work
+        blocks = max(map(column_blocks, layouts)) if max(anchors) > 1 else 1
+        project_kernel[(*grid, sum(block_tiles(layout, blocks) for layout in layouts))](
             self.rows,
             tuple(Transform(at.query, basis_of(s.key), self.rotations[number]) for number, s, at in self.packed),
             *_of_each(anchors, MAX_SEGMENTS),
@@ -214,9 +221,11 @@ class Call:
             PAIRS=tuple(pairs_of(self.rotations[number]) for number, *_ in self.packed),
             FOLD=fold,
             HEAD_DIM=self.head_dim,
-            PRECISION=self.precision,
             ROW_TILE=tile,
-            CHANNELS=_channels(self.head_dim),
+            BLOCKS=blocks,
+            num_warps=8 if tile * self.head_dim > 8192 else 4,
+            # decoders of wide heads, read ahead, would take more shared memory than there is
+            num_stages=2 if self.head_dim > 128 else 3,
         )
 
     def attend(self, mask: Tensor | None, scale: float, partial: int) -> None:
@@ -225,7 +234,6 @@ class Call:
         first = Segment(strided(state.first.key), strided(state.first.value), state.first_positions.contiguous())
         tail = Segment(strided(state.tail.key), strided(state.tail.value))
         segments, new = tuple(map(self._segment, range(len(streams)))), Segment(strided(self.key), strided(self.value))
-        values = [value_layout(value.bands) for _, value in streams]
         tiered = [self.tiers is not None and segment.kind == VISION for segment in self.segments]
         for number in range(max(map(len, self.passes))):
             runs = [number < len(spans) for spans in self.passes]
@@ -253,12 +261,11 @@ class Call:
                 state.cursor,
                 scale,
                 PACKED=tuple(not key.as_is for key, _ in streams),
-                KEY=tuple(key_layout(key.bands) for key, _ in streams),
-                VALUE=tuple(values),
-                EVEN=tuple((reads_halves(key), reads_halves(value)) for key, value in streams),
+                KEY=tuple(key.bands.counts for key, _ in streams),
+                VALUE=tuple(value.bands.counts for _, value in streams),
                 PARTIAL=tuple(
-                    min(partial, component_count(layout)) if read else component_count(layout)
-                    for layout, read in zip(values, tiered, strict=True)
+                    min(partial, value.bands.components) if read else value.bands.components
+                    for (_, value), read in zip(streams, tiered, strict=True)
                 ),
                 ANCHOR_SLOTS=tuple(0 if rotations is None else state.block for rotations in self.rotations),
                 KEEPS=tuple(slots > 0 for slots in self.kept_slots),
@@ -276,11 +283,15 @@ class Call:
                 MASK_ROWS=mask is not None and mask.shape[1] * mask.shape[2] > 1,
                 PACKED_DOT=tl.float16 if self.half else tl.float32,
                 DENSE_DOT=dense_dot_dtype(self.query.dtype),
+                ASSEMBLY=not triton.knobs.runtime.interpret,
                 BLOCK=launch.block,
+                DENSE_BLOCK=launch.dense_block,
+                DENSE_STAGES=launch.dense_stages,
                 GROUP_TILE=launch.group_tile,
                 HEAD_TILE=launch.head_tile,
                 num_warps=launch.warps,
                 num_stages=launch.stages,
+                enable_fp_fusion=True,
             )
 
     def _segment(self, number: int) -> Segment:
@@ -290,7 +301,7 @@ class Call:
         if latents is None:
             as_is = [kept_as_is(stream, self.kv_heads) for stream in streams]
             return Segment(as_is[0], as_is[1], positions, read=read)
-        codes = [stream.codes.contiguous() for stream in streams]
+        codes = [codes_of(stream) for stream in streams]
         scales = [stream.scale.contiguous() if stream.scale.numel() else None for stream in streams]
         return Segment(codes[0], codes[1], positions, scales[0], scales[1], latents.query, latents.part, read)
 
@@ -311,6 +322,7 @@ class Call:
             SEGMENTS=len(segments),
             SPLITS=triton.next_power_of_2(self.lse.shape[1]),
             COLUMNS=columns,
+            num_warps=1,
         )
         if not packed:
             return out
@@ -322,7 +334,7 @@ class Call:
             out,
             self.sizes,
             self.batch,
-            LAYOUTS=tuple(value_layout(value.bands) for value in values),
+            LAYOUTS=tuple(value.bands.counts for value in values),
             FOLD=fold,
             VALUE_DIM=self.value_dim,
             PRECISION=self.precision,

@@ -4,10 +4,24 @@ import triton
 import triton.language as tl
 
 from apack_compile.kernels.attend.triton_softmax import log_sum_exp, masked, softmax_step
-from apack_compile.kernels.triton_bands import channel_tile, channel_tiles
 
 # How a slot gets its position: from `positions`, from the tail's ring, or because it is one of the new tokens.
 BY_INDEX, BY_RING, BY_ORDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.constexpr_function
+def channel_tile(channels):
+    """Width of the tiles of so many channels: the smallest that holds them, or 128 or 64, whichever pads less."""
+    for width in (16, 32, 64):
+        if channels <= width:
+            return width
+    return 128 if -(-channels // 128) * 2 <= -(-channels // 64) else 64
+
+
+@triton.constexpr_function
+def channel_tiles(channels):
+    """Tiles of so many channels."""
+    return -(-channels // channel_tile(channels))
 
 
 @triton.jit
@@ -54,6 +68,7 @@ def dense_range(
     MASK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     ROW_TILE: tl.constexpr,
 ):
     """Online softmax over the slots from `start_at` to `end` of a dense segment; the updated maximum, sum and output tiles."""
@@ -61,7 +76,7 @@ def dense_range(
     first_key = key.pointer + start_of_head(key, b, head, ALIGNED)
     first_value = value.pointer + start_of_head(value, b, head, ALIGNED)
     before = held - sizes.new_tokens
-    for start in range(start_at, end, BLOCK):
+    for start in tl.range(start_at, end, BLOCK, num_stages=STAGES):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < end
         if KIND == BY_INDEX:
@@ -133,6 +148,8 @@ def attend_dense(
     MASK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
     ROW_TILE: tl.constexpr,
 ):
     """One split of a dense segment, for one tile of a KV head's rows. The tail's first split has `first` and `new` as well."""
@@ -164,18 +181,18 @@ def attend_dense(
     top, total, accumulated = dense_range(
         top, total, accumulated, query, split * share.blocks * BLOCK, end, b, head, segment, share.slots, share,
         row, row_ok, results, masks, sizes, scale, held, packed,
-        KIND, KEEP_SCORES, ALIGNED, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
+        KIND, KEEP_SCORES, ALIGNED, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, STEP, STAGES, ROW_TILE,
     )
     if KIND == BY_RING:
         top, total, accumulated = dense_range(
             top, total, accumulated, query, 0, first_end, b, head, first, sizes.first_slots, share,
             row, row_ok, results, masks, sizes, scale, held, packed,
-            BY_INDEX, False, ALIGNED, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
+            BY_INDEX, False, ALIGNED, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, STEP, 1, ROW_TILE,
         )
         top, total, accumulated = dense_range(
             top, total, accumulated, query, 0, new_end, b, head, new, sizes.new_tokens, share,
             row, row_ok, results, masks, sizes, scale, held, packed,
-            BY_ORDER, False, ALIGNED, CAUSAL, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, BLOCK, ROW_TILE,
+            BY_ORDER, False, ALIGNED, CAUSAL, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DOT, STEP, 1, ROW_TILE,
         )
     # fmt: on
     lse, inverse = log_sum_exp(top, total)

@@ -40,7 +40,6 @@ def attend_kernel(
     PACKED: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
-    EVEN: tl.constexpr,
     PARTIAL: tl.constexpr,
     ANCHOR_SLOTS: tl.constexpr,
     KEEPS: tl.constexpr,
@@ -56,7 +55,10 @@ def attend_kernel(
     MASK_ROWS: tl.constexpr,
     PACKED_DOT: tl.constexpr,
     DENSE_DOT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     BLOCK: tl.constexpr,
+    DENSE_BLOCK: tl.constexpr,
+    DENSE_STAGES: tl.constexpr,
     GROUP_TILE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
 ):
@@ -96,8 +98,8 @@ def attend_kernel(
                     )
                     attend_packed(
                         work - begin, b, share, segments[i], results, masks, sizes, cursor,
-                        entry(KEY, i), entry(VALUE, i), EVEN[i][0], EVEN[i][1], PARTIAL[i], FIRST_PASS, entry(TILES, i), KEEPS[i], RESIDENT,
-                        ANCHOR_SLOTS[i], MASK, MASK_ROWS, PACKED_DOT, BLOCK, GROUP_TILE,
+                        entry(KEY, i), entry(VALUE, i), PARTIAL[i], FIRST_PASS, entry(TILES, i), KEEPS[i], RESIDENT,
+                        ANCHOR_SLOTS[i], MASK, MASK_ROWS, PACKED_DOT, ASSEMBLY, BLOCK, GROUP_TILE,
                     )
                 else:
                     share = Share(
@@ -106,7 +108,8 @@ def attend_kernel(
                     )
                     attend_dense(
                         work - begin, b, share, segments[i], first, new, rows, results, masks, sizes, cursor, scale,
-                        BY_INDEX, KEEPS[i], ALIGNED, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DENSE_DOT, BLOCK, HEAD_TILE,
+                        BY_INDEX, KEEPS[i], ALIGNED, False, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DENSE_DOT, BLOCK, DENSE_BLOCK,
+                        DENSE_STAGES, HEAD_TILE,
                     )
                 return
         if PACKED[i]:
@@ -119,6 +122,6 @@ def attend_kernel(
         share = Share(tail_splits, head_tiles, blocks, tail_slots, 0, all_splits, 0, dense_splits, 0, all_slots, 0)
         attend_dense(
             work - programs, b, share, tail, first, new, rows, results, masks, sizes, cursor, scale,
-            BY_RING, False, ALIGNED, CAUSAL, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DENSE_DOT, BLOCK, HEAD_TILE,
+            BY_RING, False, ALIGNED, CAUSAL, HEAD_DIM, VALUE_DIM, MASK, MASK_ROWS, DENSE_DOT, BLOCK, DENSE_BLOCK, DENSE_STAGES, HEAD_TILE,
         )
     # fmt: on

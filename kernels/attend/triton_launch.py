@@ -7,39 +7,40 @@ import torch
 import triton
 import triton.language as tl
 
+from apack_compile.kernels.attend.triton_dense import channel_tile, channel_tiles
 from apack_compile.kernels.format import Bands
-from apack_compile.kernels.triton_bands import (
-    BAND_COUNT,
-    channel_tile,
-    channel_tiles,
-    column_count,
-    key_layout,
-    per_unit,
-    tile,
-    tiles,
-    value_layout,
-)
+from apack_compile.kernels.triton_bands import BAND_COUNT
+from apack_compile.kernels.triton_words import column_count, fields, tile, tiles
 
-# Accumulators of one pass over the values: half of a multiprocessor's registers.
-MAX_ACCUMULATORS = 16384
+# Columns that a product of the matrix unit has at least; attention's are query rows.
+SMALLEST_COLUMNS = 8
+# Dense tokens of a block.
+DENSE_BLOCK = 32
+# Accumulators of one pass over the values: half of a multiprocessor's registers. Of a warp: what leaves it registers enough for the rest.
+MAX_ACCUMULATORS, WARP_ACCUMULATORS = 16384, 3584
 # Share of a multiprocessor's memory that a block of tokens and the query latents may take, and its bytes where there is no GPU: Hopper's.
-SHARED_SHARE = 0.7
+SHARED_SHARE = 0.9
 SHARED_BYTES = 232448
-# Programs wanted per multiprocessor, and a processor count where there is none (the interpreter).
-PROGRAMS_PER_PROCESSOR = 2
-INTERPRETED_PROCESSORS = 2
+# Warps wanted per multiprocessor: what its registers have room for. Processors where there is none: few in the interpreter, else Hopper's.
+WARPS_PER_PROCESSOR = 8
+INTERPRETED_PROCESSORS, HOPPER_PROCESSORS = 2, 132
 MAX_SPLITS = 64
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Tokens of a block, row tiles of head groups and of KV heads, warps, pipeline stages; whether query latents stay on chip."""
+    """Tokens of a block, row tiles of head groups and of KV heads, warps, pipeline stages; whether query latents stay on chip.
+
+    dense_block, dense_stages: of the pass over dense tokens.
+    """
 
     block: int
+    dense_block: int
     group_tile: int
     head_tile: int
     warps: int
     stages: int
+    dense_stages: int
     resident: bool
 
 
@@ -50,9 +51,14 @@ def shared_bytes(device: torch.device) -> float:
     return SHARED_SHARE * SHARED_BYTES
 
 
-def row_tile(rows: int) -> int:
-    """Rows a program takes, of so many: a power of two from 16, the matrix unit's smallest, to 64."""
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+def row_tile(rows: int, smallest: int = 16) -> int:
+    """Rows a program takes, of so many: a power of two up to 64. smallest: what the matrix unit takes on that side."""
+    return min(64, max(smallest, triton.next_power_of_2(rows)))
+
+
+def programs_per_processor(warps: int) -> int:
+    """Programs of so many warps that are wanted on a multiprocessor."""
+    return max(1, WARPS_PER_PROCESSOR // warps)
 
 
 def choose_launch(
@@ -70,9 +76,12 @@ def choose_launch(
 
     anchor_slots: slots that share an anchor, 0 where no keys are relative; a block of tokens has one anchor.
     """
-    columns = max((column_count(key_layout(bands)) for bands in keys), default=0)
-    group_tile = row_tile(group_rows)
-    while group_tile > 16 and itemsize * columns * group_tile > shared / 2:
+    columns = max((column_count(bands.counts) for bands in keys), default=0)
+    group_tile = row_tile(group_rows, SMALLEST_COLUMNS)
+    while group_tile > SMALLEST_COLUMNS and itemsize * columns * group_tile > shared / 2:
+        group_tile //= 2
+    # more rows in a tile would save unpacking, and take more registers than there are
+    while group_tile > 16 and columns * group_tile > 2 * WARP_ACCUMULATORS:
         group_tile //= 2
     latents = itemsize * columns * group_tile
     resident = latents <= shared / 2 and not anchor_slots
@@ -81,33 +90,34 @@ def choose_launch(
     # the compiler was seen to keep the buffers of each packed segment's loop, so a third one takes half as much again as two
     loaded = latents * max(len(keys), 2) / 2 if anchor_slots else 0
     channels = channel_tile(head_dim) * channel_tiles(head_dim)
-    # with a segment kept as it is, the compiler was seen to keep the buffers of two dense loops
-    token_bytes = [(2 if kept else 1) * 2 * itemsize * channels]
+    # the compiler was seen to keep the buffers of two dense loops
+    dense_bytes = 2 * 2 * itemsize * channels
     packed_bytes = [key.token_bytes + value.token_bytes for key, value in zip(keys, values, strict=True)]
-    token_bytes += [*packed_bytes, sum(packed_bytes) / 2]
+    token_bytes = max([*packed_bytes, sum(packed_bytes) / 2])
 
     def used(block: int, stages: int) -> float:
-        return held + stages * (loaded + block * max(token_bytes))
+        dense = stages * min(block, DENSE_BLOCK) * dense_bytes if kept else 0
+        return held + max(stages * (loaded + block * token_bytes), dense)
 
-    for block, stages in ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1)):
-        block = min(block, anchor_slots or block)
-        if used(block, stages) <= shared:
-            break
     widest = max(
         (sum(pass_columns(bands, span) for span in passes(bands, group_tile)[:1]) for bands in values), default=0
     )
-    warps = 8 if widest * group_tile > MAX_ACCUMULATORS // 4 else 4
-    if warps == 8 and block <= 64 and widest * group_tile <= MAX_ACCUMULATORS // 2:
-        # eight warps compute the scores of 64 tokens twice; four do not, but want a second program beside them
-        fitting = [fewer for fewer in range(stages, 1, -1) if used(block, fewer) <= shared / 2]
-        warps, stages = (4, fitting[0]) if fitting else (warps, stages)
-    return Launch(block, group_tile, row_tile(kv_rows), warps, stages, resident)
+    # few warps: each has a score of its own tokens, and what all of them compute is computed as often
+    warps = next((n for n in (2, 4) if widest * group_tile <= n * WARP_ACCUMULATORS), 8)
+    most = min(32 * warps, 128, anchor_slots or 128)
+    for block, stages in ((most, 2), (min(most, 64), 2), (min(most, 64), 1), (min(most, 32), 1)):
+        if used(block, stages) <= shared / programs_per_processor(warps):
+            break
+    # the tail is short, and to read it ahead would take registers from the pass over codes
+    dense_stages = stages if kept else 1
+    head_tile = row_tile(kv_rows, SMALLEST_COLUMNS)
+    return Launch(block, min(block, DENSE_BLOCK), group_tile, head_tile, warps, stages, dense_stages, resident)
 
 
 def tile_columns(bands: Bands) -> list[int]:
     """Latent columns of each value tile."""
-    layout = value_layout(bands)
-    return [per_unit(band) * tile(layout, band) for band in range(BAND_COUNT.value) for _ in range(tiles(layout, band))]
+    layout = bands.counts
+    return [fields(band) * tile(layout, band) for band in range(BAND_COUNT.value) for _ in range(tiles(layout, band))]
 
 
 def pass_columns(bands: Bands, span: tuple[int, int]) -> int:
@@ -126,14 +136,14 @@ def passes(bands: Bands, tile_rows: int) -> list[tuple[int, int]]:
     return [*spans, (start, len(tile_columns(bands)))]
 
 
-def blocks_per_split(blocks: Sequence[tuple[int, int]], device: torch.device) -> int:
-    """Blocks of tokens a program takes, for segments of so many blocks, each as often as so many programs want it."""
-    processors = INTERPRETED_PROCESSORS
+def blocks_per_split(blocks: Sequence[tuple[int, int]], warps: int, device: torch.device) -> int:
+    """Blocks of tokens a program of so many warps takes, for segments of so many blocks, each as often as so many programs want it."""
+    processors = INTERPRETED_PROCESSORS if triton.knobs.runtime.interpret else HOPPER_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     total = sum(count * repeats for count, repeats in blocks)
     longest = max((count for count, _ in blocks), default=0)
-    return max(1, -(-total // (processors * PROGRAMS_PER_PROCESSOR)), -(-longest // MAX_SPLITS))
+    return max(1, -(-total // (processors * programs_per_processor(warps))), -(-longest // MAX_SPLITS))
 
 
 def dense_dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -7,23 +7,25 @@ import triton
 import triton.language as tl
 
 from apack_compile.kernels.attend.triton_softmax import log_sum_exp, masked, softmax_step
-from apack_compile.kernels.triton_bands import (
-    BAND_COUNT,
+from apack_compile.kernels.triton_bands import BAND_COUNT, component_count, first_component, is_float, token_bytes
+from apack_compile.kernels.triton_words import (
+    SMALLEST,
     column_blocks,
     column_count,
-    component_count,
-    first_component,
-    is_float,
+    field_unit,
+    fields,
+    has_levels,
     level_offset,
     levels,
-    load_units,
-    per_unit,
+    load_words,
     tile,
     tile_column,
     tile_number,
     tiles,
-    token_bytes,
 )
+
+# Rows that a product of the matrix unit has at least.
+SUM_ROWS = tl.constexpr(16)
 
 
 @triton.constexpr_function
@@ -35,15 +37,15 @@ def in_pass(layout, band, number, value_tiles):
 @triton.constexpr_function
 def tile_tier(layout, band, number, partial):
     """Whether a tile's components are all leading ones (0), none of them (2), or both (1)."""
-    start = first_component(layout, band) + per_unit(band) * tile(layout, band) * number
-    end = min(start + per_unit(band) * tile(layout, band), first_component(layout, band + 1))
+    start = first_component(layout, band) + fields(band) * tile(layout, band) * number
+    end = min(start + fields(band) * tile(layout, band), first_component(layout, band + 1))
     return 0 if end <= partial else 2 if start >= partial else 1
 
 
 @triton.jit
-def load_latent(latent, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, PLACE: tl.constexpr):
+def load_latent(latent, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, FIELD: tl.constexpr):
     """Latents `[tile, rows]` of one tile of components; latent: pointer to those of the first row."""
-    column = tile_column(LAYOUT, BAND, NUMBER, PLACE) + tl.arange(0, tile(LAYOUT, BAND))
+    column = tile_column(LAYOUT, BAND, NUMBER, FIELD) + tl.arange(0, tile(LAYOUT, BAND))
     of_row = tl.arange(0, row_ok.shape[0]) * column_count(LAYOUT)
     return tl.load(latent + (of_row[None, :] + column[:, None]), mask=row_ok[None, :], other=0.0)
 
@@ -54,14 +56,29 @@ def load_query(latent, row_ok, LAYOUT: tl.constexpr):
     query = ()
     for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(tiles(LAYOUT, band)):
-            for place in tl.static_range(per_unit(band)):
-                query = query + (load_latent(latent, row_ok, LAYOUT, band, number, place),)
+            for field in tl.static_range(fields(band)):
+                query = query + (load_latent(latent, row_ok, LAYOUT, band, number, field),)
     return query
 
 
+@triton.constexpr_function
+def score_unit(layout, dot):
+    """What a score's sums are in units of."""
+    return SMALLEST.value if dot == tl.float16 and has_levels(layout) else 1.0
+
+
+@triton.constexpr_function
+def elements(layout, dtype):
+    """Elements of a token's codes, which are read as int16 or as uint8."""
+    return token_bytes(layout) // (2 if dtype == tl.int16 else 1)
+
+
 @triton.jit
-def load_affine(rows, copy, first_row, row_ok, all_rows, LAYOUT: tl.constexpr):
-    """What makes scores of products with levels, per row: offset to take off, factor, shift. copy: of all rows, by sequence and anchor."""
+def load_affine(rows, copy, first_row, row_ok, all_rows, LAYOUT: tl.constexpr, DOT: tl.constexpr):
+    """What makes scores of sums, per row: offset, factor, shift of `sum * factor - offset`, times a token's scale, plus the shift.
+
+    copy: of all rows, by sequence and anchor.
+    """
     row = first_row + tl.arange(0, row_ok.shape[0])
     scale = tl.load(rows.scale + copy * all_rows + row, mask=row_ok, other=0.0)
     shift = tl.load(rows.shift + copy * all_rows + row, mask=row_ok, other=0.0)
@@ -70,8 +87,8 @@ def load_affine(rows, copy, first_row, row_ok, all_rows, LAYOUT: tl.constexpr):
         block = tl.arange(0, triton.next_power_of_2(column_blocks(LAYOUT)))
         real = (block < column_blocks(LAYOUT))[:, None] & row_ok[None, :]
         at = rows.offset + copy * column_blocks(LAYOUT) * all_rows + (block[:, None] * all_rows + row[None, :])
-        offset = tl.sum(tl.load(at, mask=real, other=0.0), 0)
-    return offset, scale, shift
+        offset = tl.sum(tl.load(at, mask=real, other=0.0), 0) * scale
+    return offset, scale * (1.0 / score_unit(LAYOUT, DOT)), shift
 
 
 @triton.jit
@@ -86,8 +103,6 @@ def attend_packed(
     cursor,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
-    KEY_EVEN: tl.constexpr,
-    VALUE_EVEN: tl.constexpr,
     PARTIAL: tl.constexpr,
     FIRST_PASS: tl.constexpr,
     VALUE_TILES: tl.constexpr,
@@ -97,6 +112,7 @@ def attend_packed(
     MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW_TILE: tl.constexpr,
 ):
@@ -119,17 +135,19 @@ def attend_packed(
         latent = rows.latent + (b * sizes.all_rows + first_row) * column_count(KEY)
         if RESIDENT:
             query = load_query(latent, row_ok, KEY)
-        offset, row_scale, shift = load_affine(rows, b, first_row, row_ok, sizes.all_rows, KEY)
+        offset, factor, shift = load_affine(rows, b, first_row, row_ok, sizes.all_rows, KEY, DOT)
     accumulated = ()
     for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(tiles(VALUE, band)):
             if in_pass(VALUE, band, number, VALUE_TILES):
-                for _ in tl.static_range(per_unit(band)):
+                for _ in tl.static_range(fields(band)):
                     accumulated = accumulated + (tl.zeros((tile(VALUE, band), ROW_TILE), tl.float32),)
     top = tl.full((ROW_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((ROW_TILE,), tl.float32)
-    weight_sum = tl.zeros((ROW_TILE,), tl.float32)
-    full_sum = tl.zeros((ROW_TILE,), tl.float32)
+    # sums of weights, the same in every row: the matrix unit adds them up in fewer instructions than lanes would
+    ones = tl.full((SUM_ROWS, BLOCK), 1.0, DOT)
+    weight_sum = tl.zeros((SUM_ROWS, ROW_TILE), tl.float32)
+    full_sum = tl.zeros((SUM_ROWS, ROW_TILE), tl.float32)
 
     stored_end = tl.minimum(tl.load(cursor + 1), tl.load(cursor) - sizes.new_tokens)
     end = tl.minimum((split + 1) * share.blocks * BLOCK, share.slots)
@@ -141,7 +159,7 @@ def attend_packed(
     for start in range(split * share.blocks * BLOCK, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < end
-        token = first_token + slot
+        token = first_token + start
         position = tl.load(segment.positions + b * share.slots + slot, mask=inside, other=-1)
         occupied = (position >= 0) & (position < stored_end)
         if FIRST_PASS:
@@ -149,26 +167,29 @@ def attend_packed(
                 copy = b * share.anchors + start // ANCHOR_SLOTS
                 latent = rows.latent + (copy * sizes.all_rows + first_row) * column_count(KEY)
             score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
-            key = segment.key + (token * token_bytes(KEY))[:, None]
+            key = segment.key + token * elements(KEY, segment.key.dtype.element_ty)
             done = ()
             for band in tl.static_range(BAND_COUNT):
                 for number in tl.static_range(tiles(KEY, band)):
-                    units = load_units(key, inside[:, None], KEY, band, number, KEY_EVEN)
-                    for place in tl.static_range(per_unit(band)):
-                        at_level = levels(units, band, place, DOT)
+                    level = levels(load_words(key, inside[:, None], KEY, band, number), band, DOT, ASSEMBLY)
+                    for field in tl.static_range(fields(band)):
                         if RESIDENT:
                             operand = query[len(done)]
                         else:
-                            operand = load_latent(latent, row_ok, KEY, band, number, place)
-                        score = tl.dot(at_level, operand, score, input_precision="ieee")
+                            operand = load_latent(latent, row_ok, KEY, band, number, field)
+                        score = tl.dot(level[field], operand, score, input_precision="ieee")
                         done = done + (0,)
+                if is_float(band) and KEY[band] > 0:
+                    score *= score_unit(KEY, DOT)
             if ANCHOR_SLOTS > 0:
                 # loaded not before they are needed: registers are short here
-                offset, row_scale, shift = load_affine(rows, copy, first_row, row_ok, sizes.all_rows, KEY)
-            score = (score - offset[None, :]) * row_scale[None, :]
+                offset, factor, shift = load_affine(rows, copy, first_row, row_ok, sizes.all_rows, KEY, DOT)
+            score = score * factor[None, :] - offset[None, :]
             if segment.key_scale is not None:
-                score *= tl.load(segment.key_scale + token, mask=inside, other=0.0).to(tl.float32)[:, None]
-            score += shift[None, :]
+                scale = tl.load(segment.key_scale + token + tl.arange(0, BLOCK), mask=inside, other=0.0)
+                score = score * scale.to(tl.float32)[:, None] + shift[None, :]
+            else:
+                score += shift[None, :]
             score = masked(score, position, occupied[:, None], row, row_ok, b, masks, sizes.head_rows, MASK, MASK_ROWS)
         if KEEP_SCORES or not FIRST_PASS:
             at = (b * share.all_slots + share.first_slot + slot) * sizes.all_rows
@@ -181,40 +202,43 @@ def attend_packed(
 
         weight, fade, top, total = softmax_step(score, top, total)
         if segment.value_scale is not None:
-            weight *= tl.load(segment.value_scale + token, mask=inside, other=0.0).to(tl.float32)[:, None]
-            # an empty slot's scale may be NaN
-            weight = tl.where(occupied[:, None], weight, 0.0)
+            scale = tl.load(segment.value_scale + token + tl.arange(0, BLOCK), mask=inside, other=0.0)
+            # an empty slot's scale may be NaN, and a weight of 0 would not stop it
+            weight *= tl.where(occupied, scale.to(tl.float32), 0.0)[:, None]
         rounded = weight.to(DOT)
-        weight_sum = weight_sum * fade + tl.sum(rounded.to(tl.float32), 0)
+        weight_sum = tl.dot(ones, rounded, weight_sum * fade[None, :], input_precision="ieee")
         if PARTIAL < component_count(VALUE):
-            of_full = (slot < full)[:, None]
-            rounded_full = tl.where(of_full, rounded, 0.0)
-            full_sum = full_sum * fade + tl.sum(rounded_full.to(tl.float32), 0)
-        value = segment.value + (token * token_bytes(VALUE))[:, None]
+            of_full = slot < full
+            rounded_full = tl.where(of_full[:, None], rounded, 0.0)
+            full_sum = tl.dot(ones, rounded_full, full_sum * fade[None, :], input_precision="ieee")
+        value = segment.value + token * elements(VALUE, segment.value.dtype.element_ty)
         updated = ()
         for band in tl.static_range(BAND_COUNT):
             for number in tl.static_range(tiles(VALUE, band)):
                 if in_pass(VALUE, band, number, VALUE_TILES):
-                    wanted = inside[:, None]
+                    wanted = inside
                     if tile_tier(VALUE, band, number, PARTIAL) == 2:
                         wanted = wanted & of_full
                     if is_float(band):
-                        # an empty slot's float16 may be NaN, and a weight of 0 would not stop it
-                        wanted = wanted & occupied[:, None]
-                    units = load_units(value, wanted, VALUE, band, number, VALUE_EVEN)
-                    for place in tl.static_range(per_unit(band)):
-                        at_level = levels(units, band, place, DOT)
+                        # an empty slot's float16 may be NaN
+                        wanted = wanted & occupied
+                    # transposed as words, whole 16-bit units; their fields come apart in registers
+                    loaded = tl.trans(load_words(value, wanted[:, None], VALUE, band, number))
+                    level = levels(loaded, band, DOT, ASSEMBLY)
+                    for field in tl.static_range(fields(band)):
+                        operand, number_of = rounded, level[field]
                         if tile_tier(VALUE, band, number, PARTIAL) == 1:
-                            unit_number = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
-                            component = first_component(VALUE, band) + unit_number * per_unit(band) + place
-                            at_level = tl.where((component < PARTIAL)[None, :] | of_full, at_level, 0.0)
-                        operand = rounded
+                            word = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
+                            component = first_component(VALUE, band) + word * fields(band) + field
+                            kept = (component < PARTIAL)[:, None] | of_full[None, :]
+                            number_of = tl.where(kept, number_of, 0.0)
                         if tile_tier(VALUE, band, number, PARTIAL) == 2:
                             operand = rounded_full
                         sofar = accumulated[len(updated)] * fade[None, :]
-                        updated = updated + (tl.dot(tl.trans(at_level), operand, sofar, input_precision="ieee"),)
+                        updated = updated + (tl.dot(number_of, operand, sofar, input_precision="ieee"),)
         accumulated = updated
 
+    weight_sum, full_sum = tl.max(weight_sum, 0)[None, :], tl.max(full_sum, 0)[None, :]
     lse, inverse = log_sum_exp(top, total)
     at_split = b * share.all_splits + share.first_split + split
     if FIRST_PASS:
@@ -224,13 +248,14 @@ def attend_packed(
     for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(tiles(VALUE, band)):
             if in_pass(VALUE, band, number, VALUE_TILES):
-                for place in tl.static_range(per_unit(band)):
-                    unit_number = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
-                    component = first_component(VALUE, band) + unit_number * per_unit(band) + place
-                    summed = weight_sum[None, :]
+                for field in tl.static_range(fields(band)):
+                    word = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
+                    component = first_component(VALUE, band) + word * fields(band) + field
+                    summed = weight_sum
                     if tile_tier(VALUE, band, number, PARTIAL) > 0:
-                        summed = tl.where((component < PARTIAL)[:, None], summed, full_sum[None, :])
-                    out = (accumulated[len(written)] - level_offset(band, DOT) * summed) * inverse[None, :]
-                    column = tile_column(VALUE, band, number, place) + tl.arange(0, tile(VALUE, band))
+                        summed = tl.where((component < PARTIAL)[:, None], summed, full_sum)
+                    own = accumulated[len(written)] * (1.0 / field_unit(band, field, DOT))
+                    out = (own - level_offset(band, DOT) * summed) * inverse[None, :]
+                    column = tile_column(VALUE, band, number, field) + tl.arange(0, tile(VALUE, band))
                     tl.store(segment.part + at_part[None, :] + column[:, None], out, mask=row_ok[None, :])
                     written = written + (0,)

@@ -13,13 +13,12 @@ from apack_compile.kernels.triton_bands import (
     first_byte,
     first_component,
     is_float,
-    key_layout,
     level_bits,
     per_unit,
-    tile_units,
     token_bytes,
     top_level,
     unit_bytes,
+    units,
 )
 
 # Adding and taking off 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, ties to even, as torch.round does.
@@ -51,7 +50,7 @@ def token_scale(coefficients, step, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
 def quantize_token(coefficients, step, scale, codes, LAYOUT: tl.constexpr, BLOCK: tl.constexpr):
     """Write a token's codes. scale: its float16 token scale, or None."""
     for band in tl.static_range(BAND_COUNT):
-        for start in range(0, tile_units(LAYOUT, band), BLOCK):
+        for start in range(0, units(LAYOUT, band), BLOCK):
             unit = start + tl.arange(0, BLOCK)
             code = tl.zeros((BLOCK,), tl.int32)
             for place in tl.static_range(per_unit(band)):
@@ -70,7 +69,7 @@ def quantize_token(coefficients, step, scale, codes, LAYOUT: tl.constexpr, BLOCK
                     rounded = (inside + ROUNDER) - ROUNDER
                     # padding is level 0
                     code += tl.where(real, rounded, 0.0).to(tl.int32) << (place * level_bits(band))
-            known = unit < tile_units(LAYOUT, band)
+            known = unit < units(LAYOUT, band)
             for i in tl.static_range(unit_bytes(band)):
                 at = codes + (first_byte(LAYOUT, band) + unit_bytes(band) * unit + i)
                 tl.store(at, (code >> (8 * i) & 0xFF).to(tl.uint8), mask=known)
@@ -116,7 +115,7 @@ def quantize(coefficients: Tensor, step: Tensor, bands: Bands, scaled: bool) -> 
                 tokens,
                 groups,
                 0 if step.shape[0] == 1 else groups,
-                LAYOUT=key_layout(bands),
+                LAYOUT=bands.counts,
                 BLOCK=block_of(bands),
                 num_warps=1 if rank <= 256 else 4,
             )

@@ -12,7 +12,6 @@ from apack_compile.kernels.pack import reference
 from apack_compile.kernels.pack.reference import empty_codes
 from apack_compile.kernels.pack.triton_kernel import CHANNELS, ROWS, UNITS, Coded, lost_kernel
 from apack_compile.kernels.state import Layout
-from apack_compile.kernels.triton_bands import key_layout
 from apack_compile.kernels.triton_rotations import pairs_of
 
 
@@ -96,7 +95,7 @@ def _lost(
             centered,
             all_rows,
             widest,
-            LAYOUTS=tuple(map(key_layout, bands)),
+            LAYOUTS=tuple(b.counts for b in bands),
             CODED=tuple(stream.codes is not None and b.components > 0 for stream, b in zip(coded, bands, strict=True)),
             DIMS=tuple(dims),
             PER=per,

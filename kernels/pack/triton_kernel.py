@@ -15,10 +15,10 @@ from apack_compile.kernels.triton_bands import (
     is_float,
     level_bits,
     per_unit,
-    tile_units,
     token_bytes,
     top_level,
     unit_bytes,
+    units,
 )
 from apack_compile.kernels.triton_rotations import partner_of, rotated_back
 
@@ -52,9 +52,9 @@ def decoded_tile(
     rank: tl.constexpr = component_count(LAYOUT)
     found = tl.zeros((ROWS, channel.shape[0]), tl.float32)
     for band in tl.static_range(BAND_COUNT):
-        for start in range(0, tile_units(LAYOUT, band), UNITS):
+        for start in range(0, units(LAYOUT, band), UNITS):
             unit = start + tl.arange(0, UNITS)
-            wanted = row_ok[:, None] & (unit < tile_units(LAYOUT, band))[None, :]
+            wanted = row_ok[:, None] & (unit < units(LAYOUT, band))[None, :]
             code = tl.zeros((ROWS, UNITS), tl.int32)
             for i in tl.static_range(unit_bytes(band)):
                 at = first_byte(LAYOUT, band) + unit_bytes(band) * unit + i

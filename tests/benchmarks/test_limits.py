@@ -4,6 +4,7 @@ import limits
 import pytest
 from attend import SHAPES
 
+from apack_compile.plan.choice import HARM_OF_A_BASIS_PER_HEAD
 from apack_compile.plan.time_model import H200
 
 
@@ -20,7 +21,7 @@ def test_a_plan_loses_more_with_wider_blocks_and_more_groups():
 
     blocks = [loses(1, block) for block in (32, 64, 128, 256, 0)]
     assert blocks == sorted(blocks) and blocks[0] == 1
-    assert loses(4, 32) == pytest.approx(limits.HARM_OF_A_BASIS_PER_HEAD)
+    assert loses(4, 32) == pytest.approx(HARM_OF_A_BASIS_PER_HEAD)
     assert loses(1, 32) < loses(2, 32) < loses(4, 32)
 
 
@@ -31,4 +32,4 @@ def test_relative_keys_of_32_slots_are_what_a_busy_gpu_cannot_afford():
     assert chosen.key_block != 32
     assert chosen.speedup >= 3.0
     default = limits.option_of(limits.plan_of(shape, 8.0, 32_768, 1, 32), load, H200)
-    assert default.speedup < 3.0 < limits.option_of(limits.plan_of(shape, 8.0, 32_768, 1, 256), load, H200).speedup
+    assert default.speedup < 2.0 < limits.option_of(limits.plan_of(shape, 8.0, 32_768, 1, 256), load, H200).speedup

@@ -239,28 +239,37 @@ def test_lengths_of_three_packed_segments_around_a_block(device, shift, block, m
     assert_close_as(own.cpu(), exact, None, 4 * float(exact.abs().max()))
 
 
+def launch_of(bands, rows, segments=1, anchor_slots=64):
+    """Launch parameters for 16-bit queries of this many rows of a group."""
+    shared = triton_launch.shared_bytes(torch.device("cpu"))
+    return triton_launch.choose_launch(
+        [bands] * segments, [bands] * segments, rows, rows, 64, 2, False, shared, anchor_slots
+    )
+
+
 @pytest.mark.parametrize("anchor_slots", (0, 64))
 @pytest.mark.parametrize("count", (16, 64, 128, 192, 256))
 def test_three_packed_segments_take_no_more_shared_memory_than_two_may(count, anchor_slots):
     bands, shared = Bands((0, count, count, 0)), triton_launch.shared_bytes(torch.device("cpu"))
-    taken = {}
     for segments in (2, 3):
-        launch = triton_launch.choose_launch(
-            [bands] * segments, [bands] * segments, 16, 16, 64, 2, False, shared, anchor_slots
-        )
+        launch = launch_of(bands, 16, segments, anchor_slots)
         latents = 0 if launch.resident else 2 * 2 * count * launch.group_tile
-        taken[segments] = segments * launch.stages * (launch.block * 2 * bands.token_bytes + latents)
-    assert max(taken.values()) <= 2 * shared
+        taken = segments * launch.stages * (launch.block * 2 * bands.token_bytes + latents)
+        assert taken <= 2 * shared / triton_launch.programs_per_processor(launch.warps)
 
 
-def test_blocks_of_64_tokens_take_four_warps_where_two_programs_fit():
-    shared = triton_launch.shared_bytes(torch.device("cpu"))
+def test_a_program_has_as_few_warps_as_its_sums_need():
+    few, many = Bands((0, 0, 64, 128)), Bands((0, 96, 256, 160))
+    assert (launch_of(few, 9).warps, launch_of(many, 16).warps) == (2, 4)
+    # each of them has 32 tokens of a block
+    assert launch_of(few, 9).block == 64
+    assert launch_of(few, 9, anchor_slots=16).block == 16
 
-    def launch(bands, rows, head_dim):
-        return triton_launch.choose_launch([bands], [bands], rows, rows, head_dim, 2, False, shared, 64)
 
-    few, wide, many = Bands((0, 0, 48, 64)), Bands((0, 16, 96, 208)), Bands((16, 64, 128, 128))
-    assert (launch(few, 9, 64).warps, launch(wide, 8, 256).warps, launch(many, 28, 128).warps) == (4, 8, 8)
+def test_rows_are_padded_to_8_or_16_and_wide_bases_take_no_more():
+    few, many = Bands((0, 0, 64, 128)), Bands((0, 96, 256, 160))
+    assert [launch_of(few, rows).group_tile for rows in (1, 8, 9, 16, 17, 28)] == [8, 8, 16, 16, 32, 32]
+    assert launch_of(many, 28).group_tile == 16
 
 
 def test_many_heads_share_one_wide_basis(device):

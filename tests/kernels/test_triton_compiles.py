@@ -50,4 +50,4 @@ def test_kernels_compile_for_hopper_use_its_matrix_unit_and_spill_little(case, t
         # bytes a thread spills: one kernel of all segments has more addresses to hold than registers, but not many more
         assert kernel["stack"] <= 256, kernel
         if kernel["name"] == "attend_kernel":
-            assert kernel["wgmma"] > 0
+            assert kernel["matrix"] > 0
