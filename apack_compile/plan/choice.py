@@ -22,7 +22,7 @@ from apack_compile.plan.time_model import OF_TYPE, Device, Load, predicted_speed
 # pictures of the demo) within a third at every k.
 DECAY_PER_WIDTH, DECAY_POWER = 24, 2.2
 # How fast is fast enough, by what a user prefers: where work is done in turn, over a dense cache; where it overlaps, as a share of the
-# plan's own byte limit, and where no plan comes as near to that, of the fastest plan.
+# plan's own byte limit, or of the fastest plan.
 LEAST_SPEED = {"quality": 0.5, "balanced": 0.9, "speed": math.inf}
 LEAST_SHARE = {"quality": 0.5, "balanced": 0.8, "speed": math.inf}
 # Objective of the plan at ratio 8, over that of one basis and blocks of 32, SmolLM2-135M on text (benchmarks/harm.py): of one basis for
@@ -219,11 +219,9 @@ def fewest_groups(options: Sequence[Option], prefer: str) -> Option:
 
 
 def fastest_enough(options: Sequence[Option], prefer: str) -> Option:
-    """The option that loses least among those near enough to their byte limit; where none are, to the fastest."""
-    fastest = max(options, key=lambda option: option.speed)
-    least = LEAST_SHARE[prefer]
-    fast = [option for option in options if option.share >= least]
-    fast = fast or [option for option in options if option.speed >= min(least, 1.0) * fastest.speed]
+    """The option that loses least among those near enough to their byte limit, or to the fastest."""
+    least, fastest = LEAST_SHARE[prefer], max(option.speed for option in options)
+    fast = [one for one in options if one.share >= least or one.speed >= min(least, 1.0) * fastest]
     return min(fast, key=lambda option: (option.harm, -option.speed))
 
 
