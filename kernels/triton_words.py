@@ -31,6 +31,8 @@ PADDING = 1.1
 COLUMN_BLOCK = tl.constexpr(64)
 # What the lowest bit of a float16 number is worth.
 SMALLEST = tl.constexpr(2.0**-24)
+# Rows that a product of the matrix unit has at least: of ones, where it only adds.
+SUM_ROWS = tl.constexpr(16)
 WORD_BITS, BYTE_BITS = 16, 8
 
 

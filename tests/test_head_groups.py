@@ -124,7 +124,7 @@ def test_few_heads_share_one_basis_and_many_do_not_on_a_cpu():
 def test_a_basis_is_no_wider_than_a_device_takes():
     assert SHAPES["LLaVA-1.5-7B"][1:] == (32, 128) and H200.widest_basis == 2_048
     found = choose([PackedLayers(*SHAPES["LLaVA-1.5-7B"])], 2, 8.0, 64, H200)
-    assert found.count >= 2 and "no basis is wider than 2,048" in found.reason
+    assert found.count == 8 and "no basis is wider than 2,048" in found.reason
     narrow = replace(H200, widest_basis=100)
     assert choose([PackedLayers(*SHAPES["LLaVA-1.5-7B"])], 2, 8.0, 64, narrow).count == 32
     assert "wider" not in choose([PackedLayers(*SHAPES["Qwen2.5-VL-7B"])], 2, 8.0, 64, H200).reason
@@ -352,3 +352,23 @@ def test_packed_buffers_of_many_heads_get_groups():
     (plan,) = log.plans
     assert plan.groups == GROUPS_OF_BUFFERS
     assert 1e-6 < error_of(found, logits_of(StaticDecoder())) < 0.4
+
+
+def test_plans_can_be_made_for_another_device():
+    model, reasons = many_heads(), {}
+    for device in ("cpu", "cuda"):
+        config = AttentionPackConfig(ratio=4, planned_device=device, compile="none", min_tokens=0)
+        apack_compile.calibrate(apack_compile.optimize(model, config), prompt())
+        reasons[device] = apack_compile.report(model).head_groups
+        apack_compile.calibrate(apack_compile.optimize(model, replace(config, head_groups=4)), prompt())
+        plan = apack_compile.plan_for(model, 300)
+        aligned = [stream.bands.token_bytes % 16 == 0 for layer in plan.layers.values() for stream in layer.streams]
+        assert all(aligned) == (device == "cuda")
+    assert "CPU" in reasons["cpu"] and "H200" in reasons["cuda"]
+
+
+@pytest.mark.parametrize("wrong", ({"prefer": "fast"}, {"planned_device": "tpu"}, {"key_block": -1}))
+def test_what_plans_are_made_for_is_checked(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        AttentionPackConfig(**wrong)

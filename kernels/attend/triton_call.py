@@ -37,6 +37,7 @@ from apack_compile.kernels.attend.triton_launch import (
     choose_launch,
     dense_dot_dtype,
     passes,
+    row_tile,
     shared_bytes,
 )
 from apack_compile.kernels.state import VISION, PackedState, PackedStream
@@ -196,7 +197,7 @@ class Call:
         """
         fold = all(stream.basis.mean.shape[0] == 1 for stream in streams)
         rows = self.kv_rows * anchors * (self.batch if fold else 1)
-        tile = min(most, max(16, triton.next_power_of_2(rows)))
+        tile = row_tile(rows, largest=most)
         return fold, tile, triton.cdiv(rows, tile), self.kv_heads * (1 if fold else self.batch)
 
     def project(self, scale: float) -> None:

@@ -5,13 +5,18 @@ import triton.language as tl
 
 from apack_compile.kernels.attend.triton_arguments import entry
 from apack_compile.kernels.triton_bands import component_count
-from apack_compile.kernels.triton_words import COLUMN_BLOCK, column_blocks, column_count, component_of, step_of
+from apack_compile.kernels.triton_words import (
+    COLUMN_BLOCK,
+    SUM_ROWS,
+    column_blocks,
+    column_count,
+    component_of,
+    step_of,
+)
 
 # Where the float16 latents of a query row are put in their range: none can overflow, also where rows of a decoder are up to four times
 # longer than theirs should be, and small ones keep their digits.
 LATENT_BOUND = tl.constexpr(16384.0)
-# Rows that a product of the matrix unit has at least.
-SUM_ROWS = tl.constexpr(16)
 
 
 @triton.jit

@@ -51,9 +51,9 @@ def shared_bytes(device: torch.device) -> float:
     return SHARED_SHARE * SHARED_BYTES
 
 
-def row_tile(rows: int, smallest: int = 16) -> int:
-    """Rows a program takes, of so many: a power of two up to 64. smallest: what the matrix unit takes on that side."""
-    return min(64, max(smallest, triton.next_power_of_2(rows)))
+def row_tile(rows: int, smallest: int = 16, largest: int = 64) -> int:
+    """Rows a program takes, of so many: a power of two. smallest: what the matrix unit takes on that side."""
+    return min(largest, max(smallest, triton.next_power_of_2(rows)))
 
 
 def programs_per_processor(warps: int) -> int:

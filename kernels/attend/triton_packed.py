@@ -10,6 +10,7 @@ from apack_compile.kernels.attend.triton_softmax import log_sum_exp, masked, sof
 from apack_compile.kernels.triton_bands import BAND_COUNT, component_count, first_component, is_float, token_bytes
 from apack_compile.kernels.triton_words import (
     SMALLEST,
+    SUM_ROWS,
     column_blocks,
     column_count,
     field_unit,
@@ -23,9 +24,6 @@ from apack_compile.kernels.triton_words import (
     tile_number,
     tiles,
 )
-
-# Rows that a product of the matrix unit has at least.
-SUM_ROWS = tl.constexpr(16)
 
 
 @triton.constexpr_function

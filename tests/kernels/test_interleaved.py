@@ -92,7 +92,8 @@ def test_attending_in_halves_is_dense_attention_over_what_unpack_gives(block, pa
     wanted = weights @ values.repeat_interleave(case.share, 1)
     rest = [mask, *call.arguments[STATE], None]
     got = attend(*halves, value, *rest, **rotations)
-    torch.testing.assert_close(got.double(), wanted, atol=1e-5 if name == "reference" else 2e-3, rtol=0)
+    in_16_bits = name == "triton" or (name != "reference" and native.has_integers(native.INSTRUCTION_SET))
+    torch.testing.assert_close(got.double(), wanted, atol=2e-3 if in_16_bits else 1e-5, rtol=0)
     other = attend(query, key, value, *rest, **rotations)
     assert not torch.allclose(got, other, atol=0.05), "the order of components matters here"
 
