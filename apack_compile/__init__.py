@@ -7,7 +7,7 @@ from apack_compile.supported_versions import SUPPORTED, check_versions, missing
 from apack_compile.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from apack_compile.api import calibrate, new_cache, optimize, plan_for, report, restore
+    from apack_compile.api import calibrate, largest_batch, new_cache, optimize, plan_for, report, restore
     from apack_compile.backend.graph_log import GraphLog
     from apack_compile.backend.graph_report import GraphReport
     from apack_compile.cache.cache import CompactedCache
@@ -26,6 +26,7 @@ _HOME = {
     "Plan": "plan.plan",
     "Report": "generate.reporting",
     "calibrate": "api",
+    "largest_batch": "api",
     "new_cache": "api",
     "optimize": "api",
     "plan_for": "api",
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "Report",
     "calibrate",
+    "largest_batch",
     "new_cache",
     "optimize",
     "plan_for",

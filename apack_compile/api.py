@@ -1,4 +1,4 @@
-"""optimize, restore, calibrate, plan_for, new_cache, report."""
+"""optimize, restore, calibrate, plan_for, new_cache, largest_batch, report."""
 
 import types
 from collections.abc import Iterable, Mapping
@@ -12,6 +12,7 @@ from apack_compile.backend.graph_log import GraphLog
 from apack_compile.backend.graph_report import GraphReport, build_graph_report
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.calibration.inputs import checked_inputs, limited
+from apack_compile.capacity import cache_bytes
 from apack_compile.config import AttentionPackConfig
 from apack_compile.export.program import optimize_program
 from apack_compile.export.report import ProgramReport, program_report
@@ -157,10 +158,7 @@ def plan_for(model: nn.Module, tokens: int, vision_share: float = 0.0) -> Plan:
     model = unwrapped(model)
     session = _require_session(model)
     session.follow(model)
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ValueError(f"tokens={tokens!r} must be an integer >= 1")
-    if not isinstance(vision_share, (int, float)) or isinstance(vision_share, bool) or not 0 <= vision_share <= 1:
-        raise ValueError(f"vision_share={vision_share!r} must be a number from 0 to 1")
+    _check_prompt(tokens, vision_share)
     return session.source.whole_plan(tokens, float(vision_share))
 
 
@@ -174,6 +172,23 @@ def new_cache(model: nn.Module, max_new_tokens: int = DEFAULT_NEW_TOKENS) -> Com
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer >= 0")
     return session.new_cache(model, max_new_tokens)
+
+
+def largest_batch(model: nn.Module, tokens: int, budget_bytes: int, vision_share: float = 0.0) -> int:
+    """How many prompts of `tokens` tokens, `vision_share` of them vision, fit in `budget_bytes` in one packed cache.
+
+    Everything is counted that a cache of `new_cache(model)` holds after the prompt: codes, dense tokens, positions, free slots, and the
+    bases once for all. Vision tokens are taken to come behind the first four tokens.
+
+    Raises ValueError for a bad argument, a model that is not optimized, and where the number of tokens does not say what a cache holds
+    (layers that are not packed, presets that drop tokens), RuntimeError where calibration is still to come.
+    """
+    model = unwrapped(model)
+    session = _require_session(model)
+    _check_prompt(tokens, vision_share)
+    if not isinstance(budget_bytes, int) or isinstance(budget_bytes, bool) or budget_bytes < 0:
+        raise ValueError(f"budget_bytes={budget_bytes!r} must be an integer >= 0")
+    return cache_bytes(model, session, tokens, float(vision_share)).requests_in(budget_bytes)
 
 
 @overload
@@ -192,6 +207,14 @@ def report(model: nn.Module | ExportedProgram | GraphLog) -> Report | ProgramRep
         return program_report(model)
     model = unwrapped(model)
     return build_report(model, _require_session(model))
+
+
+def _check_prompt(tokens: Any, vision_share: Any) -> None:
+    """Raise ValueError for what is no length of a prompt, or no share of it."""
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r} must be an integer >= 1")
+    if not isinstance(vision_share, (int, float)) or isinstance(vision_share, bool) or not 0 <= vision_share <= 1:
+        raise ValueError(f"vision_share={vision_share!r} must be a number from 0 to 1")
 
 
 def _check_program_choice(**others: Any) -> None:
