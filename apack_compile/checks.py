@@ -11,3 +11,14 @@ def is_ratio(ratio: object) -> bool:
 def counted(number: int, noun: str) -> str:
     """A number and a noun whose plural ends in s: "1 layer", "1,024 layers"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def size(count: float) -> str:
+    """Bytes for a reader: "1.5 kB", "35.1 MB"."""
+    return (
+        f"{count / 1e9:,.2f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:,.1f} MB"
+        if count >= 1e5
+        else f"{count / 1e3:,.1f} kB"
+    )

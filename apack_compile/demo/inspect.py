@@ -12,7 +12,7 @@ import torch
 
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES
 from apack_compile.cache.layer_kinds import LATENT_ATTENTION, layer_kinds
-from apack_compile.checks import counted
+from apack_compile.checks import counted, size
 from apack_compile.models.modality import placeholder_ids
 from apack_compile.models.weights import weight_bytes
 from apack_compile.plan.bits import largest_ratio
@@ -169,11 +169,6 @@ def shared_bases(packed: list[InspectedLayer], ratio: float, weights: Weights, d
     found = {kind: predicted_basis_bytes(layers, ratio, groups, weights, kind.itemsize) for kind in BASIS_DTYPES}
     kind = next((kind for kind, size in found.items() if size <= weights.limit), BASIS_DTYPES[-1])
     return SharedBases(found[kind], kind, groups)
-
-
-def size(count: float) -> str:
-    """Bytes for a reader."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _empty_model(path: Path | None) -> tuple[Any, str]:

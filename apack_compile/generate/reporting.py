@@ -3,25 +3,32 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, more_than_dense
-from apack_compile.checks import counted
+from apack_compile.checks import counted, size
 from apack_compile.generate.decode_step import why_not_compiled
 from apack_compile.generate.quantize import plain_layers, quantized_layers, told
 from apack_compile.kernels.ops import implementations
-from apack_compile.models.offload import computing_device
+from apack_compile.models.device_memory import memory_bytes
+from apack_compile.models.offload import computing_device, is_offloaded
 from apack_compile.models.weights import weight_bytes
 from apack_compile.models.wrappers import adapters_of
 from apack_compile.passes import GraphRecord
 from apack_compile.plan.coarse_rule import LEAST_RATIO
 from apack_compile.plan.file import versions
+from apack_compile.plan.layer_bytes import LayerBytes, layer_bytes
 from apack_compile.plan.plan import FIRST_TOKENS
 from apack_compile.plan.rotation import KeyRotation
+from apack_compile.report_figure import figure_of
+from apack_compile.report_page import fragment_of, page_of
 
+PACKED_STATUS = ("rewritten", "packed", "skipped")
 # A graph of a single layer does not name it.
 ONE_BY_ONE = "decode is compiled layer by layer: every site was rewritten, no graph names its layer"
 
@@ -42,6 +49,16 @@ class LayerLine:
 
 
 @dataclass(frozen=True)
+class Room:
+    """How many caches like the last one fit beside the weights, packed and as a dense 16-bit cache, in a device's memory in bytes."""
+
+    device: str
+    memory: int
+    packed: int
+    dense: int
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
     """Layers, graphs, compile choice, implementation of each operation, bytes of the last cache, and notes."""
 
@@ -59,11 +76,36 @@ class Report:
     layers: tuple[LayerLine, ...]
     graphs: tuple[dict[str, Any], ...]
     bytes: dict[str, Any] | None
+    room: Room | None
+    layer_bytes: tuple[LayerBytes, ...]
+    planned_for: str
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """This report as plain values."""
         return asdict(self)
+
+    def save(self, path: str | PathLike) -> None:
+        """Write this report to one HTML file that needs no other; raises ValueError unless the name ends in .html."""
+        if Path(path).suffix != ".html":
+            raise ValueError(f"path={str(path)!r} must end in .html")
+        Path(path).write_text(page_of(self.to_dict()), encoding="utf-8")
+
+    def plot(self) -> Any:
+        """A matplotlib figure: bytes of the last cache, and of a token in each layer. Raises ImportError without matplotlib."""
+        return figure_of(self.to_dict())
+
+    def _repr_html_(self) -> str:
+        return fragment_of(self.to_dict())
+
+    def __repr__(self) -> str:
+        packed = sum(line.status in PACKED_STATUS for line in self.layers)
+        said = [f"{self.setting}: {packed} of {counted(len(self.layers), 'layer')} packed"]
+        if self.bytes:
+            dense, held = size(self.bytes["dense_bytes"]), size(self.bytes["sequence_bytes"])
+            said.append(f"{self.bytes['tokens']:,} tokens in {held} instead of {dense} ({self.bytes['ratio']:.2f}x)")
+        said += [counted(len(self.notes), "note")] if self.notes else []
+        return f"<apack-compile report, {', '.join(said)}; print it for all of it>"
 
     def __str__(self) -> str:
         lines = [f"apack-compile: {self.setting}; decode: {self.compile} ({self.compile_reason})"]
@@ -93,6 +135,11 @@ class Report:
                     f"coarse tokens: in each layer, the {coarse['share']:.0%} of its {coarse['modality']} tokens that are "
                     "expected to matter least"
                 )
+        if self.room:
+            lines.append(
+                f"caches like the last one that {size(self.room.memory)} of {self.room.device} hold beside the weights: "
+                f"{self.room.packed:,} packed, {self.room.dense:,} dense (16-bit); what a forward pass needs is not counted"
+            )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -123,6 +170,8 @@ def build_report(model: nn.Module, session: Any) -> Report:
         layers=tuple(layer_line(kind, rewritten, refused, inner, unnamed) for kind in session.kinds),
         graphs=graphs,
         bytes=held,
+        room=room_beside(model, held),
+        **planned_of(session),
         notes=(
             *cache_notes,
             *notes_of(session, held),
@@ -130,6 +179,31 @@ def build_report(model: nn.Module, session: Any) -> Report:
             *size_notes(session.ratio, held, model.dtype),
         ),
     )
+
+
+def room_beside(model: nn.Module, held: Mapping[str, Any] | None) -> Room | None:
+    """Caches like the last one that fit beside the weights; None where no cache was seen, or the memory is not known."""
+    device = computing_device(model)
+    memory = None if held is None or not held["sequence_bytes"] or is_offloaded(model) else memory_bytes(device)
+    if memory is None:
+        return None
+    left = memory - weight_bytes(model)
+    packed, dense = (left - held["model_bytes"]) // held["sequence_bytes"], left // held["dense_bytes"]
+    return Room("the CPU's memory" if device.type == "cpu" else str(device), memory, max(packed, 0), max(dense, 0))
+
+
+def planned_of(session: Any) -> dict[str, Any]:
+    """Bytes of a token in each layer, by the plan given, the preset's, or the newest one that was made; and which prompts it is for."""
+    source = session.source
+    if source.given is not None or source.presets:
+        return {"layer_bytes": layer_bytes(source.whole_plan(1, 0.0)), "planned_for": "every prompt"}
+    made = [key for key in source.made if key[0] == next(iter(source.layers))]
+    if not made:
+        return {"layer_bytes": (), "planned_for": ""}
+    _, tokens, share = made[-1]
+    vision = f", {share:.0%} of them vision" if share else ""
+    plan = source.whole_plan(tokens, share)
+    return {"layer_bytes": layer_bytes(plan, share), "planned_for": f"prompts of about {tokens:,} tokens{vision}"}
 
 
 def setting_of(session: Any) -> str:
