@@ -173,26 +173,31 @@ def shared_bases(packed: list[InspectedLayer], ratio: float, weights: Weights, d
 
 def _empty_model(path: Path | None) -> tuple[Any, str]:
     """A model on the meta device and its name: the shapes are all that is needed."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     if path is None:
         from apack_compile.demo.assets import demo_config
 
         config, name = demo_config(), "demo model"
     else:
-        config, name = _config_at(path), str(path)
-    auto = next(
-        (a for a in (AutoModelForImageTextToText, AutoModelForCausalLM) if type(config) in a._model_mapping), None
-    )
-    if auto is None:
-        raise ValueError(
-            f"MODEL={name!r}: {type(config).__name__} belongs to no model that generates text; pass a decoder's config"
-        )
+        config, name = config_at(path), str(path)
+    auto = auto_class(config, name)
     with torch.device("meta"):
         return auto.from_config(config, trust_remote_code=False), name
 
 
-def _config_at(path: Path) -> Any:
+def auto_class(config: Any, name: str) -> Any:
+    """Which of transformers' classes loads the model of a configuration; raises ValueError for one that generates no text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    autos = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    auto = next((auto for auto in autos if type(config) in auto._model_mapping), None)
+    if auto is None:
+        raise ValueError(
+            f"MODEL={name!r}: {type(config).__name__} belongs to no model that generates text; pass a decoder's config"
+        )
+    return auto
+
+
+def config_at(path: Path) -> Any:
     """The configuration in a model folder, or in a file; raises ValueError."""
     from transformers import CONFIG_MAPPING, AutoConfig, __version__
 

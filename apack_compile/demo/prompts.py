@@ -78,18 +78,24 @@ def build_dialogue(tokenizer: Any, turns: Sequence[Question]) -> torch.Tensor:
 
 def load_pixels(questions: Sequence[Question]) -> torch.Tensor:
     """The questions' pictures as the vision tower takes them: float32 `[n, 3, 64, 64]`."""
-    import numpy as np
     from PIL import Image, UnidentifiedImageError
 
     pictures = []
     for question in questions:
         try:
             with Image.open(question.image) as image:
-                picture = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE))
+                pictures.append(pixels_of(image.convert("RGB")))
         except (OSError, UnidentifiedImageError) as error:
             raise DemoAssetsError(f"the picture {question.image} cannot be read: {error}") from error
-        pictures.append(torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1) / 255)
-    return (torch.stack(pictures) - MEAN) / STD
+    return torch.stack(pictures)
+
+
+def pixels_of(picture: Any) -> torch.Tensor:
+    """A PIL picture in colours as the vision tower takes it: float32 `[3, 64, 64]`."""
+    import numpy as np
+
+    pixels = np.array(picture.resize((IMAGE_SIZE, IMAGE_SIZE)), dtype=np.float32)
+    return (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - MEAN) / STD
 
 
 def read_answer(text: str) -> str:

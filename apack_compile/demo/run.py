@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import apack_compile
 from apack_compile.config import AttentionPackConfig
-from apack_compile.demo.assets import INSTALL_HINT, DemoAssetsError, load_model, load_questions, load_tokenizer
+from apack_compile.demo.assets import load_model, load_questions, load_tokenizer
 from apack_compile.demo.evaluate import (
     Results,
     ask_all,
@@ -21,6 +19,7 @@ from apack_compile.demo.evaluate import (
     question_sets,
 )
 from apack_compile.demo.plot import check_matplotlib, draw
+from apack_compile.demo.progress import new_console, progress_bars
 
 SHOWN_ROWS = 16
 
@@ -49,8 +48,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         check_matplotlib()
     pictures = load_questions("test", options.seed)
     sets = question_sets(pictures, options.questions, options.images_per_prompt)
-    console = _console()
-    with _progress(console) as progress:
+    console = new_console()
+    with progress_bars(console) as progress:
         task = progress.add_task("loading the model", total=None)
         tokenizer, model = load_tokenizer(), load_model()
         progress.remove_task(task)
@@ -118,23 +117,6 @@ def _check_writable(path: Path | None) -> None:
     """Fails before minutes of work rather than after them."""
     if path is not None and not path.resolve().parent.is_dir():
         raise ValueError(f"{path}: the folder {path.resolve().parent} does not exist")
-
-
-def _console() -> Any:
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise DemoAssetsError(f"the package 'rich' is not installed; {INSTALL_HINT}") from error
-    return Console()
-
-
-@contextmanager
-def _progress(console: Any) -> Iterator[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
 
 
 def _print(console: Any, title: str, results: Results, summary: dict[str, Any]) -> None:

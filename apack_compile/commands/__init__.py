@@ -1,0 +1,1 @@
+"""What the commands of `apack-compile` do, beside the demo and `inspect`."""

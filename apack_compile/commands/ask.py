@@ -1,0 +1,94 @@
+"""`apack-compile ask`: one question about pictures, answered from a packed cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apack_compile
+from apack_compile.checks import size
+from apack_compile.commands.data import calibration_data
+from apack_compile.commands.subject import Subject, demo_question, load_subject, open_picture
+from apack_compile.demo.progress import bar_of, new_console
+from apack_compile.plan.plan import Plan
+
+# What the demo's model is calibrated on.
+DEMO_TOKENS = 2_048
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """What `apack-compile ask` was asked for."""
+
+    model: Path | None
+    images: Sequence[Path]
+    question: str | None
+    ratio: float | None
+    preset: str | None
+    plan: Path | None
+    new_tokens: int
+    compile: str
+
+
+def run_ask(options: AskOptions) -> Any:
+    """Print the answer as it is generated, then the bytes of its cache; gives the report."""
+    images, question = list(options.images), options.question
+    if options.model is None and not images and question is None:
+        image, question = demo_question()
+        images = [image]
+    if not question:
+        raise ValueError("question: pass --question with what is to be asked")
+    if options.new_tokens < 1:
+        raise ValueError(f"new-tokens={options.new_tokens} must be at least 1")
+    pictures = [open_picture(path) for path in images]
+    console = new_console()
+    with bar_of(console, "loading the model"):
+        subject = load_subject(options.model)
+        given = subject.question(question, pictures)
+        _optimize(subject, options)
+    if subject.is_demo and options.plan is None and options.preset is None:
+        with bar_of(console, "calibrating on training pictures"):
+            apack_compile.calibrate(subject.model, calibration_data(subject, None, DEMO_TOKENS), tokens=DEMO_TOKENS)
+    names = ", ".join(map(str, images))
+    console.print(f"{names + ': ' if names else ''}{question}", markup=False, highlight=False, soft_wrap=True)
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(subject.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    subject.model.generate(**given, max_new_tokens=options.new_tokens, do_sample=False, streamer=streamer)
+    report = apack_compile.report(subject.model)
+    for line in cache_lines(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return report
+
+
+def cache_lines(report: Any) -> Iterator[str]:
+    """The bytes of the last cache, and the report's notes."""
+    if report.bytes:
+        held = report.bytes
+        yield (
+            f"cache: {held['tokens']:,} tokens in {size(held['sequence_bytes'])} instead of {size(held['dense_bytes'])} in 16 bits "
+            f"({held['ratio']:.2f}x); bases shared by all requests {size(held['model_bytes'])}"
+        )
+    for note in report.notes:
+        yield f"note: {note}"
+
+
+def _optimize(subject: Subject, options: AskOptions) -> None:
+    plan = None
+    if options.plan is not None:
+        if options.ratio is not None or options.preset is not None:
+            raise ValueError("plan: excludes --ratio and --preset; a plan says itself what streams get")
+        if not options.plan.is_file():
+            raise ValueError(f"plan={str(options.plan)!r} does not exist; `apack-compile calibrate` writes one")
+        plan = Plan.load(options.plan)
+    apack_compile.optimize(
+        subject.model,
+        ratio=options.ratio,
+        preset=options.preset,
+        plan=plan,
+        compile=options.compile,
+        # a question is short, and its cache is to be seen
+        min_tokens=0,
+    )
