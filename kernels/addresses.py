@@ -12,13 +12,21 @@ from torch import Tensor
 
 from apack_compile.kernels.format import BANDS
 from apack_compile.kernels.native import DTYPES
-from apack_compile.kernels.state import CURSOR, AppendState, DenseSegment, PackedState, PackedStream, check_version
-from apack_compile.kernels.structs import MAX_PACKED, SEGMENT
+from apack_compile.kernels.state import (
+    CURSOR,
+    MAX_SEGMENTS,
+    AppendState,
+    DenseSegment,
+    PackedState,
+    PackedStream,
+    check_version,
+)
+from apack_compile.kernels.structs import SEGMENT
 
 # the last words of a Source whose tokens are kept as they are
 NO_BASIS = (0,) * (6 + len(BANDS))
-NO_ROTATION = (0, 0, 0, 0)
-NO_SEGMENT = SEGMENT.pack(*((0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
+NO_ROTATION = (0, 0, 0, 0, 0)
+NO_SEGMENT = SEGMENT.pack(*((0, 0, 0) + ((0,) * 5 + (1,) + NO_BASIS) * 2))
 
 
 class Kept:
@@ -87,9 +95,10 @@ def addresses_of(state: list[Tensor] | None, layout: Sequence[int]) -> Addresses
     rotations: list[int] = []
     for segment in parsed.segments:
         key, value = _packed_source(segment.key, copies), _packed_source(segment.value, copies)
-        segments.append(SEGMENT.pack(segment.slots, _plain(segment.positions, copies).data_ptr(), *key, *value))
+        positions = _plain(segment.positions, copies)
+        segments.append(SEGMENT.pack(segment.slots, len(positions), positions.data_ptr(), *key, *value))
         rotations += _rotation_words(segment.rotations, parsed.block, copies)
-    missing = MAX_PACKED - len(parsed.segments)
+    missing = MAX_SEGMENTS - len(parsed.segments)
     segments += [*[NO_SEGMENT] * missing, _dense_segment(parsed.tail, None, copies)]
     rotates_as_is = parsed.block > 0 and any(segment.key.as_is for segment in parsed.segments)
     words = (*rotations, *NO_ROTATION * missing)
@@ -149,14 +158,15 @@ def _rotation_words(rotations: Tensor | None, block: int, copies: list[Tensor]) 
     if rotations.dtype != torch.float32 or not rotations.is_contiguous():
         rotations = rotations.float().contiguous()
         copies.append(rotations)
-    _, blocks, _, pairs = rotations.shape
-    return rotations.data_ptr(), blocks, pairs, block
+    batch, blocks, _, pairs = rotations.shape
+    return rotations.data_ptr(), batch, blocks, pairs, block
 
 
 def _dense_segment(tokens: DenseSegment, positions: Tensor | None, copies: list[Tensor]) -> bytes:
     """`Segment` of heads as they are."""
     where = 0 if positions is None else _plain(positions, copies).data_ptr()
-    return SEGMENT.pack(tokens.slots, where, *_as_is_source(tokens.key, copies), *_as_is_source(tokens.value, copies))
+    sources = *_as_is_source(tokens.key, copies), *_as_is_source(tokens.value, copies)
+    return SEGMENT.pack(tokens.slots, len(tokens.key), where, *sources)
 
 
 def _as_is_source(x: Tensor, copies: list[Tensor]) -> tuple[int, ...]:
@@ -164,7 +174,13 @@ def _as_is_source(x: Tensor, copies: list[Tensor]) -> tuple[int, ...]:
     readable = with_rows(x)
     if readable is not x:
         copies.append(readable)
-    return (readable.data_ptr(), DTYPES[readable.dtype], *readable.stride()[:3], x.shape[1], *NO_BASIS)
+    return (readable.data_ptr(), DTYPES[readable.dtype], *_strides(readable), x.shape[1], *NO_BASIS)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of batch, group and token; 0 of a batch that all sequences share."""
+    batch, *others = x.stride()[:3]
+    return 0 if len(x) == 1 else batch, *others
 
 
 def _packed_source(stream: PackedStream, copies: list[Tensor]) -> tuple[int, ...]:
@@ -176,6 +192,6 @@ def _packed_source(stream: PackedStream, copies: list[Tensor]) -> tuple[int, ...
     scale = _plain(stream.scale, copies).data_ptr() if stream.scale.numel() else 0
     pointers = (mean.data_ptr(), decoder.data_ptr(), step.data_ptr())
     return (
-        codes.data_ptr(), DTYPES[codes.dtype], *codes.stride()[:3], codes.shape[1],
+        codes.data_ptr(), DTYPES[codes.dtype], *_strides(codes), codes.shape[1],
         scale, *pointers, DTYPES[mean.dtype], mean.shape[0], *stream.bands.counts,
     )  # fmt: skip

@@ -15,6 +15,8 @@ LAYOUT_VERSION = 1
 # Kinds of packed segments, in the order in which a state has them; text is the last one of every state.
 COARSE, VISION, TEXT = 0, 1, 2
 KIND_NAMES = ("coarse", "vision", "text")
+# Packed segments that the operations have room for: those of a prefix, then those of its branches.
+MAX_SEGMENTS = 5
 
 # Integers of a layout before those of its segments, and of a segment: its kind, bands of key and value.
 HEAD, SEGMENT = 3, 1 + 2 * len(BANDS)
@@ -37,6 +39,11 @@ class PackedStream:
         return self.codes.shape[1]
 
     @property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Codes and token scales."""
+        return self.codes, self.scale
+
+    @property
     def as_is(self) -> bool:
         """Whether tokens are kept untransformed, in the model's dtype."""
         return self.codes.dtype != torch.uint8
@@ -52,6 +59,7 @@ class Segment:
     """Packed tokens of one kind; positions: int32 `[B, N]`, -1 for an empty slot.
 
     rotations: float32 `[B, blocks, 2, P]`, by which the keys of each block of slots were rotated back; None where they are not.
+    A segment whose own batch is 1 is shared by all sequences.
     """
 
     kind: int
@@ -64,6 +72,11 @@ class Segment:
     def slots(self) -> int:
         """Slots, empty ones included."""
         return self.key.codes.shape[2]
+
+    @property
+    def streams(self) -> tuple[PackedStream, PackedStream]:
+        """Key, then value."""
+        return self.key, self.value
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,8 @@ class DenseSegment:
 class Layout:
     """What the tensors of a state do not say: kinds of the packed segments, bands of their keys and values.
 
+    Kinds are in order, text last; those of a prefix come before those of its branches, in an order of their own.
+
     block: slots that share a rotation, 0 where keys are not rotated back. interleaved_pairs: 0, or the P of keys that the model
     has with pairs 2 i and 2 i + 1.
     """
@@ -101,16 +116,17 @@ class Layout:
         """The layout of `flatten`; raises ValueError for another version and for what is no layout."""
         check_version(words)
         count, rest = divmod(len(words) - HEAD, SEGMENT)
-        if rest or not 1 <= count <= len(KIND_NAMES):
-            allowed = [HEAD + SEGMENT * n for n in range(1, len(KIND_NAMES) + 1)]
+        if rest or not 1 <= count <= MAX_SEGMENTS:
+            allowed = [HEAD + SEGMENT * n for n in range(1, MAX_SEGMENTS + 1)]
             raise ValueError(
-                f"layout: {len(words)} integers must be one of {allowed}, for one to three packed segments"
+                f"layout: {len(words)} integers must be one of {allowed}, for one to {MAX_SEGMENTS} packed segments"
             )
         parts = [words[start : start + SEGMENT] for start in range(HEAD, len(words), SEGMENT)]
         kinds = tuple(part[0] for part in parts)
-        if not set(kinds) <= {COARSE, VISION, TEXT} or list(kinds) != sorted(set(kinds)) or kinds[-1] != TEXT:
+        if not set(kinds) <= {COARSE, VISION, TEXT} or own_segments_from(kinds) is None or kinds[-1] != TEXT:
             raise ValueError(
-                f"layout: kinds {kinds} must be some of 0 (coarse), 1 (vision) and 2 (text), in order, with text"
+                f"layout: kinds {kinds} must be some of 0 (coarse), 1 (vision) and 2 (text), in order, with text; those of a prefix "
+                "may come before them"
             )
         half = 1 + len(BANDS)
         bands = tuple((Bands(tuple(part[1:half])), Bands(tuple(part[half:]))) for part in parts)
@@ -123,7 +139,9 @@ class Layout:
             f"{stream}_{part}" for stream in ("key", "value") for part in ("codes", "scale", "mean", "decoder", "step")
         ]
         parts += ["positions", *(["rotations"] if self.block else [])]
-        return names + [f"{KIND_NAMES[kind]}_{part}" for kind in self.kinds for part in parts]
+        own = own_segments_from(self.kinds) or 0
+        segments = [f"{'prefix_' if i < own else ''}{KIND_NAMES[kind]}" for i, kind in enumerate(self.kinds)]
+        return names + [f"{segment}_{part}" for segment in segments for part in parts]
 
 
 @dataclass(frozen=True)
@@ -223,6 +241,12 @@ def layout_words(block: int, interleaved_pairs: int, segments: Iterable[tuple[in
     for kind, (key, value) in segments:
         words += [kind, *key.counts, *value.counts]
     return words
+
+
+def own_segments_from(kinds: Sequence[int]) -> int | None:
+    """Where kinds begin anew behind those of a prefix; 0 where they do not, None where they do so more than once."""
+    falls = [i for i in range(1, len(kinds)) if kinds[i] <= kinds[i - 1]]
+    return None if len(falls) > 1 else sum(falls)
 
 
 def check_version(layout: Sequence[int]) -> None:

@@ -5,9 +5,8 @@ from ctypes import Array, Structure, c_double, c_int64, c_void_p, sizeof
 from struct import Struct
 
 from apack_compile.kernels.format import BANDS
+from apack_compile.kernels.state import MAX_SEGMENTS
 
-# packed segments that there is room for
-MAX_PACKED = 3
 STRIDES = c_int64 * 3
 
 
@@ -25,15 +24,15 @@ class Source(Structure):
 
 
 class Segment(Structure):
-    """Slots of one kind, `[B, slots]`, and where their keys and values are."""
+    """Slots of one kind, `[batch, slots]`, and where their keys and values are; a batch of 1 is that of all sequences."""
 
-    _fields_ = (("slots", c_int64), ("positions", c_void_p), ("key", Source), ("value", Source))
+    _fields_ = (("slots", c_int64), ("batch", c_int64), ("positions", c_void_p), ("key", Source), ("value", Source))
 
 
 class State(Structure):
     """What stays where it is from step to step: first, packed segments, tail."""
 
-    _fields_ = (("segments", Segment * (2 + MAX_PACKED)),)
+    _fields_ = (("segments", Segment * (2 + MAX_SEGMENTS)),)
 
 
 class Importance(Structure):
@@ -45,7 +44,7 @@ class Importance(Structure):
 class Rotations(Structure):
     """How the keys of each block of slots were rotated back."""
 
-    _fields_ = (("data", c_void_p), ("blocks", c_int64), ("pairs", c_int64), ("block", c_int64))
+    _fields_ = (("data", c_void_p), *((name, c_int64) for name in ("batch", "blocks", "pairs", "block")))
 
 
 class Attend(Structure):
@@ -74,7 +73,7 @@ class Attend(Structure):
         ("key_strides", STRIDES),
         ("value_dtype", c_int64),
         ("value_strides", STRIDES),
-        ("rotations", Rotations * MAX_PACKED),
+        ("rotations", Rotations * MAX_SEGMENTS),
     )
 
 
@@ -137,7 +136,7 @@ class Unpack(Structure):
         *((name, c_int64) for name in ("threads", "batch", "heads", "new_tokens", "tokens")),
         ("cursor", c_void_p),
         ("sides", Restored * 2),
-        ("rotations", Rotations * MAX_PACKED),
+        ("rotations", Rotations * MAX_SEGMENTS),
         ("interleaved_pairs", c_int64),
     )
 

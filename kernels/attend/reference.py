@@ -52,9 +52,8 @@ def attend(
     scores += [_segment_scores(q, segment, held.block) for segment in held.segments]
     scores += [q @ held.tail.key.to(dtype).mT, q @ key.to(dtype).mT]
 
-    where = [
-        (p, stored_before(p, cursor, new_tokens)) for p in (held.first_positions, *(s.positions for s in held.segments))
-    ]
+    stored = [p.expand(batch, -1) for p in (held.first_positions, *(s.positions for s in held.segments))]
+    where = [(p, stored_before(p, cursor, new_tokens)) for p in stored]
     if tiers is not None:
         seen, occupied = where[1]
         where[1] = (seen, occupied & _leading(seen, tiers[:, 1]))

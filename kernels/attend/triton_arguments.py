@@ -45,7 +45,7 @@ class Segment(NamedTuple):
     """A segment's tokens. Packed: codes and token scales; dense: `Strided` keys and values. positions: `[B, slots]` or None.
 
     query: a packed segment's query latents. part: where its outputs go, `[B, splits, rows, columns]`. read: the tier counts `[B, 2]` of
-    the vision segment.
+    the vision segment. next_batch: 1, or 0 where all sequences share its tokens and positions.
     """
 
     key: Tensor | Strided
@@ -56,6 +56,7 @@ class Segment(NamedTuple):
     query: Latent | None = None
     part: Tensor | None = None
     read: Tensor | None = None
+    next_batch: int = 1
 
 
 class Rows(NamedTuple):
@@ -130,11 +131,15 @@ class Basis(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """A packed segment's latents, and the basis that queries come from or outputs go through; rotations: of its relative keys."""
+    """A packed segment's latents, and the basis that queries come from or outputs go through.
+
+    rotations: of its relative keys; next_batch: 1, or 0 where all sequences share them.
+    """
 
     latent: Latent
     basis: Basis
     rotations: Tensor | None = None
+    next_batch: int = 1
 
 
 class Splits(NamedTuple):
@@ -152,16 +157,22 @@ def entry(values, number):
     return values[number]
 
 
+def next_batch(x: Tensor) -> int:
+    """Rows from one sequence's to the next: 0 of what all of them share."""
+    return int(len(x) > 1)
+
+
 def strided(x: Tensor) -> Strided:
     """Dense tokens `[B, H, N, D]` for the kernel."""
-    batch, head, token, channel = x.stride()
-    return Strided(x, batch, head, 0, token, channel, 1)
+    _, head, token, channel = x.stride()
+    return Strided(x, next_batch(x) * x.stride(0), head, 0, token, channel, 1)
 
 
 def kept_as_is(stream: PackedStream, heads: int) -> Strided:
     """A stream kept as it is, `[B, G, N, W_g]`, as dense tokens for the kernel."""
     codes, per = stream.codes, heads // stream.groups
-    batch, group, token, channel = codes.stride()
+    _, group, token, channel = codes.stride()
+    batch = next_batch(codes) * codes.stride(0)
     return Strided(codes, batch, group, codes.shape[3] // per * channel, token, channel, per)
 
 

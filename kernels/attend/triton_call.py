@@ -22,9 +22,10 @@ from apack_compile.kernels.attend.triton_arguments import (
     codes_of,
     kept_as_is,
     masks_of,
+    next_batch,
     strided,
 )
-from apack_compile.kernels.attend.triton_kernel import MAX_SEGMENTS, attend_kernel
+from apack_compile.kernels.attend.triton_kernel import attend_kernel
 from apack_compile.kernels.attend.triton_latent import (
     block_tiles,
     expand_kernel,
@@ -40,7 +41,7 @@ from apack_compile.kernels.attend.triton_launch import (
     row_tile,
     shared_bytes,
 )
-from apack_compile.kernels.state import VISION, PackedState, PackedStream
+from apack_compile.kernels.state import MAX_SEGMENTS, VISION, PackedState, PackedStream
 from apack_compile.kernels.state import Segment as StateSegment
 from apack_compile.kernels.triton_rotations import pairs_of
 from apack_compile.kernels.triton_words import COLUMN_BLOCK, column_blocks, column_count
@@ -213,7 +214,10 @@ class Call:
         blocks = max(map(column_blocks, layouts)) if max(anchors) > 1 else 1
         project_kernel[(*grid, sum(block_tiles(layout, blocks) for layout in layouts))](
             self.rows,
-            tuple(Transform(at.query, basis_of(s.key), self.rotations[number]) for number, s, at in self.packed),
+            tuple(
+                Transform(at.query, basis_of(s.key), self.rotations[number], next_batch(s.positions))
+                for number, s, at in self.packed
+            ),
             *_of_each(anchors, MAX_SEGMENTS),
             self.sizes,
             self.batch,
@@ -232,7 +236,8 @@ class Call:
     def attend(self, mask: Tensor | None, scale: float, partial: int) -> None:
         """Scores, softmax and latent outputs of every split: all segments in the first launch, values left over in further ones."""
         launch, state, streams = self.launch, self.state, [(s.key, s.value) for s in self.segments]
-        first = Segment(strided(state.first.key), strided(state.first.value), state.first_positions.contiguous())
+        where = state.first_positions.contiguous()
+        first = Segment(strided(state.first.key), strided(state.first.value), where, next_batch=next_batch(where))
         tail = Segment(strided(state.tail.key), strided(state.tail.value))
         segments, new = tuple(map(self._segment, range(len(streams)))), Segment(strided(self.key), strided(self.value))
         tiered = [self.tiers is not None and segment.kind == VISION for segment in self.segments]
@@ -301,10 +306,11 @@ class Call:
         streams, read = (segment.key, segment.value), self.tiers if segment.kind == VISION else None
         if latents is None:
             as_is = [kept_as_is(stream, self.kv_heads) for stream in streams]
-            return Segment(as_is[0], as_is[1], positions, read=read)
+            return Segment(as_is[0], as_is[1], positions, read=read, next_batch=next_batch(positions))
         codes = [codes_of(stream) for stream in streams]
         scales = [stream.scale.contiguous() if stream.scale.numel() else None for stream in streams]
-        return Segment(codes[0], codes[1], positions, scales[0], scales[1], latents.query, latents.part, read)
+        (key, value), (key_scale, value_scale), part = codes, scales, latents.part
+        return Segment(key, value, positions, key_scale, value_scale, latents.query, part, read, next_batch(positions))
 
     def merge(self) -> Tensor:
         """The output `[B, H_q, rows, D]`, out of all splits."""

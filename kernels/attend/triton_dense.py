@@ -80,7 +80,7 @@ def dense_range(
         slot = start + tl.arange(0, BLOCK)
         inside = slot < end
         if KIND == BY_INDEX:
-            position = tl.load(segment.positions + b * slots + slot, mask=inside, other=-1)
+            position = tl.load(segment.positions + b * segment.next_batch * slots + slot, mask=inside, other=-1)
             occupied = (position >= 0) & (position < tl.minimum(packed, before))
         elif KIND == BY_RING:
             # the remainder is taken of a number >= 0, where compiled code and Python agree

@@ -6,10 +6,9 @@ import triton.language as tl
 from apack_compile.kernels.attend.triton_arguments import Share, entry
 from apack_compile.kernels.attend.triton_dense import BY_INDEX, BY_RING, attend_dense
 from apack_compile.kernels.attend.triton_packed import attend_packed
+from apack_compile.kernels.state import MAX_SEGMENTS
 
-# Packed segments that there is room for. What grows with the cache is an argument for each of them: Triton compiles another kernel for
-# other numbers in a tuple.
-MAX_SEGMENTS = 3
+# What grows with the cache is an argument for each packed segment: Triton compiles another kernel for other numbers in a tuple.
 GROWS = [f"{name}_{i}" for name in ("splits", "slots", "anchors") for i in range(MAX_SEGMENTS)]
 
 
@@ -18,12 +17,18 @@ def attend_kernel(
     splits_0,
     splits_1,
     splits_2,
+    splits_3,
+    splits_4,
     slots_0,
     slots_1,
     slots_2,
+    slots_3,
+    slots_4,
     anchors_0,
     anchors_1,
     anchors_2,
+    anchors_3,
+    anchors_4,
     tail_splits,
     tail_slots,
     blocks,
@@ -70,9 +75,9 @@ def attend_kernel(
     work = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     splits, slots, anchors = (
-        (splits_0, splits_1, splits_2),
-        (slots_0, slots_1, slots_2),
-        (anchors_0, anchors_1, anchors_2),
+        (splits_0, splits_1, splits_2, splits_3, splits_4),
+        (slots_0, slots_1, slots_2, slots_3, slots_4),
+        (anchors_0, anchors_1, anchors_2, anchors_3, anchors_4),
     )
     group_tiles, head_tiles = tl.cdiv(sizes.group_rows, GROUP_TILE), tl.cdiv(sizes.kv_rows, HEAD_TILE)
     # outputs over dense tokens lie in one tensor: the tail's, then those of the others in order; so do log-sum-exps, the packed ones

@@ -68,6 +68,7 @@ def project_segment(
     basis,
     out,
     rotations,
+    next_rotations,
     anchors,
     first_block,
     sizes,
@@ -119,7 +120,7 @@ def project_segment(
     if PAIRS > 0:
         first = load_channels(start_of, query.channel, row_ok, 0, PAIRS)
         second = load_channels(start_of, query.channel, row_ok, PAIRS, PAIRS)
-        turn = rotations + copy * 2 * PAIRS
+        turn = rotations + (b * next_rotations * anchors + anchor) * 2 * PAIRS
         cosine, sine = load_channels(turn, 1, row_ok, 0, PAIRS), load_channels(turn, 1, row_ok, PAIRS, PAIRS)
         tiles = tiles + (first * cosine + second * sine, second * cosine - first * sine)
     if 2 * PAIRS < HEAD_DIM:
@@ -180,13 +181,15 @@ def block_tiles(layout, blocks):
     return -(-column_blocks(layout) // blocks)
 
 
-@triton.jit(do_not_specialize=["anchors_0", "anchors_1", "anchors_2"])
+@triton.jit(do_not_specialize=[f"anchors_{i}" for i in range(5)])
 def project_kernel(
     query,
     segments,
     anchors_0,
     anchors_1,
     anchors_2,
+    anchors_3,
+    anchors_4,
     sizes,
     batch,
     scale,
@@ -203,14 +206,14 @@ def project_kernel(
     tile = tl.program_id(2)
     first_row = tl.program_id(0) * ROW_TILE
     rows = sizes.kv_rows * batch if FOLD else sizes.kv_rows
-    anchors = anchors_0, anchors_1, anchors_2
+    anchors = anchors_0, anchors_1, anchors_2, anchors_3, anchors_4
     for i in tl.static_range(len(LAYOUTS)):
         if tile < block_tiles(entry(LAYOUTS, i), BLOCKS):
             if first_row < rows * anchors[i]:
                 # fmt: off
                 project_segment(
-                    query, segments[i].basis, segments[i].latent, segments[i].rotations, anchors[i], tile * BLOCKS, sizes, batch, scale,
-                    entry(LAYOUTS, i), PAIRS[i], FOLD, HEAD_DIM, ROW_TILE, BLOCKS,
+                    query, segments[i].basis, segments[i].latent, segments[i].rotations, segments[i].next_batch, anchors[i],
+                    tile * BLOCKS, sizes, batch, scale, entry(LAYOUTS, i), PAIRS[i], FOLD, HEAD_DIM, ROW_TILE, BLOCKS,
                 )
                 # fmt: on
             return
@@ -244,12 +247,14 @@ def merge_segment(
             tl.store(segment.out.scale + at_row, tl.sum(shares, 0))
 
 
-@triton.jit(do_not_specialize=["splits_0", "splits_1", "splits_2", "splits_3"])
+@triton.jit(do_not_specialize=[f"splits_{i}" for i in range(6)])
 def merge_kernel(
     splits_0,
     splits_1,
     splits_2,
     splits_3,
+    splits_4,
+    splits_5,
     lse,
     segments,
     row_lse,
@@ -266,8 +271,8 @@ def merge_kernel(
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(2)
     split = tl.arange(0, SPLITS)
-    splits = splits_0, splits_1, splits_2, splits_3
-    all_splits = splits_0 + splits_1 + splits_2 + splits_3
+    splits = splits_0, splits_1, splits_2, splits_3, splits_4, splits_5
+    all_splits = splits_0 + splits_1 + splits_2 + splits_3 + splits_4 + splits_5
     at_lse = lse + (b * all_splits + split) * all_rows + row
     own = tl.load(at_lse, mask=split < all_splits, other=float("-inf"))
     top = tl.max(own, 0)

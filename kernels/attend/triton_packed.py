@@ -153,12 +153,13 @@ def attend_packed(
     if segment.read is not None:
         full = tl.load(segment.read + 2 * b)
         end = tl.minimum(end, tl.load(segment.read + 2 * b + 1))
-    first_token = (b * sizes.groups + unit) * share.slots
+    stored = b * segment.next_batch
+    first_token = (stored * sizes.groups + unit) * share.slots
     for start in range(split * share.blocks * BLOCK, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < end
         token = first_token + start
-        position = tl.load(segment.positions + b * share.slots + slot, mask=inside, other=-1)
+        position = tl.load(segment.positions + stored * share.slots + slot, mask=inside, other=-1)
         occupied = (position >= 0) & (position < stored_end)
         if FIRST_PASS:
             if ANCHOR_SLOTS > 0:

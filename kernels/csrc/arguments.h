@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int MAX_PACKED = 3;
+constexpr int MAX_PACKED = 5;
 
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, UINT8 = 3 };
 
@@ -27,8 +27,9 @@ struct Source {
     int64_t basis_dtype, basis_batch, bands[BANDS];
 };
 
+// batch: rows of positions and of token scales; where it is 1, all sequences share them, and the strides of the batch are 0.
 struct Segment {
-    int64_t slots;
+    int64_t slots, batch;
     const int32_t *positions;
     Source key, value;
 };
@@ -44,14 +45,16 @@ struct Importance {
     double keep, add;
 };
 
-// How the keys of each block of slots were rotated back: cosine and sine of every pair, [B][blocks][2][pairs]; null for not rotated.
+// How the keys of each block of slots were rotated back: cosine and sine of every pair, [batch][blocks][2][pairs]; null for not rotated.
 struct Rotations {
     const float *data;
-    int64_t blocks, pairs, block;
+    int64_t batch, blocks, pairs, block;
 };
 
 // Cosine and sine of a slot's block.
-inline const float *rotation_of(const Rotations &t, int64_t b, int64_t slot) { return t.data + (b * t.blocks + slot / t.block) * 2 * t.pairs; }
+inline const float *rotation_of(const Rotations &t, int64_t b, int64_t slot) {
+    return t.data + ((t.batch == 1 ? 0 : b) * t.blocks + slot / t.block) * 2 * t.pairs;
+}
 
 // A row's leading 2 pairs rotated by one block's cosine and sine.
 inline void rotation_forward(float *row, const float *rotation, int64_t pairs) {

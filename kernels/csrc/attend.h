@@ -16,24 +16,24 @@ constexpr int PIECE = 512;  // slots of a task that does little for each
 
 inline void run_part(const Work &w, const Item &item, int segment, int begin, int end, const Local &local) {
     const Attend &a = *w.a;
-    int kind = kind_of(segment), M = heads_per_group(w, kind) * w.R;
+    int kind = kind_of(segment), M = heads_per_group(w, kind) * item.rows;
     bool packed = is_packed(w.segments[segment].key);
     int columns = packed ? w.key[kind - 1].count : 0, ahead = packed ? w.ahead[kind - 1] : 0;
     Latents latents = {}, rotated = {};
     if (packed && !ahead) {
-        int64_t row = (int64_t)item.b * a.heads * w.R + item.group * M;
+        int64_t row = row_of_all(w, kind, item.b, item.group * heads_per_group(w, kind));
         latents = latents_of(w, kind, w.latent[kind - 1] + row * columns, w.offset[kind - 1] + row, M, local);
     }
     const int64_t key_block = ahead ? a.rotations[segment - 1].block : 0;
     int64_t known = 0, end_known = 0;  // blocks of relative keys whose latents are there
-    Slots slots;
+    BlockSlots slots;
     int tokens;
     for (int token = begin; token < end; token += tokens) {
         tokens = end - token < BLOCK ? end - token : BLOCK;
         if (segment == VISION && a.tiers && token < a.tiers[2 * item.b] && a.tiers[2 * item.b] < token + tokens)
             tokens = a.tiers[2 * item.b] - token;
         if (ahead && token % key_block + tokens > key_block) tokens = (int)(key_block - token % key_block);
-        if (!read_slots(w, item, segment, token, tokens, slots)) {
+        if (!read_slots(w, item, segment, token, tokens, local.slots, slots)) {
             hide_block(w, item, segment, token, tokens);
             continue;
         }
@@ -54,7 +54,7 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
 }
 
 inline void run_item(const Work &w, const Item &item, const Local &local) {
-    int M = heads_per_group(w, item.segment) * w.R;
+    int M = heads_per_group(w, item.segment) * item.rows;
     for (int m = 0; m < M; ++m) item.top[m] = -INFINITY, item.total[m] = 0;
     memset(item.sums, 0, (size_t)M * w.width[item.segment] * sizeof(float));
     if (item.segment != 0) return run_part(w, item, item.segment, item.begin, item.end, local);
@@ -72,8 +72,8 @@ __attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t hea
     int at[KINDS];
     for (int kind = 0; kind < KINDS; ++kind) {
         int per_group = heads_per_group(w, kind), groups = (int)a.heads / per_group;
-        items[kind] = w.items + w.first_item[kind] + (b * groups + head / per_group) * w.parts[kind];
-        at[kind] = (int)(head % per_group) * R;
+        items[kind] = w.items + w.first_item[kind] + (b / w.together[kind] * groups + head / per_group) * w.parts[kind];
+        at[kind] = row_in_item(w, kind, b, head);
     }
     for (int m = 0; m < R; ++m) {
         top[m] = -INFINITY;
@@ -168,7 +168,7 @@ inline int64_t pieces_of(int used) { return (used + PIECE - 1) / PIECE; }
 inline void order_items(const Work &w) {
     int64_t at[KINDS] = {}, count[KINDS];
     for (int kind = 0; kind < KINDS; ++kind)
-        count[kind] = w.a->batch * (w.a->heads / heads_per_group(w, kind)) * w.parts[kind];
+        count[kind] = sets_of(w, kind) * (w.a->heads / heads_per_group(w, kind)) * w.parts[kind];
     for (int i = 0; i < w.item_count; ++i) {
         int next = -1;
         for (int kind = 0; kind < KINDS; ++kind)

@@ -6,13 +6,21 @@
 
 namespace {
 
+// Scores of the rows of an item's head h against keys that are kept as they are.
+inline void score_head(const Work &w, const Item &item, int h, int head, const float *rows, int64_t stride, int tokens, float *score) {
+    int D = (int)w.a->head_dim;
+    for (int c = 0; c < item.sequences; ++c) {
+        const float *query = w.query + ((item.b + c) * w.a->heads + head) * w.R * D;
+        dots(query, D, w.R, rows, stride, tokens, D, score + ((int64_t)h * item.rows + c * w.R) * BLOCK, BLOCK, false);
+    }
+}
+
 // Scores of one block against keys; packed ones by the group's latents.
 __attribute__((noinline)) void score_block(const Work &w, const Item &item, int segment, int token, int tokens,
                                            const Latents &latents, const Local &local) {
     const Attend &a = *w.a;
     const Segment &s = w.segments[segment];
-    int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.head_dim;
-    int64_t first_head = (int64_t)item.b * a.heads + item.group * per_group;
+    int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * item.rows, D = (int)a.head_dim;
     if (is_packed(s.key)) {
         Packed keys = packed_of(s.key, a.batch, item.b, item.group, s.slots, w.key[kind - 1].bytes);
         score_packed(keys, w.key[kind - 1], latents, M, token, tokens, local);
@@ -20,19 +28,16 @@ __attribute__((noinline)) void score_block(const Work &w, const Item &item, int 
         return;
     }
     for (int h = 0; h < per_group; ++h) {
-        const float *query = w.query + (first_head + h) * w.R * D;
-        float *score = local.score + (int64_t)h * w.R * BLOCK;
         int head = item.group * per_group + h, source_heads = (int)(a.heads / s.key.groups), step = TILE / D & ~3;
         if (s.key.dtype == FLOAT32) {
-            const float *row = (const float *)dense_row(s.key, item.b, head, token, source_heads, D);
-            dots(query, D, w.R, row, s.key.token_stride, tokens, D, score, BLOCK, false);
+            score_head(w, item, h, head, (const float *)dense_row(s.key, item.b, head, token, source_heads, D), s.key.token_stride, tokens, local.score);
             continue;
         }
         for (int t = 0; t < tokens; t += step) {
             int n = tokens - t < step ? tokens - t : step;
             for (int i = 0; i < n; ++i)
                 convert_row(local.tile + i * D, dense_row(s.key, item.b, head, token + t + i, source_heads, D), s.key.dtype, D);
-            dots(query, D, w.R, local.tile, D, n, D, score + t, BLOCK, false);
+            score_head(w, item, h, head, local.tile, D, n, local.score + t);
         }
     }
 }
@@ -50,21 +55,24 @@ inline void keep_newest(const Work &w, const Item &item, int segment, int m, con
 // Adds what a mask has for one row to its scores; -inf where it hides a slot, or where one comes later.
 inline void mask_row(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int tokens, bool causal) {
     const Attend &a = *w.a;
-    const int head = item.group * heads_per_group(w, kind_of(segment)) + m / w.R, i = m % w.R, row = i % (int)a.rows;
+    const int head = item.group * heads_per_group(w, kind_of(segment)) + m / item.rows, i = m % w.R, row = i % (int)a.rows;
+    const int64_t b = item.b + m / w.R % item.sequences;
     for (int t = 0; t < tokens; ++t) {
         bool out = causal && t > row;
-        if (!causal && slots.holds[t] > 0) score[t] += mask_at(a, item.b, head * w.share + i / a.rows, row, slots.position[t], out);
+        if (!causal && slots.holds[t] > 0) score[t] += mask_at(a, b, head * w.share + i / a.rows, row, slots.position[t], out);
         if (out) score[t] = -INFINITY;
     }
 }
 
 // Scores of one row with its offset and mask, -inf where a slot is not read; returns the largest score so far.
-inline float complete_scores(const Work &w, const Item &item, int segment, int m, float *score, const Slots &slots, int token, int tokens, float offset_of_row) {
+inline float complete_scores(const Work &w, const Item &item, int segment, int m, float *score, const BlockSlots &block, int token, int tokens,
+                             float offset_of_row) {
     const Attend &a = *w.a;
+    const Slots &slots = block.of[m / w.R % item.sequences];
     const bool causal = segment == NEW && !a.mask && a.rows == a.new_tokens;
     const Vec offset = broadcast(offset_of_row), hidden = broadcast(-INFINITY);
     for (int t = 0; t < BLOCK; t += LANES) {
-        Vec x = fma(load(score + t), load(slots.key_scale + t), add(offset, load(slots.added + t)));
+        Vec x = fma(load(score + t), load(block.key_scale + t), add(offset, load(slots.added + t)));
         store(score + t, select_positive(load(slots.holds + t), x, hidden));
     }
     if (causal || (a.mask && !mask_is_shared(a))) mask_row(w, item, segment, m, score, slots, tokens, causal);
@@ -77,17 +85,18 @@ inline float complete_scores(const Work &w, const Item &item, int segment, int m
 
 // Scores become weights relative to the largest so far, times the values' scales; what was summed before is scaled to it. Row by row in
 // each step, so that rows do not wait for one another's reductions.
-__attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int M, const Local &local, const Slots &slots, int token,
+__attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int segment, int M, const Local &local, const BlockSlots &slots, int token,
                                             int tokens, const float *offsets, int width) {
     for (int m = 0; m < M; ++m)
         local.best[m] = complete_scores(w, item, segment, m, local.score + m * BLOCK, slots, token, tokens, offsets ? offsets[m] : 0);
     for (int m = 0; m < M; ++m) {
         float *score = local.score + m * BLOCK;
+        const float *holds = slots.of[m / w.R % item.sequences].holds;
         Vec minus = broadcast(local.best[m] == -INFINITY ? 0 : -local.best[m]), total = zero(), most = zero();
         for (int t = 0; t < BLOCK; t += LANES) {
             Vec weight = exp_of(add(load(score + t), minus));
             total = add(total, weight);
-            weight = select_positive(load(slots.holds + t), scaled(weight, load(slots.value_scale + t)), zero());
+            weight = select_positive(load(holds + t), scaled(weight, load(slots.value_scale + t)), zero());
             most = maximum(most, weight);
             store(score + t, weight);
         }
@@ -114,10 +123,10 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
 #endif
 }
 
-__attribute__((noinline)) void sum_values(const Work &w, const Item &item, int segment, int token, int tokens, const Slots &slots, const Local &local) {
+__attribute__((noinline)) void sum_values(const Work &w, const Item &item, int segment, int token, int tokens, const BlockSlots &slots, const Local &local) {
     const Attend &a = *w.a;
     const Segment &s = w.segments[segment];
-    int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * w.R, D = (int)a.value_dim;
+    int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * item.rows, D = (int)a.value_dim;
     if (is_packed(s.value)) {
         bool partial = segment == VISION && a.tiers && token >= a.tiers[2 * item.b];
         // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
@@ -127,8 +136,8 @@ __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int s
     }
     for (int h = 0; h < per_group; ++h) {
         int head = item.group * per_group + h, source_heads = (int)(a.heads / s.value.groups), step = TILE / D;
-        const float *weight = local.score + (int64_t)h * w.R * BLOCK;
-        float *sums = item.sums + (int64_t)h * w.R * D;
+        const float *weight = local.score + (int64_t)h * item.rows * BLOCK;
+        float *sums = item.sums + (int64_t)h * item.rows * D;
         bool direct = s.value.dtype == FLOAT32 && slots.all;
         for (int t = 0; t < tokens; t += direct ? tokens : step) {
             const float *rows = (const float *)dense_row(s.value, item.b, head, token + t, source_heads, D);
@@ -143,7 +152,7 @@ __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int s
                 rows = local.tile;
                 stride = D;
             }
-            weigh(weight + t, BLOCK, w.R, rows, stride, D, n, sums, D);
+            weigh(weight + t, BLOCK, item.rows, rows, stride, D, n, sums, D);
         }
     }
 }

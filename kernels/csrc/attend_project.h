@@ -69,9 +69,9 @@ __attribute__((noinline)) void project_queries(const Work &w, int kind, int64_t 
     const Source &s = w.segments[kind].key;
     const Columns &columns = w.key[kind - 1];
     int D = (int)a.head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
-    int64_t group = head / per_group, W = per_group * D, row = (b * a.heads + head) * w.R;
+    int64_t group = head / per_group, W = per_group * D, row = row_of_all(w, kind, b, head);
     int64_t at = basis_at(s, b, group), inside = head % per_group * D;
-    const float *query = w.query + row * D;
+    const float *query = w.query + (b * a.heads + head) * w.R * D;
     float *latent = w.latent[kind - 1] + row * columns.count, *offset = w.offset[kind - 1] + row;
     const int most = TILE / round_up(D, LANES) & ~3;
     for (const Band &band : columns.band) {
@@ -96,7 +96,7 @@ __attribute__((noinline)) void project_queries(const Work &w, int kind, int64_t 
 __attribute__((noinline)) void project_rotated_rows(const Work &w, const Item &item, int segment, int rotations, const Rotating &over, const Local &local) {
     const Source &s = w.segments[segment].key;
     const Columns &columns = w.key[segment - 1];
-    int D = (int)w.a->head_dim, per_group = heads_per_group(w, segment), M = per_group * w.R, r = components_of(s);
+    int D = (int)w.a->head_dim, per_group = heads_per_group(w, segment), R = item.rows, M = per_group * R, r = components_of(s);
     int64_t W = (int64_t)per_group * D, basis = basis_at(s, item.b, item.group), step = (int64_t)M * columns.count;
     for (const Band &band : columns.band) {
         for (int c = 0; c < band.count; c += 4) {
@@ -112,14 +112,14 @@ __attribute__((noinline)) void project_rotated_rows(const Work &w, const Item &i
                     for (int i = AHEAD; i < AHEAD + 4 && c + i < band.count; ++i) prefetch((const float *)((const uint16_t *)s.decoder + from + i * W), D / 2);
                     for (int i = 0; i < n; ++i) convert_row(local.tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
                 }
-                const float *queries = local.rotated + (int64_t)h * rotations * w.R * D, *at[4];
+                const float *queries = local.rotated + (int64_t)h * rotations * R * D, *at[4];
                 four_rows(rows, stride, n, 0, at);
-                float *latent = local.latent + (int64_t)h * w.R * columns.count + band.column + c;
-                auto place = [&](int m) { return latent + m / w.R * step + (int64_t)(m % w.R) * columns.count; };
+                float *latent = local.latent + (int64_t)h * R * columns.count + band.column + c;
+                auto place = [&](int m) { return latent + m / R * step + (int64_t)(m % R) * columns.count; };
                 const bool still = over.still.count;
-                if (still) dot_rows(queries, D, w.R, at, over.still, false, place);
-                for (int m = w.R; still && m < rotations * w.R; ++m) memcpy(place(m), place(m % w.R), 4 * sizeof(float));
-                dot_rows(queries, D, rotations * w.R, at, over.moving, still, place);
+                if (still) dot_rows(queries, D, R, at, over.still, false, place);
+                for (int m = R; still && m < rotations * R; ++m) memcpy(place(m), place(m % R), 4 * sizeof(float));
+                dot_rows(queries, D, rotations * R, at, over.moving, still, place);
             }
         }
         for (int m = 0; m < rotations * M; ++m)
@@ -156,7 +156,7 @@ __attribute__((noinline)) void transpose_decoder(const Work &w, int kind, int64_
 template <typename Kind>
 __attribute__((noinline)) void project_transposed(const Work &w, const Item &item, int segment, int rotations, const Rotating &over, const Local &local) {
     typedef const typename Kind::Number *Numbers;
-    const int columns = w.key[segment - 1].count, D = (int)w.a->head_dim, per_group = heads_per_group(w, segment), R = w.R;
+    const int columns = w.key[segment - 1].count, D = (int)w.a->head_dim, per_group = heads_per_group(w, segment), R = item.rows;
     const int64_t rotation_step = (int64_t)per_group * R * columns, basis = w.segments[segment].key.basis_batch == 1 ? 0 : item.b;
     const size_t size = (size_t)R * columns * sizeof(float);
     for (int h = 0; h < per_group; ++h) {
@@ -182,17 +182,17 @@ __attribute__((noinline)) void project_rotated(const Work &w, const Item &item, 
     const Attend &a = *w.a;
     const Source &s = w.segments[segment].key;
     const Rotations &rotations = a.rotations[segment - 1];
-    int D = (int)a.head_dim, per_group = heads_per_group(w, segment), M = per_group * w.R;
-    int64_t size = w.R * a.head_dim, at = basis_at(s, item.b, item.group);
+    int D = (int)a.head_dim, per_group = heads_per_group(w, segment), R = item.rows, M = per_group * R;
+    int64_t size = R * a.head_dim, own = w.R * a.head_dim, at = basis_at(s, item.b, item.group);
     for (int h = 0; h < per_group; ++h) {
-        const float *query = w.query + (item.b * a.heads + item.group * per_group + h) * size;
+        const float *query = w.query + (item.b * a.heads + item.group * per_group + h) * own;
         const float *mean = basis_row(s, s.mean, (at * per_group + h) * D, D, local.tile);
         for (int k = 0; k < count; ++k) {
             float *rows = local.rotated + ((int64_t)h * count + k) * size;
-            memcpy(rows, query, size * sizeof(float));
+            for (int c = 0; c < item.sequences; ++c) memcpy(rows + c * own, query + c * a.heads * own, own * sizeof(float));
             const float *rotation = rotation_of(rotations, item.b, (first + k) * rotations.block);
-            for (int i = 0; i < w.R; ++i) rotate_back(rows + i * D, rotation, rotations.pairs);
-            mean_scores(rows, w.R, D, mean, local.offset + k * M + h * w.R);
+            for (int i = 0; i < R; ++i) rotate_back(rows + i * D, rotation, rotations.pairs);
+            mean_scores(rows, R, D, mean, local.offset + k * M + h * R);
 #if defined(APACK_VNNI)
             // in place: what is written was read
             for (int64_t d = 0; w.pairs[segment - 1] && d < size; d += 2 * LANES) store(rows + d / D * D + d % D / 2, Pairs::numbers(rows + d, broadcast(1.0f)));

@@ -5,13 +5,6 @@
 
 namespace {
 
-// What all heads of a block share: whether a slot is read, what is added to its score, the scales of its key and value.
-struct Slots {
-    float holds[BLOCK], added[BLOCK], key_scale[BLOCK], value_scale[BLOCK];
-    const int32_t *position;
-    bool all;
-};
-
 inline float mask_at(const Attend &a, int64_t b, int64_t head, int64_t row, int64_t position, bool &hidden) {
     int64_t column = position < a.mask_length ? position : a.mask_length - 1;
     int64_t at = b * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2] + column;
@@ -36,7 +29,7 @@ __attribute__((noinline)) void find_slots(const Work &w, int segment, int64_t b,
     if (segment == TAIL || segment == NEW) {
         for (int t = 0; t < end; ++t) position[t] = (int32_t)position_of(w, segment, b, begin + t);
     } else {
-        const int32_t *stored = s.positions + b * s.slots + begin, most = (int32_t)stored_end(a.cursor, a.new_tokens);
+        const int32_t *stored = s.positions + stored_row(s, b) * s.slots + begin, most = (int32_t)stored_end(a.cursor, a.new_tokens);
         int read = segment == VISION && a.tiers ? a.tiers[2 * b + 1] - begin : BLOCK;
         for (int t = 0; t < end; ++t) position[t] = stored[t] < most && t < read ? stored[t] : -1;
     }
@@ -55,14 +48,20 @@ __attribute__((noinline)) void find_slots(const Work &w, int segment, int64_t b,
 }
 
 // False where none of the block's slots is read.
-__attribute__((noinline)) bool read_slots(const Work &w, const Item &item, int segment, int token, int tokens, Slots &slots) {
+__attribute__((noinline)) bool read_slots(const Work &w, const Item &item, int segment, int token, int tokens, Slots *of, BlockSlots &slots) {
     const Segment &s = w.segments[segment];
-    int64_t at = (int64_t)item.b * round_up(w.used[segment], BLOCK) + token;
     memset(slots.holds, 0, sizeof slots.holds);
-    memcpy(slots.holds, w.holds[segment] + at, tokens * sizeof(float));
-    memcpy(slots.added, w.added[segment] + at, tokens * sizeof(float));
-    memset(slots.added + tokens, 0, (BLOCK - tokens) * sizeof(float));
-    slots.position = w.position[segment] + at;
+    for (int c = 0; c < item.sequences; ++c) {
+        Slots &own = of[c];
+        int64_t at = (int64_t)(item.b + c) * round_up(w.used[segment], BLOCK) + token;
+        memset(own.holds, 0, sizeof own.holds);
+        memcpy(own.holds, w.holds[segment] + at, tokens * sizeof(float));
+        memcpy(own.added, w.added[segment] + at, tokens * sizeof(float));
+        memset(own.added + tokens, 0, (BLOCK - tokens) * sizeof(float));
+        own.position = w.position[segment] + at;
+        for (int t = 0; t < BLOCK; t += LANES) store(slots.holds + t, maximum(load(slots.holds + t), load(own.holds + t)));
+    }
+    slots.of = of;
     Vec ones = zero();
     for (int t = 0; t < BLOCK; t += LANES) ones = add(ones, load(slots.holds + t));
     float held = sum(ones);
@@ -73,7 +72,7 @@ __attribute__((noinline)) bool read_slots(const Work &w, const Item &item, int s
     for (int i = 0; i < 2; ++i) {
         const Source &source = *sources[i];
         bool scaled = is_packed(source) && source.scale;
-        if (scaled) convert_row(scales[i], source.scale + (item.b * source.groups + item.group) * s.slots + token, FLOAT16, tokens);
+        if (scaled) convert_row(scales[i], source.scale + (stored_row(s, item.b) * source.groups + item.group) * s.slots + token, FLOAT16, tokens);
         for (int t = scaled ? tokens : 0; t < BLOCK; ++t) scales[i][t] = 1;
     }
     return true;

@@ -16,6 +16,9 @@ inline const void *dense_row(const Source &s, int64_t b, int64_t head, int64_t t
     return (const char *)s.data + at * element_bytes(s.dtype);
 }
 
+// The row of a sequence's positions and token scales.
+inline int64_t stored_row(const Segment &s, int64_t b) { return s.batch == 1 ? 0 : b; }
+
 // The basis of a sequence's head group.
 inline int64_t basis_at(const Source &s, int64_t b, int64_t group) { return (s.basis_batch == 1 ? 0 : b) * s.groups + group; }
 

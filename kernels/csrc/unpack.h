@@ -48,7 +48,7 @@ inline int64_t held_position(const Unpacking &w, int segment, int64_t b, int64_t
     const Unpack &u = *w.u;
     const Segment &s = w.segments[segment];
     if (segment == TAIL) return tail_position(u.cursor, u.new_tokens, s.slots, slot);
-    int32_t position = s.positions[b * s.slots + slot];
+    int32_t position = s.positions[stored_row(s, b) * s.slots + slot];
     return position < stored_end(u.cursor, u.new_tokens) ? position : -1;
 }
 
@@ -147,7 +147,7 @@ inline void decode_slots(const Unpacking &w, int stream, int segment, int64_t b,
         for (int t = 0; t <= last; ++t) {
             if (positions[t] < 0) continue;
             float *row = d.rows + (int64_t)t * padded;
-            float scale = s.scale ? half_to_float(s.scale[(b * s.groups + group) * slots + token + t]) : 1;
+            float scale = s.scale ? half_to_float(s.scale[(stored_row(w.segments[segment], b) * s.groups + group) * slots + token + t]) : 1;
             for (int i = 0; i < D; ++i) row[i] = row[i] * scale + mean[i];
             if (rotated) rotation_forward(row, rotation_of(rotations, b, token + t), rotations.pairs);
             write_row(w, stream, b, head, positions[t], row, d);

@@ -53,12 +53,12 @@ def _restore(new: Tensor, segments: list[Tensor], held: PackedState, tokens: int
     cursor = held.cursor
     batch, heads, new_tokens, head_dim = new.shape
     out = new.new_zeros(batch, heads, tokens + 1, head_dim)
-    stored = (held.first_positions, *(s.positions for s in held.segments))
+    stored = [p.expand(batch, -1) for p in (held.first_positions, *(s.positions for s in held.segments))]
     where = [torch.where(stored_before(p, cursor, new_tokens), p, tokens) for p in stored]
     ring = tail_positions(held.tail.slots, cursor)
     where.append(torch.where(ring < cursor[HELD] - new_tokens, ring, tokens).expand(batch, -1))
     for segment, position in zip(segments, where, strict=True):
-        index = position.long()[:, None, :, None].expand_as(segment)
-        out.scatter_(2, index, segment.to(out.dtype))
+        states = segment.to(out.dtype).expand(batch, -1, -1, -1)
+        out.scatter_(2, position.long()[:, None, :, None].expand_as(states), states)
     newest = cursor[HELD] - new_tokens + torch.arange(new_tokens, device=new.device)
     return out[:, :, :tokens].index_copy(2, newest, new)

@@ -260,7 +260,7 @@ WRONG_LISTS = {
     ),
     "an integer less": (
         lambda state, layout: (state, layout[:-1]),
-        "layout: 20 integers must be one of .12, 21, 30., for one to three",
+        "layout: 20 integers must be one of .12, 21, 30, 39, 48., for one to 5",
     ),
     "no segment": (lambda state, layout: (state[:6], layout[:3]), "layout: 3 integers must be one of"),
     "text before vision": (
