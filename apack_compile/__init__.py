@@ -7,11 +7,23 @@ from apack_compile.supported_versions import SUPPORTED, check_versions, missing
 from apack_compile.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from apack_compile.api import calibrate, largest_batch, new_cache, optimize, plan_for, report, restore
+    from apack_compile.api import (
+        calibrate,
+        largest_batch,
+        load_prefix,
+        new_cache,
+        optimize,
+        plan_for,
+        read,
+        report,
+        restore,
+    )
     from apack_compile.backend.graph_log import GraphLog
     from apack_compile.backend.graph_report import GraphReport
     from apack_compile.cache.cache import CompactedCache
     from apack_compile.config import AttentionPackConfig
+    from apack_compile.generate.prefix import Prefix
+    from apack_compile.generate.prefix_store import PrefixStore
     from apack_compile.generate.reporting import Report
     from apack_compile.plan.plan import Plan
     from apack_compile.plan.presets import *  # noqa: F403
@@ -24,12 +36,16 @@ _HOME = {
     "GraphLog": "backend.graph_log",
     "GraphReport": "backend.graph_report",
     "Plan": "plan.plan",
+    "Prefix": "generate.prefix",
+    "PrefixStore": "generate.prefix_store",
     "Report": "generate.reporting",
     "calibrate": "api",
     "largest_batch": "api",
+    "load_prefix": "api",
     "new_cache": "api",
     "optimize": "api",
     "plan_for": "api",
+    "read": "api",
     "report": "api",
     "restore": "api",
 }
@@ -41,12 +57,16 @@ __all__ = [
     "GraphLog",
     "GraphReport",
     "Plan",
+    "Prefix",
+    "PrefixStore",
     "Report",
     "calibrate",
     "largest_batch",
+    "load_prefix",
     "new_cache",
     "optimize",
     "plan_for",
+    "read",
     "report",
     "restore",
 ]

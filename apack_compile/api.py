@@ -1,5 +1,6 @@
-"""optimize, restore, calibrate, plan_for, new_cache, largest_batch, report."""
+"""optimize, restore, calibrate, plan_for, new_cache, largest_batch, read, load_prefix, report."""
 
+import os
 import types
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -20,6 +21,7 @@ from apack_compile.generate.decode_step import DecodeSteps
 from apack_compile.generate.generation import compiled_call, generate, is_packed_generate, keeping_the_cache
 from apack_compile.generate.hooks import install_hooks, watch_rotary
 from apack_compile.generate.new_session import new_session
+from apack_compile.generate.prefix import Prefix, load, read_prefix
 from apack_compile.generate.quantize import quantize_language_model
 from apack_compile.generate.reporting import Report, build_report
 from apack_compile.generate.session import ATTRIBUTE, DEFAULT_NEW_TOKENS, Session, session_of
@@ -189,6 +191,25 @@ def largest_batch(model: nn.Module, tokens: int, budget_bytes: int, vision_share
     if not isinstance(budget_bytes, int) or isinstance(budget_bytes, bool) or budget_bytes < 0:
         raise ValueError(f"budget_bytes={budget_bytes!r} must be an integer >= 0")
     return cache_bytes(model, session, tokens, float(vision_share)).requests_in(budget_bytes)
+
+
+def read(model: nn.Module, **inputs: Any) -> Prefix:
+    """Read one prompt, packed, to generate many continuations of it: its inputs, `input_ids` `[1, P]` with pictures and all.
+
+    Raises ValueError for a model that is not optimized, or whose preset lets no rows share tokens, and for inputs that are not one
+    prompt without padding.
+    """
+    model = unwrapped(model)
+    return read_prefix(model, _require_session(model), inputs)
+
+
+def load_prefix(model: nn.Module, path: str | os.PathLike) -> Prefix:
+    """The prefix that `Prefix.save` wrote, mapped into memory; nothing is encoded anew.
+
+    Raises FileNotFoundError, and ValueError for a file that is not a whole prefix, or one that another model, dtype or plan made.
+    """
+    model = unwrapped(model)
+    return load(model, _require_session(model), path)
 
 
 @overload

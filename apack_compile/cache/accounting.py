@@ -72,15 +72,17 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
     sequence_bytes: all that grows with requests: codes, scales, per-sequence bases, dense tokens, positions, coordinates, rotations.
     unpacked_bytes: of them, what is held as transformers has it. model_bytes: model-scoped bases, the rotation's tensors and a
     coarse rule's weights. captured: smallest share of a stream's variance that a shared basis kept (1 without any). ratio:
-    dense_bytes / sequence_bytes. parts: sequence_bytes by what they are for.
+    dense_bytes / sequence_bytes, of which a prefix that rows share is counted once. parts: sequence_bytes by what they are for.
     """
     packed = [layer for layer in cache.packed_layers if layer.is_initialized]
-    model = [tensor for plan in cache.groups.plans if plan is not None for tensor in shared_tensors(plan)]
+    plans = [*cache.groups.plans, *(group.index.prefix.plan for group in cache.groups if group.index.prefix)]
+    model = [tensor for plan in plans if plan is not None for tensor in shared_tensors(plan)]
     own = list(unpacked_tensors(cache))
     placed = [t for group in cache.groups for t in (*group.index.positions, *group.index.rotations)]
     known = [vars(group.index.coordinates) for group in cache.groups if group.index.coordinates is not None]
     parts: dict[str, list[Tensor]] = {
         "packed tokens and free slots": [],
+        "the prefix of all rows": [],
         "first and newest tokens, dense": [],
         "bases of these sequences": [],
         "positions, rotations and tiers": [*placed, *tensors_in(known), *tensors_in(cache.groups.history)],
@@ -94,6 +96,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
         widths = layer.num_heads * sum(states.shape[3] for states in (layer.first.key, layer.first.value))
         dense += layer.batch_size * seen_tokens(layer) * widths * DENSE_ELEMENT_BYTES
         parts["packed tokens and free slots"] += layer.packed_tensors()
+        parts["the prefix of all rows"] += layer.shared.tensors
         parts["first and newest tokens, dense"] += layer.dense_tensors()
         parts["bases of these sequences"] += [
             t for t in layer.basis_tensors() if t.untyped_storage().data_ptr() not in shared

@@ -13,7 +13,7 @@ from apack_compile.cache.first_choice import Floor
 from apack_compile.cache.layer_store import store
 from apack_compile.cache.layer_tiers import LayerTiers
 from apack_compile.cache.packed_pair import PackedPair
-from apack_compile.cache.shared_index import SharedIndex
+from apack_compile.cache.shared_index import SharedIndex, SharedTokens
 from apack_compile.cache.stored_states import StoredStep
 from apack_compile.cache.token_index import extended
 from apack_compile.kernels.cursor import HELD, ORIGIN, PACKED
@@ -40,6 +40,8 @@ class CompactedLayer(CacheLayerMixin):
         self.is_sliding = index.window is not None
         self.first: DenseSegment | None = None
         self.tail: DenseSegment | None = None
+        # Of a prefix that all rows share, as `first` then is too.
+        self.shared = SharedTokens()
         # The packed segments by name, in the operations' order.
         self.pairs: dict[str, PackedPair] = {}
         self.cursor: Tensor | None = None
@@ -165,7 +167,7 @@ class CompactedLayer(CacheLayerMixin):
             )
             if every or pair.kind == TEXT or pair.slots
         ]
-        return self._state(segments, positions[0], len(rotations) > 0, cursor)
+        return self._state([*self.shared.segments, *segments], positions[0], len(rotations) > 0, cursor)
 
     def _state(self, segments: list[Segment], first: Tensor, is_rotated: bool, cursor: Tensor) -> PackedState:
         rotation = self.index.plan.rotation
@@ -218,13 +220,20 @@ class CompactedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """What states `[B, H_kv, n, D]` say of those to come."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size, self.num_heads = key_states.shape[:2]
-        self.dense_dtype = self._dense_dtype(self.dtype)
-        # Models look at these to see whether a layer is filled; who would read numbers gets an error.
-        self.keys, self.values = self.index.chunk.offered
+        rows, heads = key_states.shape[:2]
+        self.hold(self.index.chunk.offered, rows, heads, key_states.dtype, key_states.device)
         if self.index.plan.tiers is not None and self.tiers is None:
             self.tiers = LayerTiers(self.index.plan.tiers, self.batch_size, self.device)
+
+    def hold(
+        self, offered: tuple[Tensor, Tensor], rows: int, heads: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """From now on, states of so many rows and heads; offered: K and V of no tokens."""
+        self.dtype, self.device = dtype, device
+        self.batch_size, self.num_heads = rows, heads
+        self.dense_dtype = self._dense_dtype(dtype)
+        # Models look at these to see whether a layer is filled; who would read numbers gets an error.
+        self.keys, self.values = offered
         self.is_initialized = True
 
     def follow_positions(self) -> None:
@@ -248,7 +257,7 @@ class CompactedLayer(CacheLayerMixin):
         self.mark_static()
 
     def packed_tensors(self) -> list[Tensor]:
-        """Codes and token scales."""
+        """Codes and token scales of its rows."""
         return [x for pair in self.pairs.values() for x in pair.tensors]
 
     def dense_tensors(self) -> list[Tensor]:
@@ -257,7 +266,8 @@ class CompactedLayer(CacheLayerMixin):
 
     def basis_tensors(self) -> list[Tensor]:
         """Bases, shared ones too."""
-        return [x for pair in self.pairs.values() for stream in pair.streams for x in stream.basis]
+        streams = [pair.streams for pair in self.pairs.values()] + [segment.streams for segment in self.shared.segments]
+        return [x for both in streams for stream in both for x in stream.basis]
 
     def mark_static(self) -> None:
         """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
@@ -272,6 +282,7 @@ class CompactedLayer(CacheLayerMixin):
         for tensor in own:
             if tensor.dim() > 1 and tensor.shape[1] > 2:
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        self.shared.mark_static()
         for tensor in (self.first.key, self.first.value, *packed):
             if tensor.dim() > 1 and tensor.shape[2] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
@@ -317,7 +328,7 @@ class CompactedLayer(CacheLayerMixin):
         """Forget every token."""
         self.first = self.tail = self.cursor = self.tiers = None
         self.origin = 0
-        self.pairs = {}
+        self.pairs, self.shared = {}, SharedTokens()
         self.own_positions, self.own_rotations = [], []
         self.fits, self.refitted = {}, {}
         self.is_initialized = False
@@ -334,12 +345,14 @@ class CompactedLayer(CacheLayerMixin):
         """Apply a change of the batch to every tensor that has a row per sequence."""
         own_bases = any(stream.scope == "sequence" for stream in self.index.plan.layers[self.layer_idx].streams)
         self.pairs = {name: pair.with_rows(change, own_bases) for name, pair in self.pairs.items()}
-        self.first, self.tail = (DenseSegment(change(x.key), change(x.value)) for x in (self.first, self.tail))
+        self.tail = DenseSegment(change(self.tail.key), change(self.tail.value))
+        if self.index.prefix is None:
+            self.first = DenseSegment(change(self.first.key), change(self.first.value))
         for tensors in (self.own_positions, self.own_rotations):
             tensors[:] = map(change, tensors)
         if self.tiers is not None:
             self.tiers.change_rows(change)
-        self.batch_size = self.first.key.shape[0]
+        self.batch_size = self.tail.key.shape[0]
 
     @property
     def has_evicted(self) -> bool:

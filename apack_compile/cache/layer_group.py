@@ -172,7 +172,7 @@ class LayerGroup:
             tokens = Chunk(vision, padding, packed)
             # a row whose first chunk was short, or mostly padding, still lacks first tokens
             found = (before.first >= 0).sum(1, keepdims=True) if held else 0
-            if self.window is not None and held >= self.window:
+            if index.prefix is not None or (self.window is not None and held >= self.window):
                 found = plan.first_tokens
             assignment = assign(tokens, plan.first_tokens - found, plan.tail_slots, drafted, self.window)
         self.floor = self._floor_after(end, drafted, assignment.recent, tokens.vision.shape[1])
@@ -192,7 +192,8 @@ class LayerGroup:
                 kept_slots(p, kept_here, 1)
                 for p, kept_here in zip(earlier[0], (earlier[0][0].shape[1], kept["vision"], kept["text"]), strict=True)
             ]
-            index.positions = [torch.cat(pair, 1) for pair in zip(old, index.positions, strict=True)]
+            both = zip(old, index.positions, strict=True)
+            index.positions = [torch.cat(pair, 1) if pair[1].shape[1] else pair[0] for pair in both]
         coarse = None
         if plan.coarse is not None:
             coarse = coarse_choice(
@@ -241,7 +242,8 @@ class LayerGroup:
         # a chunk that is all newest text has the slots behind those of the text before it, which can still be cropped
         goes_on = recent == tokens
         # tokens that no state from an earlier floor on needs may be gone
-        earlier = self.floor if goes_on or self.window is not None else 0
+        kept = 0 if self.index.prefix is None else self.index.prefix.tokens
+        earlier = self.floor if goes_on or self.window is not None else kept
         return max(end - (max(recent, drafted) if goes_on else recent), earlier)
 
     def _kept(self, before: "Before", used: int) -> dict[str, Kept]:
@@ -298,25 +300,25 @@ class LayerGroup:
         """
         if not self.reuses_slots:
             if (missing := self.missing(tokens)) > 0:
-                self._grow(max(missing, spare))
+                self.grow(max(missing, spare))
             return
         while (missing := self.missing(tokens)) > 0:
             slots = self.layers[0].text_slots
             if slots < self.ring_slots:
                 wanted = slots + max(missing, spare)
                 whole = max(self.ring_slots, whole_blocks(slots + missing, self.block))
-                self._grow((whole if wanted >= self.ring_slots else wanted) - slots)
+                self.grow((whole if wanted >= self.ring_slots else wanted) - slots)
             elif not self._reuse_block(settled):
                 self._straighten()
                 used = self.layers[0].text_slots
-                self._grow(whole_blocks(used + max(self.missing(tokens), spare), self.block) - used)
+                self.grow(whole_blocks(used + max(self.missing(tokens), spare), self.block) - used)
         layer = self.layers[0]
         end = layer.origin + layer.text_slots
         if self.index.assigned > end and layer.packed >= end:
             for layer in self.layers:
                 layer.move_origin(layer.origin + layer.text_slots)
 
-    def _grow(self, slots: int) -> None:
+    def grow(self, slots: int) -> None:
         """Add text slots for the positions to come."""
         index, layer = self.index, self.layers[0]
         end = layer.text_slots + layer.origin
@@ -386,9 +388,12 @@ class LayerGroup:
 
     def change_rows(self, change: Callable[[Tensor], Tensor], coordinates: TokenCoordinates) -> None:
         """Apply a change of the batch to every tensor that has a row per sequence; coordinates: these, changed."""
-        for tensors in (self.index.positions, self.index.rotations):
-            tensors[:] = map(change, tensors)
-        self.index.coordinates = coordinates
+        index = self.index
+        # rows share those of a prefix's first tokens
+        own = slice(0 if index.prefix is None else 1, None)
+        index.positions[own] = map(change, index.positions[own])
+        index.rotations[:] = map(change, index.rotations)
+        index.coordinates = coordinates
         for layer in self.layers:
             layer.change_rows(change)
             layer.mark_static()

@@ -28,7 +28,7 @@ class LayerGroups:
     source: gives the plans; None once it was asked. expected_tokens: to make room for. max_tokens: of a cache with room for all of
     them from the start. history: which tokens are vision and which padding, where bases are fitted to all of them. prompt_end: where
     generate's prompt ends, tokens from there on are generated or drafted, never pictures. recorded_from: while tokens may be cropped
-    again in any number, where none of those before it will be.
+    again in any number, where none of those before it will be. rope_deltas: what the model remembers of a prefix (coordinates.py).
     """
 
     def __init__(self, source: PlanSource, expected_tokens: int, max_tokens: int | None) -> None:
@@ -39,6 +39,7 @@ class LayerGroups:
         self.history: tuple[Tensor, Tensor] | None = None
         self.prompt_end: int | None = None
         self.recorded_from: int | None = None
+        self.rope_deltas: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[LayerGroup]:
         return iter(self._groups)
@@ -64,6 +65,11 @@ class LayerGroups:
     def floor(self) -> int:
         """First position that can still be cropped."""
         return max(group.floor for group in self)
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether rows share a prefix."""
+        return any(group.index.prefix is not None for group in self)
 
     @property
     def plans(self) -> tuple[Plan | None, ...]:
@@ -183,6 +189,14 @@ class LayerGroups:
             if not group.index.plan.per_request:
                 group.reserve(tokens, self._spare(held), self.settled(held, group.floor))
 
+    def make_room(self) -> None:
+        """Free slots for what follows a prefix: a compiled step takes none for a constant."""
+        held = self.held
+        for group in self:
+            group.index.capacity = max(group.index.capacity, self._capacity(held))
+            if group.index.prefix is not None:
+                group.grow(self._spare(held))
+
     def _pack_tails(self) -> None:
         """Lay out what is held anew, where bases are fitted to it."""
         layers = sorted((layer for group in self for layer in group.layers), key=lambda layer: layer.layer_idx)
@@ -226,6 +240,10 @@ class LayerGroups:
         croppable = held - self.floor
         if tokens > croppable:
             why = "" if held == croppable else ", the others are packed for good"
+            if self[0].index.prefix is not None and croppable == held - self[0].index.prefix.tokens:
+                raise ValueError(
+                    f"crop: cannot remove {tokens} of {held} tokens; only the newest {croppable} can go, the others are the prefix"
+                )
             if why and self.recorded_from is None:
                 why += "; call activate_past_recording() on the cache before the tokens that may have to go"
             raise ValueError(f"crop: cannot remove {tokens} of {held} tokens; only the newest {croppable} can go{why}")

@@ -34,7 +34,7 @@ class PackedPair:
     @property
     def tensors(self) -> list[Tensor]:
         """Codes and token scales."""
-        return [x for stream in self.streams for x in (stream.codes, stream.scale)]
+        return [x for stream in self.streams for x in stream.tokens]
 
     def with_stream(self, name: str, stream: PackedStream) -> "PackedPair":
         """The same pair with another key or value."""

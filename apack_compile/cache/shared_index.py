@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from apack_compile.cache.coarse_choice import CoarseChoice
 from apack_compile.cache.first_choice import FirstChoice
 from apack_compile.cache.token_index import Assignment, Chunk, Kept, Taken
 from apack_compile.kernels.format import StreamBasis
+from apack_compile.kernels.state import Segment
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.plan import Plan
 
@@ -25,6 +27,46 @@ class Incoming:
     vision: Tensor | None = None
     padding: Tensor | None = None
     shown: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """Packed tokens `[1, ...]` that all rows share; no copy of a cache has them twice, because nothing writes them."""
+
+    segments: tuple[Segment, ...] = ()
+
+    def __deepcopy__(self, memo: dict) -> "SharedTokens":
+        return self
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Codes and token scales, positions and rotations."""
+        return [x for x, _ in self._with_slots]
+
+    @property
+    def _with_slots(self) -> list[tuple[Tensor, int]]:
+        """The same, and the dimension of the slots."""
+        packed = [(x, 2) for s in self.segments for x in (*s.key.tokens, *s.value.tokens)]
+        placed = [(x, 1) for s in self.segments for x in (s.positions, s.rotations) if x is not None]
+        return packed + placed
+
+    def mark_static(self) -> None:
+        """Tell the compiler that these tensors keep their addresses, and that another prefix has another number of slots."""
+        for tensor, slots in self._with_slots:
+            torch._dynamo.mark_static_address(tensor, guard=False)
+            if tensor.dim() > slots and tensor.shape[slots] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, slots)
+
+
+@dataclass(frozen=True)
+class PrefixPlace:
+    """A prefix that all rows share: so many tokens, packed by this plan."""
+
+    tokens: int
+    plan: Plan
+
+    def __deepcopy__(self, memo: dict) -> "PrefixPlace":
+        return self
 
 
 @dataclass(frozen=True)
@@ -79,7 +121,8 @@ class SharedIndex:
     only appended. laid_out: tokens held after the last chunk that was, and the first position of the tail then; begun: the same before
     several tokens of a window are appended. budgets, choices: what the first layer that evicts leaves for the others. is_draft: whether
     all tokens of the chunk that came last may be cropped again. is_watched: whether a forward pass that runs eagerly is known to have
-    begun, so that its attentions can be served by `attend`.
+    begun, so that its attentions can be served by `attend`. prefix: what all rows share of a branch, which then has positions and
+    rotations of its own tokens alone; None for nothing.
     """
 
     window: int | None = None
@@ -97,6 +140,7 @@ class SharedIndex:
     choices: dict[tuple[str, int], FirstChoice] = field(default_factory=dict)
     is_draft: bool = False
     is_watched: bool = False
+    prefix: PrefixPlace | None = None
 
     def forget(self) -> None:
         """Everything but the window and the plan."""

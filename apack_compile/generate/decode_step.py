@@ -64,17 +64,18 @@ class DecodeSteps:
         cache = cache_of(args, kwargs)
         if not isinstance(cache, CompactedCache) or not cache.is_filled or tokens_of(model, args, kwargs) != 1:
             return model(*args, **kwargs)
-        step = self._step_for(cache.groups.plans)
+        step = self._step_for(cache.groups.plans, cache.groups.is_branch)
         seen, elsewhere = cache.eager_chunks, is_uncompiled()
         out = step(model, args, kwargs)
         if cache.eager_chunks != seen and not elsewhere:
             self._say_it_was_eager(cache)
         return out
 
-    def _step_for(self, plans: tuple[Plan, ...]) -> Callable:
+    def _step_for(self, plans: tuple[Plan, ...], is_branch: bool) -> Callable:
         last = self.last
         if last is None or len(last[0]) != len(plans) or any(a is not b for a, b in zip(last[0], plans, strict=True)):
-            shape = tuple(map(shape_of, plans))
+            # a branch's plan is its own object: it never is the last one of other caches
+            shape = is_branch, *map(shape_of, plans)
             if shape not in self.compiled:
                 # setdefault: another thread may have been faster
                 self.compiled.setdefault(shape, torch.compile(function_of_its_own(), **self.config.to_dict()))

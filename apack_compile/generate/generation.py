@@ -18,6 +18,7 @@ from apack_compile.generate.decode_step import why_not_compiled
 from apack_compile.generate.session import DEFAULT_NEW_TOKENS, Session, session_of
 from apack_compile.models.cache_argument import NAMES, OWN_NAME, cache_of, with_cache
 from apack_compile.models.continuous_batching import refuse_continuous_batching
+from apack_compile.models.coordinates import put_rope_deltas, rope_deltas_of
 from apack_compile.models.modality import padding_of, vision_of
 from apack_compile.models.offload import computing_device
 from apack_compile.models.wrappers import PreparedInputs, own_cache_of_adapter, prepares_otherwise
@@ -87,6 +88,7 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
         kwargs["compile_config"] = session.decode.config
     if plain is GenerationMixin.generate:
         cache.groups.prompt_end = prompt_end(kwargs, prompt, int(cache.get_seq_length()) if drafts else 0)
+    put_rope_deltas(model, cache.groups.rope_deltas)
     try:
         out = plain(model, *args, **kwargs)
     except BaseException:
@@ -98,6 +100,8 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
             # assisted decoding asks for it, and is over
             cache.deactivate_past_recording()
     say_what_was_left_out(session, cache, out if plain is GenerationMixin.generate else None, prompt)
+    if cache.groups.is_branch:
+        cache.groups.rope_deltas = rope_deltas_of(model)
     if cache.is_filled:
         session.last.remember(cache)
     return out

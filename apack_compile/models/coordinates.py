@@ -72,6 +72,20 @@ def owner_of(model: nn.Module, buffer: str) -> nn.Module:
     return model.get_submodule(buffer.rpartition(".")[0])
 
 
+def rope_deltas_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a model remembers, between forward passes, of where its last prompt's pictures ended: `rope_deltas` of its modules by name."""
+    owners = {name: module for name, module in model.named_modules() if hasattr(module, "rope_deltas")}
+    # text alone has no pictures that end elsewhere
+    none = torch.zeros(1, 1, dtype=torch.long)
+    return {name: none if owner.rope_deltas is None else owner.rope_deltas.clone() for name, owner in owners.items()}
+
+
+def put_rope_deltas(model: nn.Module, deltas: Mapping[str, Tensor | None]) -> None:
+    """Have a model remember them; None: nothing."""
+    for name, x in deltas.items():
+        model.get_submodule(name).rope_deltas = x
+
+
 def positions_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The positions `[B, n]` or `[C, B, n]` among the arguments of a rotary embedding; None where there are none."""
     found = kwargs.get("position_ids", args[1] if len(args) > 1 else None)

@@ -1,9 +1,14 @@
-"""What a model's weights weigh."""
+"""What a model's weights weigh, and what tells them from another model's."""
 
+import hashlib
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# Numbers of a parameter that tell it from another one.
+SAMPLE = 16
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -13,6 +18,19 @@ def weight_bytes(model: nn.Module) -> int:
     """
     linear = [module for module in model.modules() if isinstance(getattr(module, "in_features", None), int)]
     return bytes_of([*model.parameters(), *(buffer for module in linear for buffer in module.buffers(recurse=False))])
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of names, shapes and a few evenly spaced numbers of all parameters; of quantized ones of names and shapes."""
+    found, samples = hashlib.sha256(), []
+    for name, x in model.named_parameters():
+        found.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        if not is_traceable_wrapper_subclass(x) and x.numel() and x.device.type != "meta":
+            flat = x.detach().reshape(-1)
+            samples.append(flat[:: max(flat.numel() // SAMPLE, 1)][:SAMPLE].float())
+    # one wait for a device
+    found.update(torch.cat(samples).cpu().numpy() if samples else b"")
+    return found.hexdigest()
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

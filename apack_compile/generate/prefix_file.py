@@ -1,0 +1,101 @@
+"""A prefix as one safetensors file (docs/format.md, "Prefix files"), and on another device."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.prefix_contents import contents_of, fill
+from apack_compile.generate.session import Session
+from apack_compile.models.modality import vision_of
+from apack_compile.models.weights import weights_digest
+from apack_compile.plan.file import refuse_folder, versions
+from apack_compile.plan.signature import describe, signature_of
+from apack_compile.version import __version__
+
+FORMAT_VERSION = "1"
+VERSION_KEY = "apack_prefix"
+INPUT_IDS, DELTAS = "input_ids", "rope_deltas."
+
+
+def contents(model: nn.Module, input_ids: Tensor, cache: CompactedCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """All that a prefix is, as values that JSON has and as tensors; raises ValueError where layers hold what no file has."""
+    groups, tensors = contents_of(cache)
+    tensors |= {INPUT_IDS: input_ids, **{DELTAS + name: x for name, x in cache.groups.rope_deltas.items()}}
+    of_model = {"signature": list(cache.signature), "weights": weights_digest(model), "versions": versions()}
+    return of_model | {"groups": groups}, tensors
+
+
+def cache_of_contents(
+    model: nn.Module, session: Session, values: Mapping[str, Any], tensors: Mapping[str, Tensor], about: str
+) -> CompactedCache:
+    """The cache of a prefix; raises ValueError where this model would not read it right."""
+    made_for, own = tuple(values["signature"]), signature_of(model)
+    if made_for != own:
+        raise ValueError(f"{about}: read by a model with {describe(made_for)}; this one has {describe(own)}")
+    if values["weights"] != weights_digest(model):
+        raise ValueError(f"{about}: read by a model with other weights or adapters than this one's")
+    cache, ids = session.new_cache(model, 0), tensors[INPUT_IDS].cpu()
+    vision = vision_of(model.config, {"input_ids": ids})
+    none = torch.zeros(ids.shape, dtype=torch.bool)
+    try:
+        cache.groups.choose_plans((none if vision is None else vision).numpy(), none.numpy())
+        fill(cache, values["groups"], tensors, model.dtype)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{about}: {error}; optimize this model with the plan of the one that read it, which plan_for(model, tokens).save(path) keeps"
+        ) from error
+    cache.groups.rope_deltas = {name.removeprefix(DELTAS): x for name, x in tensors.items() if name.startswith(DELTAS)}
+    return cache
+
+
+def write(path: str | os.PathLike, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write one file in place of an old one, whole or not at all."""
+    path = Path(path)
+    refuse_folder(path)
+    metadata = {VERSION_KEY: FORMAT_VERSION, "prefix": json.dumps(values)}
+    plain = {name: alone(x) for name, x in tensors.items()}
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary, common = Path(folder) / "prefix", Path(folder) / "common"
+        save_file(plain, temporary, metadata)
+        # safetensors makes files that only their owner can read
+        common.touch()
+        temporary.chmod(common.stat().st_mode)
+        os.replace(temporary, path)
+
+
+def alone(x: Tensor) -> Tensor:
+    """A tensor that shares its memory with no other one, which safetensors refuses."""
+    x = x.detach().cpu().contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
+def read_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write` was given, tensors mapped into memory; raises FileNotFoundError, and ValueError for any other file."""
+    path = Path(path)
+    refuse_folder(path)
+    name = f"path={str(path)!r}"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if VERSION_KEY not in metadata or "prefix" not in metadata:
+                raise ValueError(f"{name}: a safetensors file, but not one that Prefix.save wrote")
+            if metadata[VERSION_KEY] != FORMAT_VERSION:
+                raise ValueError(
+                    f"{name}: prefix format {metadata[VERSION_KEY]!r}; apack-compile {__version__} reads the format {FORMAT_VERSION}"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{name}: not a whole safetensors file: {error}") from error
+    try:
+        return json.loads(metadata["prefix"]), tensors
+    except ValueError as error:
+        raise ValueError(f"{name}: not laid out as prefix format {FORMAT_VERSION} says: {error!r}") from error
