@@ -86,10 +86,11 @@ def measured(
     device: str,
     seconds: float,
     key_block: int,
+    groups: int | None = None,
 ) -> Row:
     """One row: a shape, a length, a number of branches; a ratio, or None for the preset lossless."""
     shape, planned = SHAPES[name], ratio or 4.0
-    groups = default_groups(shape, planned, dtype, key_block, device)
+    groups = groups or default_groups(shape, planned, dtype, key_block, device)
     plan = with_relative_keys(
         synthetic_plan(shape, groups, planned, tokens, coarse=True, device=device), shape, key_block
     )
@@ -139,6 +140,9 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     seconds: Annotated[float, typer.Option(help="Of each row.")] = 4.0,
     key_block: Annotated[int, typer.Option(help="Slots that share an anchor; 0: keys as they come.")] = BLOCK,
+    groups: Annotated[
+        int | None, typer.Option(help="Head groups of a ratio's plan. Default: as optimize chooses.")
+    ] = None,
 ) -> None:
     """Time attention over a shared prefix and over copies of it."""
     if preset not in (None, "lossless"):
@@ -147,7 +151,7 @@ def main(
     torch.manual_seed(0)
     kinds = dtype or (["float32"] if device == "cpu" else ["bfloat16"])
     rows = [
-        measured(name, n, count, plan, getattr(torch, kind), device, seconds, key_block)
+        measured(name, n, count, plan, getattr(torch, kind), device, seconds, key_block, groups)
         for kind in kinds
         for plan in plans
         for name in shape or SHAPES

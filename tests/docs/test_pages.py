@@ -163,6 +163,14 @@ def test_the_performance_page_has_what_calibration_and_a_first_request_cost():
         assert re.search(rf"^{re.escape(start)}`?{row['what']}.*{re.escape(figures)}", page, re.MULTILINE), row
 
 
+def test_the_performance_page_has_what_branches_of_a_prefix_cost():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for row in (*of("shared-prefix-cpu.json"), *of("shared-prefix-cpu-32-groups.json")):
+        plan = f"`{row['plan']}`" if "=" in row["plan"] else f'`preset="{row["plan"]}"`'
+        times = f"{row['copies_ms']:.1f} ms | {row['shared_ms']:.1f} ms | {row['ratio_of_first_deciles']:.2f}"
+        assert f"| {row['shape']} | {plan} | {row['groups']} | {times} | {row['bytes_ratio']:.2f} |" in page
+
+
 def test_the_performance_page_has_the_figures_of_the_result_files():
     page, rows = (ROOT / "docs" / "performance.md").read_text(), of("attend-cpu.json")
     for row in (row for row in rows if row["tokens"] == 8192 and row["dtype"] == "float32"):
