@@ -21,7 +21,7 @@ from apack_compile.generate.decode_step import DecodeSteps
 from apack_compile.generate.generation import compiled_call, generate, is_packed_generate, keeping_the_cache
 from apack_compile.generate.hooks import install_hooks, watch_rotary
 from apack_compile.generate.new_session import new_session
-from apack_compile.generate.prefix import Prefix, load, read_prefix
+from apack_compile.generate.prefix import Prefix, load, model_that_reads, read_prefix
 from apack_compile.generate.quantize import quantize_language_model
 from apack_compile.generate.reporting import Report, build_report
 from apack_compile.generate.session import ATTRIBUTE, DEFAULT_NEW_TOKENS, Session, session_of
@@ -199,7 +199,7 @@ def read(model: nn.Module, **inputs: Any) -> Prefix:
     Raises ValueError for a model that is not optimized, or whose preset lets no rows share tokens, and for inputs that are not one
     prompt without padding.
     """
-    model = unwrapped(model)
+    model = model_that_reads(model)
     return read_prefix(model, _require_session(model), inputs)
 
 
@@ -208,7 +208,7 @@ def load_prefix(model: nn.Module, path: str | os.PathLike) -> Prefix:
 
     Raises FileNotFoundError, and ValueError for a file that is not a whole prefix, or one that another model, dtype or plan made.
     """
-    model = unwrapped(model)
+    model = model_that_reads(model)
     return load(model, _require_session(model), path)
 
 

@@ -23,6 +23,9 @@ from apack_compile.models.modality import padding_of, vision_of
 from apack_compile.models.offload import computing_device
 from apack_compile.models.wrappers import PreparedInputs, own_cache_of_adapter, prepares_otherwise
 
+# Before, transformers cut the whole prompt into chunks, what a cache holds of it too.
+CHUNKS_GO_ON = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+
 
 def generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """transformers' generate with a packed cache, unless the caller chose another cache or none."""
@@ -66,8 +69,14 @@ def _generate(model: nn.Module, session: Session, args: tuple, kwargs: dict[str,
     cache.check_whole()
     check_drafts(options, cache, prompt, kwargs.get("attention_mask"))
     kwargs = {**{name: x for name, x in kwargs.items() if name not in NAMES}, OWN_NAME: cache}
-    if options.get("prefill_chunk_size") is not None and not cache.is_filled:
-        plan_chunks(model, session, cache, kwargs, prompt)
+    if options.get("prefill_chunk_size") is not None:
+        if cache.is_filled and not CHUNKS_GO_ON:
+            raise ValueError(
+                f"prefill_chunk_size: the cache holds {int(cache.get_seq_length())} tokens, which transformers {transformers.__version__} "
+                "would read again (5.24 does not); leave it out"
+            )
+        if not cache.is_filled:
+            plan_chunks(model, session, cache, kwargs, prompt)
     if options.get("guidance_scale") not in (None, 1, 1.0):
         cache.note("guidance_scale: the unguided pass of each step keeps a dense cache of its own")
     # PEFT's prompt learning puts its own in place: it takes no masks of four dimensions, and adds tokens to a step

@@ -13,13 +13,14 @@ from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.cache.sharing import branch_of, share, why_not_shared
 from apack_compile.checks import counted
-from apack_compile.generate.generation import Options, check_length, new_tokens
+from apack_compile.generate.generation import CHUNKS_GO_ON, Options, check_length, new_tokens
 from apack_compile.generate.prefix_file import INPUT_IDS, cache_of_contents, contents, read_file, write
 from apack_compile.generate.session import DEFAULT_NEW_TOKENS, Session, session_of
 from apack_compile.models.cache_argument import NAMES, OWN_NAME, takes_argument, with_cache
 from apack_compile.models.coordinates import put_rope_deltas, rope_deltas_of
 from apack_compile.models.modality import vision_of
 from apack_compile.models.offload import computing_device
+from apack_compile.models.wrappers import unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,8 @@ class Prefix:
         inputs = self._with_questions(given)
         whole = inputs["input_ids"]
         check_length(self._model, whole, inputs["attention_mask"])
-        if whole.shape[1] - self.length > MAX_APPEND and not vision_has(self._model, given["input_ids"]):
+        is_long = whole.shape[1] - self.length > MAX_APPEND
+        if is_long and CHUNKS_GO_ON and not vision_has(self._model, given["input_ids"]):
             # in one piece, each layer would decode the prefix once for every row
             options.setdefault("prefill_chunk_size", asked.get("prefill_chunk_size") or MAX_APPEND)
         cache = self.branch(len(whole) * copies, new_tokens(asked, whole))
@@ -142,6 +144,14 @@ def vision_has(model: nn.Module, ids: Tensor) -> bool:
     """Whether token ids `[n, T]` have placeholders of pictures."""
     vision = vision_of(model.config, {"input_ids": ids})
     return vision is not None and bool(vision.any())
+
+
+def model_that_reads(model: Any) -> Any:
+    """The model inside of what is around it; raises ValueError where that puts tokens of its own before a prompt."""
+    method = getattr(model, "active_peft_config", None)
+    if getattr(method, "is_prompt_learning", False):
+        raise ValueError(f"read: PEFT's {type(method).__name__} puts tokens of its own before every prompt")
+    return unwrapped(model)
 
 
 def read_prefix(model: nn.Module, session: Session, inputs: Mapping[str, Any]) -> Prefix:

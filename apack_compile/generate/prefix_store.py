@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apack_compile.generate.prefix import Prefix, load, read_prefix
+from apack_compile.generate.prefix import Prefix, load, model_that_reads, read_prefix
 from apack_compile.generate.session import Session, session_of
 from apack_compile.models.weights import weights_digest
-from apack_compile.models.wrappers import unwrapped
 
 SUFFIX = ".prefix"
 
@@ -35,7 +34,7 @@ class PrefixStore:
 
         A prefix that is larger than the limit is not kept.
         """
-        model = unwrapped(model)
+        model = model_that_reads(model)
         session = session_of(model)
         if session is None:
             raise ValueError(

@@ -10,6 +10,7 @@ from tiny_llama import gemma3, qwen3_next
 from vlms import MODELS, PAD, build, prompt
 
 import apack_compile
+from apack_compile.generate.generation import CHUNKS_GO_ON
 from apack_compile.plan.presets import AttentionPackOptions, SnapKVOptions
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
@@ -289,6 +290,19 @@ def test_presets_that_treat_each_row_by_its_own_tokens_are_refused(setting, mess
         apack_compile.read(model, **picture())
 
 
+def test_chunks_behind_a_filled_cache_are_refused_where_transformers_reads_it_again():
+    model = calibrated(llava(), preset="lossless")
+    prefix = apack_compile.read(model, **picture())
+    given, options = questions((50,)), {"max_new_tokens": 3, "prefill_chunk_size": 8, "do_sample": False}
+    if CHUNKS_GO_ON:
+        assert torch.equal(prefix.generate(given, **options), prefix.generate(given, max_new_tokens=3, do_sample=False))
+        return
+    with pytest.raises(
+        ValueError, match=r"prefill_chunk_size: the cache holds 56 tokens, which transformers .* would read again"
+    ):
+        prefix.generate(given, **options)
+
+
 def test_what_is_not_one_prompt_is_refused():
     model = calibrated(llava(), preset="lossless")
     inputs = picture()
@@ -306,6 +320,14 @@ def test_what_is_not_one_prompt_is_refused():
             apack_compile.read(model, **given)
     with pytest.raises(ValueError, match="is not optimized"):
         apack_compile.read(llava(), **inputs)
+
+
+def test_a_prompt_that_peft_puts_in_front_is_refused():
+    peft = pytest.importorskip("peft")
+    model = calibrated(gemma3(), preset="lossless")
+    tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="read: PEFT's PromptTuningConfig puts tokens of its own before every prompt"):
+        apack_compile.read(tuned, input_ids=torch.tensor([[5, 6, 7]]))
 
 
 def test_questions_that_cannot_be_read_are_refused():
