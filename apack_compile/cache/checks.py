@@ -24,7 +24,9 @@ LAYERS_BEHIND = 2
 
 def largest_of(key: Tensor, value: Tensor) -> Tensor:
     """Largest magnitude `[2]` of K and of V, NaN where there is one."""
-    return torch.stack([torch.linalg.vector_norm(x.detach() if x.requires_grad else x, math.inf) for x in (key, value)])
+    # a norm of 16-bit numbers would make a copy in 32 bits on a CPU
+    ends = [end for x in (key, value) for end in torch.aminmax(x.detach() if x.requires_grad else x)]
+    return torch.stack(ends).view(2, 2).abs().amax(1)
 
 
 @dataclass(frozen=True)
