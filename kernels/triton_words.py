@@ -2,7 +2,8 @@
 
 A word is two neighbouring bytes of a band, so it holds `16 / bits` neighbouring components in its fields, the first in the lowest bits.
 A tile of words becomes a tile of numbers for each field, and kernels keep queries and outputs in *latent columns*, ordered so: for each
-band, for each field, the components of its words, padded to whole tiles. Then no code is shuffled.
+band, for each field, the components of its words, padded to whole tiles. Then no code is shuffled. A `LAYOUT` here has the words of the
+narrowest tile behind the components of its bands (`layout_of`).
 
 The bits of a level, alone in the low byte of a float16 number, are a subnormal one: the level times 2^-24, and 2^4 times as much where
 they start at bit 4. Nothing has to be converted or taken off. Two words lie in a register, and one `and` takes a field of both.
@@ -11,7 +12,7 @@ they start at bit 4. Nothing has to be converted or taken off. Two words lie in 
 import triton
 import triton.language as tl
 
-from apack_compile.kernels.format import WIDTHS
+from apack_compile.kernels.format import WIDTHS, Bands
 from apack_compile.kernels.triton_bands import (
     BAND_COUNT,
     band_bytes,
@@ -23,17 +24,24 @@ from apack_compile.kernels.triton_bands import (
     top_level,
 )
 
-# The matrix unit takes sums over 16 float16 numbers; wider tiles than 64 words need more registers than they save instructions.
-TILES = (64, 32, 16)
+# Wider tiles than 64 words need more registers than they save instructions.
+TILES = (64, 32, 16, 8)
+# Words of the narrowest tile: the matrix unit takes sums over 16 float16 numbers, and gives 8 sums for each row at least.
+SUMMED, GIVEN = tl.constexpr(16), tl.constexpr(8)
 # A wider tile is taken where it pads a band at most this much more than the narrowest.
 PADDING = 1.1
 # Latent columns that one program takes in projections.
 COLUMN_BLOCK = tl.constexpr(64)
 # What the lowest bit of a float16 number is worth.
 SMALLEST = tl.constexpr(2.0**-24)
-# Rows that a product of the matrix unit has at least: of ones, where it only adds.
+# Numbers that a product of the matrix unit has at least on its first side: of ones, where it only adds.
 SUM_ROWS = tl.constexpr(16)
 WORD_BITS, BYTE_BITS = 16, 8
+
+
+def layout_of(bands: Bands, narrowest: int) -> tuple[int, ...]:
+    """A stream's layout, with tiles of so many words or more."""
+    return (*bands.counts, narrowest)
 
 
 @triton.constexpr_function
@@ -51,9 +59,9 @@ def words(layout, band):
 @triton.constexpr_function
 def tile(layout, band):
     """Words in a tile of a band."""
-    count = words(layout, band)
-    narrowest = -(-count // TILES[-1]) * TILES[-1]
-    return next(width for width in TILES if -(-count // width) * width <= PADDING * narrowest)
+    count, least = words(layout, band), layout[BAND_COUNT.value]
+    narrowest = -(-count // least) * least
+    return next(width for width in TILES if width == least or -(-count // width) * width <= PADDING * narrowest)
 
 
 @triton.constexpr_function
@@ -96,7 +104,7 @@ def tile_number(layout, band, number):
 @triton.constexpr_function
 def has_levels(layout):
     """Whether a layout has an integer band."""
-    return any(count and not is_float(band) for band, count in enumerate(layout))
+    return any(layout[band] and not is_float(band) for band in range(BAND_COUNT.value))
 
 
 @triton.constexpr_function
@@ -177,24 +185,25 @@ def levels(loaded, BAND: tl.constexpr, DOT: tl.constexpr, ASSEMBLY: tl.constexpr
 
 
 @triton.jit
-def load_words(first, inside, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr):
-    """Tile `NUMBER` of a band's words `[tokens, tile]`, int16; zero where `inside` `[tokens, 1]` is not set.
+def load_words(codes, start, inside, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr):
+    """Tile `NUMBER` of a band's words `[tokens, tile]`, int16, from token `start` on; zero where `inside` `[tokens, 1]` is not set.
 
-    first: pointer to the first token's codes, of int16 where all tokens start at even addresses, else of uint8. A word that is not whole
-    has the next band's byte, or zero, in its upper fields: no component is there.
+    codes: pointer to those of token 0, of int16 where all tokens start at even addresses, else of uint8. A word that is not whole has the
+    next band's byte, or zero, in its upper fields: no component is there.
     """
-    token = tl.arange(0, inside.shape[0])[:, None]
+    # addresses that depend on the start are worked out where they are needed, and take no registers through the loop over blocks
+    token = (start + tl.arange(0, inside.shape[0]))[:, None]
     word = NUMBER * tile(LAYOUT, BAND) + tl.arange(0, tile(LAYOUT, BAND))[None, :]
-    if first.dtype.element_ty == tl.int16 and first_byte(LAYOUT, BAND) % 2 == 0:
+    if codes.dtype.element_ty == tl.int16 and first_byte(LAYOUT, BAND) % 2 == 0:
         wanted = inside
         if tile(LAYOUT, BAND) * tiles(LAYOUT, BAND) != words(LAYOUT, BAND):
             wanted = inside & (word < words(LAYOUT, BAND))
-        at = first + (token * (token_bytes(LAYOUT) // 2) + first_byte(LAYOUT, BAND) // 2 + word)
+        at = codes + (token * (token_bytes(LAYOUT) // 2) + first_byte(LAYOUT, BAND) // 2 + word)
         return tl.load(at, mask=wanted, other=0)
     else:
         wanted = inside & (word < words(LAYOUT, BAND))
         byte = token * token_bytes(LAYOUT) + first_byte(LAYOUT, BAND) + 2 * word
-        at = first.to(tl.pointer_type(tl.uint8), bitcast=True) + byte
+        at = codes.to(tl.pointer_type(tl.uint8), bitcast=True) + byte
         low = tl.load(at, mask=wanted, other=0).to(tl.int16)
         high = tl.load(at + 1, mask=wanted & (2 * word + 1 < band_bytes(LAYOUT, BAND)), other=0).to(tl.int16)
         return low | (high << 8)

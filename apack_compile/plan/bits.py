@@ -9,7 +9,7 @@ from apack_compile.kernels.format import BANDS, WIDTHS, Bands
 from apack_compile.plan.basis import BAND_GRAIN, Spectrum
 
 # Bytes of a token that the matrix unit of a GPU takes at once, 16 words (kernels/triton_words.py); and that are loaded at once.
-TILE_BYTES, ALIGNED = 32, 16
+TILE_BYTES, ALIGNED = 32, 8
 
 
 def water_fill(weights: Tensor, cost: Tensor, budget: float) -> Tensor:

@@ -187,24 +187,55 @@ def basis_bytes(stream: StreamPlan, load: Load, groups: int) -> int:
     return groups * (load.width // groups * (components + 1) + components) * size
 
 
-# Instructions of the pass over codes that all warps together issue for a token and head group: of itself, of every 8 rows; of each
-# field of each 16 words, in a stream, and of every 8 rows; of each band; of an anchor's latents. Least squares over plans of 2 to 24
-# fields and 8 to 32 rows, within 10 % (benchmarks/instructions.py; docs/notes/performance.md).
-TOKEN_ISSUE, TOKEN_ROWS_ISSUE = 7.0, 3.2
-FIELD_ISSUE, FIELD_ROWS_ISSUE, BAND_ISSUE, ANCHOR_ISSUE = 0.25, 0.225, 1.0, 3.3
+@dataclass(frozen=True)
+class Issue:
+    """Instructions of the pass over codes that all warps together issue, for a token and head group.
+
+    Of itself, of every 8 rows; of each field of each 16 words, in a stream, and of every 8 rows; of each band. rows: as many at least.
+    """
+
+    token: float
+    token_rows: float
+    field: float
+    field_rows: float
+    band: float
+    rows: int = 0
+
+
+# Least squares over plans of 2 to 24 fields and 8 to 32 rows, within 14 % (benchmarks/instructions.py; docs/notes/performance.md).
+ONE_WARP, SEVERAL_WARPS = Issue(2.0, 2.0, 0.43, 0.22, 0.0, rows=16), Issue(7.0, 3.2, 0.25, 0.225, 1.0)
+# Sums of values of a tile of rows that one warp has registers for (kernels/attend/triton_launch.py).
+ONE_WARP_SUMS = 4_096
 # Of all that, where a tile of rows has more sums of values than two warps have registers for, and four of them repeat each other's work.
 WIDE_ISSUE, MOST_SUMS = 1.4, 7_168
-# Of a query row that is rotated: of itself, of each channel; of each component, and of each channel of it.
+# Of an anchor's latents. Of a query row that is rotated: of itself, of each channel; of each component, and of each channel of it.
+ANCHOR_ISSUE = 3.3
 ROW_ISSUE, CHANNEL_ISSUE, COMPONENT_ISSUE, PRODUCT_ISSUE = 30.0, 0.6, 0.1, 0.0035
 WORD_BITS = 16
 
 
-def stream_issue(bands: Bands, rows: int) -> float:
-    """Instructions of a token's codes of one stream, for so many padded rows, with half of those of the token itself."""
-    fields = sum(-(-count * band.bits // (8 * TILE_BYTES)) * WORD_BITS / band.bits for count, band in bands.parts)
-    found = (TOKEN_ISSUE + TOKEN_ROWS_ISSUE * rows / 8) / 2 + BAND_ISSUE * sum(count > 0 for count in bands.counts)
-    found += fields * (FIELD_ISSUE + FIELD_ROWS_ISSUE * rows / 8)
-    return found * (WIDE_ISSUE if 8 * TILE_BYTES // WORD_BITS * fields * rows > MOST_SUMS else 1.0)
+def fields_of(bands: Bands, tile_bytes: int) -> float:
+    """Fields of 16 words of a token's codes, which are read in tiles of so many bytes."""
+    words = 8 * TILE_BYTES
+    return sum(
+        -(-count * band.bits // (8 * tile_bytes)) * 8 * tile_bytes / words * WORD_BITS / band.bits
+        for count, band in bands.parts
+    )
+
+
+def stream_issue(bands: Bands, rows: int, narrowest: int = TILE_BYTES) -> float:
+    """Instructions of a token's codes of one stream, for so many padded rows, with half of those of the token itself.
+
+    narrowest: bytes of the narrowest tile, where one warp does it all.
+    """
+    sums = 8 * TILE_BYTES // WORD_BITS * fields_of(bands, TILE_BYTES // 2)
+    issue = ONE_WARP if sums * max(rows, ONE_WARP.rows) <= ONE_WARP_SUMS else SEVERAL_WARPS
+    rows = max(rows, issue.rows)
+    fields = fields_of(bands, narrowest if issue is ONE_WARP else TILE_BYTES)
+    found = (issue.token + issue.token_rows * rows / 8) / 2 + issue.band * sum(count > 0 for count in bands.counts)
+    found += fields * (issue.field + issue.field_rows * rows / 8)
+    is_wide = issue is SEVERAL_WARPS and 8 * TILE_BYTES // WORD_BITS * fields * rows > MOST_SUMS
+    return found * (WIDE_ISSUE if is_wide else 1.0)
 
 
 @dataclass
@@ -221,22 +252,26 @@ class _Work:
         self.bytes += 2 * tokens * load.width * element_bytes
         self.matrix += 2 * self.device.matrix_seconds(load.rows(load.heads), load.width * tokens)
 
-    def packed(self, load: Load, groups: int, stream: StreamPlan, read: float, part: float, tokens: float) -> None:
-        """Codes of one stream: `read` of the tokens whole, `part` of the components of the others."""
+    def packed(
+        self, load: Load, groups: int, stream: StreamPlan, read: float, part: float, tokens: float, narrowest: int
+    ) -> None:
+        """Codes of one stream: `read` of the tokens whole, `part` of the components of the others. narrowest: as `stream_issue`."""
         rows = load.rows(groups)
         leading = stream.bands.at_most(round(part * stream.bands.components))
         for bands, share in ((stream.bands, read), (leading, 1 - read)):
             self.bytes += tokens * share * groups * bands.token_bytes
             self.matrix += self.device.matrix_seconds(rows, groups * bands.components * tokens * share)
-            self.unpack += self._unpacking(bands, rows) * groups * tokens * share * self.device.unpackings(rows)
+            self.unpack += (
+                self._unpacking(bands, rows, narrowest) * groups * tokens * share * self.device.unpackings(rows)
+            )
         self.bytes += tokens * groups * TOKEN_SCALE_BYTES if stream.token_scale else 0
 
-    def _unpacking(self, bands: Bands, rows: int) -> float:
+    def _unpacking(self, bands: Bands, rows: int, narrowest: int) -> float:
         """Operations of a token's codes of one stream, for a tile of so many rows."""
         if not self.device.warps_issue:
             return sum(count * band.unpack_operations for count, band in bands.parts)
         tile = min(self.device.padded(rows), self.device.row_tiles[-1])
-        return stream_issue(bands, tile)
+        return stream_issue(bands, tile, narrowest)
 
     def basis(self, load: Load, groups: int, stream: StreamPlan) -> None:
         """A stream's basis, read once or once a sequence, and the product of all query rows with it."""
@@ -275,7 +310,9 @@ def packed_limits(plan: Plan, layer: int, load: Load, device: Device) -> Limits:
                 continue
             tiered = tiers is not None and vision and name == "value"
             read, part = (tiers.full, tiers.partial) if tiered else (1.0, 1.0)
-            work.packed(load, plan.groups, stream, read, part, tokens)
+            work.packed(
+                load, plan.groups, stream, read, part, tokens, TILE_BYTES // 2 if name == "value" else TILE_BYTES
+            )
             work.basis(load, plan.groups, stream)
             if name == "key" and plan.rotation is not None:
                 rotating += _rotation(work, plan, load, stream.bands.components, tokens)

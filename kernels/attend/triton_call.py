@@ -44,7 +44,7 @@ from apack_compile.kernels.attend.triton_launch import (
 from apack_compile.kernels.state import MAX_SEGMENTS, VISION, PackedState, PackedStream
 from apack_compile.kernels.state import Segment as StateSegment
 from apack_compile.kernels.triton_rotations import pairs_of
-from apack_compile.kernels.triton_words import COLUMN_BLOCK, column_blocks, column_count
+from apack_compile.kernels.triton_words import COLUMN_BLOCK, SUMMED, column_blocks, column_count, layout_of
 
 # Head channels and slots that one program of the small kernels takes.
 CHANNELS, SLOTS = 64, 64
@@ -115,7 +115,7 @@ class Call:
         self.splits = [triton.cdiv(count, self.blocks) for count in blocks]
         # value tiles of each pass over a packed segment; one pass over one that is kept as it is
         self.passes = [
-            [(0, 0)] if segment.key.as_is else passes(segment.value.bands, self.launch.group_tile)
+            [(0, 0)] if segment.key.as_is else passes(self._value_layout(segment.value), self.launch.group_tile)
             for segment in self.segments
         ]
         # slots whose scores are needed after the first pass
@@ -142,7 +142,7 @@ class Call:
             if segment.key.as_is:
                 self.latents.append(None)
                 continue
-            layout, columns = segment.key.bands.counts, column_count(segment.value.bands.counts)
+            layout, columns = key_layout(segment.key), column_count(self._value_layout(segment.value))
             dot = torch.float16 if self.half else torch.float32
             anchored = self.batch, self._anchors(number), self.all_rows
             query = Latent(
@@ -184,6 +184,10 @@ class Call:
         """Query rows."""
         return Rows(self.query, *self.query.stride())
 
+    def _value_layout(self, value: PackedStream) -> tuple[int, ...]:
+        """Layout of a stream of values."""
+        return layout_of(value.bands, self.launch.value_tile)
+
     def _anchors(self, number: int) -> int:
         """Anchors that a segment's query latents are rotated back to; one where nothing rotates."""
         rotations = self.rotations[number]
@@ -206,7 +210,7 @@ class Call:
         if not self.packed:
             return
         keys = [segment.key for _, segment, _ in self.packed]
-        anchors, layouts = [self._anchors(number) for number, *_ in self.packed], [key.bands.counts for key in keys]
+        anchors, layouts = [self._anchors(number) for number, *_ in self.packed], [key_layout(key) for key in keys]
         fold, tile, *grid = self._rows_grid(
             keys, max(anchors), 128 if max(anchors) > 1 and self.head_dim != 128 else 64
         )
@@ -267,8 +271,8 @@ class Call:
                 state.cursor,
                 scale,
                 PACKED=tuple(not key.as_is for key, _ in streams),
-                KEY=tuple(key.bands.counts for key, _ in streams),
-                VALUE=tuple(value.bands.counts for _, value in streams),
+                KEY=tuple(key_layout(key) for key, _ in streams),
+                VALUE=tuple(self._value_layout(value) for _, value in streams),
                 PARTIAL=tuple(
                     min(partial, value.bands.components) if read else value.bands.components
                     for (_, value), read in zip(streams, tiered, strict=True)
@@ -295,6 +299,7 @@ class Call:
                 DENSE_STAGES=launch.dense_stages,
                 GROUP_TILE=launch.group_tile,
                 HEAD_TILE=launch.head_tile,
+                ROWS_FIRST=launch.rows_first,
                 num_warps=launch.warps,
                 num_stages=launch.stages,
                 enable_fp_fusion=True,
@@ -341,7 +346,7 @@ class Call:
             out,
             self.sizes,
             self.batch,
-            LAYOUTS=tuple(value.bands.counts for value in values),
+            LAYOUTS=tuple(map(self._value_layout, values)),
             FOLD=fold,
             VALUE_DIM=self.value_dim,
             PRECISION=self.precision,
@@ -370,6 +375,11 @@ class Call:
             BLOCK=SLOTS,
             ROWS=32,
         )
+
+
+def key_layout(key: PackedStream) -> tuple[int, ...]:
+    """Layout of a stream of keys."""
+    return layout_of(key.bands, SUMMED.value)
 
 
 def _of_each(numbers: Sequence[int], count: int) -> list[int]:

@@ -66,6 +66,7 @@ def attend_kernel(
     DENSE_STAGES: tl.constexpr,
     GROUP_TILE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
 ):
     """Grid: programs of each of the segments, and in the FIRST_PASS of the tail with the first and the new tokens; batch.
 
@@ -104,7 +105,7 @@ def attend_kernel(
                     attend_packed(
                         work - begin, b, share, segments[i], results, masks, sizes, cursor,
                         entry(KEY, i), entry(VALUE, i), PARTIAL[i], FIRST_PASS, entry(TILES, i), KEEPS[i], RESIDENT,
-                        ANCHOR_SLOTS[i], MASK, MASK_ROWS, PACKED_DOT, ASSEMBLY, BLOCK, GROUP_TILE,
+                        ANCHOR_SLOTS[i], MASK, MASK_ROWS, PACKED_DOT, ASSEMBLY, BLOCK, GROUP_TILE, ROWS_FIRST,
                     )
                 else:
                     share = Share(

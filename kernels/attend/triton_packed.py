@@ -1,14 +1,17 @@
 """The pass over codes: scores, softmax and latent outputs of one split of a packed segment, for all rows of a head group.
 
-Scores are kept transposed, `[tokens, rows]`: tokens are many and rows few, and the matrix unit wants its tall side tall.
+Where rows come first, scores are `[rows, tokens]`, and one warp does it all: its weights stay in the registers where the product with the
+values wants them. Else scores are `[tokens, rows]`, and warps share the tokens: for rows so few that they would be padded to the 16 of
+the matrix unit's first side, or columns so many that their sums do not fit in the registers of one warp.
 """
 
 import triton
 import triton.language as tl
 
-from apack_compile.kernels.attend.triton_softmax import log_sum_exp, masked, softmax_step
+from apack_compile.kernels.attend.triton_softmax import log_sum_exp, masked, of_others, of_rows, softmax_step
 from apack_compile.kernels.triton_bands import BAND_COUNT, component_count, first_component, is_float, token_bytes
 from apack_compile.kernels.triton_words import (
+    GIVEN,
     SMALLEST,
     SUM_ROWS,
     column_blocks,
@@ -41,21 +44,46 @@ def tile_tier(layout, band, number, partial):
 
 
 @triton.jit
-def load_latent(latent, row_ok, LAYOUT: tl.constexpr, BAND: tl.constexpr, NUMBER: tl.constexpr, FIELD: tl.constexpr):
-    """Latents `[tile, rows]` of one tile of components; latent: pointer to those of the first row."""
-    column = tile_column(LAYOUT, BAND, NUMBER, FIELD) + tl.arange(0, tile(LAYOUT, BAND))
-    of_row = tl.arange(0, row_ok.shape[0]) * column_count(LAYOUT)
-    return tl.load(latent + (of_row[None, :] + column[:, None]), mask=row_ok[None, :], other=0.0)
+def zeros(rows: tl.constexpr, others: tl.constexpr, ROWS_FIRST: tl.constexpr):
+    """Zeros, float32, of rows against others."""
+    return tl.zeros((rows, others), tl.float32) if ROWS_FIRST else tl.zeros((others, rows), tl.float32)
 
 
 @triton.jit
-def load_query(latent, row_ok, LAYOUT: tl.constexpr):
+def multiplied(of_row, other, total, ROWS_FIRST: tl.constexpr):
+    """The total with the product of numbers of rows and others added."""
+    if ROWS_FIRST:
+        return tl.dot(of_row, other, total, input_precision="ieee")
+    else:
+        return tl.dot(other, of_row, total, input_precision="ieee")
+
+
+@triton.jit
+def load_latent(
+    latent,
+    row_ok,
+    LAYOUT: tl.constexpr,
+    BAND: tl.constexpr,
+    NUMBER: tl.constexpr,
+    FIELD: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+):
+    """Latents of one tile of components, of rows against them; latent: pointer to those of the first row."""
+    column = tile_column(LAYOUT, BAND, NUMBER, FIELD) + tl.arange(0, tile(LAYOUT, BAND))
+    at = latent + (
+        of_rows(tl.arange(0, row_ok.shape[0]) * column_count(LAYOUT), ROWS_FIRST) + of_others(column, ROWS_FIRST)
+    )
+    return tl.load(at, mask=of_rows(row_ok, ROWS_FIRST), other=0.0)
+
+
+@triton.jit
+def load_query(latent, row_ok, LAYOUT: tl.constexpr, ROWS_FIRST: tl.constexpr):
     """All latents, tile by tile."""
     query = ()
     for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(tiles(LAYOUT, band)):
             for field in tl.static_range(fields(band)):
-                query = query + (load_latent(latent, row_ok, LAYOUT, band, number, field),)
+                query = query + (load_latent(latent, row_ok, LAYOUT, band, number, field, ROWS_FIRST),)
     return query
 
 
@@ -113,6 +141,7 @@ def attend_packed(
     ASSEMBLY: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW_TILE: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
 ):
     """One split of a packed segment, for one tile of a head group's rows.
 
@@ -132,20 +161,21 @@ def attend_packed(
     if FIRST_PASS and ANCHOR_SLOTS == 0:
         latent = rows.latent + (b * sizes.all_rows + first_row) * column_count(KEY)
         if RESIDENT:
-            query = load_query(latent, row_ok, KEY)
+            query = load_query(latent, row_ok, KEY, ROWS_FIRST)
         offset, factor, shift = load_affine(rows, b, first_row, row_ok, sizes.all_rows, KEY, DOT)
     accumulated = ()
     for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(tiles(VALUE, band)):
             if in_pass(VALUE, band, number, VALUE_TILES):
                 for _ in tl.static_range(fields(band)):
-                    accumulated = accumulated + (tl.zeros((tile(VALUE, band), ROW_TILE), tl.float32),)
+                    accumulated = accumulated + (zeros(ROW_TILE, tile(VALUE, band), ROWS_FIRST),)
     top = tl.full((ROW_TILE,), float("-inf"), tl.float32)
     total = tl.zeros((ROW_TILE,), tl.float32)
-    # sums of weights, the same in every row: the matrix unit adds them up in fewer instructions than lanes would
-    ones = tl.full((SUM_ROWS, BLOCK), 1.0, DOT)
-    weight_sum = tl.zeros((SUM_ROWS, ROW_TILE), tl.float32)
-    full_sum = tl.zeros((SUM_ROWS, ROW_TILE), tl.float32)
+    # sums of weights, all the same for a row: the matrix unit adds them up in fewer instructions than lanes would
+    alike: tl.constexpr = GIVEN if ROWS_FIRST else SUM_ROWS
+    ones = tl.full((BLOCK, alike) if ROWS_FIRST else (alike, BLOCK), 1.0, DOT)
+    weight_sum = zeros(ROW_TILE, alike, ROWS_FIRST)
+    full_sum = zeros(ROW_TILE, alike, ROWS_FIRST)
 
     stored_end = tl.minimum(tl.load(cursor + 1), tl.load(cursor) - sizes.new_tokens)
     end = tl.minimum((split + 1) * share.blocks * BLOCK, share.slots)
@@ -155,7 +185,8 @@ def attend_packed(
         end = tl.minimum(end, tl.load(segment.read + 2 * b + 1))
     stored = b * segment.next_batch
     first_token = (stored * sizes.groups + unit) * share.slots
-    for start in range(split * share.blocks * BLOCK, end, BLOCK):
+    # what does not change from block to block would be held in registers, and there are none to spare
+    for start in tl.range(split * share.blocks * BLOCK, end, BLOCK, disable_licm=True):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < end
         token = first_token + start
@@ -165,52 +196,56 @@ def attend_packed(
             if ANCHOR_SLOTS > 0:
                 copy = b * share.anchors + start // ANCHOR_SLOTS
                 latent = rows.latent + (copy * sizes.all_rows + first_row) * column_count(KEY)
-            score = tl.zeros((BLOCK, ROW_TILE), tl.float32)
-            key = segment.key + token * elements(KEY, segment.key.dtype.element_ty)
+            score = zeros(ROW_TILE, BLOCK, ROWS_FIRST)
+            key = segment.key + first_token * elements(KEY, segment.key.dtype.element_ty)
             done = ()
             for band in tl.static_range(BAND_COUNT):
                 for number in tl.static_range(tiles(KEY, band)):
-                    level = levels(load_words(key, inside[:, None], KEY, band, number), band, DOT, ASSEMBLY)
+                    loaded = load_words(key, start, inside[:, None], KEY, band, number)
+                    # transposed as words, whole 16-bit units; their fields come apart in registers
+                    level = levels(tl.trans(loaded) if ROWS_FIRST else loaded, band, DOT, ASSEMBLY)
                     for field in tl.static_range(fields(band)):
                         if RESIDENT:
                             operand = query[len(done)]
                         else:
-                            operand = load_latent(latent, row_ok, KEY, band, number, field)
-                        score = tl.dot(level[field], operand, score, input_precision="ieee")
+                            operand = load_latent(latent, row_ok, KEY, band, number, field, ROWS_FIRST)
+                        score = multiplied(operand, level[field], score, ROWS_FIRST)
                         done = done + (0,)
                 if is_float(band) and KEY[band] > 0:
                     score *= score_unit(KEY, DOT)
             if ANCHOR_SLOTS > 0:
                 # loaded not before they are needed: registers are short here
                 offset, factor, shift = load_affine(rows, copy, first_row, row_ok, sizes.all_rows, KEY, DOT)
-            score = score * factor[None, :] - offset[None, :]
+            score = score * of_rows(factor, ROWS_FIRST) - of_rows(offset, ROWS_FIRST)
             if segment.key_scale is not None:
                 scale = tl.load(segment.key_scale + token + tl.arange(0, BLOCK), mask=inside, other=0.0)
-                score = score * scale.to(tl.float32)[:, None] + shift[None, :]
+                score = score * of_others(scale.to(tl.float32), ROWS_FIRST) + of_rows(shift, ROWS_FIRST)
             else:
-                score += shift[None, :]
-            score = masked(score, position, occupied[:, None], row, row_ok, b, masks, sizes.head_rows, MASK, MASK_ROWS)
+                score += of_rows(shift, ROWS_FIRST)
+            read = of_others(occupied, ROWS_FIRST)
+            score = masked(score, position, read, row, row_ok, b, masks, sizes.head_rows, MASK, MASK_ROWS, ROWS_FIRST)
         if KEEP_SCORES or not FIRST_PASS:
             at = (b * share.all_slots + share.first_slot + slot) * sizes.all_rows
-            at_score = results.scores + at[:, None] + row[None, :]
-            both = inside[:, None] & row_ok[None, :]
+            at_score = results.scores + of_others(at, ROWS_FIRST) + of_rows(row, ROWS_FIRST)
+            both = of_others(inside, ROWS_FIRST) & of_rows(row_ok, ROWS_FIRST)
             if FIRST_PASS:
                 tl.store(at_score, score, mask=both)
             else:
                 score = tl.load(at_score, mask=both, other=float("-inf"))
 
-        weight, fade, top, total = softmax_step(score, top, total)
+        weight, fade, top, total = softmax_step(score, top, total, ROWS_FIRST)
+        fade = of_rows(fade, ROWS_FIRST)
         if segment.value_scale is not None:
             scale = tl.load(segment.value_scale + token + tl.arange(0, BLOCK), mask=inside, other=0.0)
             # an empty slot's scale may be NaN, and a weight of 0 would not stop it
-            weight *= tl.where(occupied, scale.to(tl.float32), 0.0)[:, None]
+            weight *= of_others(tl.where(occupied, scale.to(tl.float32), 0.0), ROWS_FIRST)
         rounded = weight.to(DOT)
-        weight_sum = tl.dot(ones, rounded, weight_sum * fade[None, :], input_precision="ieee")
+        weight_sum = multiplied(rounded, ones, weight_sum * fade, ROWS_FIRST)
         if PARTIAL < component_count(VALUE):
             of_full = slot < full
-            rounded_full = tl.where(of_full[:, None], rounded, 0.0)
-            full_sum = tl.dot(ones, rounded_full, full_sum * fade[None, :], input_precision="ieee")
-        value = segment.value + token * elements(VALUE, segment.value.dtype.element_ty)
+            rounded_full = tl.where(of_others(of_full, ROWS_FIRST), rounded, 0.0)
+            full_sum = multiplied(rounded_full, ones, full_sum * fade, ROWS_FIRST)
+        value = segment.value + first_token * elements(VALUE, segment.value.dtype.element_ty)
         updated = ()
         for band in tl.static_range(BAND_COUNT):
             for number in tl.static_range(tiles(VALUE, band)):
@@ -221,23 +256,27 @@ def attend_packed(
                     if is_float(band):
                         # an empty slot's float16 may be NaN
                         wanted = wanted & occupied
-                    # transposed as words, whole 16-bit units; their fields come apart in registers
-                    loaded = tl.trans(load_words(value, wanted[:, None], VALUE, band, number))
-                    level = levels(loaded, band, DOT, ASSEMBLY)
+                    loaded = load_words(value, start, wanted[:, None], VALUE, band, number)
+                    level = levels(loaded if ROWS_FIRST else tl.trans(loaded), band, DOT, ASSEMBLY)
                     for field in tl.static_range(fields(band)):
                         operand, number_of = rounded, level[field]
                         if tile_tier(VALUE, band, number, PARTIAL) == 1:
                             word = number * tile(VALUE, band) + tl.arange(0, tile(VALUE, band))
                             component = first_component(VALUE, band) + word * fields(band) + field
-                            kept = (component < PARTIAL)[:, None] | of_full[None, :]
+                            leading = component < PARTIAL
+                            if ROWS_FIRST:
+                                kept = leading[None, :] | of_full[:, None]
+                            else:
+                                kept = leading[:, None] | of_full[None, :]
                             number_of = tl.where(kept, number_of, 0.0)
                         if tile_tier(VALUE, band, number, PARTIAL) == 2:
                             operand = rounded_full
-                        sofar = accumulated[len(updated)] * fade[None, :]
-                        updated = updated + (tl.dot(number_of, operand, sofar, input_precision="ieee"),)
+                        sofar = accumulated[len(updated)] * fade
+                        updated = updated + (multiplied(operand, number_of, sofar, ROWS_FIRST),)
         accumulated = updated
 
-    weight_sum, full_sum = tl.max(weight_sum, 0)[None, :], tl.max(full_sum, 0)[None, :]
+    weight_sum = of_rows(tl.max(weight_sum, 1 if ROWS_FIRST else 0), ROWS_FIRST)
+    full_sum = of_rows(tl.max(full_sum, 1 if ROWS_FIRST else 0), ROWS_FIRST)
     lse, inverse = log_sum_exp(top, total)
     at_split = b * share.all_splits + share.first_split + split
     if FIRST_PASS:
@@ -252,9 +291,10 @@ def attend_packed(
                     component = first_component(VALUE, band) + word * fields(band) + field
                     summed = weight_sum
                     if tile_tier(VALUE, band, number, PARTIAL) > 0:
-                        summed = tl.where((component < PARTIAL)[:, None], summed, full_sum)
+                        summed = tl.where(of_others(component < PARTIAL, ROWS_FIRST), summed, full_sum)
                     own = accumulated[len(written)] * (1.0 / field_unit(band, field, DOT))
-                    out = (own - level_offset(band, DOT) * summed) * inverse[None, :]
+                    out = (own - level_offset(band, DOT) * summed) * of_rows(inverse, ROWS_FIRST)
                     column = tile_column(VALUE, band, number, field) + tl.arange(0, tile(VALUE, band))
-                    tl.store(segment.part + at_part[None, :] + column[:, None], out, mask=row_ok[None, :])
+                    at = segment.part + of_rows(at_part, ROWS_FIRST) + of_others(column, ROWS_FIRST)
+                    tl.store(at, out, mask=of_rows(row_ok, ROWS_FIRST))
                     written = written + (0,)

@@ -1,4 +1,7 @@
-"""Softmax over blocks of tokens: transposed scores `[tokens, rows]` in base 2, masked, and their running maximum and sum."""
+"""Softmax over blocks of tokens: scores in base 2, masked, and their running maximum and sum.
+
+Scores are `[rows, tokens]` where ROWS_FIRST, else `[tokens, rows]`.
+"""
 
 import triton
 import triton.language as tl
@@ -7,7 +10,31 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def masked(score, position, occupied, row, row_ok, b, masks, head_rows, MASK: tl.constexpr, MASK_ROWS: tl.constexpr):
+def of_rows(x, ROWS_FIRST: tl.constexpr):
+    """A number for each row, beside numbers for the other side."""
+    return x[:, None] if ROWS_FIRST else x[None, :]
+
+
+@triton.jit
+def of_others(x, ROWS_FIRST: tl.constexpr):
+    """A number for each of what rows stand against: tokens, columns."""
+    return x[None, :] if ROWS_FIRST else x[:, None]
+
+
+@triton.jit
+def masked(
+    score,
+    position,
+    occupied,
+    row,
+    row_ok,
+    b,
+    masks,
+    head_rows,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr = False,
+):
     """Scores with the mask by position; -inf where nothing may be attended. MASK: 0 none, 1 bool, 2 float."""
     keep = occupied
     if MASK > 0:
@@ -15,10 +42,10 @@ def masked(score, position, occupied, row, row_ok, b, masks, head_rows, MASK: tl
         start = masks.mask + b * masks.batch
         if MASK_ROWS:
             of_row = (row // head_rows) * masks.head + (row % head_rows) * masks.row
-            at = start + (column * masks.token)[:, None] + of_row[None, :]
-            given = tl.load(at, mask=occupied & row_ok[None, :], other=0)
+            at = start + of_others(column * masks.token, ROWS_FIRST) + of_rows(of_row, ROWS_FIRST)
+            given = tl.load(at, mask=occupied & of_rows(row_ok, ROWS_FIRST), other=0)
         else:
-            given = tl.load(start + column * masks.token)[:, None]
+            given = of_others(tl.load(start + column * masks.token), ROWS_FIRST)
         if MASK == 1:
             keep = keep & (given != 0)
         else:
@@ -27,13 +54,14 @@ def masked(score, position, occupied, row, row_ok, b, masks, head_rows, MASK: tl
 
 
 @triton.jit
-def softmax_step(score, top, total):
+def softmax_step(score, top, total, ROWS_FIRST: tl.constexpr = False):
     """Weights of a block, the factor by which what was summed before fades, and the new maximum and sum."""
-    new_top = tl.maximum(top, tl.max(score, 0))
+    axis: tl.constexpr = 1 if ROWS_FIRST else 0
+    new_top = tl.maximum(top, tl.max(score, axis))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weight = tl.exp2(score - safe[None, :])
+    weight = tl.exp2(score - of_rows(safe, ROWS_FIRST))
     fade = tl.exp2(top - safe)
-    return weight, fade, new_top, total * fade + tl.sum(weight, 0)
+    return weight, fade, new_top, total * fade + tl.sum(weight, axis)
 
 
 @triton.jit

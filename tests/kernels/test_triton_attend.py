@@ -23,7 +23,14 @@ UNPACK = unpack_with(torch.ops.apack.unpack)
 attend, exactly = attend_with(triton.attend), attend_with(attend_reference.attend)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the launch parameters may be: the usual ones, so few accumulators that values take many passes, nothing kept on chip.
-LAUNCHES = {"usual": {}, "many passes": {"MAX_ACCUMULATORS": 16 * 32}, "little shared memory": {"SHARED_BYTES": 256}}
+MANY, SEVERAL = {"MAX_ACCUMULATORS": 16 * 32}, {"ONE_WARP_SUMS": 0}
+LAUNCHES = {
+    "usual": {},
+    "many passes": MANY,
+    "several warps": SEVERAL,
+    "many passes, several warps": MANY | SEVERAL,
+    "little shared memory": {"SHARED_BYTES": 256},
+}
 
 
 def moved(state: State, device: torch.device) -> State:
@@ -260,16 +267,16 @@ def test_three_packed_segments_take_no_more_shared_memory_than_two_may(count, an
 
 def test_a_program_has_as_few_warps_as_its_sums_need():
     few, many = Bands((0, 0, 64, 128)), Bands((0, 96, 256, 160))
-    assert (launch_of(few, 9).warps, launch_of(many, 16).warps) == (2, 4)
-    # each of them has 32 tokens of a block
+    assert [launch_of(few, rows).warps for rows in (9, 17)] == [1, 2]
+    assert (launch_of(many, 16).warps, launch_of(many, 16).block) == (4, 128)
     assert launch_of(few, 9).block == 64
     assert launch_of(few, 9, anchor_slots=16).block == 16
 
 
 def test_rows_are_padded_to_8_or_16_and_wide_bases_take_no_more():
     few, many = Bands((0, 0, 64, 128)), Bands((0, 96, 256, 160))
-    assert [launch_of(few, rows).group_tile for rows in (1, 8, 9, 16, 17, 28)] == [8, 8, 16, 16, 32, 32]
-    assert launch_of(many, 28).group_tile == 16
+    assert [launch_of(few, rows).group_tile for rows in (1, 8, 9, 16, 17, 28)] == [16, 16, 16, 16, 32, 32]
+    assert [launch_of(many, rows).group_tile for rows in (1, 8, 9, 28)] == [8, 8, 16, 16]
 
 
 def test_many_heads_share_one_wide_basis(device):

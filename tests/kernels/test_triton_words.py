@@ -17,12 +17,14 @@ INTEGER_BANDS = [band for band in range(BAND_COUNT.value) if not is_float(band)]
 
 
 @triton.jit
-def read_kernel(codes, out, LAYOUT: tl.constexpr, DOT: tl.constexpr, ASSEMBLY: tl.constexpr, COLUMNS: tl.constexpr):
+def read_kernel(
+    codes, start, out, LAYOUT: tl.constexpr, DOT: tl.constexpr, ASSEMBLY: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Coefficients in units of their step `[tokens, latent columns]`, as attention reads them."""
     inside = tl.arange(0, 16)[:, None] < 16
     for band in tl.static_range(BAND_COUNT):
         for number in tl.static_range(triton_words.tiles(LAYOUT, band)):
-            loaded = triton_words.load_words(codes, inside, LAYOUT, band, number)
+            loaded = triton_words.load_words(codes, start, inside, LAYOUT, band, number)
             level = triton_words.levels(loaded, band, DOT, ASSEMBLY)
             for field in tl.static_range(triton_words.fields(band)):
                 column = tl.arange(0, triton_words.tile(LAYOUT, band))
@@ -42,27 +44,29 @@ def columns_kernel(component, divisor, offset, LAYOUT: tl.constexpr, DOT: tl.con
     tl.store(offset + column, above)
 
 
-def read(codes, bands, dot, assembly=False):
-    """What attention reads of codes, `[tokens, latent columns]`."""
-    columns = triton_words.column_count(bands.counts)
+def read(codes, bands, dot, assembly=False, narrowest=16, start=0):
+    """What attention reads of codes from token `start` on, `[tokens, latent columns]`."""
+    layout = triton_words.layout_of(bands, narrowest)
+    columns = triton_words.column_count(layout)
     out = torch.full((TOKENS, columns), float("nan"), device=codes.device)
-    read_kernel[(1,)](codes, out, LAYOUT=bands.counts, DOT=dot, ASSEMBLY=assembly, COLUMNS=columns)
+    read_kernel[(1,)](codes, start, out, LAYOUT=layout, DOT=dot, ASSEMBLY=assembly, COLUMNS=columns)
     return out
 
 
-def components_of(bands, dot, device):
+def components_of(bands, dot, device, narrowest=16):
     """Component, divisor and offset of each latent column."""
-    columns = triton_words.column_count(bands.counts)
+    layout = triton_words.layout_of(bands, narrowest)
+    columns = triton_words.column_count(layout)
     padded = triton.next_power_of_2(columns)
     found = [torch.empty(padded, dtype=kind, device=device) for kind in (torch.int32, torch.float32, torch.float32)]
-    columns_kernel[(1,)](*found, LAYOUT=bands.counts, DOT=dot, COLUMNS=padded)
+    columns_kernel[(1,)](*found, LAYOUT=layout, DOT=dot, COLUMNS=padded)
     return [x[:columns] for x in found]
 
 
-def random_codes(bands, device):
+def random_codes(bands, device, tokens=TOKENS):
     """Codes `[tokens, bytes]`; what is read as float16 is a number."""
-    codes = torch.randint(0, 256, (TOKENS, bands.token_bytes), dtype=torch.uint8)
-    codes[:, : 2 * bands.counts[0]] = torch.randn(TOKENS, bands.counts[0]).half().view(torch.uint8)
+    codes = torch.randint(0, 256, (tokens, bands.token_bytes), dtype=torch.uint8)
+    codes[:, : 2 * bands.counts[0]] = torch.randn(tokens, bands.counts[0]).half().view(torch.uint8)
     return codes.to(device)
 
 
@@ -70,13 +74,20 @@ counts = st.lists(st.integers(0, 40), min_size=4, max_size=4).filter(any)
 
 
 @settings(max_examples=40, deadline=None)
-@given(counts, st.sampled_from((tl.float16, tl.float32)), st.booleans())
-def test_words_hold_the_components_of_the_format(device, counts, dot, as_words):
+@given(
+    counts,
+    st.sampled_from((tl.float16, tl.float32)),
+    st.booleans(),
+    st.sampled_from((triton_words.SUMMED.value, triton_words.GIVEN.value)),
+    st.integers(0, 3),
+)
+def test_words_hold_the_components_of_the_format(device, counts, dot, as_words, narrowest, start):
     bands = Bands(tuple(counts))
-    codes = random_codes(bands, device)
+    codes = random_codes(bands, device, start + TOKENS)
     given_codes = codes.view(torch.int16) if as_words and bands.token_bytes % 2 == 0 else codes
-    own, (component, _, offset) = read(given_codes, bands, dot), components_of(bands, dot, device)
-    exact = centered_levels(codes.cpu(), bands, torch.float64)
+    own = read(given_codes, bands, dot, narrowest=narrowest, start=start)
+    component, _, offset = components_of(bands, dot, device, narrowest)
+    exact = centered_levels(codes.cpu()[start:], bands, torch.float64)
     known = (component >= 0).cpu()
     assert sorted(component[component >= 0].tolist()) == list(range(bands.components))
     assert torch.equal(own.cpu()[:, known].double(), exact[:, component.cpu()[known].long()])
