@@ -268,7 +268,7 @@ def test_three_packed_segments_take_no_more_shared_memory_than_two_may(count, an
 def test_a_program_has_as_few_warps_as_its_sums_need():
     few, many = Bands((0, 0, 64, 128)), Bands((0, 96, 256, 160))
     assert [launch_of(few, rows).warps for rows in (9, 17)] == [1, 2]
-    assert (launch_of(many, 16).warps, launch_of(many, 16).block) == (4, 128)
+    assert (launch_of(many, 16).warps, launch_of(many, 16).block) == (4, 64)
     assert launch_of(few, 9).block == 64
     assert launch_of(few, 9, anchor_slots=16).block == 16
 
