@@ -43,7 +43,8 @@ class PrefixStore:
         path = self.directory / f"{key_of(model, session, inputs)}{SUFFIX}"
         try:
             prefix = load(model, session, path)
-            path.touch()
+            # not a touch: another process may have removed it by now
+            os.utime(path)
             return prefix
         except (FileNotFoundError, ValueError):
             # not there, or of a plan that the model no longer has

@@ -6,15 +6,6 @@
 
 namespace {
 
-// Scores of the rows of an item's head h against keys that are kept as they are.
-inline void score_head(const Work &w, const Item &item, int h, int head, const float *rows, int64_t stride, int tokens, float *score) {
-    int D = (int)w.a->head_dim;
-    for (int c = 0; c < item.sequences; ++c) {
-        const float *query = w.query + ((item.b + c) * w.a->heads + head) * w.R * D;
-        dots(query, D, w.R, rows, stride, tokens, D, score + ((int64_t)h * item.rows + c * w.R) * BLOCK, BLOCK, false);
-    }
-}
-
 // Scores of one block against keys; packed ones by the group's latents.
 __attribute__((noinline)) void score_block(const Work &w, const Item &item, int segment, int token, int tokens,
                                            const Latents &latents, const Local &local) {
@@ -29,15 +20,18 @@ __attribute__((noinline)) void score_block(const Work &w, const Item &item, int 
     }
     for (int h = 0; h < per_group; ++h) {
         int head = item.group * per_group + h, source_heads = (int)(a.heads / s.key.groups), step = TILE / D & ~3;
+        const float *query = queries_of(w, item.b, head);
+        float *score = local.score + (int64_t)h * item.rows * BLOCK;
         if (s.key.dtype == FLOAT32) {
-            score_head(w, item, h, head, (const float *)dense_row(s.key, item.b, head, token, source_heads, D), s.key.token_stride, tokens, local.score);
+            const float *row = (const float *)dense_row(s.key, item.b, head, token, source_heads, D);
+            dots(query, D, item.rows, row, s.key.token_stride, tokens, D, score, BLOCK, false);
             continue;
         }
         for (int t = 0; t < tokens; t += step) {
             int n = tokens - t < step ? tokens - t : step;
             for (int i = 0; i < n; ++i)
                 convert_row(local.tile + i * D, dense_row(s.key, item.b, head, token + t + i, source_heads, D), s.key.dtype, D);
-            score_head(w, item, h, head, local.tile, D, n, local.score + t);
+            dots(query, D, item.rows, local.tile, D, n, D, score + t, BLOCK, false);
         }
     }
 }

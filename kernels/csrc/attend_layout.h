@@ -42,7 +42,7 @@ struct Work {
     int ahead[MAX_PACKED];                    // blocks of relative keys that queries are rotated to at once; 0 for none
     bool transposes[MAX_PACKED];              // whether their decoders are transposed for that,
     bool pairs[MAX_PACKED];                   // and multiplied as bfloat16
-    float *query;                             // [B][H][R][D], scaled
+    float *query;                             // [H][B][R][D], scaled
     float *latent[MAX_PACKED], *offset[MAX_PACKED];  // [B][H][R][columns], [B][H][R], an item's rows side by side
     float *transposed[MAX_PACKED];            // [1 or B][H][D][columns], decoders
     float *top, *inverse;                     // [B][H][R]
@@ -82,6 +82,9 @@ inline int64_t row_of_all(const Work &w, int kind, int64_t b, int64_t head) {
     int64_t c = b % w.together[kind], per_group = heads_per_group(w, kind);
     return ((b - c) * w.a->heads + head / per_group * per_group * sequences_from(w, kind, b - c)) * w.R + row_in_item(w, kind, b, head);
 }
+
+// Rows of a head's queries, of sequences from b on.
+inline float *queries_of(const Work &w, int64_t b, int64_t head) { return w.query + (head * w.a->batch + b) * w.R * w.a->head_dim; }
 
 // Position of a slot, or -1 where it holds no token that is read.
 inline int64_t position_of(const Work &w, int segment, int64_t b, int64_t slot) {

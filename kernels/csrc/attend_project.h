@@ -9,7 +9,7 @@ namespace {
 // Rows of one head's queries, scaled, as floats.
 inline void load_queries(const Work &w, int64_t b, int64_t head) {
     const Attend &a = *w.a;
-    float *out = w.query + (b * a.heads + head) * w.R * a.head_dim;
+    float *out = queries_of(w, b, head);
     for (int i = 0; i < w.R; ++i) {
         int64_t at = b * a.query_strides[0] + (head * w.share + i / a.rows) * a.query_strides[1] + i % a.rows * a.query_strides[2];
         float *row = out + i * a.head_dim;
@@ -71,7 +71,7 @@ __attribute__((noinline)) void project_queries(const Work &w, int kind, int64_t 
     int D = (int)a.head_dim, per_group = heads_per_group(w, kind), r = components_of(s);
     int64_t group = head / per_group, W = per_group * D, row = row_of_all(w, kind, b, head);
     int64_t at = basis_at(s, b, group), inside = head % per_group * D;
-    const float *query = w.query + (b * a.heads + head) * w.R * D;
+    const float *query = queries_of(w, b, head);
     float *latent = w.latent[kind - 1] + row * columns.count, *offset = w.offset[kind - 1] + row;
     const int most = TILE / round_up(D, LANES) & ~3;
     for (const Band &band : columns.band) {
@@ -183,13 +183,13 @@ __attribute__((noinline)) void project_rotated(const Work &w, const Item &item, 
     const Source &s = w.segments[segment].key;
     const Rotations &rotations = a.rotations[segment - 1];
     int D = (int)a.head_dim, per_group = heads_per_group(w, segment), R = item.rows, M = per_group * R;
-    int64_t size = R * a.head_dim, own = w.R * a.head_dim, at = basis_at(s, item.b, item.group);
+    int64_t size = R * a.head_dim, at = basis_at(s, item.b, item.group);
     for (int h = 0; h < per_group; ++h) {
-        const float *query = w.query + (item.b * a.heads + item.group * per_group + h) * own;
+        const float *query = queries_of(w, item.b, item.group * per_group + h);
         const float *mean = basis_row(s, s.mean, (at * per_group + h) * D, D, local.tile);
         for (int k = 0; k < count; ++k) {
             float *rows = local.rotated + ((int64_t)h * count + k) * size;
-            for (int c = 0; c < item.sequences; ++c) memcpy(rows + c * own, query + c * a.heads * own, own * sizeof(float));
+            memcpy(rows, query, size * sizeof(float));
             const float *rotation = rotation_of(rotations, item.b, (first + k) * rotations.block);
             for (int i = 0; i < R; ++i) rotate_back(rows + i * D, rotation, rotations.pairs);
             mean_scores(rows, R, D, mean, local.offset + k * M + h * R);
