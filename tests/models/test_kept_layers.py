@@ -234,3 +234,24 @@ def test_pictures_stay_when_text_is_cropped_and_a_chunk_that_fails_leaves_them()
         with pytest.raises(ValueError, match="NaN or Inf"):
             model(inputs_embeds=torch.full((1, 3, 64), float("nan")), past_key_values=cache)
         torch.testing.assert_close(model(input_ids=more, past_key_values=cache).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ALL_MODELS)
+def test_branches_of_a_prefix_have_what_is_not_packed_each(model_type):
+    model = small(model_type)
+    inputs = picture_and_text(model, model_type)
+    asked = torch.randint(5, 380, (2, 6), generator=torch.Generator().manual_seed(9))
+    dense = copy.deepcopy(model)
+    apack_compile.optimize(model, preset="lossless", compile="eager", strict=True)
+    prefix = apack_compile.read(model, **inputs)
+    for _ in range(2):
+        out = prefix.generate(asked, max_new_tokens=12, do_sample=False)
+        for row, ids in zip(out, asked, strict=True):
+            first = dense(**inputs, use_cache=True)
+            cache = first.cache if hasattr(first, "cache") else first.past_key_values
+            whole = torch.cat([inputs["input_ids"], ids[None]], 1)
+            mask = torch.ones_like(whole)
+            wanted = generate(dense, {"input_ids": whole, "attention_mask": mask}, past_key_values=cache)
+            assert torch.equal(row, wanted[0])
+    with pytest.raises(ValueError, match="hold what is not packed, which cannot be saved or moved"):
+        prefix.save("never")
