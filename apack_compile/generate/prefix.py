@@ -34,6 +34,9 @@ class Prefix:
     _model: nn.Module = field(repr=False)
     _cache: CompactedCache = field(repr=False)
 
+    def __deepcopy__(self, memo: dict) -> "Prefix":
+        return self
+
     @property
     def length(self) -> int:
         """Tokens."""

@@ -22,6 +22,7 @@ SCRIPTS = {
     "quickstart.py": (["The model says", "last cache", "wrote report.html"], ["report.html"]),
     "save_a_plan.py": (["The model says", "30 of 30 layers packed"], ["plan.safetensors"]),
     "batch_job.py": (["requests of", "answers are right"], []),
+    "one_prompt.py": (["tokens in", "answers are right"], ["pictures.prefix"]),
 }
 
 

@@ -66,7 +66,7 @@ def test_questions_over_a_lossless_prefix_get_the_dense_answers(name, side):
     expected = answers(model, inputs, asked)
     calibrated(model, "eager", preset="lossless", strict=True)
     prefix = apack_compile.read(model, **inputs)
-    assert prefix.length == inputs["input_ids"].shape[1]
+    assert prefix.length == inputs["input_ids"].shape[1] and copy.deepcopy(prefix) is prefix
     before = contents(prefix)
     for _ in range(2):
         out = prefix.generate(asked, max_new_tokens=9, do_sample=False)
