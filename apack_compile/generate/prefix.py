@@ -1,6 +1,7 @@
 """A prompt that is read once, and branches that go on behind it (docs/guides/one_prompt.md)."""
 
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +60,11 @@ class Prefix:
         for name, value, least in (("n", n, 1), ("max_new_tokens", max_new_tokens, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer >= {least}")
-        return branch_of(self._cache, n, max_new_tokens)
+        branch, session = branch_of(self._cache, n, max_new_tokens), session_of(self._model)
+        if session is not None:
+            # what the report is about
+            session.last.cache = weakref.ref(branch)
+        return branch
 
     def generate(self, questions: Tensor | Mapping[str, Any], **options: Any) -> Any:
         """What the model's `generate` gives for the prefix and each question behind it: sequences `[n, P + T + new]`.
