@@ -16,6 +16,8 @@ from rich.table import Table
 
 Row = dict[str, Any]
 PEERS = ("hqq", "optimum-quanto", "turboquant-vllm")
+# Instructions of x86 for integers and numbers of 16 bits.
+FEW_BITS = ("avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 WIDTH = 180
 WARM_UP = 3
 # A sample is as many calls as take this long, so that the clock and a launch weigh little.
@@ -92,6 +94,15 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} CPU, {capability}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The CPU's name and what it has for numbers of few bits; where the system does not say, its architecture."""
+    told = Path("/proc/cpuinfo")
+    lines = dict(line.split(":", 1) for line in told.read_text().splitlines() if ":" in line) if told.exists() else {}
+    fields = {name.strip(): said.strip() for name, said in lines.items()}
+    has = [flag for flag in FEW_BITS if flag in fields.get("flags", "").split()]
+    return ", ".join([fields.get("model name", platform.machine()), *has])
 
 
 def versions() -> dict[str, str]:

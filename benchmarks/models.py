@@ -132,13 +132,15 @@ def random_plan(model: nn.Module, name: str, packing: Packing, tokens: int) -> P
     )
 
 
-def real_subject(name: str, tokens: int, batch: int, packing: Packing) -> Subject:
-    """SmolLM2 on text, or the demo's VLM on test pictures, in float32 on the CPU; about `tokens` tokens a sequence."""
+def real_subject(name: str, tokens: int, batch: int, packing: Packing, dtype: torch.dtype = torch.float32) -> Subject:
+    """SmolLM2 on text, or the demo's VLM on test pictures, on the CPU; about `tokens` tokens a sequence."""
     from apack_compile.demo.assets import load_model, load_tokenizer
 
-    model, tokenizer = load_model(), load_tokenizer()
+    model, tokenizer = load_model().to(dtype), load_tokenizer()
     inputs, calibration = (text_inputs if name == REAL[0] else picture_inputs)(tokenizer, tokens)
     inputs = {key: x.repeat(batch, *[1] * (x.dim() - 1)) for key, x in inputs.items()}
+    for given in (inputs, calibration):
+        given.update({key: x.to(dtype) for key, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()})
 
     def prepare() -> None:
         apack_compile.optimize(model, packing.config)
