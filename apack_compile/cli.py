@@ -39,7 +39,8 @@ def demo(
     ratio: Ratio = None,
     preset: PresetName = None,
     images_per_prompt: Annotated[int, typer.Option(help="Pictures in each prompt.")] = 4,
-    questions: Annotated[int, typer.Option(help="Questions in all.")] = 48,
+    questions: Annotated[int, typer.Option(help="Questions in all.")] = 24,
+    album: Annotated[int, typer.Option(help="Pictures of an album that many requests share; 0 for none.")] = 16,
     compile_: CompileMode = "auto",
     seed: Annotated[int, typer.Option(help="Which pictures and questions.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
@@ -48,7 +49,7 @@ def demo(
     """A small real model answers questions about real pictures, with a dense and with a packed cache."""
     from apack_compile.demo.run import DemoOptions, run_demo
 
-    run_demo(DemoOptions(ratio, preset, images_per_prompt, questions, compile_, seed, json, png))
+    run_demo(DemoOptions(ratio, preset, images_per_prompt, questions, album, compile_, seed, json, png))
 
 
 @app.command()

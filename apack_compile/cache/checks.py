@@ -22,22 +22,25 @@ if TYPE_CHECKING:
 LAYERS_BEHIND = 2
 
 
-def largest_of(key: Tensor, value: Tensor) -> Tensor:
-    """Largest magnitude `[2]` of K and of V, NaN where there is one."""
+# Numbers of K and V that are looked at: the least and the largest of each.
+ENDS = 4
+
+
+def ends_of(key: Tensor, value: Tensor) -> Tensor:
+    """The least and the largest number `[4]` of K, and of V; NaN where there is one."""
     # a norm of 16-bit numbers would make a copy in 32 bits on a CPU
-    ends = [end for x in (key, value) for end in torch.aminmax(x.detach() if x.requires_grad else x)]
-    return torch.stack(ends).view(2, 2).abs().amax(1)
+    return torch.stack([end for x in (key, value) for end in torch.aminmax(x.detach() if x.requires_grad else x)])
 
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """What a layer found: the largest magnitudes of its states, and what coding them with shared bases loses.
+    """What a layer found: the ends of its states, and what coding them with shared bases loses.
 
     wide: whether K, and V, have more than 16 bits. copy: of the numbers, where tokens are kept until they are known.
     """
 
     layer: "CompactedLayer"
-    largest: Tensor
+    ends: Tensor
     wide: tuple[bool, bool]
     watched: Sequence[WatchedPair] = ()
     copy: HostCopy | None = None
@@ -45,12 +48,13 @@ class LayerCheck:
     @property
     def numbers(self) -> Tensor:
         """All of them, in order."""
-        return torch.cat([self.largest, *(pair.lost for pair in self.watched)]) if self.watched else self.largest
+        return torch.cat([self.ends, *(pair.lost for pair in self.watched)]) if self.watched else self.ends
 
     def check(self, numbers: Sequence[float]) -> None:
         """Raise ValueError for states that cannot be packed."""
         plan, about = self.layer.index.plan, f"layer {self.layer.layer_idx}:"
-        for name, largest, is_wide in zip(STREAMS, numbers, self.wide, strict=False):
+        for name, least, most, is_wide in zip(STREAMS, numbers[:ENDS:2], numbers[1:ENDS:2], self.wide, strict=True):
+            largest = max(-least, most)
             if not math.isfinite(largest):
                 raise ValueError(f"{about} {name} states hold NaN or Inf; the cache was left as it was")
             if is_wide and largest > FLOAT16_MAX and plan is not None and not self.layer.is_lossless():
@@ -63,7 +67,7 @@ class LayerCheck:
         """Judge the layer by its numbers; raises ValueError for states that cannot be packed."""
         self.check(numbers)
         for i, pair in enumerate(self.watched):
-            judge(self.layer, pair, numbers[2 + 2 * i : 4 + 2 * i])
+            judge(self.layer, pair, numbers[ENDS + 2 * i : ENDS + 2 + 2 * i])
 
 
 class Checks:
@@ -76,16 +80,16 @@ class Checks:
         """Look at the states `[B, H_kv, n, D]` of a layer."""
         if key.numel() and value.numel():
             wide = (key.dtype.itemsize > 2, value.dtype.itemsize > 2)
-            self._open.append(LayerCheck(layer, largest_of(key, value), wide))
+            self._open.append(LayerCheck(layer, ends_of(key, value), wide))
 
     def watch(self, watched: Sequence[WatchedPair]) -> None:
         """What the newest layer's pairs lose; reads what earlier layers found, where tokens are kept for it."""
         if not watched:
             return
         newest = self._open.pop()
-        newest = LayerCheck(newest.layer, newest.largest, newest.wide, watched)
+        newest = LayerCheck(newest.layer, newest.ends, newest.wide, watched)
         copy = HostCopy(newest.numbers) if any(pair.tokens is not None for pair in watched) else None
-        self._open.append(LayerCheck(newest.layer, newest.largest, newest.wide, watched, copy))
+        self._open.append(LayerCheck(newest.layer, newest.ends, newest.wide, watched, copy))
         while len(self._open) > LAYERS_BEHIND and (copy := self._open[0].copy) is not None:
             oldest, later = self._open.popleft(), self._open
             # where it fails, nothing that later layers found is told instead
@@ -108,4 +112,4 @@ class Checks:
         """After another error: raise ValueError for the first layer whose states cannot be packed, which may be what failed."""
         checks, self._open = list(self._open), deque()
         for check in checks:
-            check.check(check.largest.tolist())
+            check.check(check.ends.tolist())

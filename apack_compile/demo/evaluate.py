@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from apack_compile.cache.layer import CompactedLayer
 from apack_compile.demo.assets import Question
 from apack_compile.demo.prompts import Prompt, build_dialogue, build_prompt, load_pixels, read_answer
 from apack_compile.models.cache_argument import with_cache
@@ -202,56 +201,3 @@ def decode_time_ratio(
             if turn > 0:
                 seconds[name] += clock.steps()
     return median(seconds["packed"]) / median(seconds["dense"])
-
-
-@torch.no_grad()
-def kl_by_layer(
-    model: Any,
-    tokenizer: Any,
-    group: QuestionSet,
-    new_packed: Callable[[], Any],
-    advance: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """KL(dense || packed) of the next token when only one layer's pictures are packed, mean over a question.
-
-    Empty where layers evict tokens: what they hold cannot be put into a dense cache.
-    """
-    prompt = build_prompt(tokenizer, group.pictures[0].text, 0, len(group.pictures))
-    pixels = load_pixels(group.pictures)
-    dense, packed = dense_cache(model), new_packed()
-    read_pictures(model, prompt, pixels, dense)
-    read_pictures(model, prompt, pixels, packed)
-    if any(isinstance(layer, CompactedLayer) and layer.has_evicted for layer in packed.layers):
-        return []
-    states = [(layer.keys, layer.values) for layer in dense.layers]
-    wanted = _question_logprobs(model, prompt, states)
-    kls = []
-    for index, layer in enumerate(packed.layers):
-        if isinstance(layer, CompactedLayer):
-            swapped = list(states)
-            swapped[index] = _decoded(layer, prompt.prefix_len)
-            got = _question_logprobs(model, prompt, swapped)
-            kls.append(float((wanted.exp() * (wanted - got)).sum(-1).mean().clamp(min=0)))
-        else:
-            kls.append(0.0)
-        advance()
-    return kls
-
-
-def _decoded(layer: CompactedLayer, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[1, H_kv, tokens, D]` as a later step reads them from a packed layer."""
-    key, value = (states[:, :, :0] for states in (layer.first.key, layer.first.value))
-    key, value = key.to(layer.dtype), value.to(layer.dtype)
-    return torch.ops.apack.unpack.default(key, value, *layer.state().flatten(), tokens)
-
-
-def _question_logprobs(model: Any, prompt: Prompt, states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Log-probabilities `[n, vocabulary]` of the question's tokens, read from the given keys and values."""
-    cache = dense_cache(model)
-    for index, (key, value) in enumerate(states):
-        length = prompt.prefix_len
-        cache.update(key[..., :length, :].to(model.dtype), value[..., :length, :].to(model.dtype), index)
-    ids = prompt.input_ids.to(model.device)
-    inputs = {"input_ids": ids[:, prompt.prefix_len :], "attention_mask": torch.ones_like(ids)}
-    logits = model(**with_cache(model, inputs, cache)).logits
-    return torch.log_softmax(logits[0].float(), dim=-1)

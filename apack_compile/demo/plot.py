@@ -1,8 +1,9 @@
-"""The demo's PNG: pictures with their answers, bytes as bars, KL by layer."""
+"""The demo's PNG: pictures with their answers; bytes, requests and tokens a second as bars."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ INK, MUTED, GRID = "#1f2430", "#7a8190", "#e3e6ec"
 DENSE, PACKED, MODEL = "#9aa5b8", "#2f6fde", "#c9d8f6"
 RIGHT, WRONG = "#1d8a4b", "#c8372d"
 COLUMNS, ROWS = 6, 2
-KL_FLOOR = 1e-6
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars by name, and how their values are shown."""
+
+    title: str
+    values: dict[str, float]
+    shown: str
 
 
 def chosen_rows(rows: Sequence[Row], count: int = COLUMNS * ROWS) -> list[Row]:
@@ -29,7 +39,7 @@ def check_matplotlib() -> None:
         raise DemoAssetsError(f"the package 'matplotlib' is not installed; {INSTALL_HINT}") from error
 
 
-def draw(path: Path, title: str, results: Results, summary: dict[str, Any], kls: Sequence[float]) -> None:
+def draw(path: Path, title: str, results: Results, summary: dict[str, Any]) -> None:
     """Writes the picture; raises DemoAssetsError without matplotlib."""
     check_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -48,9 +58,8 @@ def draw(path: Path, title: str, results: Results, summary: dict[str, Any], kls:
         ROWS, COLUMNS, left=0.04, right=0.975, top=0.855, bottom=0.415, wspace=0.12, hspace=0.72
     )
     _draw_pictures(figure, upper, results.rows)
-    _draw_bytes(figure.add_axes((0.125, 0.07, 0.33, 0.235)), summary)
-    if kls:
-        _draw_kl(figure.add_axes((0.54, 0.085, 0.435, 0.22)), kls)
+    for place, panel in zip((0.125, 0.455, 0.77), panels_of(summary), strict=False):
+        _draw_bars(figure.add_axes((place, 0.06, 0.19, 0.215)), panel)
     figure.savefig(path)
 
 
@@ -80,32 +89,38 @@ def _draw_pictures(figure: Any, grid: Any, rows: Sequence[Row]) -> None:
             )
 
 
-def _draw_bytes(axes: Any, summary: dict[str, Any]) -> None:
-    names = ["dense, 16-bit", "packed", "bases, once\nper model"]
-    values = [summary[name] / 2**20 for name in ("dense_bytes", "sequence_bytes", "model_bytes")]
-    bars = axes.barh(names, values, color=[DENSE, PACKED, MODEL], height=0.62)
-    axes.bar_label(bars, [f"{value:.2f} MiB" for value in values], padding=5, size=10, color=INK)
+def panels_of(summary: dict[str, Any]) -> list[Panel]:
+    """What is drawn below the pictures: of an album where there is one, else of a prompt."""
+    if "album_pictures" not in summary:
+        values = {"dense, 16-bit": "dense_bytes", "packed": "sequence_bytes", "bases, once\nper model": "model_bytes"}
+        bytes_of = {name: summary[key] / MIB for name, key in values.items()}
+        return [Panel("KV cache of one prompt", bytes_of, "{:.2f} MiB")]
+    pictures, branches = summary["album_pictures"], summary["branches"]
+    held = {
+        "dense, 16-bit": summary["dense_bytes_of_branches"] / MIB,
+        "packed": summary["copied_bytes_of_branches"] / MIB,
+        "packed, album\nonce for all": summary["shared_bytes_of_branches"] / MIB,
+        "bases, once\nper model": summary["model_bytes"] / MIB,
+    }
+    fitting = {"dense": summary["dense_requests_in_gib"], "packed": summary["packed_requests_in_gib"]}
+    speed = {"dense": summary["dense_tokens_per_second"], "packed": summary["packed_tokens_per_second"]}
+    return [
+        Panel(f"{branches} questions about {pictures} pictures", held, "{:.1f} MiB"),
+        Panel("Such albums in 1 GiB", fitting, "{:.0f}"),
+        Panel("Tokens a second, equal bytes", speed, "{:.0f}"),
+    ]
+
+
+def _draw_bars(axes: Any, panel: Panel) -> None:
+    names, values = list(panel.values), list(panel.values.values())
+    colors = [MODEL if name.startswith("bases") else DENSE if name.startswith("dense") else PACKED for name in names]
+    bars = axes.barh(names, values, color=colors, height=0.62)
+    axes.bar_label(bars, [panel.shown.format(value) for value in values], padding=5, size=10, color=INK)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(values) * 1.25)
-    axes.set_title("KV cache of one prompt", size=12, color=INK, loc="left", pad=8)
+    axes.set_xlim(0, max(values) * 1.4)
+    axes.set_title(panel.title, size=12, color=INK, loc="left", pad=8)
     axes.tick_params(axis="y", length=0, labelsize=10, labelcolor=INK)
     axes.set_xticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _draw_kl(axes: Any, kls: Sequence[float]) -> None:
-    # Layers differ by orders of magnitude, so a linear axis would show one bar; an exact layer has none.
-    axes.bar(range(len(kls)), kls, color=PACKED, width=0.7)
-    if any(kl > 0 for kl in kls):
-        axes.set_yscale("log")
-    axes.set_title("KL to the dense model when only this layer is packed", size=12, color=INK, loc="left", pad=8)
-    axes.set_xlabel("layer", size=10, color=MUTED)
-    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=MUTED)
-    axes.set_xlim(-0.8, len(kls) - 0.2)
-    axes.set_ylim(KL_FLOOR, max(max(kls, default=0.0) * 2, 100 * KL_FLOOR))
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import apack_compile
 from apack_compile.config import AttentionPackConfig
+from apack_compile.demo.album import PARTS, show_album
 from apack_compile.demo.assets import load_model, load_questions, load_tokenizer
 from apack_compile.demo.evaluate import (
     Results,
     ask_all,
     calibration_inputs,
     decode_time_ratio,
-    kl_by_layer,
     question_sets,
 )
 from apack_compile.demo.plot import check_matplotlib, draw
 from apack_compile.demo.progress import new_console, progress_bars
 
 SHOWN_ROWS = 16
+# Presets whose rows can share a prompt.
+SHARING = (None, "lossless")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class DemoOptions:
     ratio: float | None = None
     preset: str | None = None
     images_per_prompt: int = 4
-    questions: int = 48
+    questions: int = 24
+    album: int = 16
     compile: str = "auto"
     seed: int = 0
     json_path: Path | None = None
@@ -68,18 +72,19 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
         task = progress.add_task("timing decode", total=None)
         time_ratio = decode_time_ratio(model, tokenizer, sets[0], new_packed)
         progress.remove_task(task)
-        kls: list[float] = []
-        if options.png_path is not None:
-            layers = model.config.get_text_config().num_hidden_layers
-            task = progress.add_task("KL by layer", total=layers)
-            kls = kl_by_layer(model, tokenizer, sets[0], new_packed, lambda: progress.advance(task))
-    summary = summarize(results, time_ratio)
+        album = None
+        if options.album and config.preset in SHARING:
+            task = progress.add_task(f"an album of {options.album} pictures", total=PARTS)
+            with tempfile.TemporaryDirectory() as folder:
+                chosen = [group[0] for group in pictures[: options.album]]
+                album = show_album(model, tokenizer, chosen, Path(folder), lambda: progress.advance(task))
+    summary = summarize(results, time_ratio) | ({} if album is None else album.figures)
     _print(console, _title(config, options), results, summary)
     if options.json_path is not None:
         options.json_path.write_text(json.dumps(summary, indent=2) + "\n")
         console.print(f"wrote {options.json_path}")
     if options.png_path is not None:
-        draw(options.png_path, _title(config, options), results, summary, kls)
+        draw(options.png_path, _title(config, options), results, summary)
         console.print(f"wrote {options.png_path}")
     return summary
 
@@ -150,7 +155,7 @@ def _colored(text: str, truth: str) -> Any:
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """The figures in words."""
-    return [
+    lines = [
         f"accuracy over {summary['questions']} questions: "
         f"dense {summary['accuracy_dense']:.1%}, packed {summary['accuracy_packed']:.1%}; "
         f"answers equal {summary['answers_equal']:.1%}",
@@ -158,6 +163,25 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"dense {_size(summary['dense_bytes'])} (16-bit), packed {_size(summary['sequence_bytes'])}, "
         f"{summary['ratio']:.2f}x smaller; bases shared by all requests {_size(summary['model_bytes'])}",
         f"time of a decode step: packed / dense = {summary['decode_time_ratio']:.2f} (packed at any length, min_tokens=0)",
+    ]
+    return lines + (album_lines(summary) if "album_pictures" in summary else [])
+
+
+def album_lines(summary: dict[str, Any]) -> list[str]:
+    """The figures of an album in words."""
+    return [
+        f"an album of {summary['album_pictures']} pictures ({summary['album_tokens']} tokens), read once, "
+        f"{summary['album_pictures']} questions at once: answers as from a dense cache {summary['album_answers_equal']:.1%}, "
+        f"right {summary['album_accuracy_shared']:.1%} (dense {summary['album_accuracy_dense']:.1%})",
+        f"saved to a file of {_size(summary['album_file_bytes'])}, loaded and asked by another process: "
+        f"answers equal {summary['reloaded_answers_equal']:.1%}",
+        f"{summary['branches']} requests about it: dense {_size(summary['dense_bytes_of_branches'])}, "
+        f"packed {_size(summary['copied_bytes_of_branches'])}, packed once for all {_size(summary['shared_bytes_of_branches'])}; "
+        f"a step takes {summary['shared_prefix_step_ratio']:.2f} of one over copies",
+        f"albums in 1 GiB: dense {summary['dense_requests_in_gib']}, packed {summary['packed_requests_in_gib']}",
+        f"tokens a second in the bytes of {summary['dense_requests']} dense requests: "
+        f"dense {summary['dense_tokens_per_second']:.0f}, packed {summary['packed_tokens_per_second']:.0f} "
+        f"with {summary['packed_requests']} requests, {summary['throughput_at_equal_bytes']:.1f} times (steps not compiled)",
     ]
 
 

@@ -27,6 +27,7 @@ KEYS = {
     "questions",
     "decode_time_ratio",
 }
+ALBUM_KEYS = {"throughput_at_equal_bytes", "shared_prefix_step_ratio", "reloaded_answers_equal"}
 
 
 @pytest.mark.slow
@@ -36,6 +37,7 @@ def test_a_small_run_writes_flat_figures_and_a_picture(tmp_path: Path, capsys: p
         preset="lossless",
         images_per_prompt=1,
         questions=2,
+        album=2,
         compile="none",
         json_path=tmp_path / "demo.json",
         png_path=tmp_path / "demo.png",
@@ -43,13 +45,17 @@ def test_a_small_run_writes_flat_figures_and_a_picture(tmp_path: Path, capsys: p
     summary = run_demo(options)
     written = json.loads((tmp_path / "demo.json").read_text())
     assert written == summary
-    assert set(written) >= KEYS
+    assert set(written) >= KEYS | ALBUM_KEYS
     assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in written.values())
     assert written["answers_equal"] == 1.0
     assert written["questions"] == 2
+    # a lossless album answers as a dense one does, and so does its file in another process
+    assert written["album_pictures"] == 2 and written["album_answers_equal"] == written["reloaded_answers_equal"] == 1.0
+    shared, copied = written["shared_bytes_of_branches"], written["copied_bytes_of_branches"]
+    assert shared < copied / 4 < written["album_file_bytes"] * 16
     assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     out = capsys.readouterr().out
-    assert "truth" in out and "answers equal 100.0%" in out
+    assert "truth" in out and "answers equal 100.0%" in out and "an album of 2 pictures" in out
 
 
 def test_a_missing_matplotlib_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
