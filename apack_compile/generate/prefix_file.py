@@ -42,7 +42,7 @@ def cache_of_contents(
     if made_for != own:
         raise ValueError(f"{about}: read by a model with {describe(made_for)}; this one has {describe(own)}")
     if values["weights"] != weights_digest(model):
-        raise ValueError(f"{about}: read by a model with other weights or adapters than this one's")
+        raise ValueError(f"{about}: read by a model with other weights, adapters or rotary settings than this one's")
     cache, ids = session.new_cache(model, 0), tensors[INPUT_IDS].cpu()
     vision = vision_of(model.config, {"input_ids": ids})
     none = torch.zeros(ids.shape, dtype=torch.bool)

@@ -1,14 +1,19 @@
 """What a model's weights weigh, and what tells them from another model's."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from apack_compile.models.wrappers import adapters_of
+
 # Numbers of a parameter that tell it from another one.
 SAMPLE = 16
+# What a text configuration says of rotary embeddings, whose frequencies are no parameters.
+ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -21,8 +26,14 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest of names, shapes and a few evenly spaced numbers of all parameters; of quantized ones of names and shapes."""
-    found, samples = hashlib.sha256(), []
+    """A digest of what a model computes with: rotary settings, active adapters, and of all parameters names, shapes and a few numbers.
+
+    Of quantized parameters names and shapes alone.
+    """
+    config = model.config.get_text_config(decoder=True)
+    rope = {name: getattr(config, name, None) for name in ROPE}
+    settings = json.dumps([rope, adapters_of(model)], sort_keys=True, default=str)
+    found, samples = hashlib.sha256(f"{settings}\n".encode()), []
     for name, x in model.named_parameters():
         found.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
         if not is_traceable_wrapper_subclass(x) and x.numel() and x.device.type != "meta":
