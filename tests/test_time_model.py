@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_plans import plan_with
 
 from apack_compile.kernels.format import Bands
+from apack_compile.plan import time_model
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
 from apack_compile.plan.presets.a_vl import AVLOptions
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
@@ -176,3 +178,15 @@ def test_many_heads_with_one_basis_pay_in_matrix_work_and_bases():
     # one sequence has to read the bases for itself
     assert packed_limits(wide, 0, alone, H200).tightest == "bytes"
     assert predicted_speedup(narrow, alone, H200) > 1.5 * predicted_speedup(wide, alone, H200)
+
+
+def test_the_pass_is_of_one_warp_where_the_kernel_is():
+    launch = pytest.importorskip("apack_compile.kernels.attend.triton_launch", reason="Triton is for Linux only")
+    assert time_model.ONE_WARP_SUMS == launch.ONE_WARP_SUMS
+    few, many = Bands((0, 32, 96, 128)), Bands((0, 96, 256, 160))
+    shared = launch.shared_bytes(torch.device("cpu"))
+    for values, rows in (([few], 14), ([few], 28), ([many], 8), ([few, many], 8)):
+        chosen = launch.choose_launch(values, values, rows, rows, 64, 2, False, shared, 64)
+        one_warp = time_model.issue_of(values, H200.row_tile(rows)) is time_model.ONE_WARP
+        # a tile of the model has at most 16 rows, one of the kernel more
+        assert (chosen.warps == 1) == one_warp or rows > 16

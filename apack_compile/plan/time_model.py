@@ -6,6 +6,7 @@ on a GPU all that its warps issue, fitted to what was compiled (benchmarks/instr
 one is the limit; a CPU core does one after the other. Relative keys add queries rotated and projected anew for every block of slots.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,6 +67,10 @@ class Device:
             return rows
         largest = self.row_tiles[-1]
         return next((tile for tile in self.row_tiles if rows <= tile), -(-rows // largest) * largest)
+
+    def row_tile(self, rows: int) -> int:
+        """Rows of a tile of so many, where there are tiles."""
+        return min(self.padded(rows), self.row_tiles[-1])
 
     def unpackings(self, rows: int) -> int:
         """How often a token's codes are unpacked: once for every tile of rows."""
@@ -223,13 +228,18 @@ def fields_of(bands: Bands, tile_bytes: int) -> float:
     )
 
 
-def stream_issue(bands: Bands, rows: int, narrowest: int = TILE_BYTES) -> float:
+def issue_of(values: Iterable[Bands], rows: int) -> Issue:
+    """What a pass issues over values of these bands, for so many padded rows: of one warp where the sums of each fit."""
+    most = max((fields_of(bands, TILE_BYTES // 2) for bands in values), default=0.0)
+    sums = 8 * TILE_BYTES // WORD_BITS * most * max(rows, ONE_WARP.rows)
+    return ONE_WARP if sums <= ONE_WARP_SUMS else SEVERAL_WARPS
+
+
+def stream_issue(bands: Bands, rows: int, issue: Issue, narrowest: int) -> float:
     """Instructions of a token's codes of one stream, for so many padded rows, with half of those of the token itself.
 
     narrowest: bytes of the narrowest tile, where one warp does it all.
     """
-    sums = 8 * TILE_BYTES // WORD_BITS * fields_of(bands, TILE_BYTES // 2)
-    issue = ONE_WARP if sums * max(rows, ONE_WARP.rows) <= ONE_WARP_SUMS else SEVERAL_WARPS
     rows = max(rows, issue.rows)
     fields = fields_of(bands, narrowest if issue is ONE_WARP else TILE_BYTES)
     found = (issue.token + issue.token_rows * rows / 8) / 2 + issue.band * sum(count > 0 for count in bands.counts)
@@ -240,9 +250,10 @@ def stream_issue(bands: Bands, rows: int, narrowest: int = TILE_BYTES) -> float:
 
 @dataclass
 class _Work:
-    """Running sums of a step: bytes, seconds of the matrix unit, operations of unpacking."""
+    """Running sums of a step: bytes, seconds of the matrix unit, operations of unpacking. issue: of a pass on a GPU."""
 
     device: Device
+    issue: Issue = SEVERAL_WARPS
     bytes: float = 0.0
     matrix: float = 0.0
     unpack: float = 0.0
@@ -270,8 +281,8 @@ class _Work:
         """Operations of a token's codes of one stream, for a tile of so many rows."""
         if not self.device.warps_issue:
             return sum(count * band.unpack_operations for count, band in bands.parts)
-        tile = min(self.device.padded(rows), self.device.row_tiles[-1])
-        return stream_issue(bands, tile, narrowest)
+        tile = self.device.row_tile(rows)
+        return stream_issue(bands, tile, self.issue, narrowest)
 
     def basis(self, load: Load, groups: int, stream: StreamPlan) -> None:
         """A stream's basis, read once or once a sequence, and the product of all query rows with it."""
@@ -292,17 +303,21 @@ def dense_limits(load: Load, device: Device) -> Limits:
 
 def packed_limits(plan: Plan, layer: int, load: Load, device: Device) -> Limits:
     """Limits of attention over one layer of a packed cache; rotated queries' latents are products of their own, written and read once."""
-    work = _Work(device)
+    shares, pairs = plan.shares(load.vision_share), plan.layers[layer].pair
+    issue = SEVERAL_WARPS
+    if device.warps_issue:
+        issue = issue_of((pairs(segment)[1].bands for segment in shares), device.row_tile(load.rows(plan.groups)))
+    work = _Work(device, issue)
     stored = max(load.tokens - plan.first_tokens - plan.tail_slots, 0)
     tiers, rotating = plan.tiers, 0.0
-    for segment, share in plan.shares(load.vision_share).items():
+    for segment, share in shares.items():
         tokens, vision = load.batch * stored * share, segment == "vision"
         if not tokens:
             continue
         if tiers is not None:
             tokens *= tiers.read_share(segment)
         work.bytes += tokens * POSITION_BYTES
-        for name, stream in zip(("key", "value"), plan.layers[layer].pair(segment), strict=True):
+        for name, stream in zip(("key", "value"), pairs(segment), strict=True):
             if stream.scope in ("as_is", "half"):
                 half = _Work(device)
                 half.dense(load, tokens, load.element_bytes if stream.scope == "as_is" else 2)
