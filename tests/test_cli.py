@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import apack_compile
 from apack_compile import cli
-from apack_compile.commands.data import QUESTION, calibration_data
+from apack_compile.commands.data import calibration_data
 from apack_compile.commands.subject import load_subject
 
 has_demo = pytest.mark.skipif(
@@ -58,7 +58,7 @@ def test_every_command_has_help():
 def test_calibrate_saves_a_plan_that_the_model_takes(text_model, data, tmp_path):
     plan = tmp_path / "plan.safetensors"
     output = printed("calibrate", text_model, "--data", data, "-o", plan, "--ratio", 3, "--tokens", 400)
-    assert "3 layers, 2 KV heads x 8" in output and "1,500 tokens" not in output
+    assert "3 layers, 2 KV heads x 8" in output
     loaded = apack_compile.Plan.load(plan)
     model = load_subject(text_model).model
     apack_compile.optimize(model, plan=loaded, compile="none")
@@ -111,7 +111,8 @@ def test_pictures_and_their_texts_are_calibrated_on_and_asked_about(tmp_path):
     pictures = [given["pixel_values"].shape[0] for given in inputs]
     assert sorted(pictures) == [1, 1, 1, 2]
     lengths = [int((given["input_ids"] != subject.model.config.image_token_id).sum()) for given in inputs]
-    assert lengths[0] > lengths[1] and QUESTION
+    # the text beside a picture, and the question where there is none
+    assert lengths[0] > lengths[1] == lengths[2]
     plan = tmp_path / "plan.safetensors"
     output = printed("calibrate", model, "--data", folder, "-o", plan, "--tokens", 512)
     assert "2 layers" in output

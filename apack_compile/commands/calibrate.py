@@ -12,6 +12,7 @@ from apack_compile.checks import counted, size
 from apack_compile.commands.data import calibration_data, vision_share
 from apack_compile.commands.subject import load_subject
 from apack_compile.demo.progress import bar_of, new_console
+from apack_compile.plan.file import refuse_folder
 from apack_compile.plan.layer_bytes import layer_bytes
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.signature import describe
@@ -37,8 +38,11 @@ def run_calibrate(options: CalibrateOptions) -> Plan:
     folder = options.output.resolve().parent
     if not folder.is_dir():
         raise ValueError(f"output={str(options.output)!r}: the folder {folder} does not exist")
+    refuse_folder(options.output)
     if options.tokens < 1:
         raise ValueError(f"tokens={options.tokens} must be at least 1")
+    if options.vision_share is not None and not 0 <= options.vision_share <= 1:
+        raise ValueError(f"vision_share={options.vision_share} must be between 0 and 1")
     console = new_console()
     with bar_of(console, "loading the model"):
         subject = load_subject(options.model)

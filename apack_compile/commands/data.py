@@ -91,6 +91,8 @@ def _lines(file: Path) -> Iterator[Sample]:
             raise ValueError(
                 f'{where}: must be a string, or an object with "text" and, where there are pictures, "images"'
             )
+        if not text.strip():
+            raise ValueError(f"{where}: the text is empty")
         yield Sample(text, tuple(file.parent / name for name in named))
 
 

@@ -25,11 +25,7 @@ class Subject:
     model: Any
     tokenizer: Any
     processor: Any = None
-
-    @property
-    def is_demo(self) -> bool:
-        """Whether this is the demo's model."""
-        return self.name == DEMO
+    is_demo: bool = False
 
     @property
     def reads_pictures(self) -> bool:
@@ -91,7 +87,7 @@ class Subject:
 def load_subject(path: Path | None) -> Subject:
     """The model of a folder, or the demo's for None; raises ValueError for a folder without a model that can be loaded."""
     if path is None:
-        return Subject(DEMO, load_model(), load_tokenizer())
+        return Subject(DEMO, load_model(), load_tokenizer(), is_demo=True)
     from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     config, name = config_at(path), str(path)
@@ -119,7 +115,7 @@ def open_picture(path: Path) -> Any:
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"image={str(path)!r} is no picture that can be read ({error})") from error
 
 

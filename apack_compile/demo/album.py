@@ -91,14 +91,15 @@ def show_album(
         cache.batch_repeat_interleave(rows)
         return cache
 
-    config = model.config.get_text_config()
-    heads = config.num_key_value_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    one_dense = 2 * 2 * config.num_hidden_layers * heads * prefix.length
+    one_dense = prefix.report()["dense_bytes"]
     fitting, in_gib = (
         apack_compile.largest_batch(model, prefix.length, budget, vision)
         for budget in (DENSE_REQUESTS * one_dense, GIB)
     )
-    fitting = max(fitting, 1)
+    if not fitting:
+        raise ValueError(
+            f"album={len(pictures)}: not one packed request fits in the bytes of {DENSE_REQUESTS} dense ones"
+        )
     equal = seconds_in_turns(
         {
             "dense": Steps(model, cache_of(DENSE_REQUESTS, False), DENSE_REQUESTS),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import apack_compile
+from apack_compile.demo.assets import DemoAssetsError
 from apack_compile.demo.evaluate import ANSWER_TOKENS, answer, dense_cache, forget_question, read_pictures
 from apack_compile.demo.prompts import Prompt, read_answer
 from apack_compile.generate.prefix import Prefix
@@ -59,7 +60,7 @@ def answers_of_another_process(
     command = [sys.executable, "-P", "-m", "apack_compile.demo.album_answers", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the process that loads the album failed:\n{done.stderr}")
+        raise DemoAssetsError(f"the process that loads the album failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

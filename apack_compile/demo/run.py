@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import apack_compile
+from apack_compile.checks import size
 from apack_compile.config import AttentionPackConfig
 from apack_compile.demo.album import PARTS, show_album
 from apack_compile.demo.assets import load_model, load_questions, load_tokenizer
@@ -23,8 +24,9 @@ from apack_compile.demo.plot import check_matplotlib, draw
 from apack_compile.demo.progress import new_console, progress_bars
 
 SHOWN_ROWS = 16
-# Presets whose rows can share a prompt.
+# Presets whose rows can share a prompt, and pictures that fit in the model's 8,192 positions with a question.
 SHARING = (None, "lossless")
+MOST_PICTURES = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     config = AttentionPackConfig(ratio=options.ratio, preset=options.preset, compile=options.compile, min_tokens=0)
     for path in (options.json_path, options.png_path):
         _check_writable(path)
+    if not 0 <= options.album <= MOST_PICTURES:
+        raise ValueError(f"album={options.album} must be between 0 and {MOST_PICTURES}")
     if options.png_path is not None:
         check_matplotlib()
     pictures = load_questions("test", options.seed)
@@ -80,6 +84,8 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
                 album = show_album(model, tokenizer, chosen, Path(folder), lambda: progress.advance(task))
     summary = summarize(results, time_ratio) | ({} if album is None else album.figures)
     _print(console, _title(config, options), results, summary)
+    if options.album and album is None:
+        console.print(f"no album: rows of preset={config.preset!r} share no tokens", highlight=False)
     if options.json_path is not None:
         options.json_path.write_text(json.dumps(summary, indent=2) + "\n")
         console.print(f"wrote {options.json_path}")
@@ -160,8 +166,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"dense {summary['accuracy_dense']:.1%}, packed {summary['accuracy_packed']:.1%}; "
         f"answers equal {summary['answers_equal']:.1%}",
         f"KV cache of a prompt ({summary['tokens_per_prompt']:.0f} tokens): "
-        f"dense {_size(summary['dense_bytes'])} (16-bit), packed {_size(summary['sequence_bytes'])}, "
-        f"{summary['ratio']:.2f}x smaller; bases shared by all requests {_size(summary['model_bytes'])}",
+        f"dense {size(summary['dense_bytes'])} (16-bit), packed {size(summary['sequence_bytes'])}, "
+        f"{summary['ratio']:.2f}x smaller; bases shared by all requests {size(summary['model_bytes'])}",
         f"time of a decode step: packed / dense = {summary['decode_time_ratio']:.2f} (packed at any length, min_tokens=0)",
     ]
     return lines + (album_lines(summary) if "album_pictures" in summary else [])
@@ -173,17 +179,13 @@ def album_lines(summary: dict[str, Any]) -> list[str]:
         f"an album of {summary['album_pictures']} pictures ({summary['album_tokens']} tokens), read once, "
         f"{summary['album_pictures']} questions at once: answers as from a dense cache {summary['album_answers_equal']:.1%}, "
         f"right {summary['album_accuracy_shared']:.1%} (dense {summary['album_accuracy_dense']:.1%})",
-        f"saved to a file of {_size(summary['album_file_bytes'])}, loaded and asked by another process: "
+        f"saved to a file of {size(summary['album_file_bytes'])}, loaded and asked by another process: "
         f"answers equal {summary['reloaded_answers_equal']:.1%}",
-        f"{summary['branches']} requests about it: dense {_size(summary['dense_bytes_of_branches'])}, "
-        f"packed {_size(summary['copied_bytes_of_branches'])}, packed once for all {_size(summary['shared_bytes_of_branches'])}; "
+        f"{summary['branches']} requests about it: dense {size(summary['dense_bytes_of_branches'])}, "
+        f"packed {size(summary['copied_bytes_of_branches'])}, packed once for all {size(summary['shared_bytes_of_branches'])}; "
         f"a step takes {summary['shared_prefix_step_ratio']:.2f} of one over copies",
         f"albums in 1 GiB: dense {summary['dense_requests_in_gib']}, packed {summary['packed_requests_in_gib']}",
         f"tokens a second in the bytes of {summary['dense_requests']} dense requests: "
         f"dense {summary['dense_tokens_per_second']:.0f}, packed {summary['packed_tokens_per_second']:.0f} "
         f"with {summary['packed_requests']} requests, {summary['throughput_at_equal_bytes']:.1f} times (steps not compiled)",
     ]
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

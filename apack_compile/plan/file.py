@@ -166,7 +166,7 @@ def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 def refuse_folder(path: Path) -> None:
     """Raise ValueError for a path that is a folder."""
     if path.is_dir():
-        raise ValueError(f"path={str(path)!r} is a folder; a plan is one file")
+        raise ValueError(f"path={str(path)!r} is a folder; pass a file's name")
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
