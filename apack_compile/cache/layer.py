@@ -198,6 +198,7 @@ class CompactedLayer(CacheLayerMixin):
                 ("batch size", key.shape[0], self.batch_size),
                 ("number of KV heads", key.shape[1], self.num_heads),
                 ("head_dim", key.shape[3], self.first.key.shape[3]),
+                ("head_dim of values", value.shape[3], self.first.value.shape[3]),
                 ("dtype", key.dtype, self.dtype),
                 ("device", key.device, self.device),
             ):
@@ -206,7 +207,7 @@ class CompactedLayer(CacheLayerMixin):
                         f"layer {self.layer_idx}: {name} is {got}, but this cache holds {want}; use a new cache"
                     )
 
-    def _dense_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def dense_dtype_of(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of dense tokens: the model's, 16 bits where the plan is lossy."""
         return dtype if self.is_lossless() or dtype.itemsize == 2 else torch.float16
 
@@ -231,7 +232,7 @@ class CompactedLayer(CacheLayerMixin):
         """From now on, states of so many rows and heads; offered: K and V of no tokens."""
         self.dtype, self.device = dtype, device
         self.batch_size, self.num_heads = rows, heads
-        self.dense_dtype = self._dense_dtype(dtype)
+        self.dense_dtype = self.dense_dtype_of(dtype)
         # Models look at these to see whether a layer is filled; who would read numbers gets an error.
         self.keys, self.values = offered
         self.is_initialized = True

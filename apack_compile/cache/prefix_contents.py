@@ -1,7 +1,7 @@
 """All that the cache of a prefix holds, as values that JSON has and tensors by name, and a cache made of them again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,11 @@ from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import CompactedLayer
 from apack_compile.cache.layer_group import LayerGroup, Shape
 from apack_compile.cache.packed_pair import PackedPair
+from apack_compile.cache.prefix_checks import LayerCheck, check_group, tensor_named
+from apack_compile.cache.prefix_values import GroupValues
 from apack_compile.cache.shared_index import PrefixPlace, SharedTokens
 from apack_compile.cache.sharing import branch_plan
-from apack_compile.kernels.format import StreamBasis
+from apack_compile.checks import counted
 from apack_compile.kernels.state import KIND_NAMES, PackedState
 from apack_compile.models.coordinates import TokenCoordinates
 from apack_compile.plan.file import digest, tensors_of, values_of
@@ -55,9 +57,7 @@ def _group_values(group: LayerGroup, number: int, tensors: dict[str, Tensor], na
 
     index = group.index
     plan = index.plan if index.prefix is None else index.prefix.plan
-    for i, bases in plan.bases.items():
-        for stream, basis in zip(plan.layers[i].named, bases, strict=True):
-            names |= {id(x): f"{OF_PLAN}{i}.{stream}.{part}" for part, x in basis._asdict().items()}
+    names |= {id(x): name for x, name in _named_bases(plan)}
     layers = []
     for layer in group.layers:
         state = layer.state_at(layer.positions(), layer.rotations(), layer.cursor, every=True)
@@ -79,35 +79,52 @@ def _group_values(group: LayerGroup, number: int, tensors: dict[str, Tensor], na
     }
 
 
-def fill(
-    cache: CompactedCache, values: list[dict[str, Any]], tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> None:
-    """Make an empty cache, whose plans are chosen, hold a prefix; raises ValueError where these plans did not pack it."""
-    for group, of_group in zip(cache.groups, values, strict=True):
-        index, plan = group.index, group.index.plan
-        if (group.window, bases_digest(plan)) != (of_group["window"], of_group["bases"]):
+def check_bases(cache: CompactedCache, groups: list[GroupValues]) -> None:
+    """Raise ValueError where the plans of an empty cache, which are chosen, did not pack a prefix."""
+    if len(groups) != len(list(cache.groups)):
+        raise ValueError(f"{counted(len(groups), 'group')} of layers, and {len(list(cache.groups))} here")
+    for group, of_group in zip(cache.groups, groups, strict=True):
+        if (group.window, bases_digest(group.index.plan)) != (of_group.window, of_group.bases):
             raise ValueError("packed with bases that are not this model's")
-        if of_group["prefix"] is not None:
-            index.prefix, index.plan = PrefixPlace(of_group["prefix"], plan), branch_plan(plan)
-        index.assigned, index.capacity = of_group["assigned"], of_group["capacity"]
-        index.laid_out, group.floor = tuple(of_group["laid_out"]), of_group["floor"]
-        if of_group["coordinates"]:
-            index.coordinates = TokenCoordinates(**{name: tensors[x] for name, x in of_group["coordinates"].items()})
-        for layer, of_layer in zip(group.layers, of_group["layers"], strict=True):
-            if layer.layer_idx != of_layer["layer"]:
-                raise ValueError(f"layer {of_layer['layer']} is layer {layer.layer_idx} here")
-            flat = [_tensor_of(name, tensors, plan) for name in of_layer["tensors"]]
-            _fill_layer(layer, PackedState.parse(flat, of_layer["layout"]), of_layer["origin"], dtype)
+
+
+def fill(
+    cache: CompactedCache, groups: list[GroupValues], tensors: Mapping[str, Tensor], tokens: int, dtype: torch.dtype
+) -> None:
+    """Make an empty cache, of whose plans this is a prefix of so many tokens, hold it; raises ValueError where it is damaged."""
+    for group, of_group in zip(cache.groups, groups, strict=True):
+        index, plan = group.index, group.index.plan
+        check_group(of_group, plan, tensors, tokens)
+        if of_group.prefix is not None:
+            index.prefix, index.plan = PrefixPlace(of_group.prefix, plan), branch_plan(plan)
+        index.assigned, index.capacity = of_group.assigned, of_group.capacity
+        index.laid_out, group.floor = (of_group.laid_out[0], of_group.laid_out[1]), of_group.floor
+        if of_group.coordinates:
+            index.coordinates = TokenCoordinates(**{name: tensors[x] for name, x in of_group.coordinates.items()})
+        wanted, there = [layer.layer_idx for layer in group.layers], [layer.layer for layer in of_group.layers]
+        if wanted != there:
+            raise ValueError(f"layers {there} are layers {wanted} here")
+        of_plan = {name: x for x, name in _named_bases(plan)}
+        places: list[Tensor] = []
+        for layer, of_layer in zip(group.layers, of_group.layers, strict=True):
+            flat = [tensor_named(name, of_plan if name in of_plan else tensors) for name in of_layer.tensors]
+            state = PackedState.parse(flat, of_layer.layout)
+            dense_dtype = layer.dense_dtype_of(dtype)
+            LayerCheck(of_group, of_layer, state, plan, index.plan, tokens, dtype, dense_dtype).check()
+            _fill_layer(layer, state, of_layer.origin, dtype)
+            placed = [*index.positions, *index.rotations]
+            if places and not all(x is y for x, y in zip(placed, places, strict=True)):
+                raise ValueError(f"layer {layer.layer_idx}: places its tokens otherwise than layer {wanted[0]}")
+            places = placed
         group.mark_positions()
 
 
-def _tensor_of(name: str, tensors: Mapping[str, Tensor], plan: Plan) -> Tensor:
-    """A tensor by its name: of the prefix, or of the plan."""
-    if not name.startswith(OF_PLAN):
-        return tensors[name]
-    layer, stream, part = name.removeprefix(OF_PLAN).split(".")
-    bases = dict(zip(plan.layers[int(layer)].named, plan.bases[int(layer)], strict=True))
-    return bases[stream][StreamBasis._fields.index(part)]
+def _named_bases(plan: Plan) -> Iterator[tuple[Tensor, str]]:
+    """A plan's tensors and their names."""
+    for i, bases in plan.bases.items():
+        for stream, basis in zip(plan.layers[i].named, bases, strict=True):
+            for part, x in basis._asdict().items():
+                yield x, f"{OF_PLAN}{i}.{stream}.{part}"
 
 
 def _fill_layer(layer: CompactedLayer, state: PackedState, origin: int, dtype: torch.dtype) -> None:

@@ -183,12 +183,14 @@ def read_prefix(model: nn.Module, session: Session, inputs: Mapping[str, Any]) -
     return Prefix(ids.clone(), model, cache)
 
 
-def prefix_of_contents(model: nn.Module, values: Mapping[str, Any], tensors: dict[str, Tensor], about: str) -> Prefix:
+def prefix_of_contents(model: nn.Module, values: Any, tensors: dict[str, Tensor], about: str) -> Prefix:
     """A prefix from what it is; raises ValueError where the model would not read it right."""
-    try:
-        cache = cache_of_contents(model, session_of(model), values, tensors, about)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{about}: not laid out as a prefix: {error!r}") from error
+    session = session_of(model)
+    if session is None:
+        raise ValueError(
+            f"{about}: this {type(model).__name__} is not optimized any more; call apack_compile.optimize(model) first"
+        )
+    cache = cache_of_contents(model, session, values, tensors, about)
     return Prefix(tensors[INPUT_IDS], model, cache)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,8 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apack_compile.cache.cache import CompactedCache
-from apack_compile.cache.prefix_contents import contents_of, fill
+from apack_compile.cache.prefix_checks import tensor_named
+from apack_compile.cache.prefix_contents import check_bases, contents_of, fill
+from apack_compile.cache.prefix_values import field_of, groups_of
 from apack_compile.generate.session import Session
+from apack_compile.models.coordinates import rope_deltas_of
 from apack_compile.models.modality import vision_of
 from apack_compile.models.weights import weights_digest
 from apack_compile.plan.file import refuse_folder, versions
@@ -35,26 +39,71 @@ def contents(model: nn.Module, input_ids: Tensor, cache: CompactedCache) -> tupl
 
 
 def cache_of_contents(
-    model: nn.Module, session: Session, values: Mapping[str, Any], tensors: Mapping[str, Tensor], about: str
+    model: nn.Module, session: Session, values: Any, tensors: Mapping[str, Tensor], about: str
 ) -> CompactedCache:
     """The cache of a prefix; raises ValueError where this model would not read it right."""
-    made_for, own = tuple(values["signature"]), signature_of(model)
-    if made_for != own:
-        raise ValueError(f"{about}: read by a model with {describe(made_for)}; this one has {describe(own)}")
-    if values["weights"] != weights_digest(model):
-        raise ValueError(f"{about}: read by a model with other weights, adapters or rotary settings than this one's")
-    cache, ids = session.new_cache(model, 0), tensors[INPUT_IDS].cpu()
-    vision = vision_of(model.config, {"input_ids": ids})
-    none = torch.zeros(ids.shape, dtype=torch.bool)
     try:
-        cache.groups.choose_plans((none if vision is None else vision).numpy(), none.numpy())
-        fill(cache, values["groups"], tensors, model.dtype)
+        made_for, weights = tuple(field_of(values, "signature", list)), field_of(values, "weights", str)
+        groups = groups_of(values)
+        ids = checked_ids(tensor_named(INPUT_IDS, tensors)).cpu()
+        deltas = {name.removeprefix(DELTAS): x for name, x in tensors.items() if name.startswith(DELTAS)}
+        own = signature_of(model)
+        if made_for != own:
+            raise ValueError(f"read by a model with {described(made_for)}; this one has {describe(own)}")
+        if weights != weights_digest(model):
+            raise ValueError("read by a model with other weights, adapters or rotary settings than this one's")
+        check_deltas(model, deltas)
+        cache = session.new_cache(model, 0)
+        with hinted():
+            choose_plans(model, cache, ids)
+            check_bases(cache, groups)
+        fill(cache, groups, tensors, ids.shape[1], model.dtype)
+    except ValueError as error:
+        raise ValueError(f"{about}: {error}") from error
+    cache.groups.rope_deltas = deltas
+    return cache
+
+
+def checked_ids(ids: Tensor) -> Tensor:
+    """Token ids of one prompt; raises ValueError for any other tensor."""
+    if ids.dim() != 2 or len(ids) != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{INPUT_IDS} is {ids.dtype} {list(ids.shape)}, and must be integers [1, P]")
+    return ids
+
+
+def described(signature: tuple) -> str:
+    """A signature in words, whatever it is."""
+    try:
+        return describe(signature)
+    except (TypeError, ValueError):
+        return repr(signature)
+
+
+def check_deltas(model: nn.Module, deltas: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a model does not remember these `rope_deltas`."""
+    known = rope_deltas_of(model)
+    if deltas.keys() != known.keys():
+        raise ValueError(f"rope_deltas of {sorted(deltas)}, and this model has those of {sorted(known)}")
+    for name, x in deltas.items():
+        if x.numel() != 1:
+            raise ValueError(f"{DELTAS}{name} is {list(x.shape)}, and must be one number")
+
+
+@contextmanager
+def hinted() -> Iterator[None]:
+    """What fails in this block says where the plan of a prefix comes from."""
+    try:
+        yield
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{about}: {error}; optimize this model with the plan of the one that read it, which plan_for(model, tokens).save(path) keeps"
+            f"{error}; optimize this model with the plan of the one that read it, which plan_for(model, tokens).save(path) keeps"
         ) from error
-    cache.groups.rope_deltas = {name.removeprefix(DELTAS): x for name, x in tensors.items() if name.startswith(DELTAS)}
-    return cache
+
+
+def choose_plans(model: nn.Module, cache: CompactedCache, ids: Tensor) -> None:
+    """Choose the plans of an empty cache for a prompt."""
+    vision, none = vision_of(model.config, {"input_ids": ids}), torch.zeros(ids.shape, dtype=torch.bool)
+    cache.groups.choose_plans((none if vision is None else vision).numpy(), none.numpy())
 
 
 def write(path: str | os.PathLike, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -78,7 +127,7 @@ def alone(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
-def read_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_file(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor]]:
     """What `write` was given, tensors mapped into memory; raises FileNotFoundError, and ValueError for any other file."""
     path = Path(path)
     refuse_folder(path)

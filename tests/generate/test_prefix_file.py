@@ -127,8 +127,8 @@ def test_what_is_no_prefix_of_the_model_is_refused(tmp_path):
     for changes, message in (
         ({"apack_prefix": "2"}, "prefix format '2'; apack-compile .* reads the format 1"),
         ({"prefix": "{"}, "not laid out as prefix format 1"),
-        ({"prefix": "{}"}, "not laid out as a prefix: KeyError"),
-        ({"values": {"groups": [{}]}}, "not laid out as a prefix: KeyError"),
+        ({"prefix": "{}"}, "not laid out as a prefix: signature is missing"),
+        ({"values": {"groups": [{}]}}, "not laid out as a prefix: coordinates is missing"),
     ):
         path.write_bytes(whole)
         rewritten(path, **changes)
