@@ -1,7 +1,7 @@
 """How many requests fit in a number of bytes: what packed caches hold, worked out from their plans without a forward pass."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,9 @@ def cache_bytes(model: nn.Module, session: Session, tokens: int, vision_share: f
     _check_kinds(session)
     session.follow(model)
     own = DynamicCache(config=model.config.get_text_config(decoder=True))
-    cache = CompactedCache(session.kinds, own, session.source, DEFAULT_NEW_TOKENS)
+    # plans that are made to be counted are not the session's newest ones
+    source = replace(session.source, made=dict(session.source.made))
+    cache = CompactedCache(session.kinds, own, source, DEFAULT_NEW_TOKENS)
     groups, vision = cache.groups, np.zeros((1, tokens), bool)
     pictures = round(tokens * vision_share)
     first = min(FIRST_TOKENS, tokens - pictures)

@@ -112,18 +112,19 @@ def compacted(
     return cache, clock.seconds
 
 
-def stepper(subject: Subject, cache: Any, token: Tensor, compiled: Callable[..., Any]) -> Callable[[], None]:
-    """One greedy decode step after the other."""
+def stepper(subject: Subject, cache: Any, token: Tensor, compiled: Callable[..., Any]) -> Callable[[], Tensor]:
+    """One greedy decode step after the other; each gives the next token `[B, 1]`."""
     held = {"token": token}
     packed = isinstance(cache, CompactedCache)
 
-    def step() -> None:
+    def step() -> Tensor:
         if packed:
             # as generate does before each step: room in the cache, a full tail packed anew
             cache.reserve(1)
         torch.compiler.cudagraph_mark_step_begin()
         logits = compiled(**with_cache(subject.model, {"input_ids": held["token"]}, cache), use_cache=True).logits
         held["token"] = logits[:, -1:].argmax(-1)
+        return held["token"]
 
     return step
 
@@ -140,7 +141,7 @@ def calls_of(subject: Subject, device: str, compiled: bool, record: list[Any]) -
     }
 
 
-def timed_steps(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+def timed_steps(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of a step in each round; after a warm-up, both kinds take turns."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():

@@ -65,7 +65,7 @@ class Contender:
     batch: int
     cache: Any
     call: Callable[..., Any]
-    step: Callable[[], None]
+    step: Callable[[], Tensor]
 
     @property
     def held(self) -> int:
