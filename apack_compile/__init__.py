@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from apack_compile.config import AttentionPackConfig
     from apack_compile.generate.prefix import Prefix
     from apack_compile.generate.prefix_store import PrefixStore
+    from apack_compile.generate.ranks_report import RanksReport
     from apack_compile.generate.reporting import Report
     from apack_compile.plan.plan import Plan
     from apack_compile.plan.presets import *  # noqa: F403
@@ -38,6 +39,7 @@ _HOME = {
     "Plan": "plan.plan",
     "Prefix": "generate.prefix",
     "PrefixStore": "generate.prefix_store",
+    "RanksReport": "generate.ranks_report",
     "Report": "generate.reporting",
     "calibrate": "api",
     "largest_batch": "api",
@@ -59,6 +61,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixStore",
+    "RanksReport",
     "Report",
     "calibrate",
     "largest_batch",

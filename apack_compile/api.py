@@ -4,7 +4,7 @@ import os
 import types
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -23,6 +23,7 @@ from apack_compile.generate.hooks import install_hooks, watch_rotary
 from apack_compile.generate.new_session import new_session
 from apack_compile.generate.prefix import Prefix, load, model_that_reads, read_prefix
 from apack_compile.generate.quantize import quantize_language_model
+from apack_compile.generate.ranks_report import RanksReport, gathered
 from apack_compile.generate.reporting import Report, build_report
 from apack_compile.generate.session import ATTRIBUTE, DEFAULT_NEW_TOKENS, Session, session_of
 from apack_compile.models.continuous_batching import ENTRANCES, refuse_continuous_batching
@@ -215,19 +216,29 @@ def load_prefix(model: nn.Module, path: str | os.PathLike) -> Prefix:
 @overload
 def report(model: GraphLog) -> GraphReport: ...
 @overload
+def report(model: nn.Module, *, all_ranks: Literal[True]) -> RanksReport: ...
+@overload
 def report(model: nn.Module | ExportedProgram) -> Any: ...
-def report(model: nn.Module | ExportedProgram | GraphLog) -> Report | ProgramReport | GraphReport:
+def report(
+    model: nn.Module | ExportedProgram | GraphLog, *, all_ranks: bool = False
+) -> Report | RanksReport | ProgramReport | GraphReport:
     """What was rewritten, what was not and why, and the stored bytes; prints as a table.
 
     Of an optimized model, its Report; of a program, its ProgramReport. For a `torch.compile` of any other module, pass the
     GraphLog that was given as its option `log`.
+
+    - `all_ranks`: the RanksReport of all processes that share the model (tensor parallelism), else of all that torch.distributed
+      started; every one of them must call it. Raises ValueError for anything but an optimized model.
     """
+    if all_ranks and isinstance(model, (GraphLog, ExportedProgram, fx.GraphModule)):
+        raise ValueError("all_ranks: is for models; a program or GraphLog belongs to one process")
     if isinstance(model, GraphLog):
         return build_graph_report(model)
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         return program_report(model)
     model = unwrapped(model)
-    return build_report(model, _require_session(model))
+    built = build_report(model, _require_session(model))
+    return gathered(model, built) if all_ranks else built
 
 
 def _check_prompt(tokens: Any, vision_share: Any) -> None:

@@ -89,6 +89,35 @@ def test_an_offloaded_model_calibrates_and_decodes_as_before(offload, calibrates
     assert torch.equal(greedy(model), expected)
 
 
+def test_a_model_that_accelerate_places_by_max_memory_calibrates_and_decodes_as_before(tmp_path):
+    model = apack_compile.optimize(llama(), ratio=4, compile="none", min_tokens=0)
+    model.save_pretrained(tmp_path / "model")
+    placed = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": 200_000}, offload_folder=str(tmp_path / "weights")
+    ).eval()
+    assert {"cpu", "disk"} == set(placed.hf_device_map.values()) and is_offloaded(placed)
+    apack_compile.optimize(placed, ratio=4, compile="none", min_tokens=0)
+    for one in (model, placed):
+        apack_compile.calibrate(one, {"input_ids": IDS})
+    assert torch.equal(greedy(placed), greedy(model))
+    assert apack_compile.report(placed).bytes == apack_compile.report(model).bytes
+
+
+def test_layers_that_compute_on_several_devices_are_refused():
+    model = llama()
+    optimized = apack_compile.optimize(llama(), ratio=4, compile="none", min_tokens=0)
+    for one in (model, optimized):
+        for i, layer in enumerate(one.model.layers):
+            hook = accelerate.hooks.AlignDevicesHook(execution_device=f"cuda:{i}")
+            accelerate.hooks.add_hook_to_module(layer, hook)
+    message = r"^model: its layers compute on cuda:0, cuda:1 \(device_map\), .*tensor parallelism"
+    with pytest.raises(ValueError, match=message):
+        apack_compile.optimize(model, ratio=4)
+    assert "generate" not in vars(model)
+    with pytest.raises(ValueError, match=message):
+        greedy(optimized)
+
+
 def test_gradients_that_do_not_fit_are_left_out(monkeypatch):
     def fill_the_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -12,12 +12,12 @@ from apack_compile.cache.layer_kinds import LayerKind, layer_kinds, planned_kind
 from apack_compile.config import AttentionPackConfig
 from apack_compile.generate.preset_windows import without_small_windows
 from apack_compile.generate.session import Session
-from apack_compile.models.offload import computing_device, is_offloaded
+from apack_compile.models.offload import check_one_device, computing_device, is_offloaded
 from apack_compile.models.wrappers import adapters_of, inner_model
 from apack_compile.plan.bits import largest_ratio
 from apack_compile.plan.check import check_plan
 from apack_compile.plan.plan import Plan
-from apack_compile.plan.ranks import Ranks, ranks_of
+from apack_compile.plan.ranks import Ranks, check_all_layers, ranks_of
 from apack_compile.plan.signature import describe, kv_heads, signature_of
 from apack_compile.plan.source import PlanSource
 
@@ -33,6 +33,8 @@ def new_session(model: nn.Module, config: AttentionPackConfig, plan: Plan | None
         )
     if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
         raise ValueError("model: weights are on the meta device; load them first")
+    check_one_device(model)
+    check_all_layers(model)
     kinds = layer_kinds(model) if plan is None else planned_kinds(layer_kinds(model), plan)
     can_be_packed = [kind.layer for kind in kinds if kind.reason is None]
     if config.preset is not None and plan is None:

@@ -22,6 +22,7 @@ from apack_compile.models.coordinates import rope_deltas_of
 from apack_compile.models.modality import vision_of
 from apack_compile.models.weights import weights_digest
 from apack_compile.plan.file import refuse_folder, versions
+from apack_compile.plan.ranks import ALONE, ranks_of
 from apack_compile.plan.signature import describe, signature_of
 from apack_compile.version import __version__
 
@@ -35,6 +36,8 @@ def contents(model: nn.Module, input_ids: Tensor, cache: CompactedCache) -> tupl
     groups, tensors = contents_of(cache)
     tensors |= {INPUT_IDS: input_ids, **{DELTAS + name: x for name, x in cache.groups.rope_deltas.items()}}
     of_model = {"signature": list(cache.signature), "weights": weights_digest(model), "versions": versions()}
+    ranks = ranks_of(model)
+    of_model |= {"ranks": str(ranks)} if ranks.count > 1 else {}
     return of_model | {"groups": groups}, tensors
 
 
@@ -47,7 +50,13 @@ def cache_of_contents(
         groups = groups_of(values)
         ids = checked_ids(tensor_named(INPUT_IDS, tensors)).cpu()
         deltas = {name.removeprefix(DELTAS): x for name, x in tensors.items() if name.startswith(DELTAS)}
-        own = signature_of(model)
+        own, ranks = signature_of(model), str(ranks_of(model))
+        read_on = values.get("ranks", str(ALONE))
+        if read_on != ranks:
+            raise ValueError(
+                f"read on {read_on!r:.80} of tensor parallelism; this is {ranks}: each rank saves and loads a file of its own, with its "
+                "rank in the name"
+            )
         if made_for != own:
             raise ValueError(f"read by a model with {described(made_for)}; this one has {describe(own)}")
         if weights != weights_digest(model):

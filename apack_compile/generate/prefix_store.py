@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apack_compile.generate.prefix import Prefix, check_prompt, load, model_that_reads, read_prefix
 from apack_compile.generate.session import Session, session_of
 from apack_compile.models.weights import weights_digest
+from apack_compile.plan.ranks import all_agree
 
 SUFFIX = ".prefix"
 # What has one repr, and no other value the same.
@@ -22,7 +23,8 @@ PLAIN = (type(None), bool, int, float, str)
 class PrefixStore:
     """Prefixes in files of a directory, at most `limit_bytes` of them: those that were used longest ago go first.
 
-    Several processes may use one directory. Raises ValueError for a bad argument.
+    Several processes may use one directory; ranks of tensor parallelism each keep their part, and read together. Raises ValueError for a
+    bad argument.
     """
 
     def __init__(self, directory: str | os.PathLike, limit_bytes: int) -> None:
@@ -47,7 +49,8 @@ class PrefixStore:
         session.follow(model)
         path = self.directory / f"{key_of(model, session, inputs)}{SUFFIX}"
         kept, why = self._kept(model, session, path)
-        if kept is not None:
+        # what one rank has to read anew, all of them read
+        if all_agree(model, kept is not None):
             return kept
         prefix = read_prefix(model, session, inputs)
         if why is not None:
@@ -98,6 +101,8 @@ class PrefixStore:
 def key_of(model: nn.Module, session: Session, inputs: Mapping[str, Any]) -> str:
     """A name for what a model reads, as it is optimized; raises ValueError for an input that cannot be told from others."""
     found = hashlib.sha256(f"{session.source.signature} {session.source.asked} {weights_digest(model)}".encode())
+    if session.source.ranks.count > 1:
+        found.update(f" {session.source.ranks}".encode())
     for name, x in sorted(inputs.items()):
         found.update(f"\n{name} ".encode())
         _add(found, name, x)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from apack_compile.models.offload import is_offloaded
+from apack_compile.models.parts import decoder_of
 
 CONFIGS = {
     "int8wo": "Int8WeightOnlyConfig",
@@ -39,7 +41,8 @@ def resolve(quantize: Any) -> Any:
 def quantize_language_model(model: nn.Module, quantize: Any) -> None:
     """Quantize the decoder's linear layers in place (not vision tower, projector, output head or adapters), all or none.
 
-    Raises ValueError where they are quantized already, offloaded, or cannot be quantized so; ImportError for a missing package.
+    Raises ValueError where they are quantized already, offloaded, shared by processes, or cannot be quantized so; ImportError for a
+    missing package.
     """
     config = resolve(quantize)
     name = f"quantize={quantize!r}" if isinstance(quantize, str) else f"quantize={type(quantize).__name__}"
@@ -49,6 +52,11 @@ def quantize_language_model(model: nn.Module, quantize: Any) -> None:
     linear = list(linear_layers(model))
     if is_offloaded(model):
         raise ValueError(f"{name}: weights are offloaded by accelerate; quantize the model before that")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            f"{name}: several processes share the weights; load them quantized: from_pretrained(..., tp_plan='auto', "
+            "quantization_config=TorchAoConfig(...))"
+        )
     check_that_it_works(linear, config, name)
     chosen = {id(layer) for layer in linear}
     quantize_in_place(model, config, lambda module: id(module) in chosen)
@@ -89,11 +97,6 @@ def quantize_in_place(module: nn.Module, config: Any, is_chosen: Any) -> None:
     from torchao.quantization import quantize_
 
     quantize_(module, config, filter_fn=lambda part, name: is_chosen(part))
-
-
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The language model without its output head."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model
 
 
 def linear_layers(model: nn.Module) -> Iterator[nn.Linear]:

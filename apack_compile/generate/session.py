@@ -18,7 +18,7 @@ from apack_compile.checks import counted
 from apack_compile.config import AttentionPackConfig
 from apack_compile.errors import StrictError
 from apack_compile.generate.decode_step import DecodeSteps
-from apack_compile.models.offload import computing_device
+from apack_compile.models.offload import check_one_device, computing_device
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.signature import describe, signature_of
 from apack_compile.plan.source import Calibration, PlanSource
@@ -155,6 +155,7 @@ class Session:
         """An empty cache for one batch of sequences; raises ValueError where the model cannot generate."""
         if computing_device(model).type == "meta":
             raise ValueError("model: its weights are on the meta device now; load them before it generates")
+        check_one_device(model)
         self.follow(model)
         own, source = DynamicCache(config=model.config.get_text_config(decoder=True)), self.source
         strict = self.config.strict

@@ -19,6 +19,11 @@ def cache_users(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys((*generating_parts(model), *decoders)))
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The language model without its output head."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
 def shares_cross_attention(part: nn.Module) -> bool:
     """Whether a model is a BERT-like decoder, which uses one cache layer for both its attentions."""
     return any(name.endswith(".crossattention") for name, _ in part.named_modules())

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from apack_compile.models.wrappers import adapters_of
@@ -28,7 +29,7 @@ def weight_bytes(model: nn.Module) -> int:
 def weights_digest(model: nn.Module) -> str:
     """A digest of what a model computes with: rotary settings, active adapters, and of all parameters names, shapes and a few numbers.
 
-    Of quantized parameters names and shapes alone.
+    Of quantized parameters names and shapes alone. Of what tensor parallelism shares, this process's numbers; of what FSDP shares, none.
     """
     config = model.config.get_text_config(decoder=True)
     rope = {name: getattr(config, name, None) for name in ROPE}
@@ -36,6 +37,8 @@ def weights_digest(model: nn.Module) -> str:
     found, samples = hashlib.sha256(f"{settings}\n".encode()), []
     for name, x in model.named_parameters():
         found.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        if isinstance(x, DTensor) and "fsdp" not in (x.device_mesh.mesh_dim_names or ()):
+            x = x.to_local()
         if not is_traceable_wrapper_subclass(x) and x.numel() and x.device.type != "meta":
             flat = x.detach().reshape(-1)
             samples.append(flat[:: max(flat.numel() // SAMPLE, 1)][:SAMPLE].float())

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin
 
 # Of PEFT's methods, those that hand the model a cache of their own, which holds their prefix.
@@ -13,10 +14,12 @@ PREFIX_METHODS = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def unwrapped(model: Any) -> Any:
-    """The model whose generate a PEFT model or a `torch.compile`d one calls; any other as it is."""
+    """The model whose generate a PEFT model or a `torch.compile`d one calls, or the one in DistributedDataParallel; else as it is."""
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
         elif _is_peft(model) and callable(getattr(model, "get_base_model", None)):
             model = model.get_base_model()
         elif _is_peft(model) and isinstance(getattr(model, "model", None), nn.Module):

@@ -1,12 +1,14 @@
 """Which part of a model a process has under transformers' tensor parallelism (`tp_plan="auto"`)."""
 
+import re
 import secrets
 from dataclasses import dataclass
 
 import torch.distributed
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+
+from apack_compile.models.parts import decoder_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Ranks:
 
 
 ALONE = Ranks()
+# What gives a layer's keys, alone or with others, and the styles of tensor parallelism that leave a rank its own heads of them.
+KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
+CUT = ("colwise", "packed_colwise")
 
 
 def ranks_of(model: nn.Module) -> Ranks:
@@ -29,14 +34,42 @@ def ranks_of(model: nn.Module) -> Ranks:
     return ALONE if count == 1 or mesh is None else Ranks(mesh.get_local_rank(_dimension_of(mesh)), count)
 
 
+def check_all_layers(model: nn.Module) -> None:
+    """Raise ValueError where this process has some of a model's layers only."""
+    mesh = getattr(model, "_device_mesh", None)
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    stages = mesh.size(names.index("pp")) if "pp" in names else 1
+    if stages > 1:
+        raise ValueError(
+            f"model: its layers are spread over {stages} processes (pp_size={stages}), and packing needs all of them in each; share "
+            f"the model by its heads instead, with tp_size={stages}"
+        )
+
+
 def agreed_id(model: nn.Module) -> str | None:
     """A random name that the ranks of a model agree on: all of them must call this. None for a model of one rank."""
     if ranks_of(model).count == 1:
         return None
-    mesh = model._device_mesh
     drawn = torch.tensor([secrets.randbits(62)], device=model.device)
-    torch.distributed.broadcast(drawn, group=mesh.get_group(_dimension_of(mesh)), group_src=0)
+    torch.distributed.broadcast(drawn, group=group_of(model), group_src=0)
     return f"{int(drawn):016x}"
+
+
+def all_agree(model: nn.Module, is_so: bool) -> bool:
+    """Whether something is so on all ranks of a model, which all must ask."""
+    if ranks_of(model).count == 1:
+        return is_so
+    said = torch.tensor([int(is_so)], device=model.device)
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group_of(model))
+    return bool(said)
+
+
+def group_of(model: nn.Module) -> torch.distributed.ProcessGroup | None:
+    """The processes that share a model; None for a model of one rank."""
+    if ranks_of(model).count == 1:
+        return None
+    mesh = model._device_mesh
+    return mesh.get_group(_dimension_of(mesh))
 
 
 def _dimension_of(mesh: DeviceMesh) -> str | None:
@@ -52,13 +85,25 @@ def rank_here(count: int) -> int | None:
     return torch.distributed.get_rank() % count if torch.distributed.get_world_size() % count == 0 else None
 
 
-def heads_here(model: nn.Module, heads: int, head_dim: int) -> int:
-    """How many of a model's KV heads this rank has."""
+def heads_here(model: nn.Module, layer: int, heads: int) -> int:
+    """How many of a layer's heads, KV or query heads, this rank has; raises ValueError where the ranks cannot have whole ones."""
     count = ranks_of(model).count
-    if count == 1:
+    if count == 1 or not cuts_heads(model, layer):
         return heads
-    key = next((module for name, module in model.named_modules() if name.endswith("self_attn.k_proj")), None)
-    if key is None or not isinstance(getattr(key, "weight", None), nn.Parameter):
-        return max(heads // count, 1)
-    weight = key.weight.to_local() if isinstance(key.weight, DTensor) else key.weight
-    return max(weight.shape[0] // head_dim, 1)
+    if heads % count:
+        raise ValueError(
+            f"model: {count} ranks cannot share the {heads} heads of layer {layer}: transformers cuts through a head, and the model "
+            f"fails without this package too; start a number of processes that divides {heads}"
+        )
+    return heads // count
+
+
+def cuts_heads(model: nn.Module, layer: int) -> bool:
+    """Whether the ranks share a layer's heads: the plan may leave its attention whole, or gather what the projections give."""
+    plan, inside = getattr(model, "tp_plan", None) or {}, set(decoder_of(model).modules())
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        # not those of a vision tower
+        if parts[-1] in KEY_PROJECTIONS and str(layer) in parts and module in inside:
+            return plan.get(re.sub(r"\d+", "*", name), plan.get(name)) in CUT
+    return False

@@ -22,14 +22,15 @@ def kv_heads(model: nn.Module, layer: int) -> tuple[int, int]:
     own = config.per_layer_config[layer] if config.is_heterogeneous else config
     heads = getattr(own, "num_key_value_heads", None) or getattr(own, "num_attention_heads", None)
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-    return heads_here(model, heads, head_dim), head_dim
+    return heads_here(model, layer, heads), head_dim
 
 
 def query_heads(model: nn.Module, layer: int) -> int:
-    """Query heads of a layer, on all ranks; 0 where no configuration says."""
+    """This rank's query heads of a layer; 0 where no configuration says."""
     config = model.config.get_text_config(decoder=True)
     own = config.per_layer_config[layer] if config.is_heterogeneous else config
-    return getattr(own, "num_attention_heads", None) or 0
+    heads = getattr(own, "num_attention_heads", None) or 0
+    return heads_here(model, layer, heads)
 
 
 def describe(signature: tuple) -> str:

@@ -23,7 +23,10 @@ SCRIPTS = {
     "save_a_plan.py": (["The model says", "30 of 30 layers packed"], ["plan.safetensors"]),
     "batch_job.py": (["requests of", "answers are right"], []),
     "one_prompt.py": (["tokens in", "answers are right"], ["pictures.prefix"]),
+    "two_processes.py": (["16 tokens are those of a dense cache", "rank 1: ratio=4, rank 1 of 2"], ["both-ranks.plan"]),
 }
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+LAUNCH = {"two_processes.py": TORCHRUN}
 
 
 def test_every_script_is_listed():
@@ -36,7 +39,11 @@ def test_the_script_runs_offline(name, tmp_path):
     # without a compiler, decode steps take as long as they do and nothing is compiled first
     environment = os.environ | {"CXX": "no-such-compiler", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", str(EXAMPLES / name)], capture_output=True, text=True, cwd=tmp_path, env=environment
+        [sys.executable, "-P", *LAUNCH.get(name, ()), str(EXAMPLES / name)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert all(words in done.stdout for words in said), done.stdout

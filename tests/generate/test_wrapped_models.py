@@ -1,4 +1,6 @@
-"""Adapters and wrappers around an optimized model: PEFT, `torch.compile`, DataParallel, and modules that hold a model."""
+"""Adapters and wrappers around an optimized model: PEFT, `torch.compile`, DataParallel, and modules that hold a model.
+
+DistributedDataParallel is in test_two_processes.py."""
 
 import pytest
 import torch

@@ -1,36 +1,14 @@
 """Plans under tensor parallelism: of the heads that a rank has, in one file for all ranks."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from saved_plans import assert_equal, llama, windowed, write
+from saved_plans import assert_equal, llama, write
 
 import apack_compile
 from apack_compile import Plan
 from apack_compile.plan import file as plan_file
 from apack_compile.plan.ranks import Ranks
-
-
-@pytest.mark.parametrize("kind", ("full", "one full"))
-def test_two_processes_share_a_model_and_a_plan_file(kind, tmp_path):
-    model = llama() if kind == "full" else windowed(kind)
-    model.save_pretrained(tmp_path / "model")
-    path = tmp_path / "plan"
-    script = Path(__file__).parents[1] / "support" / "two_ranks.py"
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "model"), str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    with pytest.raises(ValueError, match=r"made on 2 ranks of tensor parallelism; load it where as many share a model"):
-        Plan.load(path)
 
 
 def test_a_file_holds_the_plans_of_all_ranks(plan, tmp_path, monkeypatch):

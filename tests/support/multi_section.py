@@ -62,14 +62,14 @@ def qwen2_vl() -> Any:
     )
 
 
-def qwen2_5_vl() -> Any:
+def qwen2_5_vl(heads: int = 4, kv_heads: int = 2, spread: float = 0.2) -> Any:
     """Sections side by side, a window in the vision tower."""
-    vision = {**VISION, "out_hidden_size": 64, "window_size": 32, "fullatt_block_indexes": [1]}
-    sizes = text([1, 2, 5])
+    width = heads * TEXT["head_dim"]
+    vision = {**VISION, "out_hidden_size": width, "window_size": 32, "fullatt_block_indexes": [1]}
+    sizes = text([1, 2, 5]) | {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    sizes["initializer_range"] = spread
     del sizes["head_dim"]
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config={**sizes, "hidden_size": 64}, vision_config=vision, **TOKENS)
-    )
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=sizes, vision_config=vision, **TOKENS))
 
 
 def qwen3_vl() -> Any:
@@ -80,7 +80,7 @@ def qwen3_vl() -> Any:
     )
 
 
-MODELS: dict[str, Callable[[], Any]] = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+MODELS: dict[str, Callable[..., Any]] = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 # Which of time, height and width each of the 8 pairs of a head rotates by.
 COORDINATES = {
     "qwen2_vl": [0, 0, 1, 1, 1, 2, 2, 2],
@@ -89,10 +89,10 @@ COORDINATES = {
 }
 
 
-def build(name: str) -> Any:
+def build(name: str, **sizes: float) -> Any:
     """A model with fixed random weights."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = MODELS[name](**sizes)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     for parameter_name, parameter in model.named_parameters():
