@@ -17,6 +17,7 @@ from apack_compile.kernels.rotations import rotated
 from apack_compile.models.cache_argument import with_cache
 from apack_compile.models.coordinates import owner_of, replaced_positions, rotary_frequencies, seen_positions
 from apack_compile.models.uncompiled import uncompiled
+from apack_compile.plan.ranks import all_agree
 from apack_compile.plan.rotation import MAX_COORDINATES, KeyRotation, deinterleaved_keys, rotations_at
 
 PROBE_TOKENS = 32
@@ -55,7 +56,11 @@ def find_rotation(
         rotating_error([deinterleaved_keys(k, rotation) for k in keys], rotation.frequencies) for _, rotation in ways
     ]
     name, rotation = ways[errors.index(min(errors))]
-    if not min(errors) < TURN_TOLERANCE:
+    rotates = min(errors) < TURN_TOLERANCE
+    # how many forward passes follow depends on it
+    if not all_agree(model, rotates):
+        if rotates:
+            return None, f"stored as they are: those of another rank do not rotate by {name} alone"
         if rotating_error(keys, torch.zeros(1)) < TURN_TOLERANCE:
             return None, "stored as they are: they do not rotate with their position"
         return None, f"stored as they are: they do not rotate by {name} alone (relative difference {min(errors):.2g})"

@@ -165,6 +165,20 @@ def first_request_and_presets() -> None:
         assert torch.equal(*both), options
 
 
+def ranks_agree_on_rotation() -> None:
+    """Where the keys of one rank do not rotate, those of no rank are rotated back: it decides how many passes calibration takes."""
+    model = shared("qwen")
+    if rank == 1:
+        for layer in model.model.language_model.layers:
+            layer.self_attn.k_proj.register_forward_hook(
+                lambda module, args, keys: keys * torch.linspace(1, 2, keys.shape[1])[:, None]
+            )
+    said = apack_compile.report(pack(model, PICTURES)).keys
+    assert said.startswith("stored as they are: " + ("they" if rank else "those of another rank") + " do not rotate"), (
+        said
+    )
+
+
 def prefixes() -> None:
     """Each rank keeps its part of a prefix in a file of its own; what one has to read anew, both read."""
     model, questions = pack(shared("llama")), torch.tensor([[5, 6, 7], [8, 9, 10]])
@@ -257,6 +271,7 @@ for name in ("full", "one full"):
 generates("llama", TEXT, ("none", "eager", "auto"))
 generates("qwen", PICTURES, ("none", "eager"))
 first_request_and_presets()
+ranks_agree_on_rotation()
 prefixes()
 heads_of_a_rank()
 other_ways_to_share()
