@@ -22,7 +22,7 @@ def run_python(code: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess
 def test_importing_the_package_imports_no_optional_or_heavy_module(tmp_path: Path) -> None:
     code = """
 import sys, apack_compile
-heavy = ("triton", "torchao", "matplotlib", "rich", "typer", "PIL", "gguf", "lm_eval", "datasets")
+heavy = ("triton", "torchao", "matplotlib", "rich", "typer", "PIL", "gguf", "lm_eval", "datasets", "ray")
 print([name for name in sys.modules if name.split(".")[0] in heavy
        or name.startswith("transformers.models.") and name.split(".")[-1].startswith("modeling_")])
 """
@@ -69,11 +69,27 @@ def test_the_bare_name_does_not_find_ours_outside_the_checkout(name: str, tmp_pa
 
 
 @in_checkout
-@pytest.mark.parametrize("name", ["kernels", "passes"])
-def test_the_bare_name_is_refused_in_the_checkout_with_a_clear_message(name: str) -> None:
-    done = run_python(f"import {name}", ROOT)
+@pytest.mark.parametrize(
+    ("code", "error"), [("import passes", "ImportError"), ("import kernels; kernels.attend", "AttributeError")]
+)
+def test_the_bare_name_is_refused_in_the_checkout_with_a_clear_message(code: str, error: str) -> None:
+    done = run_python(code, ROOT)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"ImportError: this folder is apack_compile.{name}")
+    name = code.split(";")[0].split()[1]
+    assert done.stderr.splitlines()[-1].startswith(f"{error}: this folder is apack_compile.{name}")
+
+
+@in_checkout
+def test_transformers_can_be_imported_where_the_checkout_is_on_the_path() -> None:
+    code = """
+import transformers.modeling_utils, apack_compile.kernels
+from transformers.utils import is_kernels_available
+print(is_kernels_available(), hasattr(apack_compile.kernels, "ops"))
+"""
+    done = run_python(code, ROOT)
+    assert done.returncode == 0, done.stderr
+    if importlib.util.find_spec("kernels") is None:
+        assert done.stdout.split() == ["False", "True"]
 
 
 @in_checkout
