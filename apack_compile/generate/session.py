@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from pickle import PicklingError
 from typing import Any
 
 from torch import nn
@@ -95,9 +96,11 @@ class Session:
         return Session(**copied)
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "an optimized model cannot be pickled: call apack_compile.restore(model) first, or use save_pretrained; "
-            "calibrated bases are saved by apack_compile.plan_for(model, tokens).save(path)"
+        # No TypeError: Ray puts pages of its own before the message of one.
+        raise PicklingError(
+            "an optimized model cannot be pickled: call apack_compile.restore(model) first, or use save_pretrained; calibrated bases "
+            "are saved by apack_compile.plan_for(model, tokens).save(path). To other processes, such as Ray's actors, pass the path of "
+            "the model's folder and that of the plan (apack_compile.ray.BatchJob does so), or a function that loads and optimizes it"
         )
 
     @property
