@@ -6,7 +6,9 @@ from typing import Any
 
 from apack_compile.checks import size
 
+# The colours follow the reader's system. So does the background, since a notebook's theme may be another one.
 STYLE = """
+.apack { color-scheme: light dark; background: Canvas; overflow-x: auto; padding: .5em 1em; }
 .apack { --ink: #1f2430; --muted: #68707f; --line: #e3e6ec; --dense: #aab4c5; --packed: #2f6fde; --bases: #a9c4f5;
   color: var(--ink); font: 14px/1.5 system-ui, sans-serif; max-width: 60rem; }
 @media (prefers-color-scheme: dark) { .apack { --ink: #e8eaf0; --muted: #9aa3b5; --line: #363c4a; --dense: #6b7588;
@@ -15,13 +17,14 @@ STYLE = """
 .apack p { margin: .2em 0; } .apack .muted { color: var(--muted); }
 .apack table { border-collapse: collapse; width: 100%; background: none; }
 .apack th, .apack td { text-align: left; padding: .15em .6em .15em 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
-.apack td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.apack .track { position: relative; min-width: 8rem; height: .8em; background: none; }
+.apack tr { background: none !important; }
+.apack .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.apack .track { position: relative; min-width: min(8rem, 18vw); height: .8em; background: none; }
 .apack .bar { position: absolute; top: 0; left: 0; height: 100%; border-radius: 2px; }
 .apack .dense { background: var(--dense); } .apack .packed { background: var(--packed); } .apack .bases { background: var(--bases); }
 .apack li { margin: .3em 0; }
 """
-PAGE_STYLE = "body { margin: 2rem auto; padding: 0 1rem; max-width: 60rem; color-scheme: light dark; }"
+PAGE_STYLE = ":root { color-scheme: light dark; } body { margin: 1.5rem auto; max-width: 62rem; }"
 
 
 def page_of(report: Mapping[str, Any]) -> str:
@@ -59,7 +62,7 @@ def _cache(held: Mapping[str, Any] | None, room: Mapping[str, Any] | None) -> It
     yield "<h2>Bytes of the last cache</h2>"
     longest = max(dense, packed, bases, 1)
     yield _table(
-        ("", "", "bytes"),
+        ("", "", _number("bytes")),
         [
             ("dense, 16 bits", _bars(("dense", dense / longest)), _number(f"{dense:,}")),
             ("packed", _bars(("packed", packed / longest)), _number(f"{packed:,}")),
@@ -67,7 +70,7 @@ def _cache(held: Mapping[str, Any] | None, room: Mapping[str, Any] | None) -> It
         ],
     )
     parts = [(name, count) for name, count in held["parts"].items() if count]
-    yield f"<p class='muted'>Packed: {escape(', '.join(f'{count / packed:.0%} {name}' for name, count in parts))}.</p>"
+    yield f"<p class='muted'>Packed: {escape(', '.join(f'{_percent(count / packed)} {name}' for name, count in parts))}.</p>"
     if room is not None:
         yield (
             f"<p>Beside the weights, {size(room['memory'])} of {escape(room['device'])} hold about {room['packed']:,} caches like it, "
@@ -96,7 +99,7 @@ def _layers(report: Mapping[str, Any]) -> Iterable[str]:
             lost = "" if layer["lost"] is None else f"{layer['lost']:.1%}"
         what = f"{line['kind']}, {line['status']}" + (f": {line['reason']}" if line["reason"] else "")
         rows.append((_number(str(line["layer"])), bars, _number(said), _number(lost), escape(what)))
-    yield _table(("layer", "bytes of a token", "", "loss", "status"), rows)
+    yield _table((_number("layer"), "bytes of a token", "", _number("loss"), "status"), rows)
 
 
 def _notes(notes: Sequence[str]) -> Iterable[str]:
@@ -133,12 +136,17 @@ def _number(said: str) -> tuple[str, str]:
     return "number", said
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]]]) -> str:
+def _percent(share: float) -> str:
+    """A share that is not nothing."""
+    return f"{share:.0%}" if share >= 0.005 else "under 1%"
+
+
+def _table(heads: Sequence[str | tuple[str, str]], rows: Iterable[Sequence[str | tuple[str, str]]]) -> str:
     """A table; cells are HTML, with a class where they are a pair."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    head = "".join(_cell(name, "th") for name in heads)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cell(cell: str | tuple[str, str]) -> str:
-    return f"<td>{cell}</td>" if isinstance(cell, str) else f'<td class="{cell[0]}">{cell[1]}</td>'
+def _cell(cell: str | tuple[str, str], tag: str = "td") -> str:
+    return f"<{tag}>{cell}</{tag}>" if isinstance(cell, str) else f'<{tag} class="{cell[0]}">{cell[1]}</{tag}>'

@@ -82,6 +82,25 @@ def test_the_page_has_a_row_and_bars_for_every_layer(report):
         assert 0 < layer.lost < 1
 
 
+def test_the_background_follows_the_reader_s_system_as_the_ink_does(report, tmp_path):
+    report.save(tmp_path / "report.html")
+    # a browser asks the root of a page, and not its body, for the scheme of the canvas
+    assert ":root { color-scheme: light dark; }" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    # a notebook's own background may be of another scheme
+    assert ".apack { color-scheme: light dark; background: Canvas;" in report._repr_html_()
+
+
+def test_the_heads_of_numbers_stand_where_the_numbers_do(report):
+    heads = [a.get("class") for tag, a in Page(report._repr_html_()).elements if tag == "th"]
+    assert heads == [None, None, "number", "number", None, None, "number", None, None, None]
+
+
+def test_a_part_of_a_few_bytes_is_not_said_to_be_nothing(report):
+    held = report.bytes | {"parts": {"packed tokens and free slots": 9_990, "positions": 10}, "sequence_bytes": 10_000}
+    page = Page(dataclasses.replace(report, bytes=held)._repr_html_())
+    assert "100% packed tokens and free slots, under 1% positions" in page.text
+
+
 def test_the_page_gives_the_bytes_and_the_notes_of_the_report(report):
     page = Page(report._repr_html_())
     for name in ("dense_bytes", "sequence_bytes", "model_bytes"):
