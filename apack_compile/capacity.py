@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.accounting import shared_tensors, storage_bytes
 from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.chunk_places import Before, Shape
 from apack_compile.cache.layer import CompactedLayer
-from apack_compile.cache.layer_group import Before, Shape
 from apack_compile.cache.layer_groups import LayerGroups
 from apack_compile.cache.layer_kinds import LINEAR
 from apack_compile.cache.packed_pair import codings, empty_pair

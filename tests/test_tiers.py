@@ -157,8 +157,8 @@ def test_positions_survive_random_refreshes(batch, tokens, refreshes, seed):
         return torch.ops.apack.unpack(none, none, *layer.state().flatten(), tokens, *layer.tier_state())
 
     before = unpacked()
-    addresses = [t.data_ptr() for t in (*layer.packed_tensors()[:4], *layer.tiers.tensors()[1:2])]
     cache.settle(layer, attention_of(cache, generator, batch, tokens))
+    addresses = [t.data_ptr() for t in (*layer.packed_tensors()[:4], *layer.tiers.tensors()[1:2])]
     for _ in range(refreshes):
         layer.tiers.importance[0].copy_(torch.rand(layer.tiers.importance[0].shape, generator=generator))
         layer.rank()

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from apack_compile.cache.accounting import cache_report
 from apack_compile.cache.checks import Checks
+from apack_compile.cache.chunk_places import Shape
 from apack_compile.cache.drift import fit_notes
 from apack_compile.cache.held_back import HeldBack
 from apack_compile.cache.kept_layers import (
@@ -22,7 +23,6 @@ from apack_compile.cache.kept_layers import (
     why_not_cropped,
 )
 from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
-from apack_compile.cache.layer_group import Shape
 from apack_compile.cache.layer_groups import LayerGroups
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.shared_index import Incoming, SharedIndex
@@ -269,7 +269,7 @@ class CompactedCache(Cache):
 
     def unsettled(self) -> list[int]:
         """Layers with tiers whose attention was not seen since their last layout: they read every token they hold."""
-        return [layer.layer_idx for layer in self.packed_layers if layer.tiers is not None and not layer.tiers.settled]
+        return self.groups.unsettled()
 
     def _roll_back(self) -> None:
         """Forget the chunk being stored; linear states can only be reset, where the cache was empty before."""

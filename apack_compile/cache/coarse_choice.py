@@ -70,12 +70,14 @@ class Slots:
 
     def taken(self, indices: Tensor) -> Taken:
         """Which tokens go into the slots."""
-        index = indices[0, : self.slots] if len(indices) == 1 else indices[:, : self.slots]
+        index = indices[0] if len(indices) == 1 else indices
+        index = index if index.shape[-1] == self.slots else index[..., : self.slots]
         return Taken.of_tensors(index, None, None if self.real is None else self.real[:, : self.slots], self.tokens)
 
     def positions(self, indices: Tensor, position: Tensor) -> Tensor:
         """int32 `[B, slots + free]`, of chunk indices whose positions `[T + free]` are these."""
-        found = position.take(indices[:, : self.slots + self.free])
+        placed = self.slots + self.free
+        found = position.take(indices if indices.shape[1] == placed else indices[:, :placed])
         return found if self.real is None else found.masked_fill_(~self.real, -1)
 
 
@@ -89,20 +91,28 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Same:
+    """A packed segment that is the same in all layers: what goes into its slots, their positions and, where keys rotate, rotations."""
+
+    taken: Taken
+    positions: Tensor
+    rotations: Tensor | None
+
+
+@dataclass(frozen=True)
 class CoarseChoice:
     """How layers choose.
 
     weights: by layer. hidden: bool `[B, T]`, the chunk's tokens that have no rank. order: the packed segments. told: slots of `coarse`, and
-    of the modality that it is told apart from. same, same_taken: of the other packed segment, in all layers alike. position: int32
-    `[T + free]`, of chunk indices. table: how the chunk's tokens are rotated; None for keys as they come. block: slots that share one.
+    of the modality that it is told apart from. same: the other packed segment. position: int32 `[T + free]`, of chunk indices. table: how
+    the chunk's tokens are rotated; None for keys as they come. block: slots that share one.
     """
 
     weights: Mapping[int, LayerWeights]
     hidden: Tensor
     order: Sequence[str]
     told: Mapping[str, Slots]
-    same: Slots
-    same_taken: Taken
+    same: "Same"
     position: Tensor
     table: RotationTable | None
     block: int
@@ -110,7 +120,7 @@ class CoarseChoice:
     @property
     def text_slots(self) -> int:
         """Slots of fine text."""
-        return self.told.get("text", self.same).slots
+        return self.told["text"].slots if "text" in self.told else self.same.taken.slots
 
     def of_layer(self, layer: int, key: Tensor, value: Tensor) -> Placed:
         """What a layer with states `[B, H_kv, T, D]` stores where."""
@@ -118,12 +128,19 @@ class CoarseChoice:
         order = scores.masked_fill_(self.hidden, float("inf")).argsort(dim=1, stable=True)
         placed = Placed({}, [], [])
         for name in self.order:
-            slots = self.told.get(name, self.same)
-            indices = slots.filled(order) if name in self.told else slots.behind
-            placed.segments[name] = slots.taken(indices) if name in self.told else self.same_taken
-            placed.positions.append(slots.positions(indices, self.position))
-            if self.table is not None:
-                placed.rotations.append(self.table.at(indices[:, :: self.block]))
+            if name in self.told:
+                slots = self.told[name]
+                indices = slots.filled(order)
+                placed.segments[name] = slots.taken(indices)
+                placed.positions.append(slots.positions(indices, self.position))
+                if self.table is not None:
+                    placed.rotations.append(self.table.at(indices[:, :: self.block]))
+            else:
+                # a change of the batch may be in place
+                placed.segments[name] = self.same.taken
+                placed.positions.append(self.same.positions.clone())
+                if self.table is not None:
+                    placed.rotations.append(self.same.rotations.clone())
         return placed
 
 
@@ -161,6 +178,7 @@ def coarse_choice(
     table = None
     if rotation is not None:
         table = RotationTable.of(rotation.at(coordinates.at(there(every, device))), tokens, shape[1])
+    slots, position = Slots.of(zeros, zeros, *same, block, device), there(every[0].astype(np.int32), device)
     return CoarseChoice(
         LayerWeights.of_layers(rule.weights, shape, rotation),
         there(~candidates, device),
@@ -169,9 +187,12 @@ def coarse_choice(
             "coarse": Slots.of(zeros, coarse, rest[:, :0], none, block, device),
             rule.modality: Slots.of(coarse, counts, *fine, block, device),
         },
-        Slots.of(zeros, zeros, *same, block, device),
-        Taken.at(same[0], device),
-        there(every[0].astype(np.int32), device),
+        Same(
+            Taken.at(same[0], device),
+            slots.positions(slots.behind, position),
+            None if table is None else table.at(slots.behind[:, ::block]),
+        ),
+        position,
         table,
         block,
     )

@@ -361,24 +361,6 @@ class CompactedLayer(CacheLayerMixin):
         return self.tiers is not None and self.tiers.has_evicted
 
     @torch.no_grad()
-    def settle(self, importance: Tensor, end: int) -> Floor | None:
-        """After a prefill: take the `importance` `[B, T]` by position, evict text before position `end`, and rank.
-
-        Gives the first position that can be cropped after it; None for any.
-        """
-        tiers = self.tiers
-        tiers.observe(importance)
-        tiers.is_ranked = False
-        floor = self.evict(tiers.rule.pools, end)
-        if tiers.is_ranked:
-            tiers.read_some()
-        else:
-            self.rank()
-        tiers.settled = True
-        self.mark_static()
-        return floor
-
-    @torch.no_grad()
     def observe_draft(self, attention: Tensor) -> None:
         """After a chunk that is all draft: add its first token's `attention` `[B, T]` to the importance before it, and rank."""
         self.tiers.observe_draft(attention)
@@ -388,8 +370,8 @@ class CompactedLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def rank(self) -> None:
-        """Put the vision tokens in the order of their importance, in place."""
-        self.tiers.rank(self.pairs["vision"].tensors)
+        """Put the vision tokens in the order of their importance, in place unless they were laid out just now."""
+        self.pairs["vision"] = self.tiers.rank(self.pairs["vision"])
 
     @torch.no_grad()
     def evict(self, pools: Sequence[tuple[str, ...]], end: int) -> Floor | None:

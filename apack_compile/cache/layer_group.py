@@ -1,21 +1,20 @@
 """The packed layers of a cache that see the same tokens: where chunks go, and room for tokens to come, decided once for all of them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from apack_compile.cache.chunk_places import Before, Shape, tail_tokens
 from apack_compile.cache.coarse_choice import coarse_choice
+from apack_compile.cache.eviction import LAYERS_BEHIND, Settling
 from apack_compile.cache.first_choice import Floor, highest
 from apack_compile.cache.layer import CompactedLayer
 from apack_compile.cache.shared_index import ChunkPlan, SharedIndex
 from apack_compile.cache.token_index import (
     Chunk,
     Flags,
-    Indices,
     Kept,
     Taken,
     assign,
@@ -36,61 +35,6 @@ from apack_compile.plan.rotation import rotations_of_blocks
 FlagsOfBoth = tuple[Flags, Flags]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of the states of a chunk: rows, KV heads, width of a key and of a value, their dtype and where they are."""
-
-    batch: int
-    heads: int
-    key: int
-    value: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def offered(self) -> tuple[Tensor, Tensor]:
-        """K and V of no tokens, on no device."""
-        shapes = ((self.batch, self.heads, 0, dim) for dim in (self.key, self.value))
-        key, value = (torch.empty(shape, dtype=self.dtype, device="meta") for shape in shapes)
-        return key, value
-
-    @property
-    def width(self) -> int:
-        """Components of a key in all heads."""
-        return self.heads * self.key
-
-    @property
-    def of_state(self) -> tuple[int, int, int]:
-        """KV heads, width of a key and of a value."""
-        return self.heads, self.key, self.value
-
-
-@dataclass(frozen=True)
-class Before:
-    """What layers with one index hold before a chunk, on the host: tokens held, first position of the tail, that of text slot 0.
-
-    first: int32 `[B, slots]`, positions of the first tokens; packed: those of vision and text, of a window.
-    """
-
-    cursor: tuple[int, int, int]
-    first: NDArray
-    packed: Sequence[NDArray] = ()
-
-    @staticmethod
-    def of(places: Sequence[NDArray]) -> "Before":
-        """What `LayerGroup.places` gives, read; nothing for an empty cache."""
-        if not places:
-            return Before((0, 0, 0), np.empty(0))
-        cursor, first, *packed = places
-        return Before((int(cursor[0]), int(cursor[1]), int(cursor[2])), first, packed)
-
-
-def tail_tokens(start: int, end: int, chunk: Chunk, slots: int) -> Indices:
-    """Chunk indices `[B, slots]` of what the tail holds, a ring of the positions from `start` to `end`; -1 for an empty slot."""
-    position = start + (np.arange(slots) - start) % max(slots, 1)
-    return np.broadcast_to(np.where(position < end, position - chunk.start, -1), (len(chunk.vision), slots))
-
-
 class LayerGroup:
     """Layers with one index. window: newest tokens that a query of theirs sees, itself included; None for all.
 
@@ -104,10 +48,12 @@ class LayerGroup:
         self.layers: list[CompactedLayer] = []
         self.known_floor, self.steps, self.refreshed_at = 0, 0, -1
         self._floors: list[Floor] = []
+        self._settling: list[Settling] = []
 
     @property
     def floor(self) -> int:
         """First position that can still be cropped."""
+        self.end_settling()
         if self._floors:
             self.floor = max(self.known_floor, highest(self._floors))
         return self.known_floor
@@ -121,9 +67,24 @@ class LayerGroup:
         if floor is not None:
             self._floors = [*self._floors, floor]
 
+    def settle(self, newest: Settling) -> None:
+        """Rank what a layer keeps or, where only the device knows how much that is, what the layers before it keep."""
+        if newest.eviction is None:
+            self.raise_floor(newest.finish())
+            return
+        self._settling = [*self._settling, newest]
+        self.end_settling(0 if newest.layer is self.layers[-1] else LAYERS_BEHIND)
+
+    def end_settling(self, left: int = 0) -> None:
+        """Evict from the layers that wait for the host to know how much, but the newest `left`."""
+        while len(self._settling) > left:
+            oldest, *self._settling = self._settling
+            self.raise_floor(oldest.finish())
+
     def forget(self) -> None:
         """Forget every token; the plan stays."""
         self.index.forget()
+        self._settling = []
         self.floor, self.steps, self.refreshed_at = 0, 0, -1
 
     @property

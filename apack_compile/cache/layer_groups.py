@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apack_compile.cache.chunk_places import Before, Shape
+from apack_compile.cache.eviction import Settling
 from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
-from apack_compile.cache.layer_group import Before, FlagsOfBoth, LayerGroup, Shape
+from apack_compile.cache.layer_group import FlagsOfBoth, LayerGroup
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.cache.layer_store import recompact
 from apack_compile.cache.packed_layers import packed_layer
@@ -100,6 +102,7 @@ class LayerGroups:
 
     def on_host(self, flags: Sequence[Tensor | None], batch: int, tokens: int) -> tuple[FlagsOfBoth, list[Before]]:
         """Flags of a chunk, bool `[B, n]` each (none where they are missing or of another shape), and what each group holds: one wait."""
+        self.end_settling()
         given = [f for f in flags if f is not None and f.shape == (batch, tokens)]
         places = [group.places() if group.layers[0].is_initialized else [] for group in self]
         read = to_host([*given, *(tensor for of_group in places for tensor in of_group)])
@@ -231,8 +234,19 @@ class LayerGroups:
         group = next(group for group in self if layer in group.layers)
         end, start = layer.index.laid_out
         settled = max(end - drafted, group.known_floor)
-        group.raise_floor(layer.settle(importance, min(start, settled)))
+        group.settle(Settling.begin(layer, importance, min(start, settled)))
         group.steps, group.refreshed_at = 0, -1
+
+    def end_settling(self) -> None:
+        """No layer that has taken the importance of its tokens is left that waits for the host."""
+        for group in self:
+            group.end_settling()
+
+    def unsettled(self) -> list[int]:
+        """Layers with tiers whose attention was not seen since their last layout."""
+        self.end_settling()
+        layers = [layer for group in self for layer in group.layers]
+        return sorted(layer.layer_idx for layer in layers if layer.tiers is not None and not layer.tiers.settled)
 
     def check_cropped(self, tokens: int) -> None:
         """Raise ValueError where so many of the newest tokens cannot be removed."""

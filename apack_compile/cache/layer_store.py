@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from apack_compile.cache.drift import WatchedPair
+from apack_compile.cache.fitted import fitted_codings
 from apack_compile.cache.packed_pair import Coding, PackedPair, Tokens, codings, empty_pair
 from apack_compile.cache.token_index import Kept, Taken, count_of, kept_slots
 from apack_compile.kernels.cursor import HELD
-from apack_compile.kernels.heads import to_groups
 from apack_compile.kernels.state import KIND_NAMES, TEXT, VISION, DenseSegment
-from apack_compile.plan.basis import fit, fit_steps, moments
-from apack_compile.plan.plan import FITTED_SCOPES, STREAMS, StreamPlan
+from apack_compile.plan.plan import STREAMS
 from apack_compile.plan.rotation import deinterleaved_keys
 
 if TYPE_CHECKING:
@@ -98,9 +97,15 @@ def _lay_out(layer: "CompactedLayer", parts: Pair, fresh: bool) -> list[WatchedP
         where = tiers.without_evicted(where, chunk.end)
     layer.first = _dense(layer, chunk.first, parts, layer.first if not fresh and not plan.per_request else None)
     layer.tail = _dense(layer, chunk.tail, parts, None)
+    fitted = plan.per_request
+    tokens = {name: _taken(parts, taken) for name, taken in where.items() if taken.slots} if fitted else {}
+    coded = fitted_codings(layer, tokens, where, earlier)
     layer.pairs, watched = {}, []
     for segment, taken in where.items():
-        layer.pairs[segment], lost = _packed(layer, segment, earlier.get(segment), parts, taken, used[segment])
+        before = None if fitted else earlier.get(segment)
+        states = parts if taken.slots == 0 else tokens.pop(segment, None) or _taken(parts, taken)
+        made = _packed(layer, segment, before, states, taken, used[segment], coded.get(segment))
+        layer.pairs[segment], lost = made
         watched += lost
     layer.cursor, layer.origin = chunk.cursor.clone(), chunk.text_origin
     text = count_of(used["text"]) + where["text"].slots
@@ -155,39 +160,44 @@ def _dense(layer: "CompactedLayer", taken: Taken, parts: Pair, old: DenseSegment
     return DenseSegment(*(torch.cat(both, 2) for both in zip((old.key, old.value), new, strict=True)))
 
 
-def _packed(
-    layer: "CompactedLayer", segment: str, before: PackedPair | None, parts: Pair, taken: Taken, kept: Kept
-) -> tuple[PackedPair, list[WatchedPair]]:
-    """A pair with the tokens of a chunk behind the slots that it keeps, and with free ones; what tells whether its bases fit.
+def _taken(parts: Pair, taken: Taken) -> Pair:
+    """The tokens of K and V that go into a segment."""
+    return taken.of(parts[0]), taken.of(parts[1])
 
-    Bases of a sequence or batch are fitted on the way, from those that `before` has.
+
+def _packed(
+    layer: "CompactedLayer",
+    segment: str,
+    before: PackedPair | None,
+    states: Pair,
+    taken: Taken,
+    kept: Kept,
+    coded: tuple[Coding, Coding] | None,
+) -> tuple[PackedPair, list[WatchedPair]]:
+    """A pair with the tokens of a chunk behind the slots that it keeps of `before`, and with free ones; what tells whether its bases fit.
+
+    coded: how they are stored, where their bases are fitted to them.
     """
     plan, chunk, used = layer.index.plan, layer.index.chunk, count_of(kept)
     kind, planned = KIND_NAMES.index(segment), [layer.stream_plan(segment, name) for name in STREAMS]
     spare = chunk.spare if segment == "text" and not plan.per_request else 0
-    if before is None or plan.per_request:
+    if coded is not None:
+        key, value = coded
+    elif before is None:
         key, value = codings(plan, layer.layer_idx, segment, layer.dense_dtype, chunk.identity)
     else:
         key, value = map(Coding.of, before.streams)
     if taken.slots == 0:
-        if before is None or plan.per_request:
-            before = empty_pair(kind, (key, value), plan, layer.layer_idx, *parts)
+        if before is None:
+            before = empty_pair(kind, (key, value), plan, layer.layer_idx, *states)
         elif used != before.slots:
             before = before.with_tokens(lambda x: kept_slots(x, kept, 2).clone())
         return before.with_more_slots(spare) if spare else before, []
-    keys, values = (taken.of(states) for states in parts)
-    if planned[0].scope in FITTED_SCOPES:
-        old = [None, None] if before is None else [stream.basis.decoder for stream in before.streams]
-        key, value = (
-            _fitted(how, to_groups(x, plan.groups), taken.real, rows)
-            for how, x, rows in zip(planned, (keys, values), old, strict=True)
-        )
     expected = [how.expected_error if how.scope == "model" and how.bands.components else None for how in planned]
     is_watched = taken.tokens >= MIN_WATCHED and expected != [None, None]
     rotations = layer.rotations()[plan.segments.index(segment)] if layer.rotations() else None
     tokens = Tokens(
-        keys,
-        values,
+        *states,
         taken.real,
         rotations,
         block=0 if plan.rotation is None else plan.rotation.block,
@@ -203,20 +213,3 @@ def _packed(
                 new[:, :, :used] = kept_slots(stored, kept, 2)
     watched = WatchedPair(segment, lost, (expected[0], expected[1]), tokens if used == 0 else None)
     return pair, [watched] if is_watched else []
-
-
-def _fitted(plan: StreamPlan, x: Tensor, real: Tensor | None, before: Tensor | None) -> Coding:
-    """How tokens `[B, G, N, W_g]` that are `real` `[B, N]` are stored, with a basis of each row or of all rows.
-
-    before: the decoder of an earlier one.
-    """
-    if plan.scope == "batch":
-        x, real = x.transpose(0, 1).flatten(1, 2)[None], None if real is None else real.reshape(1, -1)
-    bands = plan.bands.at_most(x.shape[2])
-    weight = None if real is None else real.to(torch.float32)
-    rows = before if before is not None and before.numel() else None
-    spectrum = fit(moments(x, weight), bands.components, rows)
-    if not all(band.is_float for count, band in bands.parts if count):
-        # a Gaussian's steps clip a sequence's outliers, which costs more than all else
-        spectrum = fit_steps(spectrum, x, token_scale=False)
-    return Coding(spectrum.basis(bands, torch.float16), bands, False)

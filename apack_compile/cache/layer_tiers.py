@@ -152,7 +152,7 @@ class LayerTiers:
         vision, text = self.positions[1:]
         shapes = vision.shape, text.shape if self.evicts_text else (len(text), 0)
         self.importance = [vision.new_zeros(shape, dtype=torch.float32) for shape in shapes]
-        self.counts = [there(np.full((len(vision), 2), vision.shape[1], np.int32), self.device)]
+        self.counts = [vision.new_full((len(vision), 2), vision.shape[1])]
         self.settled = False
 
     def grow(self, start: int, slots: int) -> None:
@@ -242,30 +242,34 @@ class LayerTiers:
         tokens = Tokens(pool, none, none, none, torch.from_numpy(held.copy()), torch.from_numpy(seen.copy()))
         return np.minimum(np.asarray(self.rule.budget(tokens)), held).clip(0)
 
-    def most_kept(self, name: str, keep: Tensor) -> int:
-        """Most tokens of a modality that a row keeps: those at `keep` `[B, slots]`."""
+    def most_kept(self, name: str) -> int | None:
+        """Most tokens of a modality that a row keeps; None where only the device knows."""
         known = self.host[1][:, PACKED[name] - VISION]
-        # only the device knows how modalities that compete share a budget
-        return int(known.max(initial=0)) if (known >= 0).all() else int(keep.sum(1).max())
+        return int(known.max(initial=0)) if (known >= 0).all() else None
 
-    def keep_vision(self, pair: PackedPair, keep: Tensor) -> PackedPair:
-        """The vision tokens in the slots `keep`, bool `[B, slots]`; positions and importance follow."""
+    def keep_vision(self, pair: PackedPair, keep: Tensor, most: int) -> PackedPair:
+        """The vision tokens in the slots `keep`, bool `[B, slots]`, `most` in a row; positions and importance follow."""
         self.has_evicted, count = True, keep.sum(1)
-        most = self.most_kept("vision", keep)
         order = by_importance(self.importance[0], keep)[:, :most]
         inside = torch.arange(most, device=order.device) < count[:, None]
         self.positions[VISION] = self.positions[VISION].gather(1, order).masked_fill(~inside, -1)
         self.importance[0] = self.importance[0].gather(1, order)
         return pair.with_tokens(picker(order))
 
-    def rank(self, codes: list[Tensor]) -> None:
-        """Put the vision slots in the order of their importance, in place; the most important are read."""
-        order = by_importance(self.importance[0], self.positions[VISION] >= 0)
+    def rank(self, pair: PackedPair) -> PackedPair:
+        """The vision slots in the order of their importance, the most important read; in place, unless they were laid out just now."""
+        is_full = self.fresh is not None and not self.has_evicted and self.fresh[VISION].real is None
+        order = by_importance(self.importance[0], None if is_full else self.positions[VISION] >= 0)
         pick = picker(order)
-        for tensor in (*codes, self.positions[VISION], self.importance[0]):
-            if tensor.dim() > 1:
-                tensor.copy_(pick(tensor))
+        if not self.settled:
+            self.positions[VISION], self.importance[0] = pick(self.positions[VISION]), pick(self.importance[0])
+            pair = pair.with_tokens(pick)
+        else:
+            for tensor in (*pair.tensors, self.positions[VISION], self.importance[0]):
+                if tensor.dim() > 1:
+                    tensor.copy_(pick(tensor))
         self.read_some()
+        return pair
 
     def read_some(self) -> None:
         """Read as many vision slots as the rule says."""
@@ -303,8 +307,8 @@ class LayerTiers:
         """Read every vision slot at the next step."""
         self.read.fill_(self.positions[VISION].shape[1])
 
-    def keep_text(self, codes: list[Tensor], keep: Tensor, end: int) -> tuple[int, Tensor]:
-        """Of the text tokens before position `end`, in the first slots, move those to `keep` `[B, slots]` to the front, in place.
+    def keep_text(self, codes: list[Tensor], keep: Tensor, end: int, most: int) -> tuple[int, Tensor]:
+        """Of the text tokens before position `end`, in the first slots, move those to `keep` `[B, slots]`, `most` in a row, to the front.
 
         Gives the slots that they have then, in order of position, and how many of the newest are contiguous, 0-d. Slots of later positions
         follow. A row that keeps fewer leaves the leading slots empty, so that the newest tokens have the same slots in every row.
@@ -313,7 +317,6 @@ class LayerTiers:
         positions, slots = self.positions[TEXT], self.positions[TEXT].shape[1]
         older = positions[:, :used]
         recent, count = newest_without_gap(keep, older, older >= 0), keep.sum(1)
-        most = self.most_kept("text", keep)
         last = older.long().masked_fill(~keep, -1).argsort(dim=1, stable=True)
         later = torch.arange(used, slots, device=last.device).expand(len(last), -1)
         order = torch.cat([last[:, used - most :], later, last[:, : used - most]], 1)
@@ -340,13 +343,15 @@ def picker(order: Tensor) -> Callable[[Tensor], Tensor]:
     if len(order) == 1:
         row = order[0]
         return lambda x: x if x.dim() <= 1 else x.index_select(1 if x.dim() == 2 else 2, row)
-    by_head = order[:, None]
-    by_byte = by_head[..., None]
+    # keys and values often have the same shape
+    expanded: dict[tuple[int, ...], Tensor] = {}
 
     def pick(x: Tensor) -> Tensor:
         if x.dim() <= 2:
             return x if x.dim() <= 1 else x.gather(1, order)
-        index = by_head if x.dim() == 3 else by_byte
-        return x.gather(2, index.expand(*x.shape[:2], order.shape[1], *x.shape[3:]))
+        shape = (*x.shape[:2], order.shape[1], *x.shape[3:])
+        if shape not in expanded:
+            expanded[shape] = order.view(len(order), 1, -1, *[1] * (x.dim() - 3)).expand(shape)
+        return x.gather(2, expanded[shape])
 
     return pick

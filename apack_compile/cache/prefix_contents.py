@@ -10,8 +10,9 @@ from torch import Tensor
 
 from apack_compile.cache.accounting import unpacked_tensors
 from apack_compile.cache.cache import CompactedCache
+from apack_compile.cache.chunk_places import Shape
 from apack_compile.cache.layer import CompactedLayer
-from apack_compile.cache.layer_group import LayerGroup, Shape
+from apack_compile.cache.layer_group import LayerGroup
 from apack_compile.cache.packed_pair import PackedPair
 from apack_compile.cache.prefix_checks import LayerCheck, check_group, tensor_named
 from apack_compile.cache.prefix_values import GroupValues

@@ -6,7 +6,7 @@ nothing behind.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -58,7 +58,8 @@ class Watch:
         else:
             out = ATTENTION(*args, **kwargs)
         # Heads may come as rows (grouped query), and keys repeated.
-        query = query.reshape(query.shape[0], -1, self.tokens, query.shape[3])
+        if query.shape[2] != self.tokens:
+            query = query.reshape(query.shape[0], -1, self.tokens, query.shape[3])
         repeats = key.shape[1] // self.layer.num_heads
         key = key if repeats == 1 else key[:, ::repeats]
         mask = named["attn_mask"] if mask is None else mask
@@ -127,14 +128,18 @@ def newest_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: flo
     if isinstance(rows, Tensor):
         rows = Rows.of(rows.cpu().numpy(), query.shape[2], key.shape[2], query.device)
     chosen = rows.of_each(query).float() * scale
-    grouped = chosen.view(len(chosen), key.shape[1], -1, chosen.shape[3])
-    scores = (grouped @ key.float().mT).view(len(query), heads, rows.count, -1)
-    if mask is None:
-        scores = scores if rows.hidden is None else scores.masked_fill_(rows.hidden, float("-inf"))
-    else:
-        seen = rows.of_each(mask) if mask.shape[2] > 1 else mask
-        scores = scores.masked_fill_(~seen, float("-inf")) if mask.dtype == torch.bool else scores + seen.float()
-    attention = scores.softmax(-1).nan_to_num_(0.0).mean(1)
+    # of three dimensions a product is one operation
+    grouped = chosen.view(len(key) * key.shape[1], -1, chosen.shape[3])
+    scores = torch.bmm(grouped, key.flatten(0, 1).float().mT).view(len(query), heads, rows.count, -1)
+    hidden = rows.hidden if mask is None else rows.hidden_by(mask)
+    if hidden is not None:
+        is_flag = hidden.dtype == torch.bool
+        scores = scores.masked_fill_(hidden, float("-inf")) if is_flag else scores + hidden.float()
+    attention = scores.softmax(-1)
+    if mask is not None:
+        # of a row that sees nothing
+        attention = attention.nan_to_num_(0.0)
+    attention = attention.mean(1)
     return attention if rows.missing is None else attention.masked_fill_(rows.missing, 0.0)
 
 
@@ -144,12 +149,14 @@ class Rows:
 
     index: int64 `[R]` where they are the same in all sequences, else `[B, 1, R, 1]`. hidden: bool `[B, 1, R, T]`, keys behind them,
     None for none. missing: bool `[B, R, 1]`, those that a sequence has not, None for none. oldest: position `[B]` of the first one.
+    known: the newest mask, which layers share, and what it hides.
     """
 
     index: Tensor
     hidden: Tensor | None
     missing: Tensor | None
     oldest: Tensor
+    known: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @staticmethod
     def of(rows: NDArray[np.int64], tokens: int, keys: int, device: torch.device) -> "Rows":
@@ -175,6 +182,13 @@ class Rows:
             return x.index_select(2, self.index)
         x = x if len(x) == len(self.index) else x.expand(len(self.index), -1, -1, -1)
         return x.gather(2, self.index.expand(-1, x.shape[1], -1, x.shape[3]))
+
+    def hidden_by(self, mask: Tensor) -> Tensor:
+        """Bool, which keys a mask hides from these rows, or numbers to add to scores, as the mask has either."""
+        if not self.known or self.known[0][0] is not mask:
+            seen = self.of_each(mask) if mask.shape[2] > 1 else mask
+            self.known[:] = [(mask, ~seen if mask.dtype == torch.bool else seen)]
+        return self.known[0][1]
 
 
 @dataclass

@@ -70,17 +70,16 @@ def feature_count(heads: int, key_dim: int, value_dim: int) -> int:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A layer's weights of a token, float32, by what they are multiplied with: heads of which some are averaged.
+    """A layer's weights of a token, float32.
 
-    key, turned, value: `[A, 1, 1, D]`; turned: those of a key as it is before it is rotated by a quarter, None where it is not rotated.
-    key_norm, value_norm: `[H_kv, 1]`.
+    key, turned, value: `[H_kv, 1, D]`; turned: those of a key as it is before it is rotated by a quarter, None where it is not rotated.
+    parts: `[4 H_kv, 1]`, of each head's products with these, of keys and of values, and of each head's norms.
     """
 
     key: Tensor
     turned: Tensor | None
     value: Tensor
-    key_norm: Tensor
-    value_norm: Tensor
+    parts: Tensor
 
     @staticmethod
     def of_layers(
@@ -90,24 +89,24 @@ class LayerWeights:
         heads, *dims = shape
         means = [averages(heads, dim) for dim in dims]
         every = torch.stack(list(weights.values()))
-        parts = every.split([means[0] * dims[0], means[1] * dims[1], heads, heads], dim=1)
+        *of_states, norms = every.split([means[0] * dims[0], means[1] * dims[1], 2 * heads], dim=1)
         key, value = (
-            (part / (heads // count)).unflatten(1, (count, 1, 1, dim))
-            for part, count, dim in zip(parts, means, dims, strict=False)
+            (part / (heads // count)).unflatten(1, (count, 1, dim)).repeat_interleave(heads // count, dim=1)
+            for part, count, dim in zip(of_states, means, dims, strict=True)
         )
         turned = [None] * len(every)
         if rotation is not None:
             pairs = len(rotation.frequencies)
             first, second, rest = key.split([pairs, pairs, dims[0] - 2 * pairs], dim=-1)
             turned = torch.cat([-second, first, torch.zeros_like(rest)], -1).unbind()
-        norms = (part[..., None].unbind() for part in parts[2:])
-        found = zip(key.unbind(), turned, value.unbind(), *norms, strict=True)
+        parts = torch.cat([torch.ones_like(norms), norms], 1)[..., None]
+        found = zip(key.unbind(), turned, value.unbind(), parts.unbind(), strict=True)
         return {layer: LayerWeights(*of_layer) for layer, of_layer in zip(weights, found, strict=True)}
 
 
 @dataclass(frozen=True)
 class RotationTable:
-    """How the keys of some tokens are rotated. cosine, sine: float32 `[B, T, D]`, 1 and 0 where nothing rotates.
+    """How the keys of some tokens are rotated. cosine, sine: float32 `[B, 1, T, D]`, 1 and 0 where nothing rotates.
 
     flat: float32 `[B N, 2, P]` of all rows, and of tokens to come. start: `[B, 1]`, where each row begins.
     """
@@ -125,7 +124,7 @@ class RotationTable:
         rest = cosine.new_ones(rows, tokens, head_dim - 2 * pairs)
         start = each * torch.arange(rows, device=rotations.device)[:, None]
         both = torch.cat([cosine, cosine, rest], -1), torch.cat([sine, sine, torch.zeros_like(rest)], -1)
-        return RotationTable(*both, rotations.flatten(0, 1), start)
+        return RotationTable(both[0][:, None], both[1][:, None], rotations.flatten(0, 1), start)
 
     def at(self, index: Tensor) -> Tensor:
         """Rotations `[B, n, 2, P]` of tokens `[B, n]`."""
@@ -134,16 +133,16 @@ class RotationTable:
 
 def scores_at(key: Tensor, value: Tensor, table: RotationTable | None, weights: LayerWeights) -> Tensor:
     """Scores `[B, T]` of tokens `[B, H_kv, T, D]`: their features times the weights, without making the features."""
-    keys, values = (x.unflatten(1, (len(w), -1)) for x, w in ((key, weights.key), (value, weights.value)))
-    score = (keys * weights.key).sum((1, 2))
-    if table is not None:
+    if table is None:
+        of_key = key * weights.key
+    else:
         # before it was rotated, a key k was k cos + k' sin, and k' w is k times the turned weights
-        score = (score * table.cosine).addcmul_((keys * weights.turned).sum((1, 2)), table.sine)
-    score = score.sum(-1).add_((values * weights.value).sum((1, 2, 4)))
-    for states, weight in ((key, weights.key_norm), (value, weights.value_norm)):
-        norms = torch.linalg.vector_norm(states, dim=-1, dtype=score.dtype)
-        score = score.add_((norms * weight).sum(1))
-    return score
+        of_key = (weights.key * table.cosine).addcmul_(weights.turned, table.sine).mul_(key)
+    parts = [of_key.sum(-1)]
+    del of_key
+    parts.append((value * weights.value).sum(-1))
+    parts += [torch.linalg.vector_norm(states, dim=-1, dtype=parts[0].dtype) for states in (key, value)]
+    return torch.cat(parts, dim=1).mul_(weights.parts).sum(1)
 
 
 def scores_of(key: Tensor, value: Tensor, coordinates: Tensor, rotation: KeyRotation | None, weights: Tensor) -> Tensor:

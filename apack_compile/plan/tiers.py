@@ -148,9 +148,10 @@ def to_positions(values: Tensor, positions: Tensor, tokens: int) -> Tensor:
     return out.scatter(1, torch.where(inside, positions.long(), tokens), values)[:, :tokens]
 
 
-def by_importance(importance: Tensor, occupied: Tensor) -> Tensor:
-    """Slots `[B, N]`, most important first, empty ones last, equal ones in order."""
-    return importance.masked_fill(~occupied, float("-inf")).argsort(dim=1, descending=True, stable=True)
+def by_importance(importance: Tensor, occupied: Tensor | None) -> Tensor:
+    """Slots `[B, N]`, most important first, empty ones last, equal ones in order; None where none is empty."""
+    score = importance if occupied is None else importance.masked_fill(~occupied, float("-inf"))
+    return score.argsort(dim=1, descending=True, stable=True)
 
 
 def most_scored(score: Tensor, budget: Tensor, tokens: Tokens) -> Tensor:

@@ -26,7 +26,8 @@ class Dense(NamedTuple):
 class Stream(NamedTuple):
     """Where one stream is packed: codes `[B, G, N, bytes]` and scales `[B, G, N]` with strides, basis and coefficients.
 
-    next_batch: groups from one sequence's basis to the next, 0 if all share one. coefficients: `[B, G, n, r]`, of the tokens pushed out.
+    next_batch: groups from one sequence's basis to the next, 0 if all share one. coefficients: `[B, G, n, r]`, of the tokens pushed out,
+    from the number `at` on.
     """
 
     codes: Tensor | None = None
@@ -42,6 +43,7 @@ class Stream(NamedTuple):
     step: Tensor | None = None
     next_batch: int = 0
     coefficients: Tensor | None = None
+    at: int = 0
 
 
 class Side(NamedTuple):
@@ -105,12 +107,22 @@ def leaving_tile(
 
 
 @triton.jit
+def places(cursor, used):
+    """The cursor's numbers; without one, those of tokens that go into the slots from `used` on, with no tail."""
+    if cursor is None:
+        return 0, 0, -used
+    else:
+        return tl.load(cursor), tl.load(cursor + 1), tl.load(cursor + 2)
+
+
+@triton.jit
 def project_stream(
     side,
     rotations,
     anchors,
     block,
     cursor,
+    used,
     batch,
     new_tokens,
     slots,
@@ -129,7 +141,7 @@ def project_stream(
 ):
     """A block of coefficients of the tokens that leave the tail; the tokens themselves where the stream is KEPT as it is."""
     stream = side.stream
-    held, start, origin = tl.load(cursor), tl.load(cursor + 1), tl.load(cursor + 2)
+    held, start, origin = places(cursor, used)
     leaving = tl.maximum(held + new_tokens - slots - start, 0)
     group = tl.program_id(1) % groups
     z = (tl.program_id(1) // groups).to(tl.int64)
@@ -145,7 +157,7 @@ def project_stream(
                 side, rotations, anchors, b, token, row_ok, group, column, held, start, origin, slots, width,
                 HEAD_DIM, PER, PAIRS, ANCHOR_SLOTS,
             )
-            at_out = stream.coefficients + (at_row * width)[:, None] + column[None, :]
+            at_out = stream.coefficients + stream.at + (at_row * width)[:, None] + column[None, :]
             tl.store(at_out, out, mask=row_ok[:, None] & (column < width)[None, :])
         else:
             rank: tl.constexpr = component_count(LAYOUT)
@@ -163,18 +175,19 @@ def project_stream(
                 wanted = real[:, None] & (column < rank)[None, :]
                 decoder = tl.load(at_decoder, mask=wanted, other=0.0).to(tl.float32)
                 summed = tl.dot(x - mean[None, :], decoder, summed, input_precision=PRECISION)
-            at_coefficient = stream.coefficients + (at_row * rank)[:, None] + column[None, :]
+            at_coefficient = stream.coefficients + stream.at + (at_row * rank)[:, None] + column[None, :]
             tl.store(at_coefficient, summed, mask=row_ok[:, None] & (column < rank)[None, :])
     # fmt: on
 
 
-@triton.jit(do_not_specialize=["anchors"])
+@triton.jit(do_not_specialize=["anchors", "used"])
 def project_kernel(
     sides,
     rotations,
     anchors,
     cursor,
     before,
+    used,
     batch,
     new_tokens,
     slots,
@@ -194,19 +207,21 @@ def project_kernel(
 ):
     """Coefficients of what leaves the tail. Grid: row tiles; groups (of each sequence); BLOCKS of columns, the keys' first.
 
-    Tuples are of keys and values. rotations: of the text slots' blocks, by which keys are rotated back.
+    Tuples are of keys and values. rotations: of the text slots' blocks, by which keys are rotated back. cursor: None where there is no
+    tail, for tokens that go into the slots from `used` on.
     """
     block = tl.program_id(2)
-    if tl.program_id(0) + tl.program_id(1) + block == 0:
-        for i in tl.static_range(3):
-            tl.store(before + i, tl.load(cursor + i))
+    if cursor is not None:
+        if tl.program_id(0) + tl.program_id(1) + block == 0:
+            for i in tl.static_range(3):
+                tl.store(before + i, tl.load(cursor + i))
     for i in tl.static_range(2):
         if BLOCKS[i] > 0:
             if block < BLOCKS[i]:
                 # fmt: off
                 project_stream(
-                    sides[i], rotations, anchors, block, cursor, batch, new_tokens, slots, groups, entry(LAYOUTS, i), KEPT[i], FOLD,
-                    DIMS[i], PER, PAIRS[i], ANCHOR_SLOTS, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
+                    sides[i], rotations, anchors, block, cursor, used, batch, new_tokens, slots, groups, entry(LAYOUTS, i), KEPT[i],
+                    FOLD, DIMS[i], PER, PAIRS[i], ANCHOR_SLOTS, PRECISION, ROW_TILE, COLUMNS, CHANNELS,
                 )
                 # fmt: on
                 return
@@ -215,21 +230,25 @@ def project_kernel(
 
 @triton.jit
 def write_codes(
-    stream,
+    side,
     token,
     at_group,
     before,
+    used,
     new_tokens,
     slots,
     groups,
     capacity,
     LAYOUT: tl.constexpr,
     KEPT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Codes of one token that leaves the tail, if there are so many and its slot exists."""
-    held, start, origin = tl.load(before), tl.load(before + 1), tl.load(before + 2)
+    stream = side.stream
+    WIDTH: tl.constexpr = HEAD_DIM * PER
+    held, start, origin = places(before, used)
     slot = start + token - origin
     if token < held + new_tokens - slots - start:
         if (slot >= 0) & (slot < capacity):
@@ -239,11 +258,20 @@ def write_codes(
             if KEPT:
                 for first in range(0, WIDTH, BLOCK):
                     channel = first + tl.arange(0, BLOCK)
-                    x = tl.load(stream.coefficients + row * WIDTH + channel, mask=channel < WIDTH, other=0.0)
+                    if before is None:
+                        # nothing enters a tail, so the token is where it came from
+                        head = group * PER + channel // HEAD_DIM
+                        at = side.new.pointer + b * side.new.batch + token * side.new.token
+                        at += head * side.new.head + (channel % HEAD_DIM) * side.new.channel
+                        x = tl.load(at, mask=channel < WIDTH, other=0.0)
+                    else:
+                        x = tl.load(
+                            stream.coefficients + stream.at + row * WIDTH + channel, mask=channel < WIDTH, other=0.0
+                        )
                     tl.store(codes + channel, x.to(stream.codes.dtype.element_ty), mask=channel < WIDTH)
             else:
                 rank: tl.constexpr = component_count(LAYOUT)
-                coefficients = stream.coefficients + row * rank
+                coefficients = stream.coefficients + stream.at + row * rank
                 step = stream.step + (b * stream.next_batch + group) * rank
                 if stream.scales is not None:
                     scale = token_scale(coefficients, step, LAYOUT, BLOCK)
@@ -269,11 +297,12 @@ def enter_tail(side, at_head, before, new_tokens, slots, heads, HEAD_DIM: tl.con
         tl.store(at_tail, x.to(tail.pointer.dtype.element_ty), mask=channel < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "used"])
 def write_kernel(
     sides,
     cursor,
     before,
+    used,
     new_tokens,
     slots,
     heads,
@@ -295,16 +324,18 @@ def write_kernel(
     for i in tl.static_range(2):
         if tl.program_id(1) == i:
             if work < coded:
-                if sides[i].stream.coefficients is not None:
+                if sides[i].stream.codes is not None:
                     # fmt: off
                     write_codes(
-                        sides[i].stream, work % tokens_coded, (work // tokens_coded).to(tl.int64), before, new_tokens, slots, groups,
-                        capacity, entry(LAYOUTS, i), KEPT[i], DIMS[i] * PER, BLOCK,
+                        sides[i], work % tokens_coded, (work // tokens_coded).to(tl.int64), before, used, new_tokens, slots, groups,
+                        capacity, entry(LAYOUTS, i), KEPT[i], DIMS[i], PER, BLOCK,
                     )
                     # fmt: on
-            elif work < coded + all_heads:
-                enter_tail(sides[i], (work - coded).to(tl.int64), before, new_tokens, slots, heads, DIMS[i], CHANNELS)
-            elif i == 0:
-                held, start = tl.load(before), tl.load(before + 1)
-                tl.store(cursor, held + new_tokens)
-                tl.store(cursor + 1, tl.maximum(start, held + new_tokens - slots))
+            elif cursor is not None:
+                if work < coded + all_heads:
+                    at_head = (work - coded).to(tl.int64)
+                    enter_tail(sides[i], at_head, before, new_tokens, slots, heads, DIMS[i], CHANNELS)
+                elif i == 0:
+                    held, start = tl.load(before), tl.load(before + 1)
+                    tl.store(cursor, held + new_tokens)
+                    tl.store(cursor + 1, tl.maximum(start, held + new_tokens - slots))

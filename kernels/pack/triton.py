@@ -1,4 +1,4 @@
-"""`apack::pack` on CUDA: the kernels of `append`, whose tail here is empty, so that all tokens leave it; one more for what is lost."""
+"""`apack::pack` on CUDA: the kernels of `append`, without a tail, so that all tokens are coded; two more for what is lost."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,18 @@ from apack_compile.kernels.append import triton as append_triton
 from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.kernels.pack import reference
 from apack_compile.kernels.pack.reference import empty_codes
-from apack_compile.kernels.pack.triton_kernel import CHANNELS, ROWS, UNITS, Coded, lost_kernel
-from apack_compile.kernels.state import Layout
+from apack_compile.kernels.pack.triton_kernel import (
+    CHANNELS,
+    OTHER_SUMS,
+    ROWS,
+    SUM_CHANNELS,
+    SUM_ROWS,
+    UNITS,
+    Coded,
+    lost_kernel,
+    share_kernel,
+)
+from apack_compile.kernels.state import Layout, PackedStream
 from apack_compile.kernels.triton_rotations import pairs_of
 
 
@@ -36,15 +46,11 @@ def pack(
         empty_codes(x, basis, b, groups, has_scale, slots)
         for x, basis, b, has_scale in zip((key, value), both, bands, scaled, strict=True)
     ]
-    # position p of these tokens has slot p - cursor[2]
-    cursor = torch.zeros(3, dtype=torch.int64, device=key.device)
-    if used:
-        cursor[2].sub_(used)
-    tail = [x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (key, value)]
-    append_triton.append(key, value, [cursor, *tail, *streams[0], *streams[1]], list(bases), layout)
+    rotations = bases[6].contiguous() if found.block else None
+    packed = [PackedStream(*stream, basis, b) for stream, basis, b in zip(streams, both, bands, strict=True)]
+    append_triton.code(key, value, None, None, used, packed, groups, rotations, found.block)
     if not every:
         return (*streams[0], *streams[1], key.new_empty(0, dtype=torch.float32))
-    rotations = bases[6].contiguous() if found.block else None
     coded = [_coded(x, *stream, basis, groups) for x, stream, basis in zip((key, value), streams, both, strict=True)]
     lost = _lost(coded, bands, rotations, found.block, groups, used, slots, every, real)
     return (*streams[0], *streams[1], lost)
@@ -76,11 +82,13 @@ def _lost(
     x = coded[0].tokens
     batch, heads, tokens, _ = x.shape
     samples, dims = -(-tokens // every), [stream.tokens.shape[3] for stream in coded]
-    per, all_rows, widest = heads // groups, batch * groups * samples, heads // groups * max(dims)
-    errors = torch.zeros(2, all_rows, dtype=torch.float32, device=x.device)
-    centered = torch.zeros(2, batch, groups, samples, widest, dtype=torch.float32, device=x.device)
+    per, tiles, widest = heads // groups, triton.cdiv(samples, ROWS), heads // groups * max(dims)
+    sums = torch.empty(2, tiles, batch * groups, widest + OTHER_SUMS.value, dtype=torch.float32, device=x.device)
+    lost = sums.new_empty(2)
+    is_coded = tuple(stream.codes is not None and b.components > 0 for stream, b in zip(coded, bands, strict=True))
+    of_stream = sums.numel() // 2
     with torch.cuda.device_of(x):
-        lost_kernel[(triton.cdiv(samples, ROWS), batch * groups, 2)](
+        lost_kernel[(tiles, batch * groups, 2)](
             tuple(coded),
             rotations,
             0 if rotations is None else rotations.shape[1],
@@ -91,12 +99,11 @@ def _lost(
             tokens,
             slots,
             groups,
-            errors,
-            centered,
-            all_rows,
+            sums,
+            of_stream,
             widest,
             LAYOUTS=tuple(b.counts for b in bands),
-            CODED=tuple(stream.codes is not None and b.components > 0 for stream, b in zip(coded, bands, strict=True)),
+            CODED=is_coded,
             DIMS=tuple(dims),
             PER=per,
             PAIRS=(pairs_of(rotations), 0),
@@ -105,7 +112,8 @@ def _lost(
             CHANNELS=CHANNELS,
             UNITS=UNITS,
         )
-    count = batch * samples if real is None else real[:, ::every].sum().clamp_min(1)
-    total = torch.linalg.vector_norm(centered.sum((1, 3)), dim=(1, 2)).square()
-    variance = torch.linalg.vector_norm(centered, dim=(1, 2, 3, 4)).square() - total / count
-    return errors.sum(1) / variance.clamp_min(torch.finfo(torch.float32).tiny)
+        widths = tuple(per * dim for dim in dims)
+        share_kernel[(2,)](
+            sums, lost, tiles, batch, groups, of_stream, widest, is_coded, widths, SUM_ROWS, SUM_CHANNELS, num_warps=8
+        )
+    return lost

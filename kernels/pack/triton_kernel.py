@@ -23,6 +23,10 @@ from apack_compile.kernels.triton_bands import (
 from apack_compile.kernels.triton_rotations import partner_of, rotated_back
 
 ROWS, CHANNELS, UNITS = 16, 32, 16
+SUM_ROWS, SUM_CHANNELS = 32, 128
+# Of all squares, of squared errors, of tokens.
+OTHER_SUMS = tl.constexpr(3)
+TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 class Coded(NamedTuple):
@@ -78,11 +82,11 @@ def decoded_tile(
 
 @triton.jit
 def lost_of(
-    stream, rotations, anchors, real, used, every, samples, tokens, slots, groups, errors, centered, widest,
+    stream, rotations, anchors, real, used, every, samples, tokens, slots, groups, sums, widest,
     LAYOUT: tl.constexpr, HEAD_DIM: tl.constexpr, PER: tl.constexpr, PAIRS: tl.constexpr, ANCHOR_SLOTS: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Squared errors of a tile of one stream's sample, and its tokens less the mean, rotated back; zeros for tokens that do not count."""
+    """Sums of a tile of one stream's sample: of each channel less the mean, rotated back, of all squares, of squared errors, of tokens."""
     at_group = tl.program_id(1).to(tl.int64)
     b, group = at_group // groups, at_group % groups
     sample = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -97,7 +101,8 @@ def lost_of(
     width: tl.constexpr = HEAD_DIM * PER
     at_basis = b * stream.next_batch + group
     at_turn = (b * anchors + (used + token) // ANCHOR_SLOTS) * 2 * PAIRS if PAIRS > 0 else token
-    error = tl.zeros((ROWS,), tl.float32)
+    error, square = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    at_out = sums + (tl.program_id(0) * tl.num_programs(1) + at_group) * (widest + OTHER_SUMS)
     for first in range(0, width, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         wanted = row_ok[:, None] & (channel < width)[None, :]
@@ -117,25 +122,61 @@ def lost_of(
         decoded = decoded_tile(stream, at_codes, row_ok, at_basis, channel, width, LAYOUT, ROWS, UNITS)
         miss = tl.where(wanted, x - decoded * scale[:, None], 0.0)
         error += tl.sum(miss * miss, 1)
-        at_out = centered + (at_group * samples + sample)[:, None] * widest + channel[None, :]
-        tl.store(at_out, x, mask=(sample < samples)[:, None] & (channel < width)[None, :])
-    tl.store(errors + at_group * samples + sample, error, mask=sample < samples)
+        square += tl.sum(x * x, 1)
+        tl.store(at_out + channel, tl.sum(x, 0), mask=channel < width)
+    at_out += widest
+    tl.store(at_out, tl.sum(square))
+    tl.store(at_out + 1, tl.sum(error))
+    tl.store(at_out + 2, tl.sum(row_ok.to(tl.float32)))
 
 
 @triton.jit(do_not_specialize=["anchors", "used", "every", "samples", "tokens", "slots"])
 def lost_kernel(
-    streams, rotations, anchors, real, used, every, samples, tokens, slots, groups, errors, centered, all_rows, widest,
+    streams, rotations, anchors, real, used, every, samples, tokens, slots, groups, sums, of_stream, widest,
     LAYOUTS: tl.constexpr, CODED: tl.constexpr, DIMS: tl.constexpr, PER: tl.constexpr, PAIRS: tl.constexpr,
     ANCHOR_SLOTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Errors `[2, B G S]` and centered tokens `[2, B G S, widest]` of K and V. Grid: tiles of samples; batch and groups; keys, values."""
+    """Sums `[2, tiles, B G, widest + 3]` of K and V. Grid: tiles of samples; batch and groups; keys, values."""
     for i in tl.static_range(2):
         if CODED[i]:
             if tl.program_id(2) == i:
                 # fmt: off
                 lost_of(
-                    streams[i], rotations, anchors, real, used, every, samples, tokens, slots, groups, errors + i * all_rows,
-                    centered + i * all_rows * widest, widest, entry(LAYOUTS, i), DIMS[i], PER, PAIRS[i], ANCHOR_SLOTS, ROWS,
-                    CHANNELS, UNITS,
+                    streams[i], rotations, anchors, real, used, every, samples, tokens, slots, groups, sums + i * of_stream, widest,
+                    entry(LAYOUTS, i), DIMS[i], PER, PAIRS[i], ANCHOR_SLOTS, ROWS, CHANNELS, UNITS,
                 )
                 # fmt: on
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def share_kernel(
+    sums, lost, tiles, batch, groups, of_stream, widest,
+    CODED: tl.constexpr, WIDTHS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Shares `[2]` of the variance of K and V that are lost, 0 for what is not coded. Grid: keys, values."""
+    for i in tl.static_range(2):
+        if tl.program_id(0) == i:
+            share = 0.0
+            if CODED[i]:
+                rows, size = tiles * batch, widest + OTHER_SUMS
+                own = sums + i * of_stream
+                of_means, square, error, count = 0.0, 0.0, 0.0, 0.0
+                for group in range(groups):
+                    for first in range(0, WIDTHS[i], SUM_CHANNELS):
+                        channel = first + tl.arange(0, SUM_CHANNELS)
+                        found = tl.zeros((SUM_CHANNELS,), tl.float32)
+                        for start in range(0, rows, SUM_ROWS):
+                            row = start + tl.arange(0, SUM_ROWS)
+                            at = own + (row * groups + group)[:, None].to(tl.int64) * size + channel[None, :]
+                            wanted = (row < rows)[:, None] & (channel < WIDTHS[i])[None, :]
+                            found += tl.sum(tl.load(at, mask=wanted, other=0.0), 0)
+                        of_means += tl.sum(found * found)
+                    for start in range(0, rows, SUM_ROWS):
+                        row = start + tl.arange(0, SUM_ROWS)
+                        at = own + (row * groups + group).to(tl.int64) * size + widest
+                        square += tl.sum(tl.load(at, mask=row < rows, other=0.0))
+                        error += tl.sum(tl.load(at + 1, mask=row < rows, other=0.0))
+                        count += tl.sum(tl.load(at + 2, mask=row < rows, other=0.0))
+                # every group counts the same tokens
+                share = error / tl.maximum(square - of_means / tl.maximum(count / groups, 1.0), TINY)
+            tl.store(lost + i, share)

@@ -19,7 +19,7 @@ from packed_pair import (
     states_of,
 )
 
-from apack_compile.cache import layer_store
+from apack_compile.cache import fitted
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
@@ -172,10 +172,8 @@ def test_rows_with_other_padding_keep_their_rotations(plan, change):
 
 @pytest.mark.parametrize("scope", ("sequence", "batch"))
 def test_a_basis_fitted_anew_starts_from_the_earlier_one(scope, monkeypatch):
-    starts, fitted = [], layer_store.fit
-    monkeypatch.setattr(
-        layer_store, "fit", lambda stats, rank, start: starts.append(start) or fitted(stats, rank, start)
-    )
+    starts, fit = [], fitted.fit_to_these
+    monkeypatch.setattr(fitted, "fit_to_these", lambda *given: starts.append(given[3]) or fit(*given))
     options = AttentionPackOptions(1.0, 1.0, basis=scope)
     cache = new_cache(attentionpack_plan(range(LAYERS), RANKS, MAX_APPEND, options))
     tokens = torch.randn(2, 90, RANK, generator=torch.Generator().manual_seed(3))
@@ -185,5 +183,6 @@ def test_a_basis_fitted_anew_starts_from_the_earlier_one(scope, monkeypatch):
         for layer in range(LAYERS):
             cache.update(*(states_of(part, layer, stream, torch.float32) for stream in range(2)), layer)
         text = [start for start in starts if start is not None]
-        assert len(text) == (0 if part.shape[1] == 50 else 2 * LAYERS)
-    assert all(start.shape[-2:] == (RANK, WIDTH) for start in text)
+        assert len(text) == (0 if part.shape[1] == 50 else LAYERS)
+    streams = 2 * (2 if scope == "sequence" else 1)
+    assert all(start.shape == (streams, 1, RANK, WIDTH) for start in text)

@@ -27,7 +27,7 @@ EXPECTED = {
     "three segments": ATTEND | LATENT,
     "three segments, relative keys": ATTEND | LATENT,
     "append": {"project_kernel", "write_kernel", "quantize_kernel"},
-    "pack": {"project_kernel", "write_kernel", "lost_kernel"},
+    "pack": {"project_kernel", "write_kernel", "lost_kernel", "share_kernel"},
     "append relative keys": {"project_kernel", "write_kernel", "quantize_kernel"},
 }
 

@@ -85,7 +85,7 @@ def test_a_preset_is_its_paper_in_every_row(name, compile, rows):
         expected = method.prefill(embeddings[row, real], inputs["input_ids"][row, real] == IMAGE)[-1]
         for step in range(STEPS):
             error = (got[row, step].double() - expected).abs().max() / expected.abs().max()
-            assert error < 2e-3, (row, step, float(error))
+            assert error < 3e-3, (row, step, float(error))
             compared += 1
             expected = method.decode(model.get_input_embeddings()(new[row, step])[None])[-1]
             if method.undecided:

@@ -1,12 +1,14 @@
-"""Operations that a prompt takes in each layer, and where the host waits for the device."""
+"""Operations that a prompt takes in each layer on CUDA, and where the host waits for the device."""
 
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,6 +41,42 @@ def place() -> str:
     return " < ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in frames[::-1][:3])
 
 
+class Launch:
+    """A kernel of Triton that does nothing but count."""
+
+    def __init__(self, launches: list[str], name: str) -> None:
+        self.launches, self.name = launches, name
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.launches.append(self.name)
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """What is launched inside, by name, of the kernels that pack a prompt; none of them runs."""
+    from apack_compile.kernels.append import triton as append_triton
+    from apack_compile.kernels.pack import triton as pack_triton
+
+    found: list[str] = []
+    kernels = ((append_triton, "project"), (append_triton, "write"), (pack_triton, "lost"), (pack_triton, "share"))
+    with ExitStack() as stack:
+        for module, name in kernels:
+            stack.enter_context(patch.object(module, f"{name}_kernel", Launch(found, name)))
+        stack.enter_context(patch.object(torch.cuda, "device_of", lambda x: nullcontext()))
+        yield found
+
+
+def packing_on_cuda(arguments: tuple) -> "Counts":
+    """What `apack::pack` calls and launches on CUDA."""
+    from apack_compile.kernels.pack import triton as pack_triton
+
+    counts = Counts()
+    with launches() as found, _Dispatched(counts):
+        pack_triton.pack(*arguments)
+    counts.operations.update(f"launch of {name}" for name in found)
+    return counts
+
+
 class _Dispatched(TorchDispatchMode):
     def __init__(self, counts: Counts) -> None:
         super().__init__()
@@ -46,6 +84,10 @@ class _Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
+        if name == "pack":
+            self.counts.operations.update(packing_on_cuda(args).operations)
+            self.counts.places[place(), "pack on CUDA"] += packing_on_cuda(args).total
+            return func(*args, **(kwargs or {}))
         self.counts.operations[name] += 1
         self.counts.places[place(), name] += 1
         if name in WAITS:
