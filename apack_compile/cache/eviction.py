@@ -41,10 +41,8 @@ class Eviction:
 
 
 def begin(layer: "CompactedLayer", pools: Sequence[tuple[str, ...]], end: int) -> Eviction:
-    """Choose the tokens of these pools that go, text before position `end` alone."""
+    """Choose the tokens of these pools that go, text before position `end` alone, which has been counted."""
     tiers, known = layer.tiers, layer.index.budgets
-    if any("text" in pool for pool in pools):
-        tiers.count_text(end)
     keep = {name: flags for pool in pools for name, flags in tiers.chosen(pool, end - layer.origin).items()}
     for pool in pools:
         tiers.count_kept(pool, known)
