@@ -277,7 +277,8 @@ def _install(model: nn.Module, session: Session) -> None:
         if prepare is not None and not prepares_otherwise(part):
             vars(part)["prepare_inputs_for_generation"] = types.MethodType(keeping_the_cache(prepare), part)
     session.replaced = {name: vars(model)[name] for name in ("generate",) if name in vars(model)}
-    vars(model)[ATTRIBUTE] = session
+    # Before all else, so that pickling meets it first: what transformers puts on a model that ran cannot be pickled either.
+    object.__setattr__(model, "__dict__", {ATTRIBUTE: session, **vars(model)})
     vars(model)["generate"] = types.MethodType(generate, model)
     install_hooks(model)
 

@@ -96,6 +96,14 @@ def test_pickling_says_what_to_do_instead():
     torch.save(apack_compile.restore(model), io.BytesIO())
 
 
+def test_pickling_says_so_of_a_model_that_ran_too():
+    model = calibrated(llava(), **LOSSY)
+    # hooks of transformers' own, which cannot be pickled either
+    model(**picture(), output_hidden_states=True)
+    with pytest.raises(pickle.PicklingError, match="an optimized model cannot be pickled"):
+        pickle.dumps(model)
+
+
 def test_a_saved_model_is_the_one_from_before(tmp_path):
     model, inputs = llava(), picture()
     names, dense = set(model.state_dict()), greedy(model, inputs)

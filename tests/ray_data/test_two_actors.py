@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -113,7 +114,8 @@ def test_no_row_is_lost_or_answered_twice_when_an_actor_is_killed(cluster, folde
                 os.kill(os.getpid(), signal.SIGKILL)
             return out | {"process": np.full(len(batch["id"]), os.getpid())}
 
-    job = BatchJob(folder, plan=folder / "plan.safetensors", settings={"compile": "none"}, max_new_tokens=6, key="id")
+    plan = apack_compile.Plan.load(folder / "plan.safetensors")
+    job = BatchJob(folder, plan=plan, settings={"compile": "none"}, max_new_tokens=6, key="id")
     rows = [{"id": i, "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
     answered = ray.data.from_items(rows, override_num_blocks=len(rows) // BATCH).map_batches(
         Killed,
@@ -136,7 +138,7 @@ def test_no_row_is_lost_or_answered_twice_when_an_actor_is_killed(cluster, folde
 
 
 @pytest.mark.skipif(not PAGE.is_file(), reason="runs in a checkout only")
-def test_the_guide_answers_a_table_with_pictures(cluster, tmp_path):
+def test_the_guide_answers_a_table_with_pictures_and_names_what_not_to_pass(cluster, tmp_path):
     image = pytest.importorskip("PIL.Image")
     from small_vlm import save_small_vlm, small_vlm
 
@@ -159,16 +161,11 @@ def test_the_guide_answers_a_table_with_pictures(cluster, tmp_path):
     assert all(found.answer[questions[:4]]) and not any(found.error[questions[:4]])
     # a picture fewer than placeholders
     assert found.answer[questions[4]] == "" and found.error[questions[4]]
-
-
-def test_an_optimized_model_is_refused_with_what_to_pass_in_the_first_line(cluster):
-    from tiny_llama import llama, tokenizer
-
-    model, words = apack_compile.optimize(llama(), preset="lossless", compile="none"), tokenizer()
-    job = BatchJob(lambda: (model, words))
-    job_on_ray = ray.data.from_items([{"prompt": "abc"}]).map_batches(Answers, fn_constructor_args=(job,), num_cpus=0.5)
-    with pytest.raises(Exception, match="cannot be pickled") as caught:
-        job_on_ray.take_all()
+    # what the page says not to pass
+    apack_compile.optimize(model, preset="lossless", compile="none")
+    job = BatchJob(lambda: (model, processor))
+    refused = ray.data.from_items([{"prompt": "5"}]).map_batches(Answers, fn_constructor_args=(job,), num_cpus=0.5)
+    with pytest.raises(pickle.PicklingError) as caught:
+        refused.take_all()
     first = str(caught.value).splitlines()[0]
-    assert first.startswith("an optimized model cannot be pickled")
-    assert "pass the path of the model's folder" in first
+    assert first.startswith("an optimized model cannot be pickled") and "pass the path of the model's folder" in first
