@@ -28,7 +28,7 @@ from apack_compile.kernels.triton_bands import (
 TILES = (64, 32, 16, 8)
 # Words of the narrowest tile: the matrix unit takes sums over 16 float16 numbers, and gives 8 sums for each row at least.
 SUMMED, GIVEN = tl.constexpr(16), tl.constexpr(8)
-# A wider tile is taken where it pads a band at most this much more than the narrowest.
+# A tile wider than the narrowest is taken where it pads a band at most this much.
 PADDING = 1.1
 # Latent columns that one program takes in projections.
 COLUMN_BLOCK = tl.constexpr(64)
@@ -60,8 +60,7 @@ def words(layout, band):
 def tile(layout, band):
     """Words in a tile of a band."""
     count, least = words(layout, band), layout[BAND_COUNT.value]
-    narrowest = -(-count // least) * least
-    return next(width for width in TILES if width == least or -(-count // width) * width <= PADDING * narrowest)
+    return next(width for width in TILES if width == least or -(-count // width) * width <= PADDING * count)
 
 
 @triton.constexpr_function

@@ -118,6 +118,17 @@ def load_affine(rows, copy, first_row, row_ok, all_rows, LAYOUT: tl.constexpr, D
 
 
 @triton.jit
+def places(work, share, sizes, ROW_TILE: tl.constexpr):
+    """Split, group, first row of a program, and its rows `[rows]` with which of them there are."""
+    row_tile = work % share.row_tiles
+    split = (work // share.row_tiles) % share.splits
+    unit = work // (share.row_tiles * share.splits)
+    row_ok = row_tile * ROW_TILE + tl.arange(0, ROW_TILE) < sizes.group_rows
+    first_row = unit * sizes.group_rows + row_tile * ROW_TILE
+    return split, unit, first_row, first_row + tl.arange(0, ROW_TILE), row_ok
+
+
+@triton.jit
 def attend_packed(
     work,
     b,
@@ -149,13 +160,7 @@ def attend_packed(
     loaded once, not for every tile. ANCHOR_SLOTS: slots that share an anchor, in whose latents the query is rotated back; 0 where keys are
     not relative. They are whole blocks of tokens.
     """
-    row_tile = work % share.row_tiles
-    split = (work // share.row_tiles) % share.splits
-    unit = work // (share.row_tiles * share.splits)
-    in_unit = row_tile * ROW_TILE + tl.arange(0, ROW_TILE)
-    row_ok = in_unit < sizes.group_rows
-    first_row = unit * sizes.group_rows + row_tile * ROW_TILE
-    row = first_row + tl.arange(0, ROW_TILE)
+    split, unit, first_row, row, row_ok = places(work, share, sizes, ROW_TILE)
     rows = segment.query
 
     if FIRST_PASS and ANCHOR_SLOTS == 0:
@@ -275,6 +280,10 @@ def attend_packed(
                         updated = updated + (multiplied(operand, number_of, sofar, ROWS_FIRST),)
         accumulated = updated
 
+    if ASSEMBLY:
+        # to the compiler another number, so that nothing that is made of it takes registers through the loop
+        work = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [work], dtype=tl.int32, is_pure=False, pack=1)
+    split, _, _, row, row_ok = places(work, share, sizes, ROW_TILE)
     weight_sum = of_rows(tl.max(weight_sum, 1 if ROWS_FIRST else 0), ROWS_FIRST)
     full_sum = of_rows(tl.max(full_sum, 1 if ROWS_FIRST else 0), ROWS_FIRST)
     lse, inverse = log_sum_exp(top, total)
