@@ -50,7 +50,7 @@ class LayerLine:
 
 @dataclass(frozen=True)
 class Room:
-    """How many caches like the last one fit beside the weights, packed and as a dense 16-bit cache, in a device's memory in bytes."""
+    """How many caches as large as the newest one fit beside the weights, packed, or dense in 16 bits; memory: the device's bytes."""
 
     device: str
     memory: int
@@ -137,7 +137,7 @@ class Report:
                 )
         if self.room:
             lines.append(
-                f"caches like the last one that {size(self.room.memory)} of {self.room.device} hold beside the weights: "
+                f"caches as large as the newest one that fit in {size(self.room.memory)} of {self.room.device} beside the weights: "
                 f"{self.room.packed:,} packed, {self.room.dense:,} dense (16-bit); what a forward pass needs is not counted"
             )
         lines += [f"note: {note}" for note in self.notes]
@@ -182,7 +182,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
 
 
 def room_beside(model: nn.Module, held: Mapping[str, Any] | None) -> Room | None:
-    """Caches like the last one that fit beside the weights; None where no cache was seen, or the memory is not known."""
+    """Caches as large as the newest one that fit beside the weights; None where no cache was seen, or the memory is not known."""
     device = computing_device(model)
     memory = None if held is None or not held["sequence_bytes"] or is_offloaded(model) else memory_bytes(device)
     if memory is None:

@@ -67,14 +67,15 @@ def own_cache_of_adapter(model: nn.Module) -> str | None:
     return f"PEFT's {method} hands the model a cache of its own, with its prefix" if method in PREFIX_METHODS else None
 
 
-def adapters_of(model: nn.Module) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
-    """The adapters that change what a model computes: where they are, their kind, and which of them are active."""
+def adapters_of(model: nn.Module) -> tuple[tuple[str, str, tuple[tuple[str, float | None], ...]], ...]:
+    """The adapters that change what a model computes: where they are, their kind, which are active, and how much each is scaled."""
     found = []
     for name, module in model.named_modules():
         active = getattr(module, "active_adapters", None)
         if _is_peft(module) and active is not None and not callable(active):
             chosen = () if getattr(module, "disable_adapters", False) else tuple(active)
-            found.append((name, type(module).__name__, chosen))
+            scales = getattr(module, "scaling", {})
+            found.append((name, type(module).__name__, tuple((adapter, scales.get(adapter)) for adapter in chosen)))
     return tuple(found)
 
 

@@ -25,11 +25,11 @@ from apack_compile.kernels.attend.triton_arguments import (
     next_batch,
     strided,
 )
+from apack_compile.kernels.attend.triton_importance import importance_kernel
 from apack_compile.kernels.attend.triton_kernel import attend_kernel
 from apack_compile.kernels.attend.triton_latent import (
     block_tiles,
     expand_kernel,
-    importance_kernel,
     merge_kernel,
     project_kernel,
 )

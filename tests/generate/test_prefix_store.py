@@ -70,6 +70,10 @@ def test_the_digest_follows_adapters_and_rotary_settings():
         none = weights_digest(model)
     tuned.set_adapter("one")
     assert weights_digest(model) == one and len({before, one, two, none}) == 4
+    for module in tuned.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.set_scale("one", 0.5)
+    assert weights_digest(model) not in (before, one, two, none), "how much an adapter is scaled is no parameter"
 
 
 def test_a_file_of_other_rotary_settings_is_refused(tmp_path):
