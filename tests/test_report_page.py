@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 import tiny_llama
 import torch
+from saved_plans import windowed
 
 import apack_compile
 from apack_compile.models.device_memory import memory_bytes
@@ -108,6 +109,21 @@ def test_the_page_gives_the_bytes_and_the_notes_of_the_report(report):
     assert f"{report.bytes['ratio']:.2f} times smaller" in page.text
     noted = dataclasses.replace(report, notes=("one & two", "three"))
     assert "one & two" in Page(noted._repr_html_()).text and "three" in Page(noted._repr_html_()).text
+
+
+@pytest.mark.parametrize("preset", ("lossless", "a-vl"))
+def test_layers_of_other_widths_count_as_they_are(preset):
+    model = windowed("wide sliding")
+    apack_compile.optimize(model, preset=preset, min_tokens=0, compile="none")
+    cache = apack_compile.new_cache(model)
+    with torch.no_grad():
+        model(input_ids=torch.randint(5, 60, (1, 60)), past_key_values=cache)
+    held = [
+        2 * layer.num_heads * (layer.first.key.shape[3] + layer.first.value.shape[3]) for layer in cache.packed_layers
+    ]
+    planned = apack_compile.report(model).layer_bytes
+    assert [layer.dense for layer in planned] == held and len(set(held)) == 2
+    assert [layer.packed for layer in planned] == [(2 if preset == "lossless" else 1) * width for width in held]
 
 
 def test_the_bytes_of_a_token_are_those_that_a_longer_prompt_adds():

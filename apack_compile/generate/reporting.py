@@ -25,6 +25,7 @@ from apack_compile.plan.file import versions
 from apack_compile.plan.layer_bytes import LayerBytes, layer_bytes
 from apack_compile.plan.plan import FIRST_TOKENS
 from apack_compile.plan.rotation import KeyRotation
+from apack_compile.plan.signature import kv_heads
 from apack_compile.report_figure import figure_of
 from apack_compile.report_page import fragment_of, page_of
 
@@ -171,7 +172,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         graphs=graphs,
         bytes=held,
         room=room_beside(model, held),
-        **planned_of(session),
+        **planned_of(session, model),
         notes=(
             *cache_notes,
             *notes_of(session, held),
@@ -192,11 +193,13 @@ def room_beside(model: nn.Module, held: Mapping[str, Any] | None) -> Room | None
     return Room("the CPU's memory" if device.type == "cpu" else str(device), memory, max(packed, 0), max(dense, 0))
 
 
-def planned_of(session: Any) -> dict[str, Any]:
+def planned_of(session: Any, model: nn.Module) -> dict[str, Any]:
     """Bytes of a token in each layer, by the plan given, the preset's, or the newest one that was made; and which prompts it is for."""
     source = session.source
     if source.given is not None or source.presets:
-        return {"layer_bytes": layer_bytes(source.whole_plan(1, 0.0)), "planned_for": "every prompt"}
+        plan = source.whole_plan(1, 0.0)
+        shapes = {layer: kv_heads(model, layer) for layer in plan.every_layer}
+        return {"layer_bytes": layer_bytes(plan, 0.0, shapes), "planned_for": "every prompt"}
     made = [key for key in source.made if key[0] == next(iter(source.layers))]
     if not made:
         return {"layer_bytes": (), "planned_for": ""}

@@ -1,5 +1,6 @@
 """What a plan gives each layer: bytes of a token, and what coding it is expected to lose."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from apack_compile.plan.plan import STREAMS, Plan, StreamPlan
@@ -15,13 +16,21 @@ class LayerBytes:
     lost: float | None
 
 
-def layer_bytes(plan: Plan, vision_share: float = 0.0) -> tuple[LayerBytes, ...]:
-    """Every layer of a plan, for prompts with this share of vision tokens; its dense tokens and bases are not counted."""
-    return tuple(_of_layer(plan.of_layer(layer), layer, vision_share) for layer in plan.every_layer)
+def layer_bytes(
+    plan: Plan, vision_share: float = 0.0, shapes: Mapping[int, tuple[int, int]] | None = None
+) -> tuple[LayerBytes, ...]:
+    """Every layer of a plan, for prompts with this share of vision tokens; its dense tokens and bases are not counted.
+
+    shapes: KV heads of each layer and their width; without them, layers without bases count as those that the signature names.
+    """
+    return tuple(
+        _of_layer(plan.of_layer(layer), layer, vision_share, (shapes or {}).get(layer, plan.signature[1:3]))
+        for layer in plan.every_layer
+    )
 
 
-def _of_layer(plan: Plan, layer: int, vision_share: float) -> LayerBytes:
-    _, heads, head_dim, dtype = plan.signature
+def _of_layer(plan: Plan, layer: int, vision_share: float, shape: tuple[int, int]) -> LayerBytes:
+    (heads, head_dim), dtype = shape, plan.signature[3]
     named, bases = plan.layers[layer].named, plan.bases.get(layer, ())
     widths = [plan.groups * basis.mean.shape[-1] for basis in bases[:2]] or [heads * head_dim] * 2
     itemsize = 4 if dtype == "torch.float32" else 2
