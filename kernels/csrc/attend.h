@@ -47,9 +47,13 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
             }
             latents = rotated.from_row((block - known) * M, columns);
         }
+        prefetch_codes(w, item, segment, token + tokens, 0);
         score_block(w, item, segment, token, tokens, latents, local);
+        prefetch_codes(w, item, segment, token + tokens, 1);
         weigh_scores(w, item, segment, M, local, slots, token, tokens, latents.offset, w.width[kind]);
+        prefetch_codes(w, item, segment, token + tokens, 2);
         sum_values(w, item, segment, token, tokens, slots, local);
+        prefetch_codes(w, item, segment, token + tokens, 3);
     }
 }
 

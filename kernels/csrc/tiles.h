@@ -71,7 +71,6 @@ __attribute__((noinline)) void unpack_key_tile(const Packed &s, const Columns &c
                                                typename Levels::Number *tile, uint8_t *copies) {
     const uint8_t *rows[BLOCK];
     rows_of(s, token, tokens, rows, copies);
-    if (first == 0) prefetch_rows(s, token + BLOCK, BLOCK);
     for_each_part(columns, first, count, [&](const Band &band, int from, int n, int at) {
         // columns that hold no component are multiplied with zeros, but a float there may be none
         int stored = Levels::COMPONENTS == 1 && band.count - from < n ? band.count - from : n;
