@@ -3,7 +3,7 @@
 from torch import nn
 
 from apack_compile.checks import counted
-from apack_compile.plan.ranks import heads_here
+from apack_compile.plan.rank_heads import heads_here
 
 FULL_ATTENTION = "full_attention"
 
