@@ -112,7 +112,7 @@ class CoarseChoice:
     hidden: Tensor
     order: Sequence[str]
     told: Mapping[str, Slots]
-    same: "Same"
+    same: Same
     position: Tensor
     table: RotationTable | None
     block: int

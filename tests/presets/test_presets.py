@@ -78,16 +78,19 @@ def test_a_preset_is_its_paper_in_every_row(name, compile, rows):
     )
     new = out.sequences[:, -STEPS:]
     got = torch.stack(out.logits, 1)
-    compared = 0
+    errors = []
+    # fitted bases are float16: which way their numbers round is chance
+    most = 3e-3 if name == "attentionpack" else 2e-3
     for row in range(len(rows)):
         real = inputs["attention_mask"][row].bool()
         method = preset.plain(model)
         expected = method.prefill(embeddings[row, real], inputs["input_ids"][row, real] == IMAGE)[-1]
         for step in range(STEPS):
             error = (got[row, step].double() - expected).abs().max() / expected.abs().max()
-            assert error < 3e-3, (row, step, float(error))
-            compared += 1
+            assert error < most, (row, step, float(error))
+            errors.append(float(error))
             expected = method.decode(model.get_input_embeddings()(new[row, step])[None])[-1]
             if method.undecided:
                 break
-    assert compared >= preset.steps * len(rows)
+    assert len(errors) >= preset.steps * len(rows)
+    assert sum(errors) / len(errors) < 1.2e-3
