@@ -12,6 +12,7 @@ import torch
 from apack_compile.demo.assets import load_model, load_questions, load_tokenizer
 from apack_compile.demo.inspect import auto_class, config_at
 from apack_compile.demo.prompts import ASSISTANT, USER, pictures_text, pixels_of
+from apack_compile.models.chat import chat_inputs
 
 DEMO = "demo model"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -42,19 +43,7 @@ class Subject:
             return self._demo_question(text, pictures)
         speaker = self.processor if self.reads_pictures else self.tokenizer
         if getattr(speaker, "chat_template", None):
-            content: Any = text
-            if self.reads_pictures:
-                content = [
-                    *({"type": "image", "image": picture} for picture in pictures),
-                    {"type": "text", "text": text},
-                ]
-            given = speaker.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            given = chat_inputs(speaker, text, pictures if self.reads_pictures else None)
         elif self.reads_pictures:
             placeholders = f"{getattr(speaker, 'image_token', '<image>')} " * len(pictures)
             given = speaker(images=list(pictures) or None, text=placeholders + text, return_tensors="pt")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from apack_compile.models.chat import chat_inputs
+
 # Prompts up to so many tokens count as equally long: more rows in a group are worth more than the padding costs.
 SHORT = 64
 # Of the longest prompt of a group, how long the shortest one is at least.
@@ -44,16 +46,7 @@ def inputs_of(speaker: Any, prompt: Any, pictures: Sequence[Any] | None, chat: b
     if not isinstance(prompt, str):
         raise ValueError(f"the prompt is {prompt!r}, no string")
     if chat:
-        content: Any = prompt
-        if pictures is not None:
-            content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": prompt}]
-        given = speaker.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        given = chat_inputs(speaker, prompt, pictures)
     elif pictures is not None:
         given = speaker(images=list(pictures) or None, text=prompt, return_tensors="pt")
     else:
