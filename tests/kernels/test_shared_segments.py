@@ -153,9 +153,10 @@ def test_shared_segments_on_several_threads(threads):
         torch.set_num_threads(before)
 
 
-@settings(max_examples=20, deadline=None)
+# few: Triton's interpreter takes seconds for each
+@settings(max_examples=8, deadline=None)
 @given(both())
-@example(MANY)
+@example(tuple(replace(case, heads=2) for case in MANY))
 def test_triton_reads_shared_segments_as_copies(device, given_cases):
     pytest.importorskip("triton", reason="Triton is for Linux only")
     from apack_compile.kernels.attend import triton
