@@ -5,7 +5,9 @@ deep model: rows say `layers` and `model_layers`, and their tokens a second are 
 with their own weights, float32.
 
 Dense is transformers' StaticCache, compiled with Inductor; packed is the same model compiled through our backend, Inductor below (both
-with CUDA graphs on a GPU); with `--compile none` neither is compiled. Steps of both take turns, `STEPS` at a time; medians.
+with CUDA graphs on a GPU); with `--compile none` neither is compiled. On a CPU, compiled, there is a second dense way: the StaticCache
+through our backend, which shares key heads instead of copying them and changes nothing else. All take turns, `STEPS` steps at a time;
+medians.
 Compaction is the time of encoding every layer's keys and values, without the model, as a share of the dense prefill.
 `largest_batch`: sequences of this length whose caches fit in `--budget`, at the depth of the shape's model.
 """
@@ -34,6 +36,7 @@ from apack_compile.plan.rotation import BLOCK
 STEPS, ROUNDS, WARM_UP_STEPS = 8, 6, 4
 QUICK_ROUNDS = 2
 PREFILLS = 3
+SHARED_HEADS = "shared heads"
 GIB = 2**30
 # Columns of the printed table, and their titles there.
 SHOWN = {
@@ -48,6 +51,7 @@ SHOWN = {
     "dense_tokens_per_second": "dense tok/s",
     "packed_tokens_per_second": "packed tok/s",
     "speedup_vs_dense": "speedup",
+    "speedup_vs_shared_heads": "vs shared heads",
     "dense_largest_batch": "dense batch",
     "packed_largest_batch": "packed batch",
 }
@@ -134,11 +138,13 @@ def calls_of(subject: Subject, device: str, compiled: bool, record: list[Any]) -
     if not compiled:
         return {"dense": subject.model, "packed": subject.model}
     mode = "reduce-overhead" if device == "cuda" else None
-    ours = make_backend(record.append)
-    return {
-        "dense": torch.compile(subject.model.forward, mode=mode, dynamic=False),
-        "packed": torch.compile(subject.model.forward, backend=ours, mode=mode),
+    forward, ours = subject.model.forward, make_backend(record.append)
+    calls = {
+        "dense": torch.compile(forward, mode=mode, dynamic=False),
+        "packed": torch.compile(forward, backend=ours, mode=mode),
     }
+    # on other devices our backend leaves dense attention as it is
+    return calls | ({SHARED_HEADS: torch.compile(forward, backend=ours, dynamic=False)} if device == "cpu" else {})
 
 
 def timed_steps(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
@@ -178,12 +184,12 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
     for _ in range(warm + 1):
         packed, seconds = compacted(subject, states, room, device)
         compactions.append(seconds)
-    caches = {"dense": static_cache(subject, states, room), "packed": packed}
+    graphs: list[Any] = []
+    calls = calls_of(subject, device, compiled, graphs)
+    caches = {name: packed if name == "packed" else static_cache(subject, states, room) for name in calls}
     dense_bytes = sum(x.numel() * x.element_size() for pair in states for x in pair)
     del states
     held = packed.report()
-    graphs: list[Any] = []
-    calls = calls_of(subject, device, compiled, graphs)
     steps = {name: stepper(subject, caches[name], token, calls[name]) for name in caches}
     times = timed_steps(steps, rounds, device)
     # from here on only `caches` and `steps` hold the caches, so that their memory can be told
@@ -224,6 +230,11 @@ def measured(subject: Subject, packing: Packing, device: str, rounds: int, budge
         "packed_largest_batch": int(max(budget * GIB - held["model_bytes"] * depth, 0) / per_sequence["packed"]),
         "budget_gib": budget,
     }
+    if SHARED_HEADS in times:
+        row |= {
+            "shared_heads_tokens_per_second": batch / median(times[SHARED_HEADS]),
+            "speedup_vs_shared_heads": median(times[SHARED_HEADS]) / median(times["packed"]),
+        }
     if device == "cuda":
         row |= {"prefill_dense_peak_bytes": dense_clock.peak, "prefill_packed_peak_bytes": packed_clock.peak}
         row |= steady_memory(caches, steps, torch.cuda.memory_allocated)
@@ -290,7 +301,7 @@ def main(
                     measured(subject, packing, device, QUICK_ROUNDS if quick else ROUNDS, budget, compile == "auto")
                 )
                 print(rows[-1], flush=True)
-    shown = [{title: row[name] for name, title in SHOWN.items()} for row in rows]
+    shown = [{title: row[name] for name, title in SHOWN.items() if name in row} for row in rows]
     print_table(f"decode, {device}; largest batch in {budget:g} GiB of caches", shown)
     if json is not None:
         write_json(json, rows, {"steps": STEPS, "rounds": QUICK_ROUNDS if quick else ROUNDS})

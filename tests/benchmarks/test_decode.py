@@ -85,6 +85,8 @@ def test_figures_of_a_row_belong_together(subject):
     assert row["compaction_share"] == pytest.approx(row["compaction_seconds"] / row["prefill_dense_seconds"])
     assert row["speedup_vs_dense"] == pytest.approx(row["dense_step_ms"] / row["packed_step_ms"])
     assert row["dense_tokens_per_second"] == pytest.approx(2 / row["dense_step_ms"] * 1e3)
+    faster = row["packed_tokens_per_second"] / row["shared_heads_tokens_per_second"]
+    assert row["speedup_vs_shared_heads"] == pytest.approx(faster)
     assert row["dense_cache_bytes"] == 2 * 2 * 96 * 3 * 64 * 4
     # 30 layers of 96 tokens, of two sequences the half
     assert row["dense_largest_batch"] == 2**30 // (row["dense_cache_bytes"] * 30 // 2)
