@@ -7,12 +7,12 @@ import torch
 from torch import fx
 
 from apack_compile.kernels.rotations import halves_of
-from apack_compile.passes.graph.nodes import value_of
+from apack_compile.passes.graph.nodes import recorded_as, value_of
 
 
 def deinterleaved_node(graph: fx.Graph, node: fx.Node, pairs: int) -> fx.Node:
     """`kernels.rotations.deinterleaved` of a node that has a recorded value, at the graph's insertion point; without pairs the node."""
-    recorded = "example_value" if "example_value" in node.meta else "val"
+    recorded = recorded_as(node)
 
     def call(function: Any, *args: Any) -> fx.Node:
         made = graph.call_function(function, args)

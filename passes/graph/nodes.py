@@ -93,6 +93,11 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else node
 
 
+def recorded_as(node: fx.Node) -> str:
+    """The name in `meta` under which tracing recorded the node's value."""
+    return "example_value" if "example_value" in node.meta else "val"
+
+
 def shape(node: Any) -> torch.Size | None:
     """The shape recorded for a node."""
     value = value_of(node)
