@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from hypothesis import example, given, settings
+from precision import eps_of
 from random_calls import Call, Case, build, cases, guarded, without_garbage
 from state_lists import attend_with
 from torch import Tensor
@@ -33,12 +34,9 @@ def run(function, call: Call) -> list[Tensor]:
 
 
 def assert_close_to_float64(case: Case, call: Call, instructions: int = native.INSTRUCTION_SET) -> None:
-    """No further from the reference in float64 than the reference in the call's own dtype, times a small constant; than 16 bits where
-    codes are multiplied as integers (test_attend_integers.py has what that adds)."""
+    """No further from the reference in float64 than the reference in the call's own dtype, times a small constant, or than integers."""
     clean = without_garbage(call)
     own = run(attend_on(instructions), call.copy())
-    coarser = {"avx512_vnni": torch.float16, "avx512_vnni_bf16": torch.bfloat16}
-    dtype = coarser.get(native.INSTRUCTION_SETS[instructions], case.dtype)
     exact = run(reference, clean.copy(torch.float64))
     plain = run(reference, clean.copy())
     assert own[0].dtype == case.dtype and own[0].shape == exact[0].shape
@@ -47,7 +45,7 @@ def assert_close_to_float64(case: Case, call: Call, instructions: int = native.I
         error = (got.double() - wanted.double()).abs().max() if got.numel() else torch.zeros(())
         allowed = (rounded.double() - wanted.double()).abs().max() if got.numel() else torch.zeros(())
         largest = wanted.abs().max() if got.numel() else torch.zeros(())
-        assert error <= 4 * allowed + 4 * max(torch.finfo(got.dtype).eps, torch.finfo(dtype).eps) * largest
+        assert error <= 4 * allowed + 4 * max(torch.finfo(got.dtype).eps, eps_of(case.dtype, instructions)) * largest
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """What integer dot products add to an attention over codes, beside what the codes themselves lost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from apack_compile.kernels import native
 from apack_compile.kernels.attend import cpu, reference
-from apack_compile.kernels.format import Bands, StreamBasis, quantize
+from apack_compile.kernels.format import BANDS, Bands, StreamBasis, quantize
 from apack_compile.kernels.state import PackedState
 
 SETS = [i for i in range(native.INSTRUCTION_SET + 1) if native.has_integers(i)]
 pytestmark = pytest.mark.skipif(native.COMPILED is None or not SETS, reason="no integer dot products here")
+DRAWS = 8
 SDPA = torch.nn.functional.scaled_dot_product_attention
 HEADS, WIDTH = 2, 64
 
@@ -109,15 +110,21 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 def errors(tokens: Tokens, instructions: int) -> tuple[float, float, float]:
-    """Root mean squares: what an instruction set adds, what the codes lost, what dense attention in bfloat16 loses."""
-    made = built(tokens)
-    none = torch.zeros(1, HEADS, 0, WIDTH)
-    arguments = (none, none, None, *made.state.flatten(), 1.0)
-    coded = reference.attend(made.query.double(), *arguments)
-    exact = dense(made.query, *made.exact)
-    short = SDPA(*(x.bfloat16() for x in (made.query, *made.exact)), scale=1.0, enable_gqa=True)
-    got = cpu.attend(made.query, *arguments, instructions=instructions)
-    return error(got, coded), error(coded, exact), error(short, exact)
+    """Root mean squares over draws: what an instruction set adds, what the codes lost, what dense attention in bfloat16 loses.
+
+    Where few tokens have all of the weight, both errors are theirs alone: one draw says little about their ratio.
+    """
+    squares = []
+    for draw in range(DRAWS):
+        made = built(replace(tokens, seed=tokens.seed + draw))
+        arguments = (*[torch.zeros(1, HEADS, 0, WIDTH)] * 2, None, *made.state.flatten(), 1.0)
+        coded = reference.attend(made.query.double(), *arguments)
+        exact = dense(made.query, *made.exact)
+        short = SDPA(*(x.bfloat16() for x in (made.query, *made.exact)), scale=1.0, enable_gqa=True)
+        got = cpu.attend(made.query, *arguments, instructions=instructions)
+        squares.append([error(got, coded) ** 2, error(coded, exact) ** 2, error(short, exact) ** 2])
+    added, lost, by_bfloat16 = torch.tensor(squares, dtype=torch.float64).mean(0).sqrt().tolist()
+    return added, lost, by_bfloat16
 
 
 COUNT = st.integers(0, 32)
@@ -153,6 +160,8 @@ def test_integers_add_a_tenth_of_what_the_codes_lost_or_less_than_bfloat16(instr
     @example(Tokens((0, 30, 30, 60), decay=0.001, outlier=100.0))
     # found by chance where most codes were short, but not three quarters
     @example(Tokens((13, 30, 32, 32), count=63, decay=0.01, share=7, block=16, token_scale=False, seed=20))
+    # all of the values are multiplied with weights of two terms: bytes would add 0.47 of what the codes lost
+    @example(Tokens((0, 0, 1, 0), count=63, sharpness=0.5, share=7, seed=139196))
     # keys of nothing but bytes: queries are not rounded to bfloat16
     @example(Tokens((0, 64, 0, 0), count=1100, block=16))
     def check(tokens: Tokens) -> None:
@@ -162,30 +171,56 @@ def test_integers_add_a_tenth_of_what_the_codes_lost_or_less_than_bfloat16(instr
     check()
 
 
+@pytest.mark.skipif(len(SETS) < 2, reason="no products of bfloat16 here")
 @pytest.mark.parametrize("bands", ((16, 0, 0, 0), (0, 64, 0, 0), (8, 12, 30, 20)), ids=str)
-@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
-def test_queries_are_rounded_to_bfloat16_only_where_three_quarters_of_the_codes_are_short(bands, instructions):
-    added, lost, short = errors(Tokens(bands, count=1100, block=16), instructions)
-    assert added <= min(lost, short) / 20
+def test_queries_are_rounded_to_bfloat16_only_where_three_quarters_of_the_codes_are_short(bands):
+    made = built(Tokens(bands, count=1100, block=16))
+    arguments = (*[torch.zeros(1, HEADS, 0, WIDTH)] * 2, None, *made.state.flatten(), 1.0)
+    got = [cpu.attend(made.query, *arguments, instructions=instructions) for instructions in SETS]
+    assert torch.equal(got[0], got[1])
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
-def test_sums_of_the_largest_levels_and_numbers_do_not_overflow(instructions):
-    components, count = 600, 70
+def test_weights_that_are_small_but_many_lose_nothing(instructions):
+    """All tokens but one have the same value, and each a 600th of its weight: less than half of what a byte can hold."""
+    components, count = 64, 1024
+    bands = [0, 0, components // 2, components // 2]
+    basis = StreamBasis(torch.zeros(1, 1, components), torch.eye(components)[None, None], torch.ones(1, 1, components))
+    nothing, position = [torch.zeros(1, 1, 0, components)] * 4, torch.arange(count, dtype=torch.int32)[None]
+    codes = torch.full((1, 1, count, components // 4 + components // 8), 255, dtype=torch.uint8)
+    keys = codes.clone()
+    codes[:, :, 0] = keys[:, :, 1:] = 0
+    scale = torch.empty(0, dtype=torch.float16)
+    cursor = torch.tensor([count + 1, count, 0])
+    state = state_of(nothing, [keys, scale, codes, scale], [*basis] * 2, bands * 2, [position[:, :0], position], cursor)
+    query = torch.full((1, 1, 1, components), 600.0).log() / (components / 2 * (15 + 3))
+    none = torch.zeros(1, 1, 0, components)
+    arguments = (none, none, None, *state.flatten(), 1.0)
+    expected = reference.attend(query.double(), *arguments)
+    assert expected[..., 0] > 1
+    got = cpu.attend(query, *arguments, instructions=instructions)
+    torch.testing.assert_close(got.double(), expected, atol=0.005, rtol=0.003)
+
+
+@pytest.mark.parametrize("bits", (8, 4, 2))
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+def test_sums_of_the_largest_levels_and_numbers_do_not_overflow(instructions, bits):
+    components, count, middle = 600, 70, (2**bits - 1) / 2
     basis = StreamBasis(torch.zeros(1, 1, 1), torch.ones(1, 1, components, 1), torch.ones(1, 1, components))
-    codes = torch.full((1, 1, count, components), 255, dtype=torch.uint8)
+    codes = torch.full((1, 1, count, components * bits // 8), 255, dtype=torch.uint8)
     stream = codes, torch.empty(0, dtype=torch.float16)
     nothing, position = [torch.zeros(1, 1, 0, 1)] * 4, torch.arange(count, dtype=torch.int32)[None]
     cursor = torch.tensor([count + 1, count, 0])
-    state = state_of(
-        nothing, [*stream] * 2, [*basis] * 2, [0, components, 0, 0] * 2, [position[:, :0], position], cursor
-    )
+    bands = [components if band.bits == bits else 0 for band in BANDS]
+    state = state_of(nothing, [*stream] * 2, [*basis] * 2, bands * 2, [position[:, :0], position], cursor)
     query = torch.tensor([1e-5, -1e-5])[None, :, None, None]
     none = torch.zeros(1, 1, 0, 1)
     arguments = (none, none, None, *state.flatten(), 1.0)
     got = cpu.attend(query, *arguments, instructions=instructions)
-    torch.testing.assert_close(got, torch.full_like(got, 127.5 * components), atol=0, rtol=1e-4)
+    torch.testing.assert_close(got, torch.full_like(got, middle * components), atol=0, rtol=1e-4)
     # with keys that differ: half of the tokens have the least levels, and all of the weight goes to the others, or to them
     codes[:, :, ::2] = 0
     got = cpu.attend(query * 1e5, *arguments, instructions=instructions)
-    torch.testing.assert_close(got, torch.tensor([127.5, -127.5])[None, :, None, None] * components, atol=0, rtol=1e-4)
+    torch.testing.assert_close(
+        got, torch.tensor([middle, -middle])[None, :, None, None] * components, atol=0, rtol=1e-4
+    )

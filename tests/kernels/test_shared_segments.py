@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from precision import eps_of
 from random_calls import LENGTHS, Call, Case, build, cases, without_garbage
 from state_lists import state_of
 from torch import Tensor
@@ -109,21 +110,18 @@ def test_the_reference_reads_shared_segments_as_copies(given_cases):
     )
 
 
-def assert_close(own: Tensor, call: Branches, coarser: torch.dtype) -> None:
+def assert_close(own: Tensor, call: Branches, eps: float) -> None:
     """No further from copies in float64 than the reference in the call's own dtype, times a small constant."""
     exact, plain = call.copied.by(reference.attend, torch.float64), call.by(reference.attend)
     assert own.shape == exact.shape and own.dtype == call.query.dtype and not own.isnan().any()
     if own.numel():
         error, rounding = ((x.double() - exact).abs().max() for x in (own, plain))
-        eps = max(torch.finfo(own.dtype).eps, torch.finfo(coarser).eps)
-        assert error <= 4 * rounding + 4 * eps * exact.abs().max()
+        assert error <= 4 * rounding + 4 * max(torch.finfo(own.dtype).eps, eps) * exact.abs().max()
 
 
 @compiled
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 def test_the_compiled_attend_reads_shared_segments_as_copies(instructions):
-    coarser = {"avx512_vnni": torch.float16, "avx512_vnni_bf16": torch.bfloat16}
-
     @settings(max_examples=120, deadline=None)
     @given(both())
     @example(MANY)
@@ -132,8 +130,7 @@ def test_the_compiled_attend_reads_shared_segments_as_copies(instructions):
     @example(tuple(replace(case, mask="float", grouped=True, new=2, groups=5) for case in MANY))
     def check(given_cases: tuple[Case, Case]) -> None:
         own = branches_of(*given_cases).by(partial(cpu.attend, instructions=instructions))
-        dtype = coarser.get(native.INSTRUCTION_SETS[instructions], given_cases[0].dtype)
-        assert_close(own, branches_of(*given_cases, is_clean=True), dtype)
+        assert_close(own, branches_of(*given_cases, is_clean=True), eps_of(given_cases[0].dtype, instructions))
 
     check()
 
@@ -148,7 +145,7 @@ def test_shared_segments_on_several_threads(threads):
             case, shared = (replace(case, empty=0.0) for case in MANY)
             shared = replace(shared, text=text)
             own = branches_of(case, shared).by(cpu.attend)
-            assert_close(own, branches_of(case, shared, is_clean=True), torch.bfloat16)
+            assert_close(own, branches_of(case, shared, is_clean=True), eps_of(torch.float32))
     finally:
         torch.set_num_threads(before)
 
@@ -166,7 +163,9 @@ def test_triton_reads_shared_segments_as_copies(device, given_cases):
     given_state = [x.to(device) for x in state]
     mask = None if call.mask is None else call.mask.to(device)
     query, key, value = (x.to(device) for x in (call.query, call.key, call.value))
-    assert_close(triton.attend(query, key, value, mask, given_state, layout, None).cpu(), call, torch.float16)
+    assert_close(
+        triton.attend(query, key, value, mask, given_state, layout, None).cpu(), call, torch.finfo(torch.float16).eps
+    )
 
 
 @compiled
