@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import apack_compile
-from apack_compile.cache.accounting import more_than_dense
+from apack_compile.cache.accounting import less_than_asked, more_than_dense
 from apack_compile.kernels import native
 
 
@@ -68,6 +68,24 @@ def test_fewer_bytes_than_a_dense_cache_are_not():
     report = report_of(llama(), 900, ratio=4)
     assert report.bytes["ratio"] > 3
     assert not any("more than" in note for note in report.notes)
+
+
+def test_what_is_held_beside_packed_tokens_is_named_where_it_costs_the_ratio():
+    report = report_of(llama(), 90, ratio=4, min_tokens=0)
+    held = report.bytes
+    beside = {name: size for name, size in held["parts"].items() if name != "packed tokens and free slots"}
+    assert held["ratio"] < 0.95 * 4
+    (note,) = (note for note in report.notes if note.startswith("holds "))
+    assert note.startswith(f"holds {held['ratio']:.2f}x, not 4x, at {held['tokens']} tokens: ")
+    largest = max(beside, key=beside.get)
+    assert f"{beside[largest] / held['sequence_bytes']:.0%} {largest}" in note
+
+
+def test_refitted_bases_are_named_where_they_cost_the_ratio():
+    held = {"ratio": 3.0, "tokens": 90, "sequence_bytes": 1000}
+    held["parts"] = {"packed tokens and free slots": 500, "bases of these sequences": 400, "positions": 100}
+    assert less_than_asked(4, held) == "holds 3.00x, not 4x, at 90 tokens: 40% bases of these sequences, 10% positions"
+    assert less_than_asked(3.1, held) is None
 
 
 def test_the_largest_parts_are_named():

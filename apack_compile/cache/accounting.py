@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from apack_compile.plan.plan import Plan
 
 DENSE_ELEMENT_BYTES = 2
+# What codes are counted as, among the parts of a report.
+PACKED = "packed tokens and free slots"
 # What packed layers keep as transformers has it.
 KEPT_BESIDE = ("conv_states", "recurrent_states", "indexer_keys", "indexer_position_ids")
 
@@ -45,9 +47,23 @@ def more_than_dense(held: int, dense: int, parts: Mapping[str, int] | None = Non
     """What is said where something holds more bytes than a 16-bit dense cache would; None where it does not."""
     if held <= dense:
         return None
-    largest = sorted((parts or {}).items(), key=lambda part: -part[1])[:2]
-    said = ", ".join(f"{size / held:.0%} {name}" for name, size in largest if size)
+    said = largest_of(parts or {}, held)
     return f"holds more than a 16-bit dense cache: {held:,} bytes instead of {dense:,}" + (f"; {said}" if said else "")
+
+
+def less_than_asked(ratio: float, held: Mapping[str, Any]) -> str | None:
+    """What is said where a cache is clearly larger than a ratio asks for: what it holds beside packed tokens; None where it is not."""
+    if held["ratio"] >= 0.95 * ratio:
+        return None
+    beside = {name: size for name, size in held["parts"].items() if name != PACKED}
+    said = largest_of(beside, held["sequence_bytes"])
+    return f"holds {held['ratio']:.2f}x, not {ratio:g}x, at {held['tokens']} tokens" + (f": {said}" if said else "")
+
+
+def largest_of(parts: Mapping[str, int], held: int) -> str:
+    """The two largest parts of what is held, in words."""
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:2]
+    return ", ".join(f"{size / held:.0%} {name}" for name, size in largest if size)
 
 
 def shared_tensors(plan: "Plan") -> list[Tensor]:
@@ -81,7 +97,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
     placed = [t for group in cache.groups for t in (*group.index.positions, *group.index.rotations)]
     known = [vars(group.index.coordinates) for group in cache.groups if group.index.coordinates is not None]
     parts: dict[str, list[Tensor]] = {
-        "packed tokens and free slots": [],
+        PACKED: [],
         "the prefix of all rows": [],
         "first and newest tokens, dense": [],
         "bases of these sequences": [],
@@ -95,7 +111,7 @@ def cache_report(cache: "CompactedCache") -> dict[str, Any]:
         tokens = layer.batch_size * int(layer.get_seq_length())
         widths = layer.num_heads * sum(states.shape[3] for states in (layer.first.key, layer.first.value))
         dense += layer.batch_size * seen_tokens(layer) * widths * DENSE_ELEMENT_BYTES
-        parts["packed tokens and free slots"] += layer.packed_tensors()
+        parts[PACKED] += layer.packed_tensors()
         parts["the prefix of all rows"] += layer.shared.tensors
         parts["first and newest tokens, dense"] += layer.dense_tensors()
         parts["bases of these sequences"] += [

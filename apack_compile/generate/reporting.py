@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, more_than_dense
+from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, less_than_asked, more_than_dense
 from apack_compile.checks import counted, size
 from apack_compile.generate.decode_step import why_not_compiled
 from apack_compile.generate.quantize import plain_layers, quantized_layers, told
@@ -23,7 +23,6 @@ from apack_compile.passes import GraphRecord
 from apack_compile.plan.coarse_rule import LEAST_RATIO
 from apack_compile.plan.file import versions
 from apack_compile.plan.layer_bytes import LayerBytes, layer_bytes
-from apack_compile.plan.plan import FIRST_TOKENS
 from apack_compile.plan.rotation import KeyRotation
 from apack_compile.plan.signature import kv_heads
 from apack_compile.report_figure import figure_of
@@ -343,13 +342,8 @@ def size_notes(ratio: float | None, held: Mapping[str, Any] | None, dtype: torch
         wider = dtype.itemsize // DENSE_ELEMENT_BYTES
         own = f"; in {dtype}, as the model is, a dense one has {held['dense_bytes'] * wider:,}" if wider > 1 else ""
         return [f"{more}, at {held['tokens']} tokens{own}"]
-    if ratio is not None and held["ratio"] < 0.95 * ratio:
-        kept = f", and {held['unpacked_bytes']:,} bytes are not packed" if held["unpacked_bytes"] else ""
-        return [
-            f"holds {held['ratio']:.2f}x, not {ratio:g}x: at {held['tokens']} tokens the first {FIRST_TOKENS} dense tokens, "
-            f"the tail of {held['tail_slots']} and the free slots weigh too much{kept}"
-        ]
-    return []
+    less = None if ratio is None else less_than_asked(ratio, held)
+    return [] if less is None else [less]
 
 
 def adapter_notes(model: nn.Module, session: Any) -> list[str]:
