@@ -12,10 +12,10 @@ from apack_compile.checks import counted, size
 from apack_compile.commands.data import calibration_data, vision_share
 from apack_compile.commands.subject import load_subject
 from apack_compile.demo.progress import bar_of, new_console
-from apack_compile.plan.file import refuse_folder
 from apack_compile.plan.layer_bytes import layer_bytes
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.signature import describe
+from apack_compile.plan.tensor_file import refuse_folder
 
 BAR = 24
 

@@ -15,7 +15,7 @@ from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.cache.sharing import branch_of, share, why_not_shared
 from apack_compile.checks import counted
 from apack_compile.generate.generation import CHUNKS_GO_ON, Options, check_length, new_tokens
-from apack_compile.generate.prefix_file import INPUT_IDS, cache_of_contents, contents, read_file, write
+from apack_compile.generate.prefix_file import INPUT_IDS, cache_of_contents, contents, read, write
 from apack_compile.generate.session import DEFAULT_NEW_TOKENS, Session, session_of
 from apack_compile.models.cache_argument import NAMES, OWN_NAME, takes_argument, with_cache
 from apack_compile.models.coordinates import put_rope_deltas, rope_deltas_of
@@ -197,7 +197,7 @@ def prefix_of_contents(model: nn.Module, values: Any, tensors: dict[str, Tensor]
 def load(model: nn.Module, session: Session, path: str | os.PathLike) -> Prefix:
     """The prefix of a file; raises FileNotFoundError, and ValueError where it is none that the model can use."""
     session.follow(model)
-    values, tensors = read_file(path)
+    values, tensors = read(path)
     there = {name: x.to(computing_device(model)) for name, x in tensors.items()}
     return prefix_of_contents(model, values, there, f"path={str(path)!r}")
 

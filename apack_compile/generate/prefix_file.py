@@ -5,12 +5,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apack_compile.cache.cache import CompactedCache
@@ -21,13 +18,12 @@ from apack_compile.generate.session import Session
 from apack_compile.models.coordinates import rope_deltas_of
 from apack_compile.models.modality import vision_of
 from apack_compile.models.weights import weights_digest
-from apack_compile.plan.file import refuse_folder, versions
+from apack_compile.plan.file import versions
 from apack_compile.plan.ranks import ALONE, ranks_of
 from apack_compile.plan.signature import describe, signature_of
-from apack_compile.version import __version__
+from apack_compile.plan.tensor_file import FileKind, read_file, refuse_folder, write_file
 
-FORMAT_VERSION = "1"
-VERSION_KEY = "apack_prefix"
+PREFIX = FileKind("prefix", "1", "Prefix.save")
 INPUT_IDS, DELTAS = "input_ids", "rope_deltas."
 
 
@@ -119,15 +115,7 @@ def write(path: str | os.PathLike, values: Mapping[str, Any], tensors: Mapping[s
     """Write one file in place of an old one, whole or not at all."""
     path = Path(path)
     refuse_folder(path)
-    metadata = {VERSION_KEY: FORMAT_VERSION, "prefix": json.dumps(values)}
-    plain = {name: alone(x) for name, x in tensors.items()}
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary, common = Path(folder) / "prefix", Path(folder) / "common"
-        save_file(plain, temporary, metadata)
-        # safetensors makes files that only their owner can read
-        common.touch()
-        temporary.chmod(common.stat().st_mode)
-        os.replace(temporary, path)
+    write_file(path, PREFIX, json.dumps(values), {name: alone(x) for name, x in tensors.items()})
 
 
 def alone(x: Tensor) -> Tensor:
@@ -136,24 +124,12 @@ def alone(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
-def read_file(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor]]:
+def read(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor]]:
     """What `write` was given, tensors mapped into memory; raises FileNotFoundError, and ValueError for any other file."""
-    path = Path(path)
-    refuse_folder(path)
-    name = f"path={str(path)!r}"
+    metadata, tensors = read_file(Path(path), PREFIX)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if VERSION_KEY not in metadata or "prefix" not in metadata:
-                raise ValueError(f"{name}: a safetensors file, but not one that Prefix.save wrote")
-            if metadata[VERSION_KEY] != FORMAT_VERSION:
-                raise ValueError(
-                    f"{name}: prefix format {metadata[VERSION_KEY]!r}; apack-compile {__version__} reads the format {FORMAT_VERSION}"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{name}: not a whole safetensors file: {error}") from error
-    try:
-        return json.loads(metadata["prefix"]), tensors
+        return json.loads(metadata[PREFIX.holds]), tensors
     except ValueError as error:
-        raise ValueError(f"{name}: not laid out as prefix format {FORMAT_VERSION} says: {error!r}") from error
+        raise ValueError(
+            f"path={str(path)!r}: not laid out as prefix format {PREFIX.version} says: {error!r}"
+        ) from error

@@ -6,13 +6,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from apack_compile.kernels.format import Bands, StreamBasis
@@ -23,15 +20,15 @@ from apack_compile.plan.presets import PRESETS, AttentionPackOptions, AVLOptions
 from apack_compile.plan.presets.base import Preset
 from apack_compile.plan.ranks import ALONE, Ranks, rank_here
 from apack_compile.plan.rotation import KeyRotation
+from apack_compile.plan.tensor_file import FileKind, read_file, refuse_folder, write_file
 from apack_compile.plan.tiers import TierRule
 from apack_compile.version import __version__
 
-FORMAT_VERSION = "7"
 # Of one plan, and of one for each rank of tensor parallelism; both without windows.
 WITHOUT_WINDOWS = ("4", "5")
 # These had the numbers of tiers, without the preset that they are of.
-EARLIER_VERSIONS = (*WITHOUT_WINDOWS, "6")
-VERSION_KEY = "apack_plan"
+WITHOUT_PRESET = (*WITHOUT_WINDOWS, "6")
+PLAN = FileKind("plan", "7", "Plan.save", WITHOUT_PRESET)
 FREQUENCIES = "turn.frequencies"
 COORDINATES = "turn.coordinates"
 COARSE = "coarse."
@@ -62,13 +59,13 @@ def other_ranks(plan: Plan, path: Path) -> tuple[dict[str, Any], dict[str, Tenso
     """What a plan file holds of this plan for other ranks; nothing where there is none of as many ranks."""
     nothing: tuple[dict[str, Any], dict[str, Tensor]] = ({"count": plan.ranks.count, "ranks": {}}, {})
     try:
-        metadata, tensors = read(path, f"path={str(path)!r}")
+        metadata, tensors = read(path)
         values = json.loads(metadata["plan"])
     except (FileNotFoundError, ValueError):
         return nothing
     if metadata.get("sha256") != digest(metadata["plan"], tensors):
         return nothing
-    if metadata[VERSION_KEY] != FORMAT_VERSION or values.get("count") != plan.ranks.count:
+    if metadata[PLAN.version_key] != PLAN.version or values.get("count") != plan.ranks.count:
         return nothing
     own, wanted = str(plan.ranks.rank), ids_of(values_of(plan))
     ranks = {rank: part for rank, part in values["ranks"].items() if rank != own and ids_of(part) == wanted}
@@ -84,20 +81,14 @@ def ids_of(values: Mapping[str, Any]) -> list[str | None]:
 def write(path: Path, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write one file in place of the old one, whole or not at all."""
     text = json.dumps(values)
-    metadata = {VERSION_KEY: FORMAT_VERSION, "plan": text, "sha256": digest(text, tensors)}
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / "plan"
-        # Written here: safetensors' own save_file makes files that only their owner can read.
-        temporary.write_bytes(save(dict(tensors), metadata))
-        os.replace(temporary, path)
+    write_file(path, PLAN, text, tensors, sha256=digest(text, tensors))
 
 
 def load_plan(path: str | os.PathLike) -> Plan:
     """Read a plan; raises FileNotFoundError, and ValueError for a file that does not hold a whole, usable plan."""
     path = Path(path)
     name = f"path={str(path)!r}"
-    refuse_folder(path)
-    metadata, tensors = read(path, name)
+    metadata, tensors = read(path)
     expected, found = metadata.get("sha256"), digest(metadata["plan"], tensors)
     if found != expected:
         raise ValueError(f"{name}: the checksum is {found}, must be {expected!r}: damaged, or changed by hand")
@@ -106,15 +97,15 @@ def load_plan(path: str | os.PathLike) -> Plan:
         values = json.loads(metadata["plan"])
         if "ranks" in values:
             ranks, values, tensors = part_here(values, tensors, name)
-        if metadata[VERSION_KEY] in WITHOUT_WINDOWS:
+        if metadata[PLAN.version_key] in WITHOUT_WINDOWS:
             values |= {"window": None, "windows": {}, "plan_id": None}
-        if metadata[VERSION_KEY] in EARLIER_VERSIONS and values["tiers"] is not None:
+        if metadata[PLAN.version_key] in WITHOUT_PRESET and values["tiers"] is not None:
             values["tiers"] = tier_values(earlier_tiers(**values["tiers"], streams=values["layers"][0]))
         plan = plan_of(values, tensors, Source(str(path), ranks))
     except RanksError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{name}: not laid out as plan format {metadata[VERSION_KEY]} says: {error!r}") from error
+        raise ValueError(f"{name}: not laid out as plan format {metadata[PLAN.version_key]} says: {error!r}") from error
     check_plan(plan, name)
     return plan
 
@@ -145,28 +136,11 @@ def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def read(path: Path, name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a plan file; raises ValueError for any other file."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if VERSION_KEY not in metadata or "plan" not in metadata:
-                raise ValueError(f"{name}: a safetensors file, but not one that Plan.save wrote")
-            if metadata[VERSION_KEY] not in (*EARLIER_VERSIONS, FORMAT_VERSION):
-                known = ", ".join((*EARLIER_VERSIONS, FORMAT_VERSION))
-                raise ValueError(
-                    f"{name}: plan format {metadata[VERSION_KEY]!r}; apack-compile {__version__} reads the formats {known}"
-                )
-            # Clones: safetensors maps the file, and writing into it would change the bases of a running model.
-            return metadata, {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{name}: not a whole safetensors file: {error}") from error
-
-
-def refuse_folder(path: Path) -> None:
-    """Raise ValueError for a path that is a folder."""
-    if path.is_dir():
-        raise ValueError(f"path={str(path)!r} is a folder; pass a file's name")
+    metadata, tensors = read_file(path, PLAN)
+    # Clones: the file is mapped, and writing into it would change the bases of a running model.
+    return metadata, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from apack_compile import Plan
-from apack_compile.plan.file import FORMAT_VERSION, digest
+from apack_compile.plan.file import PLAN, digest
 from apack_compile.plan.plan import Provenance
 
 IMAGE = 9
@@ -79,7 +79,7 @@ def assert_equal(found: Plan, expected: Plan) -> None:
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a basis owns no more than it needs"
 
 
-def write(path: Path, values: dict, tensors: dict[str, torch.Tensor], version: str = FORMAT_VERSION) -> None:
+def write(path: Path, values: dict, tensors: dict[str, torch.Tensor], version: str = PLAN.version) -> None:
     """A file whose checksum is right, whatever it says."""
     text = json.dumps(values)
     save_file(tensors, path, {"apack_plan": version, "plan": text, "sha256": digest(text, tensors)})
