@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import apack_compile  # noqa: F401  (registers the operations)
 from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.format import BANDS, Bands, StreamBasis
-from apack_compile.kernels.native import INSTRUCTION_SET, INSTRUCTION_SETS
+from apack_compile.kernels.native import INSTRUCTION_SETS, SETS
 from apack_compile.kernels.ops import implementations
 from apack_compile.kernels.state import KIND_NAMES, TEXT, DenseSegment, PackedState, PackedStream, Segment
 from apack_compile.models.coordinates import TokenCoordinates
@@ -391,8 +391,9 @@ def main(
     """Time packed and dense decode attention."""
     if preset not in (None, "attentionpack"):
         raise typer.BadParameter(f"preset={preset!r} must be 'attentionpack'")
-    if unknown := sorted({*(instructions or ())} - {*INSTRUCTION_SETS[: INSTRUCTION_SET + 1]}):
-        raise typer.BadParameter(f"instructions={unknown} must be of {INSTRUCTION_SETS[: INSTRUCTION_SET + 1]} here")
+    here = tuple(INSTRUCTION_SETS[i] for i in SETS)
+    if unknown := sorted({*(instructions or ())} - {*here}):
+        raise typer.BadParameter(f"instructions={unknown} must be of {here} here")
     plans = [None] if preset else [8.0, None] if ratio is None else [ratio]
     on_cpu = device == "cpu"
     lengths = tokens or ([512, 8_192] if on_cpu or quick else [2_048, 8_192, 32_768, 131_072])

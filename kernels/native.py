@@ -13,7 +13,8 @@ import torch
 from apack_compile.kernels.format import WIDTHS
 from apack_compile.kernels.structs import STRUCTURES, places
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_vnni_bf16")
+# kernels/csrc/dispatch.cpp: Set. Each is faster than those before it, but a processor may lack some of them.
+INSTRUCTION_SETS = ("baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_vnni_bf16")
 # kernels/csrc/threads.h: OpenMp
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -21,7 +22,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 def has_integers(instructions: int) -> bool:
     """Whether attention multiplies levels as integers with that instruction set."""
-    return INSTRUCTION_SETS[instructions] in ("avx512_vnni", "avx512_vnni_bf16")
+    return "vnni" in INSTRUCTION_SETS[instructions]
+
+
+def sets_of(library: ctypes.CDLL) -> tuple[int, ...]:
+    """The instruction sets that the processor has, best last: indices into INSTRUCTION_SETS."""
+    return tuple(i for i in range(len(INSTRUCTION_SETS)) if library.apack_has_instruction_set(i))
 
 
 def find_library() -> Path | None:
@@ -46,7 +52,7 @@ def use_openmp(library: ctypes.CDLL) -> bool:
 
 def lays_out_alike(library: ctypes.CDLL) -> bool:
     """Whether a library has the structures and the bands that Python has."""
-    if not hasattr(library, "apack_place") or not hasattr(library, "apack_bits"):
+    if not all(hasattr(library, name) for name in ("apack_place", "apack_bits", "apack_has_instruction_set")):
         return False
     expected = {name: at for kind in STRUCTURES for name, at in places(kind).items()}
     bits = tuple(library.apack_bits(band) for band in range(len(WIDTHS) + 1))
@@ -64,8 +70,9 @@ def load_library(path: Path | None) -> tuple[ctypes.CDLL | None, str]:
     if not lays_out_alike(library):
         return None, "built from other sources: install again"
     threads = "" if use_openmp(library) else ", one thread: this PyTorch has no OpenMP"
-    return library, f"native, {INSTRUCTION_SETS[library.apack_instruction_set()]}{threads}"
+    return library, f"native, {INSTRUCTION_SETS[sets_of(library)[-1]]}{threads}"
 
 
 COMPILED, STATUS = load_library(find_library())
-INSTRUCTION_SET = COMPILED.apack_instruction_set() if COMPILED is not None else 0
+SETS = sets_of(COMPILED) if COMPILED is not None else ()
+INSTRUCTION_SET = SETS[-1] if SETS else 0

@@ -210,7 +210,7 @@ inline int run_attend(const Attend &a, const State &state, bool bfloat16 = false
             for (int kind = 1; kind < KINDS; ++kind) {
                 int64_t heads = transposed_heads(w, kind);
                 auto transpose = transpose_decoder<Floats>;
-#if defined(APACK_VNNI)
+#if defined(APACK_BFLOAT16)
                 if (w.pairs[kind - 1]) transpose = transpose_decoder<Pairs>;
 #endif
                 if (i < heads) return transpose(w, kind, i / a.heads, i % a.heads);

@@ -272,7 +272,7 @@ inline Local lay_out_local(const Work &w, Arena &arena) {
     local.byte_scale = (Scale *)arena.take(INTEGERS ? most_rows * sizeof(Scale) : 0);
     local.merged = arena.floats((int64_t)w.R * width);
     local.out = arena.floats((int64_t)w.R * a.value_dim);
-    local.codes = (uint8_t *)arena.take(BLOCK * (bytes + LANES));
+    local.codes = (uint8_t *)arena.take(BLOCK * (bytes + GRAIN));
     return local;
 }
 

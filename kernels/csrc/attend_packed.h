@@ -55,7 +55,7 @@ inline Latents latents_of(const Work &w, int kind, const float *row, const float
         Vec most = zero(), squares = zero();
         for (int c = floats; c < columns.count; c += LANES) {
             const Vec x = load(row + (int64_t)m * columns.count + c);
-            most = maximum(most, _mm512_abs_ps(x)), squares = fma(x, x, squares);
+            most = maximum(most, magnitude(x)), squares = fma(x, x, squares);
         }
         const float greatest = largest(most), rounded = 256 / inverse_of(greatest);
         const int needed = exact_columns(columns, MAY_ADD * sum(squares) / (rounded * rounded));
@@ -82,34 +82,34 @@ inline Latents latents_of(const Work &w, int kind, const float *row, const float
 // local.score[m][token] of M rows, but for the offsets.
 inline void score_packed(const Packed &keys, const Columns &columns, const Latents &latents, int M, int token, int tokens, const Local &local) {
     memset(local.score, 0, (size_t)M * BLOCK * sizeof(float));
+    const int floats = float_columns(columns);
 #if defined(APACK_AVX512)
-    const int lanes = round_up(tokens, LANES), floats = float_columns(columns);
     for (int c = 0; c < floats; c += KEY_TILE_COLUMNS) {
         int width = floats - c < KEY_TILE_COLUMNS ? floats - c : KEY_TILE_COLUMNS;
         unpack_key_tile<FloatLevels>(keys, columns, c, width, token, tokens, local.tile, local.codes);
-        weigh(latents.row + c, columns.count, M, local.tile, BLOCK, lanes, width, local.score, BLOCK);
+        weigh(latents.row + c, columns.count, M, local.tile, BLOCK, round_up(tokens, LANES), width, local.score, BLOCK);
     }
+#else
+    int wide = floats < KEY_COLUMNS ? floats : KEY_COLUMNS, step = wide ? (TILE / wide & ~3) : BLOCK;
+    if (step > BLOCK) step = BLOCK;
+    for (int t = 0; t < tokens; t += step) {
+        int n = tokens - t < step ? tokens - t : step;
+        for (int c = 0; c < floats; c += wide) {
+            int width = floats - c < wide ? floats - c : wide;
+            unpack_tile(keys, columns, c, width, token + t, n, nullptr, local.tile, local.codes);
+            dots(latents.row + c, columns.count, M, local.tile, width, n, width, local.score + t, BLOCK, c > 0);
+        }
+    }
+#endif
 #if defined(APACK_VNNI)
-    static constexpr float ONCE[BLOCK / LANES] = {1, 1, 1, 1}, AGAIN[BLOCK / LANES] = {};
+    static constexpr float ONCE[8] = {1, 1, 1, 1, 1, 1, 1, 1}, AGAIN[8] = {};
     for (int c = floats; c < columns.count; c += FOURS_COLUMNS) {
         int width = columns.count - c < FOURS_COLUMNS ? columns.count - c : FOURS_COLUMNS;
         Word *tile = (Word *)local.tile;
         unpack_key_tile<FourLevels>(keys, columns, c, width, token, tokens, tile, local.codes);
         const int exact = latents.exact < c ? 0 : latents.exact < c + width ? latents.exact - c : width;
         TwoTerms terms = {{latents.scale, c == floats ? ONCE : AGAIN}, (latents.terms[1] - latents.terms[0]) / 4, exact / 4};
-        weigh(terms, (const Word *)(latents.terms[0] + c), columns.count / 4, M, tile, BLOCK, lanes, width / 4, Rows{local.score, BLOCK});
-    }
-#endif
-#else
-    int wide = columns.count < KEY_COLUMNS ? columns.count : KEY_COLUMNS, step = wide ? (TILE / wide & ~3) : BLOCK;
-    if (step > BLOCK) step = BLOCK;
-    for (int t = 0; t < tokens; t += step) {
-        int n = tokens - t < step ? tokens - t : step;
-        for (int c = 0; c < columns.count; c += wide) {
-            int width = columns.count - c < wide ? columns.count - c : wide;
-            unpack_tile(keys, columns, c, width, token + t, n, nullptr, local.tile, local.codes);
-            dots(latents.row + c, columns.count, M, local.tile, width, n, width, local.score + t, BLOCK, c > 0);
-        }
+        weigh(terms, (const Word *)(latents.terms[0] + c), columns.count / 4, M, tile, BLOCK, round_up(tokens, LANES), width / 4, Rows{local.score, BLOCK});
     }
 #endif
 }
@@ -129,7 +129,7 @@ inline void sum_packed(const Packed &values, const Columns &columns, const Colum
 #if defined(APACK_VNNI)
     auto sum_integers = [&](int first, int count, int at, bool one_term) {
         for (int c = 0; c < count; c += FOURS_COLUMNS) {
-            int n = count - c < FOURS_COLUMNS ? count - c : FOURS_COLUMNS, width = round_up(n, LANES), k = (tokens + 3) / 4;
+            int n = count - c < FOURS_COLUMNS ? count - c : FOURS_COLUMNS, width = round_up(n, GRAIN), k = (tokens + 3) / 4;
             Word *tile = (Word *)local.tile;
             float middles[FOURS_COLUMNS / LANES];
             unpack_value_fours(values, columns, first + c, width, token, tokens, tile, middles, local.codes);

@@ -193,7 +193,7 @@ __attribute__((noinline)) void project_rotated(const Work &w, const Item &item, 
             const float *rotation = rotation_of(rotations, item.b, (first + k) * rotations.block);
             for (int i = 0; i < R; ++i) rotate_back(rows + i * D, rotation, rotations.pairs);
             mean_scores(rows, R, D, mean, local.offset + k * M + h * R);
-#if defined(APACK_VNNI)
+#if defined(APACK_BFLOAT16)
             // in place: what is written was read
             for (int64_t d = 0; w.pairs[segment - 1] && d < size; d += 2 * LANES) store(rows + d / D * D + d % D / 2, Pairs::numbers(rows + d, broadcast(1.0f)));
 #endif
@@ -201,7 +201,7 @@ __attribute__((noinline)) void project_rotated(const Work &w, const Item &item, 
     }
     const Rotating over = rotating_of(rotations, item.b, first, count, D);
     auto project = w.transposes[segment - 1] ? project_transposed<Floats> : project_rotated_rows;
-#if defined(APACK_VNNI)
+#if defined(APACK_BFLOAT16)
     if (w.pairs[segment - 1]) project = project_transposed<Pairs>;
 #endif
     project(w, item, segment, count, over, local);

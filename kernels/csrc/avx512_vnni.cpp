@@ -11,6 +11,7 @@
 
 #define APACK_AVX512
 #define APACK_VNNI
+#define APACK_BFLOAT16
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c"))), apply_to = function)
 #else

@@ -6,6 +6,13 @@
 
 namespace {
 
+// Columns of a band are a multiple of this, and as many bytes past a row may be read. Of 2-bit codes a word, which integers take, has 16.
+#if defined(APACK_VNNI)
+constexpr int GRAIN = 16;
+#else
+constexpr int GRAIN = LANES;
+#endif
+
 // Where the components of a band lie in a tile: whole vectors of columns.
 struct Band {
     int bits, count, columns, column, component;
@@ -25,7 +32,7 @@ inline Columns columns_of(const Source &s, int64_t components) {
     for (int i = 0; i < BANDS; ++i) {
         int stored = (int)s.bands[i];
         int count = (int)(component + stored <= components ? stored : components > component ? components - component : 0);
-        c.band[i] = Band{WIDTHS[i], count, round_up(count, LANES), c.count, component, byte};
+        c.band[i] = Band{WIDTHS[i], count, round_up(count, GRAIN), c.count, component, byte};
         c.count += c.band[i].columns;
         component += stored;
         byte += band_bytes(stored, WIDTHS[i]);
@@ -66,7 +73,7 @@ struct Packed {
 inline Packed packed_of(const Source &s, int64_t batch, int64_t b, int64_t group, int64_t slots, int64_t bytes) {
     const uint8_t *data = (const uint8_t *)s.data;
     const uint8_t *end = data + (batch - 1) * s.batch_stride + (s.groups - 1) * s.group_stride + (slots - 1) * s.token_stride + bytes;
-    return Packed{data + b * s.batch_stride + group * s.group_stride, end - bytes - LANES, s.token_stride, bytes};
+    return Packed{data + b * s.batch_stride + group * s.group_stride, end - bytes - GRAIN, s.token_stride, bytes};
 }
 
 // Asks for rows of codes to be in the nearest cache.

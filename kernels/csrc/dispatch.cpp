@@ -4,11 +4,16 @@
 #include "sets.h"
 #include "threads.h"
 
+// Instruction sets, in the order of INSTRUCTION_SETS (kernels/native.py); attention alone uses those with integer dot products.
+enum Set { BASELINE, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AVX512_VNNI_BF16 };
+
 #if defined(__x86_64__)
+#include <cpuid.h>
+
 #define FOR_SET(operation, set, ...)                                \
-    (set >= 2   ? operation##_avx512(__VA_ARGS__)                   \
-     : set == 1 ? operation##_avx2(__VA_ARGS__)                     \
-                : operation##_baseline(__VA_ARGS__))
+    (set >= AVX512 ? operation##_avx512(__VA_ARGS__)                \
+     : set >= AVX2 ? operation##_avx2(__VA_ARGS__)                  \
+                   : operation##_baseline(__VA_ARGS__))
 #else
 #define FOR_SET(operation, set, ...) ((void)set, operation##_baseline(__VA_ARGS__))
 #endif
@@ -17,6 +22,7 @@ extern "C" {
 
 int64_t apack_attend_baseline(const void *, const void *);
 int64_t apack_attend_avx2(const void *, const void *);
+int64_t apack_attend_avx2_vnni(const void *, const void *);
 int64_t apack_attend_avx512(const void *, const void *);
 int64_t apack_attend_avx512_vnni(const void *, const void *, bool bfloat16);
 int64_t apack_append_baseline(const void *);
@@ -36,25 +42,31 @@ void apack_use_openmp(decltype(OpenMp::parallel) parallel, decltype(OpenMp::thre
     apack_openmp = parallel && thread_number ? OpenMp{parallel, thread_number} : OpenMp{};
 }
 
-// 0: any processor, 1: AVX2, 2: AVX-512, 3: with integer dot products, 4: and those of bfloat16; attention alone uses 3 and 4.
-int64_t apack_instruction_set() {
+// Whether the processor at hand has a set, and this library code for it.
+int64_t apack_has_instruction_set(int64_t set) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (!avx2 || !__builtin_cpu_supports("avx512f")) return avx2;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
+    if (set == AVX2) return avx2;
+    if (set == AVX512) return avx512;
 #if defined(APACK_BUILDS_VNNI)
-    bool vnni = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-    if (vnni) return __builtin_cpu_supports("avx512bf16") ? 4 : 3;
+    // by its bit: not every compiler that writes AVX-VNNI knows the name here
+    unsigned a, b, c, d;
+    if (set == AVX2_VNNI) return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    if (set == AVX512_VNNI) return vnni;
+    if (set == AVX512_VNNI_BF16) return vnni && __builtin_cpu_supports("avx512bf16");
 #endif
-    return 2;
 #endif
-    return 0;
+    return set == BASELINE;
 }
 
 // 0, or 1 where memory ran out.
 int64_t apack_attend(const void *arguments, const void *state, int64_t set) {
 #if defined(APACK_BUILDS_VNNI)
-    if (set >= 3) return apack_attend_avx512_vnni(arguments, state, set >= 4);
+    if (set >= AVX512_VNNI) return apack_attend_avx512_vnni(arguments, state, set == AVX512_VNNI_BF16);
+    if (set == AVX2_VNNI) return apack_attend_avx2_vnni(arguments, state);
 #endif
     return FOR_SET(apack_attend, set, arguments, state);
 }

@@ -1,7 +1,8 @@
-// Fours of 8-bit numbers, and their products with levels, which are bytes as they are (AVX-512 VNNI).
+// Fours of 8-bit numbers, and their products with levels, which are bytes as they are (VNNI).
 #pragma once
 
 #include "codes.h"
+#include "ints.h"
 #include "products.h"
 #include "segments.h"
 
@@ -15,18 +16,20 @@ struct Scale {
 
 #if defined(APACK_VNNI)
 constexpr bool INTEGERS = true;
+constexpr int PACKED = 4 * LANES;  // numbers that are made bytes at once
 
-// Where the low bytes of 64 numbers are, packed to 16 bits by twos of vectors; in the order in which shifts of words of codes give levels.
+// Where a number is that was packed to 16 bits by twos of vectors: four numbers of the first, four of the second.
+constexpr int packed_place(int i) { return i / (2 * LANES) * 2 * LANES + i % LANES / 4 * 8 + i / LANES % 2 * 4 + i % 4; }
+
+// The places that low_bytes takes for the order in which shifts of words of codes give levels.
 template <int BITS>
 struct NumberOrder {
-    uint8_t byte[64] = {};
+    uint8_t place[PACKED] = {};
     constexpr NumberOrder() {
         constexpr int EACH = is_float(BITS) ? 1 : 8 / BITS;  // levels of a byte
-        for (int i = 0; i < 64; ++i) {
+        for (int i = 0; i < PACKED; ++i) {
             int component = i / (4 * EACH) * 4 * EACH + i % 4 * EACH + i / 4 % EACH;
-            // packing works on quarters of vectors: four numbers of the first, four of the second
-            int vector = component / 16, quarter = component % 16 / 4, place = quarter * 8 + vector % 2 * 4 + component % 4;
-            byte[i] = (uint8_t)(vector / 2 * 64 + 2 * place);
+            place[i] = (uint8_t)(LANES == 16 ? 2 * packed_place(component) : component % 16);
         }
     }
 };
@@ -39,44 +42,39 @@ struct Total {
 // The largest number of a row, which loses nothing without its low term.
 constexpr float MOST = 127 * 256;
 
-// 64 numbers as 16-bit integers, those past `left` zeros; in the order in which vectors are packed.
-struct Packed64 {
-    __m512i first, second;
-    Packed64(const float *row, int left, float inverse) {
-        __m512i x[4];
-        for (int j = 0; j < 4; ++j)
-            x[j] = j * LANES < left ? _mm512_cvtps_epi32(scaled(load(row + j * LANES), broadcast(inverse))) : _mm512_setzero_si512();
-        first = _mm512_packs_epi32(x[0], x[1]), second = _mm512_packs_epi32(x[2], x[3]);
+// Numbers as 16-bit integers, those past `left` zeros; in the order in which vectors are packed.
+struct PackedNumbers {
+    Ints first, second;
+    PackedNumbers(const float *row, int left, float inverse) {
+        Ints x[4];
+        for (int j = 0; j < 4; ++j) x[j] = j * LANES < left ? APACK_MM(cvtps_epi32)(scaled(load(row + j * LANES), broadcast(inverse))) : Ints{};
+        first = APACK_MM(packs_epi32)(x[0], x[1]), second = APACK_MM(packs_epi32)(x[2], x[3]);
     }
-    __m512i add_to(__m512i total) const {
-        const __m512i ones = _mm512_set1_epi16(1);
-        return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(total, first, ones), second, ones);
-    }
-    __m512i bytes(__m512i order) const { return _mm512_permutex2var_epi8(first, order, second); }
+    Ints add_to(Ints total) const { return add_pairs(add_pairs(total, first), second); }
+    Ints bytes(Ints order) const { return low_bytes(first, second, order); }
     // Each plus one of `add`, over 2**SHIFT.
     template <int SHIFT>
-    __m512i rounded(__m512i order, __m512i add_to_first, __m512i add_to_second) const {
-        const __m512i a = _mm512_srai_epi16(_mm512_add_epi16(first, add_to_first), SHIFT);
-        return _mm512_permutex2var_epi8(a, order, _mm512_srai_epi16(_mm512_add_epi16(second, add_to_second), SHIFT));
+    Ints rounded(Ints order, Ints add_to_first, Ints add_to_second) const {
+        const Ints a = APACK_MM(srai_epi16)(APACK_MM(add_epi16)(first, add_to_first), SHIFT);
+        return low_bytes(a, APACK_MM(srai_epi16)(APACK_MM(add_epi16)(second, add_to_second), SHIFT), order);
     }
 };
 
-// Numbers as integers 256 high + low. n: a multiple of LANES.
+// Numbers as integers 256 high + low. n: a multiple of GRAIN.
 template <int BITS>
 inline Total quantize(const float *row, int n, float inverse, int8_t *high, int8_t *low) {
     static constexpr NumberOrder<BITS> order;
-    const __m512i in_order = _mm512_loadu_si512(order.byte), half = _mm512_set1_epi16(128);
-    __m512i total = _mm512_setzero_si512(), total_high = total;
-    for (int i = 0; i < n; i += 64) {
-        const int left = n - i < 64 ? n - i : 64;
-        const Packed64 x(row + i, left, inverse);
-        const __m512i highs = x.rounded<8>(in_order, half, half);
-        const __mmask64 there = ~0ull >> (64 - left);
-        _mm512_mask_storeu_epi8(low + i, there, x.bytes(in_order));
-        _mm512_mask_storeu_epi8(high + i, there, highs);
-        total = x.add_to(total), total_high = _mm512_dpbusd_epi32(total_high, _mm512_set1_epi8(1), highs);
+    const Ints in_order = load_ints(order.place), half = APACK_MM(set1_epi16)(128);
+    Ints total = {}, total_high = {};
+    for (int i = 0; i < n; i += PACKED) {
+        const int left = n - i < PACKED ? n - i : PACKED;
+        const PackedNumbers x(row + i, left, inverse);
+        const Ints highs = x.rounded<8>(in_order, half, half);
+        store_bytes(low + i, x.bytes(in_order), left);
+        store_bytes(high + i, highs, left);
+        total = x.add_to(total), total_high = dot_bytes(APACK_MM(set1_epi8)(1), highs, total_high);
     }
-    return {_mm512_cvtepi32_ps(total), _mm512_cvtepi32_ps(_mm512_slli_epi32(total_high, 8))};
+    return {APACK_MM(cvtepi32_ps)(total), APACK_MM(cvtepi32_ps)(APACK_MM(slli_epi32)(total_high, 8))};
 }
 
 // What is added to the weight of each of a block's tokens before the lowest seven bits are dropped, in the order in which vectors are
@@ -84,28 +82,31 @@ inline Total quantize(const float *row, int n, float inverse, int8_t *high, int8
 struct Dither {
     int16_t of[BLOCK] = {};
     constexpr Dither() {
-        constexpr NumberOrder<8> order;
         for (int t = 0; t < BLOCK; ++t) {
             int reversed = 0;
             for (int bit = 0; bit < 6; ++bit) reversed |= (t >> bit & 1) << (5 - bit);
-            of[order.byte[t] / 2] = (int16_t)(2 * reversed + 1);
+            of[t / PACKED * PACKED + packed_place(t % PACKED)] = (int16_t)(2 * reversed + 1);
         }
     }
 };
-static_assert(BLOCK == 64, "Dither has as many places as a vector has bytes");
+static_assert(BLOCK == 64, "Dither reverses six bits");
 
 // The weights of a block's tokens, none below zero: as integers 256 high + low, and as about 128 byte.
 inline Total quantize_weights(const float *row, float inverse, int8_t *high, int8_t *low, uint8_t *byte) {
     static constexpr NumberOrder<8> order;
     static constexpr Dither dither;
-    const __m512i in_order = _mm512_loadu_si512(order.byte), half = _mm512_set1_epi16(128);
-    const Packed64 x(row, BLOCK, inverse);
-    const __m512i bytes = x.rounded<7>(in_order, _mm512_loadu_si512(dither.of), _mm512_loadu_si512(dither.of + BLOCK / 2));
-    _mm512_storeu_si512(low, x.bytes(in_order));
-    _mm512_storeu_si512(high, x.rounded<8>(in_order, half, half));
-    _mm512_storeu_si512(byte, bytes);
-    const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), bytes, _mm512_set1_epi8(1));
-    return {_mm512_cvtepi32_ps(x.add_to(_mm512_setzero_si512())), _mm512_cvtepi32_ps(_mm512_slli_epi32(sums, 7))};
+    const Ints in_order = load_ints(order.place), half = APACK_MM(set1_epi16)(128);
+    Ints total = {}, sums = {};
+#pragma GCC unroll 2
+    for (int t = 0; t < BLOCK; t += PACKED) {
+        const PackedNumbers x(row + t, PACKED, inverse);
+        const Ints bytes = x.rounded<7>(in_order, load_ints(dither.of + t), load_ints(dither.of + t + PACKED / 2));
+        store_ints(low + t, x.bytes(in_order));
+        store_ints(high + t, x.rounded<8>(in_order, half, half));
+        store_ints(byte + t, bytes);
+        total = x.add_to(total), sums = dot_bytes(bytes, APACK_MM(set1_epi8)(1), sums);
+    }
+    return {APACK_MM(cvtepi32_ps)(total), APACK_MM(cvtepi32_ps)(APACK_MM(slli_epi32)(sums, 7))};
 }
 
 // Variance of a band's levels where components are Gaussian (kernels/format.py: unit_step).
@@ -121,25 +122,16 @@ inline float inverse_of(float greatest) { return greatest > 1e-30f ? MOST / grea
 // out[m][:] += sum over k of a[m][k] levels[k][:] - middles of the columns times masses of the rows.
 struct Fours {
     typedef Word Number;
-    typedef __m512i Sums;
+    typedef Ints Sums;
     const Scale *scale;    // of each row
     const float *middles;  // of each vector of columns
 
-    static __m512i begin(const float *, int) { return _mm512_setzero_si512(); }
-    static __m512i row(const Word *levels, int n) {
-        __m512i x = n == LANES ? _mm512_loadu_si512(levels) : _mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), levels);
-        __asm__("" : "+v"(x));
-        return x;
-    }
-    static __m512i each(const Word *a) { return _mm512_set1_epi32(*a); }
-    void end(__m512i sums, float *out, int n, int m, int column) const {
-        Vec total = fma(_mm512_cvtepi32_ps(sums), broadcast(scale[m].factor), Floats::begin(out, n));
+    static Ints begin(const float *, int) { return Ints{}; }
+    static Ints row(const Word *levels, int n) { return in_register(n == LANES ? load_ints(levels) : load_some_ints(levels, n)); }
+    static Ints each(const Word *a) { return APACK_MM(set1_epi32)(*a); }
+    void end(Ints sums, float *out, int n, int m, int column) const {
+        Vec total = fma(APACK_MM(cvtepi32_ps)(sums), broadcast(scale[m].factor), Floats::begin(out, n));
         Floats::end(fma(broadcast(-scale[m].mass), broadcast(middles[column / LANES]), total), out, n, m, column);
-    }
-    // Sums plus bytes from 0 to 255 times bytes from -128 to 127; GCC 12 copies the sums around the intrinsic.
-    static __m512i products(__m512i unsigned_bytes, __m512i bytes, __m512i sums) {
-        __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(bytes));
-        return sums;
     }
 };
 
@@ -148,16 +140,16 @@ struct TwoTerms : Fours {
     static constexpr int TERMS = 2;
     int64_t term_step;
     int low_words;
-    static __m512i multiply(__m512i a, __m512i levels, __m512i sums) { return products(levels, a, sums); }
-    static __m512i next_term(__m512i sums) { return _mm512_slli_epi32(sums, 8); }
+    static Ints multiply(Ints a, Ints levels, Ints sums) { return dot_bytes(levels, a, sums); }
+    static Ints next_term(Ints sums) { return APACK_MM(slli_epi32)(sums, 8); }
 };
 
 // a of bytes that are not negative, levels of at most 127.
 struct OneTerm : Fours {
     static constexpr int TERMS = 1, low_words = 0;
     static constexpr int64_t term_step = 0;
-    static __m512i multiply(__m512i a, __m512i levels, __m512i sums) { return products(a, levels, sums); }
-    static __m512i next_term(__m512i sums) { return sums; }
+    static Ints multiply(Ints a, Ints levels, Ints sums) { return dot_bytes(a, levels, sums); }
+    static Ints next_term(Ints sums) { return sums; }
 };
 
 // Columns that are multiplied at once: sums of two terms with 8-bit levels then stay below 2**31.

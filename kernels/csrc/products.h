@@ -176,9 +176,9 @@ struct Floats {
     static void end(Vec sums, float *out, int n, int, int) { n == LANES ? store(out, sums) : store_some(out, sums, n); }
 };
 
-#if defined(APACK_VNNI)
 typedef uint32_t __attribute__((may_alias)) Word;  // several numbers
 
+#if defined(APACK_BFLOAT16)
 // Pairs of bfloat16.
 struct Pairs : Floats {
     typedef Word Number;

@@ -213,7 +213,7 @@ inline int run_unpack(const Unpack &u, const State &state) {
         d.row = arena.floats(widest);
         d.mean = arena.floats(widest);
         d.halves = arena.floats(widest);
-        d.codes = (uint8_t *)arena.take(bytes + LANES);
+        d.codes = (uint8_t *)arena.take(bytes + GRAIN);
         return d;
     };
     Arena count = {};

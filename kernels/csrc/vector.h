@@ -74,6 +74,7 @@ inline Vec load_once(const float *p) {
 }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec magnitude(Vec x) { return _mm512_abs_ps(x); }
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 inline Vec select_positive(Vec flag, Vec a, Vec b) {
@@ -118,6 +119,7 @@ inline Vec load_once(const float *p) {
 }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec magnitude(Vec x) { return _mm256_andnot_ps(broadcast(-0.0f), x); }
 inline void to_half(uint8_t *p, Vec x) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline void to_bfloat(uint8_t *p, Vec x) {
     __m256i bits = _mm256_castps_si256(x), last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -6,7 +6,7 @@ import torch
 from limit_share import limit_columns
 
 from apack_compile.kernels.attend.reference import attend as reference
-from apack_compile.kernels.native import COMPILED, INSTRUCTION_SET, INSTRUCTION_SETS
+from apack_compile.kernels.native import INSTRUCTION_SETS, SETS
 from apack_compile.plan.time_model import Device, Load, packed_limits
 
 SHAPE = attend.SHAPES["SmolLM2-135M"]
@@ -68,6 +68,6 @@ def test_limit_columns_hold_the_limits_of_the_measured_bandwidth():
 
 
 def test_instruction_sets_take_turns_with_the_operation():
-    sets = INSTRUCTION_SETS[: INSTRUCTION_SET + 1] if COMPILED is not None else ()
+    sets = [INSTRUCTION_SETS[i] for i in SETS]
     row = attend.measured("SmolLM2-135M", 256, 1, 8.0, 1, torch.float32, "cpu", 1e10, 0.05, 64, sets)
     assert all(row[f"{name}_ms"] > 0 and row[f"{name}_speedup"] > 0 for name in sets)

@@ -17,7 +17,7 @@ from apack_compile.kernels.format import Bands, StreamBasis, decode
 pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
 
 append, reference = append_with(cpu.append), append_with(append_reference.append)
-SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
+SETS = native.SETS
 CAPACITY = 60
 
 

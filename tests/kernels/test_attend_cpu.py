@@ -20,7 +20,7 @@ from apack_compile.kernels.attend import reference as attend_reference
 pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
 
 attend, reference = attend_with(cpu.attend), attend_with(attend_reference.attend)
-SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
+SETS = native.SETS
 
 
 def attend_on(instructions: int) -> Callable[..., Tensor]:

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned"),
 ]
 
-SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
+SETS = native.SETS
 EPSILON = torch.finfo(torch.float32).eps
 
 

@@ -80,23 +80,28 @@ def test_a_library_with_other_bands_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert native.load_library(path) == (None, "built from other sources: install again")
 
 
-def test_the_instruction_set_is_the_best_that_the_processor_has():
+def test_the_instruction_sets_are_those_that_the_processor_has():
     if native.COMPILED is None or not Path("/proc/cpuinfo").is_file():
         pytest.skip(f"{native.STATUS}; /proc/cpuinfo is needed")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     has = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    avx2 = {"avx2", "fma", "f16c"}
+    avx512 = avx2 | {"avx512f"}
+    vnni = avx512 | {"avx512bw", "avx512_vnni", "avx512vbmi"}
     needs = {
-        "avx2": {"avx2", "fma", "f16c"},
-        "avx512": {"avx512f"},
-        "avx512_vnni": {"avx512bw", "avx512_vnni", "avx512vbmi"},
+        "baseline": set(),
+        "avx2": avx2,
+        "avx2_vnni": avx2 | {"avx_vnni"},
+        "avx512": avx512,
+        "avx512_vnni": vnni,
+        "avx512_vnni_bf16": vnni | {"avx512_bf16"},
     }
-    best = "baseline"
-    for name, flags in (needs | {"avx512_vnni_bf16": {"avx512_bf16"}}).items():
-        if not flags <= has:
-            break
-        best = name
-    assert native.INSTRUCTION_SETS[native.INSTRUCTION_SET] == best
-    assert native.has_integers(native.INSTRUCTION_SET) == ("vnni" in best)
+    names = [native.INSTRUCTION_SETS[i] for i in native.SETS]
+    assert names == [name for name, flags in needs.items() if flags <= has]
+    assert native.INSTRUCTION_SETS[native.INSTRUCTION_SET] == names[-1]
+    assert [name for name, i in zip(names, native.SETS, strict=True) if native.has_integers(i)] == [
+        name for name in names if name in ("avx2_vnni", "avx512_vnni", "avx512_vnni_bf16")
+    ]
 
 
 BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

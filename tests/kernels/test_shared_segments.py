@@ -19,7 +19,7 @@ from apack_compile.kernels.unpack import cpu as unpack_cpu
 from apack_compile.kernels.unpack import reference as unpack_reference
 
 compiled = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
-SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
+SETS = native.SETS
 
 
 @dataclass(frozen=True)

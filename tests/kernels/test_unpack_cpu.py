@@ -18,7 +18,7 @@ from apack_compile.kernels.unpack import reference as unpack_reference
 pytestmark = pytest.mark.skipif(native.COMPILED is None, reason=f"the compiled operations are {native.STATUS}")
 
 unpack, reference = unpack_with(cpu.unpack), unpack_with(unpack_reference.unpack)
-SETS = range(native.INSTRUCTION_SET + 1) if native.COMPILED is not None else ()
+SETS = native.SETS
 KEY, VALUE, DENSE, CODES, BASES, BANDS, POSITIONS, CURSOR, TOKENS = range(9)
 
 
