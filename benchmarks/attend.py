@@ -370,11 +370,15 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; may be repeated.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated.")] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Dense 16-bit bytes over packed bytes. Default: 8, and the preset.")
+        list[float] | None,
+        typer.Option(
+            help="Dense 16-bit bytes over packed bytes; may be repeated. Default: 8 (a CPU: 4 and 8), and the preset."
+        ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="attentionpack, instead of a ratio.")] = None,
     groups: Annotated[
-        int | None, typer.Option(help="Head groups of a ratio's plan. Default: as optimize chooses.")
+        list[int] | None,
+        typer.Option(help="Head groups of a ratio's plan; may be repeated. Default: as optimize chooses."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")] = None,
@@ -394,8 +398,8 @@ def main(
     here = tuple(INSTRUCTION_SETS[i] for i in SETS)
     if unknown := sorted({*(instructions or ())} - {*here}):
         raise typer.BadParameter(f"instructions={unknown} must be of {here} here")
-    plans = [None] if preset else [8.0, None] if ratio is None else [ratio]
     on_cpu = device == "cpu"
+    plans = [None] if preset else ratio or ([4.0, 8.0, None] if on_cpu else [8.0, None])
     lengths = tokens or ([512, 8_192] if on_cpu or quick else [2_048, 8_192, 32_768, 131_072])
     batches = batch or ([1] if on_cpu or quick else [1, 16])
     dtypes = dtype or (["float32"] if on_cpu and quick else ["float32", "bfloat16"] if on_cpu else ["bfloat16"])
@@ -405,10 +409,12 @@ def main(
     print(f"copy {bandwidth / 1e9:.1f} GB/s; {operations}")
     seconds, options = 0.5 if quick else 2.0, (key_block, instructions or ())
     rows = [
-        measured(name, n, b, plan, groups, getattr(torch, kind), device, bandwidth, seconds, *options)
+        measured(name, n, b, plan, count, getattr(torch, kind), device, bandwidth, seconds, *options)
         for kind in dtypes
         for plan in plans
         for name in shape or SHAPES
+        for count in groups or [None]
+        if count is None or SHAPES[name].heads % count == 0
         for n in lengths
         for b in batches
     ]

@@ -114,7 +114,7 @@ constexpr float level_variance(int bits) { return bits == 2 ? 0.83f : bits == 4 
 // What rounding loses of a number, in squares of its step.
 constexpr float ROUNDING = 1 / 12.0f;
 // What leaving out low terms may add to the squared error of what the codes lost, in scores and in sums of values.
-constexpr float MAY_ADD = 1 / 100.0f;
+constexpr float MAY_ADD = 1 / 200.0f;
 
 // What numbers up to `greatest` are multiplied with to be integers.
 inline float inverse_of(float greatest) { return greatest > 1e-30f ? MOST / greatest : 0; }

@@ -91,11 +91,12 @@ def _before_repetition(found: Attention, memory: Memory) -> tuple[fx.Node | None
 
 
 def _few_query_tokens(found: Attention) -> int | None:
-    """The number of query tokens, where they are few and the mask is the same for all heads."""
+    """The number of query tokens, where they are few, the mask is the same for all heads, and the result lies by heads in memory."""
     tokens, masks = value_of(found.query).shape[2], [shape(term.node) for term in found.masks]
     few = isinstance(tokens, int) and tokens <= MOST_ROWS and found.is_causal is False and found.dropout == 0
     shared = all(size is not None and len(size) == 4 and size[1] == 1 for size in masks)
-    return tokens if few and shared else None
+    # what comes after may make views of the result
+    return tokens if few and shared and value_of(found.node).is_contiguous() else None
 
 
 def _heads_as_rows(graph: fx.Graph, match: RepeatedHeads) -> None:

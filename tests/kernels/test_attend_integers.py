@@ -166,6 +166,10 @@ def test_integers_add_a_tenth_of_what_the_codes_lost_or_less_than_bfloat16(instr
     @example(Tokens((0, 0, 1, 0), count=63, sharpness=0.5, share=7, seed=139196))
     # keys of nothing but bytes: queries are not rounded to bfloat16
     @example(Tokens((0, 64, 0, 0), count=1100, block=16))
+    # those that one term adds most to
+    @example(Tokens((0, 1, 27, 17), count=1100, sharpness=8.0, outlier=30.0, share=1, token_scale=False, seed=448313))
+    @example(Tokens((21, 0, 29, 0), count=1100, decay=0.01, sharpness=8.0, share=1, block=64, seed=866699))
+    @example(Tokens((0, 0, 23, 3), count=1100, sharpness=8.0, outlier=30.0, share=7, block=16, seed=386))
     def check(tokens: Tokens) -> None:
         added, lost, short = errors(tokens, instructions)
         assert added <= max(lost / 10, short if with_bfloat16 else short / 10)

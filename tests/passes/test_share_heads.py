@@ -136,6 +136,21 @@ def test_a_batch_of_any_size_has_its_heads_as_rows_too():
     assert len(seen) == 1 and len(seen[0].shared_heads) == 1
 
 
+@pytest.mark.parametrize("value_width", [16, 24])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_views_of_the_result_stay_views(rows, value_width):
+    def viewed(query, key, value, mask):
+        out = F.scaled_dot_product_attention(query, repeat_kv(key, 3), repeat_kv(value, 3), mask)
+        return out.view(2, -1, value_width)
+
+    query, key, _, mask = inputs(rows=rows)
+    captured = capture(viewed, query, key, torch.randn(2, 2, 33, value_width), mask)
+    (expected,), _ = captured.run()
+    assert len(run_passes(captured.gm, PASSES).shared_heads) == 1
+    (out,), _ = captured.run()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_attentions_one_after_another():
     def twice(query, key, value, mask):
         return expanded(expanded(query, key, value, mask), key, value, mask)
