@@ -94,7 +94,10 @@ def load_tokenizer(folder: Path | None = None) -> Any:
 
     folder = _gguf_folder(folder)
     with _quiet(), _damaged_gguf(folder):
-        return AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_NAME, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_NAME, local_files_only=True)
+    # transformers 5.17 does not read it from the file
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 
 def load_model(folder: Path | None = None, weights: Path | None = None) -> Any:

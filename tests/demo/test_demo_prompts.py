@@ -108,3 +108,8 @@ def test_answers_are_compared_without_case_and_spaces() -> None:
     assert read_answer("  Yes\n") == "yes"
     assert read_answer("no per unit") == "no"
     assert read_answer("perhaps") == "perhaps"
+
+
+def test_texts_can_be_padded(tokenizer: Any) -> None:
+    padded = tokenizer(["one", "one and two"], return_tensors="pt", padding=True, padding_side="left")
+    assert padded.attention_mask[0, 0] == 0 and padded.input_ids[0, 0] == tokenizer.pad_token_id

@@ -178,7 +178,8 @@ def test_unpack_gives_every_sequence_the_shared_tokens(given_cases):
     plain = unpack_reference.unpack(call.key, call.value, *call.state.flatten(), tokens)
     own = unpack_cpu.unpack(call.key, call.value, *call.state.flatten(), tokens)
     for got, same, expected in zip(own, plain, wanted, strict=True):
-        assert torch.equal(same, expected)
+        # products of another batch may be summed in another order
+        torch.testing.assert_close(same, expected)
         torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
 
 
