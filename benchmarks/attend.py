@@ -399,7 +399,7 @@ def main(
     if unknown := sorted({*(instructions or ())} - {*here}):
         raise typer.BadParameter(f"instructions={unknown} must be of {here} here")
     on_cpu = device == "cpu"
-    plans = [None] if preset else ratio or ([4.0, 8.0, None] if on_cpu else [8.0, None])
+    plans = [None] if preset else ratio or ([4.0, 8.0, None] if on_cpu and not quick else [8.0, None])
     lengths = tokens or ([512, 8_192] if on_cpu or quick else [2_048, 8_192, 32_768, 131_072])
     batches = batch or ([1] if on_cpu or quick else [1, 16])
     dtypes = dtype or (["float32"] if on_cpu and quick else ["float32", "bfloat16"] if on_cpu else ["bfloat16"])

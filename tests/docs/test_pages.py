@@ -135,9 +135,14 @@ def test_the_readme_has_the_figures_of_the_result_files():
     assert f"Of {count} image-text-to-text model types, {works} work, and one works with some layers dense" in sentences
     dense = the_one(text, system="dense", setting="model in bfloat16")
     assert f"| {dense['sequence_bytes'] / 1e6:.1f} MB | 1 | {dense['kl']:.4f} |" in page
-    for name, speed in (("decode-cpu.json", "1.12 times"), ("decode-not-compiled-cpu.json", "0.90 of the dense")):
+    for name, said in (
+        ("decode-cpu.json", "1.06 times as fast (1 request of 2,048 tokens)"),
+        ("decode-cpu-8000-tokens.json", "2.03 times (1 of 8,000)"),
+        ("decode-cpu-batch-16.json", "6.59 times (16 of 2,048)"),
+        ("decode-not-compiled-cpu.json", "0.94 of the dense speed (1 of 2,048)"),
+    ):
         measured = the_one(of(name), shape="SmolLM2-135M, real")["speedup_vs_dense"]
-        assert speed in sentences and speed.startswith(f"{measured:.2f}")
+        assert said in sentences and said.startswith(f"{measured:.2f}")
 
 
 def test_the_readme_and_the_performance_page_have_the_throughput_of_the_result_file():
@@ -203,9 +208,16 @@ def test_the_performance_page_has_the_figures_of_the_result_files():
         groups = [r for r in of("attend-cpu-head-groups.json") if r["shape"] == shape and r["plan"] == f"ratio={ratio}"]
         measured = {row["groups"]: row["speedup_vs_dense"] for row in groups if row["tokens"] == 8192}
         assert shown == {count: round(measured[count], 2) for count in shown}
-    for name, compiled in (("decode-cpu.json", "yes"), ("decode-not-compiled-cpu.json", "no")):
+    for name, length, compiled in (
+        ("decode-cpu.json", "2,048", "yes"),
+        ("decode-cpu-batch-16.json", "2,048, batch 16", "yes"),
+        ("decode-cpu-8000-tokens.json", "8,000", "yes"),
+        ("decode-not-compiled-cpu.json", "2,048", "no"),
+    ):
         row = the_one(of(name), shape="SmolLM2-135M, real")
-        shown = f"| SmolLM2-135M | 2,048 | {compiled} | {row['ratio']:.1f} | {row['speedup_vs_dense']:.2f} |"
+        shown = f"| SmolLM2-135M | {length} | {compiled} | {row['ratio']:.1f} | {row['speedup_vs_dense']:.2f} |"
+        if compiled == "yes":
+            shown += f" {row['speedup_vs_shared_heads']:.2f} | {row['dense_tokens_per_second']:.1f} |"
         assert shown in page
 
 
