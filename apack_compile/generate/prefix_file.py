@@ -21,7 +21,7 @@ from apack_compile.models.weights import weights_digest
 from apack_compile.plan.file import versions
 from apack_compile.plan.ranks import ALONE, ranks_of
 from apack_compile.plan.signature import describe, signature_of
-from apack_compile.plan.tensor_file import FileKind, read_file, refuse_folder, write_file
+from apack_compile.plan.tensor_file import FileKind, read_file, write_file
 
 PREFIX = FileKind("prefix", "1", "Prefix.save")
 INPUT_IDS, DELTAS = "input_ids", "rope_deltas."
@@ -113,9 +113,7 @@ def choose_plans(model: nn.Module, cache: CompactedCache, ids: Tensor) -> None:
 
 def write(path: str | os.PathLike, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write one file in place of an old one, whole or not at all."""
-    path = Path(path)
-    refuse_folder(path)
-    write_file(path, PREFIX, json.dumps(values), {name: alone(x) for name, x in tensors.items()})
+    write_file(Path(path), PREFIX, json.dumps(values), {name: alone(x) for name, x in tensors.items()})
 
 
 def alone(x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def refuse_folder(path: Path) -> None:
 
 def write_file(path: Path, kind: FileKind, values: str, tensors: Mapping[str, Tensor], **more: str) -> None:
     """Write one file in place of an old one, whole or not at all. values: JSON; more: further metadata."""
+    refuse_folder(path)
     metadata = {kind.version_key: kind.version, kind.holds: values, **more}
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary, common = Path(folder) / "file", Path(folder) / "common"

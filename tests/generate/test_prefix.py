@@ -216,7 +216,9 @@ def test_packed_branches_say_what_copies_of_the_packed_cache_say(coarse, compile
     apack_compile.optimize(model, preset="lossless", min_tokens=0, compile="none")
     dense = apack_compile.read(model, **inputs).generate(asked, **options | {"max_new_tokens": 1})
     lost = (dense.logits[0] - separate.logits[0]).abs().max()
-    assert (torch.stack(shared.logits) - torch.stack(separate.logits)).abs().max() <= 0.1 * lost
+    apart = torch.stack(shared.logits) - torch.stack(separate.logits)
+    assert apart.abs().max() <= 0.1 * lost
+    assert apart.square().mean().sqrt() <= 1e-2
 
 
 def test_bytes_are_the_prefix_once_and_what_each_row_has():
