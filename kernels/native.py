@@ -52,7 +52,10 @@ def use_openmp(library: ctypes.CDLL) -> bool:
 
 def lays_out_alike(library: ctypes.CDLL) -> bool:
     """Whether a library has the structures and the bands that Python has."""
-    if not all(hasattr(library, name) for name in ("apack_place", "apack_bits", "apack_has_instruction_set")):
+    if not all(
+        hasattr(library, name)
+        for name in ("apack_place", "apack_bits", "apack_has_instruction_set", "apack_is_other_x86")
+    ):
         return False
     expected = {name: at for kind in STRUCTURES for name, at in places(kind).items()}
     bits = tuple(library.apack_bits(band) for band in range(len(WIDTHS) + 1))

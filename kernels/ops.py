@@ -6,6 +6,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from apack_compile.kernels import cuda, native
@@ -15,6 +16,7 @@ from apack_compile.kernels.append_at.reference import append_at
 from apack_compile.kernels.attend import cpu as attend_cpu
 from apack_compile.kernels.attend.reference import attend
 from apack_compile.kernels.autocast import without_autocast
+from apack_compile.kernels.linear import cpu as linear_cpu
 from apack_compile.kernels.pack.reference import pack
 from apack_compile.kernels.unpack import cpu as unpack_cpu
 from apack_compile.kernels.unpack.reference import unpack
@@ -43,12 +45,15 @@ LIBRARY.define(
 LIBRARY.define(f"attend({QUERY}, Tensor[]? state=None, int[] layout=[], float? scale=None) -> Tensor", tags=TAGS)
 # An operation of its own: one that writes, and is given nothing to write to, does not get through Inductor.
 LIBRARY.define(f"attend_tiers({QUERY}, {STATE}, float? scale, {TIERS}) -> Tensor", tags=TAGS)
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", tags=TAGS)
 # Of a prompt, which no graph has: eager alone.
 LIBRARY.define(
     "pack(Tensor key, Tensor value, Tensor[] bases, int[] layout, int groups, bool[] scaled, int used, int slots, int every, "
     "Tensor? real=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("pack", pack, "CompositeExplicitAutograd")
+LIBRARY.impl("linear", F.linear, "CompositeExplicitAutograd")
+LIBRARY.impl("linear", linear_cpu.linear, "CPU")
 LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("append_at", partial(append_at, append), "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")
@@ -101,3 +106,8 @@ def _unpack_fake(key, value, state, layout, tokens, *tiers, **options) -> tuple[
 @torch.library.register_fake("apack::attend_tiers", lib=LIBRARY)
 def _attend_fake(query, key, value, *state_and_tiers, **options) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+@torch.library.register_fake("apack::linear", lib=LIBRARY)
+def _linear_fake(x, weight, bias=None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -1,5 +1,5 @@
 """Graph passes over Dynamo graphs: find attention sites, fuse them into `apack::attend`, share heads, list stock caches,
-pack static buffers, drop what became dead.
+pack static buffers, hand linear layers to oneDNN, drop what became dead.
 """
 
 if __name__ != "apack_compile.passes":
@@ -16,6 +16,7 @@ from apack_compile.passes.buffers.cache_updates import CacheUpdate, FindCacheUpd
 from apack_compile.passes.buffers.pack_buffers import PackBuffers
 from apack_compile.passes.buffers.pairs import BufferPair
 from apack_compile.passes.graph.dead_code import RemoveDeadCode
+from apack_compile.passes.graph.linear_layers import LinearThroughOneDnn
 
 __all__ = [
     "AttentionSite",
@@ -24,6 +25,7 @@ __all__ = [
     "FindCacheUpdates",
     "FuseAttend",
     "GraphRecord",
+    "LinearThroughOneDnn",
     "MatchRecord",
     "PackBuffers",
     "Pass",

@@ -92,6 +92,11 @@ class GraphRecord:
         return tuple(m for p in self.passes if p.name == "ShareHeads" for m in p.matches)
 
     @property
+    def linear_layers(self) -> tuple[MatchRecord, ...]:
+        """Every linear layer that oneDNN computes."""
+        return tuple(m for p in self.passes if p.name == "LinearThroughOneDnn" for m in p.matches)
+
+    @property
     def cache_updates(self) -> tuple[MatchRecord, ...]:
         """Every update of a stock cache that an attention reads, and why it stays as it is."""
         return tuple(m for p in self.passes if p.name == "FindCacheUpdates" for m in p.matches)

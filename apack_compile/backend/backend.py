@@ -18,11 +18,13 @@ from apack_compile.backend.inner_compiler import AUTO, NO_COMPILER, resolve_comp
 from apack_compile.checks import is_ratio
 from apack_compile.config import DEFAULT_RATIO
 from apack_compile.errors import StrictError
+from apack_compile.kernels.linear.cpu import onednn_is_faster
 from apack_compile.passes import (
     BufferPair,
     FindCacheUpdates,
     FuseAttend,
     GraphRecord,
+    LinearThroughOneDnn,
     MatchRecord,
     PackBuffers,
     PassRecord,
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
 
 INNER = (AUTO, "inductor", "aot_eager", "eager")
 OPTIONS = ("inner", "strict", "dump_dir", "log", "own_cache", "ratio", "plan")
-PASSES = (FuseAttend(), ShareHeads(), FindCacheUpdates(), RemoveDeadCode())
+LINEAR = (LinearThroughOneDnn(),) if onednn_is_faster() else ()
+PASSES = (FuseAttend(), ShareHeads(), FindCacheUpdates(), RemoveDeadCode(), *LINEAR)
 
 # By the id of the options that they keep alive themselves; they go when the last graph, and the log, does.
 _CACHES: WeakValueDictionary[int, "OwnCaches"] = WeakValueDictionary()

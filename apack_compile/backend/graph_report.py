@@ -1,6 +1,6 @@
 """What `report(log)` returns: every attention and every cache in the graphs of a `torch.compile`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ def build_graph_report(log: GraphLog) -> GraphReport:
         notes.append(f"dense caches{known} stay as they are, their bytes are unchanged; {HOW_TO_PACK}")
     if log.caches and not held:
         notes.append("own_cache: nothing is packed yet; the first decode call over enough tokens does it")
+    notes += linear_notes(log.graphs)
     compilers = tuple(dict.fromkeys(log.compilers))
     return GraphReport(len(log.graphs), compilers, lines, sizes, tuple(dict.fromkeys(notes)))
 
@@ -104,6 +105,13 @@ def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:
             reason = refused.get(update.node, update.reason) or ""
             what = f"{update.details.get('stream', '')} cache".strip()
             yield GraphLine(number, update.layer or "", what, "unchanged", reason)
+
+
+def linear_notes(graphs: Sequence[GraphRecord]) -> list[str]:
+    """How many linear layers oneDNN computes, in the graph that has most of them."""
+    most = max((len(graph.linear_layers) for graph in graphs), default=0)
+    what = counted(most, "linear layer") + " of a graph in float32"
+    return [f"{what} through oneDNN: this processor is not Intel's, and MKL is slower there"] if most else []
 
 
 def stock_bytes(graph: GraphRecord) -> int:

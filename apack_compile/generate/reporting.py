@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apack_compile.backend.graph_report import linear_notes
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, less_than_asked, more_than_dense
 from apack_compile.checks import counted, size
 from apack_compile.generate.decode_step import why_not_compiled
@@ -308,7 +309,7 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
         notes.append(
             f"{', '.join(eager)}: a step over the cache of these layers cannot be compiled: decode runs eagerly"
         )
-    notes += stock_cache_notes(session.graphs)
+    notes += stock_cache_notes(session.graphs) + linear_notes(session.graphs)
     if session.plan is not None:
         notes += version_notes(session.plan.provenance.versions)
     ratio, calibration = session.ratio, session.calibration

@@ -62,6 +62,16 @@ int64_t apack_has_instruction_set(int64_t set) {
     return set == BASELINE;
 }
 
+// 1 on an x86 that Intel did not make, else 0.
+int64_t apack_is_other_x86() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return !__builtin_cpu_is("intel");
+#else
+    return 0;
+#endif
+}
+
 // 0, or 1 where memory ran out.
 int64_t apack_attend(const void *arguments, const void *state, int64_t set) {
 #if defined(APACK_BUILDS_VNNI)

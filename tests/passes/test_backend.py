@@ -78,7 +78,7 @@ def test_a_graph_with_nothing_to_do_reaches_the_inner_compiler_unchanged(inner):
     out = compiled(dense, make_backend(records.append, inner=inner, strict=True), (x,))
     torch._dynamo.reset()
     torch.testing.assert_close(out, compiled(dense, inner, (x,)), rtol=0, atol=0)
-    assert [p.count for p in records[0].passes] == [0, 0, 0, 0]
+    assert not any(p.count for p in records[0].passes)
     assert records[0].sites[0].reason == "dense: key does not come from a packed cache"
 
 

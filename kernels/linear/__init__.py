@@ -1,0 +1,1 @@
+"""`apack::linear`: a linear layer in float32, on CPUs through oneDNN."""
