@@ -103,11 +103,8 @@ def measured(
     for side, state in states.items():
         lists = state.flatten()
         calls[side] = lambda lists=lists: torch.ops.apack.attend.default(query, *new, None, *lists, None)
-    copied, shared = (call().float() for call in calls.values())
-    # products in integers round rows that are read together alike; codes of two bits lose a third
-    apart = float((copied - shared).square().mean() / copied.square().mean()) ** 0.5
-    if apart > 2e-2:
-        raise RuntimeError(f"{name}: the shared prefix gives other results than copies, {apart:.3f} apart")
+    outputs = [call().float() for call in calls.values()]
+    torch.testing.assert_close(*outputs, atol=2e-2 * float(outputs[0].abs().max()), rtol=0)
     before = thread_speedup() if device == "cpu" else 0.0
     timing = interleaved(calls, seconds, device)
     row: Row = {

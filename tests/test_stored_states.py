@@ -15,10 +15,7 @@ from apack_compile import AttentionPackConfig
 from apack_compile.cache.cache import CompactedCache
 from apack_compile.cache.stored_states import StoredStates
 from apack_compile.generate.hooks import attention_of
-from apack_compile.kernels import native
 
-# products in integers add a tenth of what the codes lost
-NEAR = 1e-4 if native.has_integers(native.INSTRUCTION_SET) else 1e-5
 HEADS, REPEATS, WIDTH, PROMPT = 2, 3, 10, 83
 
 
@@ -101,7 +98,7 @@ def test_an_attention_reads_stored_states(heads, new, dtype):
         else:
             out = sdpa(query, heads(key), heads(value), mask, scale=0.2)
     assert operations.called == ["attend"]
-    torch.testing.assert_close(out.double(), exact(query, key.decoded, value.decoded, mask, 0.2), rtol=1e-4, atol=NEAR)
+    torch.testing.assert_close(out.double(), exact(query, key.decoded, value.decoded, mask, 0.2), rtol=1e-4, atol=1e-5)
 
 
 def test_heads_may_come_as_rows():
@@ -111,7 +108,7 @@ def test_heads_may_come_as_rows():
         out = sdpa(query, key, value)
     assert operations.called == ["attend"]
     held = (x.decoded[:, :, : PROMPT + 1] for x in (key, value))
-    torch.testing.assert_close(out.double(), exact(query, *held, None), rtol=1e-4, atol=NEAR)
+    torch.testing.assert_close(out.double(), exact(query, *held, None), rtol=1e-4, atol=1e-5)
 
 
 def joined(x: Tensor) -> Tensor:

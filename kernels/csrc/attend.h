@@ -26,11 +26,6 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
     }
     const int64_t key_block = ahead ? a.rotations[segment - 1].block : 0;
     int64_t known = 0, end_known = 0;  // blocks of relative keys whose latents are there
-    bool as_bytes = false;
-#if defined(APACK_VNNI)
-    const Source &value = w.segments[segment].value;
-    if (is_packed(value)) as_bytes = takes_bytes(value, w.value[kind - 1], basis_at(value, item.b, item.group));
-#endif
     BlockSlots slots;
     int tokens;
     for (int token = begin; token < end; token += tokens) {
@@ -57,7 +52,7 @@ inline void run_part(const Work &w, const Item &item, int segment, int begin, in
         prefetch_codes(w, item, segment, token + tokens, 1);
         weigh_scores(w, item, segment, M, local, slots, token, tokens, latents.offset, w.width[kind]);
         prefetch_codes(w, item, segment, token + tokens, 2);
-        sum_values(w, item, segment, token, tokens, slots, as_bytes, local);
+        sum_values(w, item, segment, token, tokens, slots, local);
         prefetch_codes(w, item, segment, token + tokens, 3);
     }
 }

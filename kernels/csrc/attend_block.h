@@ -122,16 +122,13 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
 #if defined(APACK_VNNI)
     for (int m = 0; m < M && is_packed(w.segments[segment].value); ++m) {
         const int at = m * BLOCK;
-        const float factor = local.most[m] / MOST;
-        const Total total = quantize_weights(local.score + at, inverse_of(local.most[m]), local.weight_terms[0] + at, local.weight_terms[1] + at, local.weight_bytes + at);
-        local.weight_scale[m] = {factor, factor * sum(total.whole)};
-        local.byte_scale[m] = {128 * factor, factor * sum(total.rounded)};
+        const Vec mass = quantize<8>(local.score + at, BLOCK, inverse_of(local.most[m]), local.weight_terms[0] + at, local.weight_terms[1] + at);
+        local.weight_scale[m] = {local.most[m] / MOST, local.most[m] / MOST * sum(mass)};
     }
 #endif
 }
 
-__attribute__((noinline)) void sum_values(const Work &w, const Item &item, int segment, int token, int tokens, const BlockSlots &slots, bool as_bytes,
-                                          const Local &local) {
+__attribute__((noinline)) void sum_values(const Work &w, const Item &item, int segment, int token, int tokens, const BlockSlots &slots, const Local &local) {
     const Attend &a = *w.a;
     const Segment &s = w.segments[segment];
     int kind = kind_of(segment), per_group = heads_per_group(w, kind), M = per_group * item.rows, D = (int)a.value_dim;
@@ -140,7 +137,7 @@ __attribute__((noinline)) void sum_values(const Work &w, const Item &item, int s
         // The leading components are in the same columns, whatever their number, unless a band ends inside of a vector.
         const Columns &all = w.value[kind - 1], &columns = partial ? w.partial[kind - 1] : all;
         Packed values = packed_of(s.value, a.batch, item.b, item.group, s.slots, columns.bytes);
-        return sum_packed(values, columns, all, M, token, tokens, slots.all ? nullptr : slots.holds, item.sums, as_bytes, local);
+        return sum_packed(values, columns, all, M, token, tokens, slots.all ? nullptr : slots.holds, item.sums, local);
     }
     for (int h = 0; h < per_group; ++h) {
         int head = item.group * per_group + h, source_heads = (int)(a.heads / s.value.groups), step = TILE / D;

@@ -234,8 +234,6 @@ struct Local {
     float *latent, *offset;   // [ROTATED][M][columns], [ROTATED][M]
     int8_t *latent_terms[2], *weight_terms[2];  // [ROTATED][M][columns], [M][BLOCK], as 8-bit numbers
     Scale *latent_scale, *weight_scale;         // [ROTATED][M], [M]
-    uint8_t *weight_bytes;                      // [M][BLOCK], weights of 8 bits
-    Scale *byte_scale;                          // [M]
     float *merged, *out;      // [R][columns], [R][D]
     uint8_t *codes;           // of a block's tokens, and a vector each
 };
@@ -268,8 +266,6 @@ inline Local lay_out_local(const Work &w, Arena &arena) {
     }
     local.latent_scale = (Scale *)arena.take(INTEGERS ? latents * sizeof(Scale) : 0);
     local.weight_scale = (Scale *)arena.take(INTEGERS ? most_rows * sizeof(Scale) : 0);
-    local.weight_bytes = (uint8_t *)arena.take(INTEGERS ? (size_t)most_rows * BLOCK : 0);
-    local.byte_scale = (Scale *)arena.take(INTEGERS ? most_rows * sizeof(Scale) : 0);
     local.merged = arena.floats((int64_t)w.R * width);
     local.out = arena.floats((int64_t)w.R * a.value_dim);
     local.codes = (uint8_t *)arena.take(BLOCK * (bytes + GRAIN));

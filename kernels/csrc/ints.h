@@ -24,8 +24,9 @@ inline void store_ints(void *p, Ints x) { _mm256_storeu_si256((__m256i *)p, x); 
 inline Ints load_some_ints(const void *p, int n) { return _mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p); }
 inline void store_bytes(void *p, Ints x, int n) { _mm512_mask_storeu_epi8(p, ~0ull >> (64 - n), x); }
 inline Ints add_pairs(Ints sums, Ints x) { return _mm512_dpwssd_epi32(sums, x, _mm512_set1_epi16(1)); }
-// Low bytes of the 16-bit numbers of two vectors, by their places.
+// Low and high bytes of the 16-bit numbers of two vectors, by the places of the low ones.
 inline Ints low_bytes(Ints a, Ints b, Ints places) { return _mm512_permutex2var_epi8(a, places, b); }
+inline Ints high_bytes(Ints a, Ints b, Ints places) { return low_bytes(a, b, _mm512_add_epi8(places, _mm512_set1_epi8(1))); }
 #else
 // One of the sixteen that AVX2 has, where the compiler is told of a processor that has more.
 #define APACK_REGISTER "x"
@@ -42,6 +43,7 @@ inline Ints low_bytes(Ints a, Ints b, Ints places) {
     const Ints low = _mm256_set1_epi16(255), bytes = _mm256_packus_epi16(a & low, b & low);
     return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)), places);
 }
+inline Ints high_bytes(Ints a, Ints b, Ints places) { return low_bytes(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8), places); }
 #endif
 
 // Sums plus bytes from 0 to 255 times bytes from -128 to 127; GCC 12 copies the sums around the intrinsic.

@@ -166,7 +166,7 @@ struct Floats {
     static constexpr int EACH = 1;  // floats that a number is made of
     static Vec numbers(const float *row, Vec factor) { return scaled(load(row), factor); }
     typedef Vec Sums;
-    static constexpr int TERMS = 1, low_words = 0;
+    static constexpr int TERMS = 1;
     static constexpr int64_t term_step = 0;
     static Vec begin(const float *out, int n) { return n == LANES ? load(out) : load_some(out, n); }
     static Vec row(const float *b, int n) { return n == LANES ? load_once(b) : load_some(b, n); }
@@ -206,7 +206,7 @@ inline void weigh_tile(const Kind &kind, int first, const typename Kind::Number 
     for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 4
         for (int n = 0; n < NB; ++n) acc[m][n] = kind.begin(out[m] + column + n * LANES, lanes(n));
-    for (int term = 0; term < Kind::TERMS; ++term, a += kind.term_step, k = kind.low_words) {
+    for (int term = 0; term < Kind::TERMS; ++term, a += kind.term_step) {
 #pragma GCC unroll 4
         for (int m = 0; m < MB; ++m)
 #pragma GCC unroll 4

@@ -212,13 +212,7 @@ def test_packed_branches_say_what_copies_of_the_packed_cache_say(coarse, compile
     copied.batch_repeat_interleave(3)
     separate = model.generate(**prefix._with_questions(asked), past_key_values=copied, **options)
     assert torch.equal(shared.sequences, separate.sequences)
-    # products in integers round rows that are read together alike: a tenth of what the codes lost
-    apack_compile.optimize(model, preset="lossless", min_tokens=0, compile="none")
-    dense = apack_compile.read(model, **inputs).generate(asked, **options | {"max_new_tokens": 1})
-    lost = (dense.logits[0] - separate.logits[0]).abs().max()
-    apart = torch.stack(shared.logits) - torch.stack(separate.logits)
-    assert apart.abs().max() <= 0.1 * lost
-    assert apart.square().mean().sqrt() <= 1e-2
+    torch.testing.assert_close(torch.stack(shared.logits), torch.stack(separate.logits), atol=2e-2, rtol=1e-2)
 
 
 def test_bytes_are_the_prefix_once_and_what_each_row_has():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from precision import eps_of
 from random_calls import Case, build, without_garbage
 from state_lists import attend_with, unpack_with
 from torch import Tensor
@@ -93,8 +92,8 @@ def test_attending_in_halves_is_dense_attention_over_what_unpack_gives(block, pa
     wanted = weights @ values.repeat_interleave(case.share, 1)
     rest = [mask, *call.arguments[STATE], None]
     got = attend(*halves, value, *rest, **rotations)
-    lost = {"reference": 1e-5, "triton": 2e-3}.get(name, max(1e-5, 2 * eps_of(query.dtype)))
-    torch.testing.assert_close(got.double(), wanted, atol=lost, rtol=0)
+    in_16_bits = name == "triton" or (name != "reference" and native.has_integers(native.INSTRUCTION_SET))
+    torch.testing.assert_close(got.double(), wanted, atol=2e-3 if in_16_bits else 1e-5, rtol=0)
     other = attend(query, key, value, *rest, **rotations)
     assert not torch.allclose(got, other, atol=0.05), "the order of components matters here"
 

@@ -1,14 +1,14 @@
-"""How far results may be from float64, as a share of the largest one."""
+"""How far attention may round numbers."""
 
 import torch
 
 from apack_compile.kernels import native
 
-# Codes of two and four bits lose a tenth to a quarter of a component; integers add a tenth of that (tests/kernels/test_attend_integers.py).
-INTEGERS = 1 / 50
+# What integers of two bytes lose, and queries of relative keys that are rounded to bfloat16.
+COARSER = {"avx2_vnni": torch.float16, "avx512_vnni": torch.float16, "avx512_vnni_bf16": torch.bfloat16}
 
 
 def eps_of(dtype: torch.dtype, instructions: int = native.INSTRUCTION_SET) -> float:
-    """A dtype's rounding, or what attention in integers loses where it does more; instructions: index into INSTRUCTION_SETS."""
-    eps = torch.finfo(dtype).eps
-    return max(eps, INTEGERS) if native.has_integers(instructions) else eps
+    """A dtype's rounding, or that of an instruction set where it is coarser; instructions: index into INSTRUCTION_SETS."""
+    coarser = COARSER.get(native.INSTRUCTION_SETS[instructions], dtype)
+    return max(torch.finfo(dtype).eps, torch.finfo(coarser).eps)
