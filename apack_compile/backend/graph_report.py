@@ -28,10 +28,12 @@ class GraphLine:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """Attentions and caches of every graph, the compilers they went to, bytes of what own_cache has packed by now, and notes."""
+    """Attentions and caches of every graph, the compilers they went to, what computes other operations, bytes of what own_cache has packed
+    by now, and notes."""
 
     graphs: int
     compilers: tuple[str, ...]
+    operations: dict[str, str]
     lines: tuple[GraphLine, ...]
     bytes: dict[str, Any] | None
     notes: tuple[str, ...]
@@ -44,6 +46,7 @@ class GraphReport:
         compiled = "; ".join(self.compilers) or "nothing was compiled yet"
         graphs = counted(self.graphs, "graph")
         lines = [f'apack-compile: torch.compile(backend="attentionpack"), {graphs}: {compiled}']
+        lines += [f"{operation}: {serves}" for operation, serves in self.operations.items()]
         lines.append(f"{'graph':>5}  {'layer':<32} {'what':<28} {'status':<12} reason")
         lines += [f"{n.graph:>5}  {n.layer:<32} {n.what:<28} {n.status:<12} {n.reason}" for n in self.lines]
         if self.bytes:
@@ -72,9 +75,10 @@ def build_graph_report(log: GraphLog) -> GraphReport:
         notes.append(f"dense caches{known} stay as they are, their bytes are unchanged; {HOW_TO_PACK}")
     if log.caches and not held:
         notes.append("own_cache: nothing is packed yet; the first decode call over enough tokens does it")
-    notes += linear_notes(log.graphs)
     compilers = tuple(dict.fromkeys(log.compilers))
-    return GraphReport(len(log.graphs), compilers, lines, sizes, tuple(dict.fromkeys(notes)))
+    return GraphReport(
+        len(log.graphs), compilers, linear_operation(log.graphs), lines, sizes, tuple(dict.fromkeys(notes))
+    )
 
 
 def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:
@@ -107,11 +111,10 @@ def lines_of(number: int, graph: GraphRecord) -> Iterator[GraphLine]:
             yield GraphLine(number, update.layer or "", what, "unchanged", reason)
 
 
-def linear_notes(graphs: Sequence[GraphRecord]) -> list[str]:
-    """How many linear layers oneDNN computes, in the graph that has most of them."""
+def linear_operation(graphs: Sequence[GraphRecord]) -> dict[str, str]:
+    """How many linear layers oneDNN computes, in the graph that has most of them; nothing where there are none."""
     most = max((len(graph.linear_layers) for graph in graphs), default=0)
-    what = counted(most, "linear layer") + " of a graph in float32"
-    return [f"{what} through oneDNN: this processor is not Intel's, and MKL is slower there"] if most else []
+    return {"linear": f"oneDNN for {counted(most, 'layer')} in float32 (MKL is slower here)"} if most else {}
 
 
 def stock_bytes(graph: GraphRecord) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apack_compile.backend.graph_report import linear_notes
+from apack_compile.backend.graph_report import linear_operation
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, less_than_asked, more_than_dense
 from apack_compile.checks import counted, size
 from apack_compile.generate.decode_step import why_not_compiled
@@ -160,7 +160,7 @@ def build_report(model: nn.Module, session: Any) -> Report:
         setting=setting_of(session) + (f", {session.source.ranks}" if session.source.ranks.count > 1 else ""),
         compile=inner or "none",
         compile_reason=session.inner_reason if stopped is None else f"{stopped}; {session.inner_reason}",
-        operations=implementations(computing_device(model).type, model.dtype),
+        operations=implementations(computing_device(model).type, model.dtype) | linear_operation(session.graphs),
         calibrated_on=session.plan.provenance.calibrated_on if session.plan else calibrated_on,
         weighed_by=weights_of(session),
         keys=keys_of(session),
@@ -309,7 +309,7 @@ def notes_of(session: Any, held: dict[str, Any] | None) -> list[str]:
         notes.append(
             f"{', '.join(eager)}: a step over the cache of these layers cannot be compiled: decode runs eagerly"
         )
-    notes += stock_cache_notes(session.graphs) + linear_notes(session.graphs)
+    notes += stock_cache_notes(session.graphs)
     if session.plan is not None:
         notes += version_notes(session.plan.provenance.versions)
     ratio, calibration = session.ratio, session.calibration

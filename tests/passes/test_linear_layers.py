@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import capture
+from saved_plans import llama
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,5 +93,12 @@ def test_the_backend_computes_all_layers_of_a_model_so_where_it_is_faster():
     torch.testing.assert_close(step(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
     expected = [15] if onednn_is_faster() else [0]
     assert [len(graph.linear_layers) for graph in log.graphs] == expected
-    notes = [note for note in apack_compile.report(log).notes if "15 linear layers" in note]
-    assert len(notes) == onednn_is_faster()
+    report = apack_compile.report(log)
+    assert ("linear: oneDNN for 15 layers" in str(report)) == ("linear" in report.operations) == onednn_is_faster()
+
+
+def test_the_report_of_an_optimized_model_counts_the_layers_of_a_step():
+    model = apack_compile.optimize(llama(), preset="lossless", compile="eager", min_tokens=0)
+    model.generate(torch.randint(10, 64, (1, 40)), max_new_tokens=4, do_sample=False)
+    found = apack_compile.report(model).operations.get("linear", "")
+    assert found.startswith("oneDNN for 15 layers") == onednn_is_faster()
