@@ -30,7 +30,7 @@ def attend(
     ema: Sequence[float] | None = None,
     instructions: int = INSTRUCTION_SET,
 ) -> Tensor:
-    """As the reference, in float32 inside, or in integers where the processor multiplies those faster; queries in float64, heads
+    """As the reference, in float32 inside, or in 16-bit integers where the processor multiplies those faster; queries in float64, heads
     wider than 2,048 and relative keys that are kept as they are get the reference. instructions: index into INSTRUCTION_SETS.
 
     Raises ValueError for importance that is not contiguous, MemoryError when there is no memory for scratch space.
