@@ -6,8 +6,8 @@ with their own weights, float32.
 
 Dense is transformers' StaticCache, compiled with Inductor; packed is the same model compiled through our backend, Inductor below (both
 with CUDA graphs on a GPU); with `--compile none` neither is compiled. On a CPU, compiled, there is a second dense way: the StaticCache
-through our backend, which shares key heads instead of copying them and changes nothing else. All take turns, `STEPS` steps at a time;
-medians.
+through our backend, which shares key heads instead of copying them, and computes linear layers as the packed step does. All take turns,
+`STEPS` steps at a time; medians.
 Compaction is the time of encoding every layer's keys and values, without the model, as a share of the dense prefill.
 `largest_batch`: sequences of this length whose caches fit in `--budget`, at the depth of the shape's model.
 """

@@ -3,7 +3,8 @@
 The budget is what a dense cache of `--dense-batch` requests takes in 16 bits a number, also where the model computes in float32: that
 is in the dense cache's favour. A packed cache is charged everything that it holds, and the bases. Dense is three ways to decode, of
 which the fastest counts: transformers' DynamicCache without a compiler, its StaticCache compiled by Inductor, and that compiled through
-our backend, which shares heads instead of copying them and changes nothing else. Packed steps are compiled through our backend.
+our backend, which shares heads instead of copying them and computes linear layers as the packed steps do, which are compiled through it
+too.
 Where a model is measured in two dtypes, dense is the faster one: a packed cache in bfloat16 gains nothing from dense attention that is
 slow in it.
 
