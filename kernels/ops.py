@@ -53,7 +53,8 @@ LIBRARY.define(
 )
 LIBRARY.impl("pack", pack, "CompositeExplicitAutograd")
 LIBRARY.impl("linear", F.linear, "CompositeExplicitAutograd")
-LIBRARY.impl("linear", linear_cpu.linear, "CPU")
+if linear_cpu.HAS_ONEDNN:
+    LIBRARY.impl("linear", linear_cpu.linear, "CPU")
 LIBRARY.impl("append", append, "CompositeExplicitAutograd")
 LIBRARY.impl("append_at", partial(append_at, append), "CompositeExplicitAutograd")
 LIBRARY.impl("unpack", unpack, "CompositeExplicitAutograd")

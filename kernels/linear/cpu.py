@@ -10,6 +10,8 @@ from torch import Tensor
 
 from apack_compile.kernels.native import COMPILED
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x` `[..., in]` times `weight` `[out, in]`, plus `bias` `[out]`; float32."""
@@ -20,5 +22,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def onednn_is_faster() -> bool:
     """Whether this PyTorch multiplies through MKL, has oneDNN as well, and the processor is an x86 that is not Intel's."""
-    both = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return both and COMPILED is not None and COMPILED.apack_is_other_x86() == 1
+    return (
+        HAS_ONEDNN and torch.backends.mkl.is_available() and COMPILED is not None and COMPILED.apack_is_other_x86() == 1
+    )
