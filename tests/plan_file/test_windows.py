@@ -11,6 +11,7 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 
 import apack_compile
 from apack_compile import AttentionPackConfig, Plan
+from apack_compile.kernels.linear.cpu import onednn_is_faster
 from apack_compile.plan.check import check_plan
 from apack_compile.plan.file import tensors_of, values_of
 
@@ -45,7 +46,9 @@ def test_a_loaded_plan_decodes_as_the_calibrated_model_and_leaves_no_layer_dense
     expected, held = sampled(calibrated), apack_compile.report(calibrated).bytes
     for compile in ("none", "eager"):
         model = apack_compile.optimize(windowed(kind), plan=loaded, compile=compile)
-        assert all(map(torch.equal, sampled(model), expected))
+        # a rounding of oneDNN's sums can turn one code into the next
+        same = compile == "none" or not onednn_is_faster()
+        torch.testing.assert_close(sampled(model), expected, rtol=0, atol=0 if same else 1e-3)
         report = apack_compile.report(model)
         assert {line.status for line in report.layers} == {"packed" if compile == "none" else "rewritten"}
         assert report.bytes == held and report.keys and not report.notes
