@@ -105,6 +105,10 @@ def measured(
         calls[side] = lambda lists=lists: torch.ops.apack.attend.default(query, *new, None, *lists, None)
     outputs = [call().float() for call in calls.values()]
     torch.testing.assert_close(*outputs, atol=2e-2 * float(outputs[0].abs().max()), rtol=0)
+    copied, shared = outputs
+    apart = float((copied - shared).square().mean() / copied.square().mean()) ** 0.5
+    if apart > 2e-2:
+        raise RuntimeError(f"{name}: the shared prefix gives other results than copies, {apart:.3f} apart")
     before = thread_speedup() if device == "cpu" else 0.0
     timing = interleaved(calls, seconds, device)
     row: Row = {

@@ -221,6 +221,15 @@ def test_the_performance_page_has_the_figures_of_the_result_files():
         assert shown in page
 
 
+def test_the_performance_page_has_how_fast_linear_layers_are():
+    page, rows = (ROOT / "docs" / "performance.md").read_text(), of("linear-cpu.json")
+    for name, inputs, outputs in {(row["layer"], row["inputs"], row["outputs"]) for row in rows}:
+        speeds = [the_one(rows, layer=name, rows=count)["speedup"] for count in (1, 4, 16, 32, 512)]
+        cells = " | ".join(f"{speed:.2f}" for speed in speeds)
+        assert f"| {name} | {inputs:,} x {outputs:,} | {cells} |" in page
+    assert min(row["speedup"] for row in rows) > 1
+
+
 def test_the_guide_to_quality_has_the_figures_of_the_result_files():
     page = (ROOT / "docs" / "guides" / "quality.md").read_text()
     text = [row for row in of("quality-text.json") if row["bench"] == "text"]
