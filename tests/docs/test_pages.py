@@ -224,7 +224,7 @@ def test_the_performance_page_has_the_figures_of_the_result_files():
 def test_the_performance_page_has_how_fast_linear_layers_are():
     page, rows = (ROOT / "docs" / "performance.md").read_text(), of("linear-cpu.json")
     for name, inputs, outputs in {(row["layer"], row["inputs"], row["outputs"]) for row in rows}:
-        speeds = [the_one(rows, layer=name, rows=count)["speedup"] for count in (1, 4, 16, 32, 512)]
+        speeds = [row["speedup"] for row in rows if row["layer"] == name]
         cells = " | ".join(f"{speed:.2f}" for speed in speeds)
         assert f"| {name} | {inputs:,} x {outputs:,} | {cells} |" in page
     assert min(row["speedup"] for row in rows) > 1
