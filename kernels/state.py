@@ -5,6 +5,7 @@ No other file knows the order of these lists.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ MAX_SEGMENTS = 5
 # Integers of a layout before those of its segments, and of a segment: its kind, bands of key and value.
 HEAD, SEGMENT = 3, 1 + 2 * len(BANDS)
 # Tensors of a state before those of its segments, and of a segment without rotations.
-CURSOR, FIRST_TENSORS, SEGMENT_TENSORS = 0, 6, 11
+CURSOR, TAIL_KEY, TAIL_VALUE, FIRST_TENSORS, SEGMENT_TENSORS = 0, 4, 5, 6, 11
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,22 @@ class Layout:
         return names + [f"{segment}_{part}" for segment in segments for part in parts]
 
 
+class FlatState(NamedTuple):
+    """`state` and `layout` as the operations are given them: the tensors of a layer in order, and what those do not say."""
+
+    tensors: list[Tensor]
+    layout: list[int]
+
+    def to_append(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """`stores`, `bases` and `layout` of append: what it writes, what it reads, and the layout of the text segment."""
+        tensors, layout = self
+        is_rotated = layout[1] > 0
+        text = tensors[-SEGMENT_TENSORS - is_rotated :]
+        stores = [tensors[CURSOR], tensors[TAIL_KEY], tensors[TAIL_VALUE], *text[:2], *text[5:7]]
+        bases = [*text[2:5], *text[7:10], *text[SEGMENT_TENSORS:]]
+        return stores, bases, [*layout[:HEAD], *layout[-SEGMENT:]]
+
+
 @dataclass(frozen=True)
 class PackedState:
     """The state of one layer. first_positions: int32 `[B, slots]`; cursor: int64 `[3]` (kernels/cursor.py)."""
@@ -168,8 +185,8 @@ class PackedState:
         bands = tuple((segment.key.bands, segment.value.bands) for segment in self.segments)
         return Layout(kinds, bands, self.block, self.interleaved_pairs)
 
-    def flatten(self) -> tuple[list[Tensor], list[int]]:
-        """`state` and `layout` of the operations."""
+    def flatten(self) -> FlatState:
+        """As the operations are given it."""
         first, tail = self.first, self.tail
         state = [self.cursor, first.key, first.value, self.first_positions, tail.key, tail.value]
         for segment in self.segments:
@@ -178,7 +195,7 @@ class PackedState:
             if segment.rotations is not None:
                 state.append(segment.rotations)
         segments = [(segment.kind, (segment.key.bands, segment.value.bands)) for segment in self.segments]
-        return state, layout_words(self.block, self.interleaved_pairs, segments)
+        return FlatState(state, layout_words(self.block, self.interleaved_pairs, segments))
 
     @classmethod
     def parse(cls, state: Sequence[Tensor] | None, layout: Sequence[int]) -> "PackedState":
@@ -200,13 +217,6 @@ class PackedState:
         first, tail = DenseSegment(first_key, first_value), DenseSegment(tail_key, tail_value)
         return cls(tuple(segments), first, positions, tail, cursor, found.block, found.interleaved_pairs)
 
-    def to_append(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """`stores`, `bases` and `layout` of append: what it writes, what it reads, and the layout of the text segment."""
-        key, value, rotations = self.text.key, self.text.value, self.text.rotations
-        stores = [self.cursor, self.tail.key, self.tail.value, key.codes, key.scale, value.codes, value.scale]
-        bases = [*key.basis, *value.basis, *([] if rotations is None else [rotations])]
-        return stores, bases, layout_words(self.block, self.interleaved_pairs, [(TEXT, (key.bands, value.bands))])
-
 
 @dataclass(frozen=True)
 class AppendState:
@@ -221,7 +231,7 @@ class AppendState:
 
     @classmethod
     def parse(cls, stores: Sequence[Tensor], bases: Sequence[Tensor], layout: Sequence[int]) -> "AppendState":
-        """The state of `PackedState.to_append`; raises ValueError for lists that are not of one."""
+        """The state of `FlatState.to_append`; raises ValueError for lists that are not of one."""
         found = Layout.parse(layout)
         if found.kinds != (TEXT,):
             raise ValueError(f"layout: kinds {found.kinds} must be (2,), text alone")

@@ -65,7 +65,7 @@ def judge(layer: "CompactedLayer", watched: WatchedPair, lost: Sequence[float]) 
             stream = f"{watched.segment}_{name}"
             layer.pairs[watched.segment] = layer.pairs[watched.segment].with_stream(name, getattr(again, name))
             layer.refitted[stream], layer.fits[stream] = fits[name], Fit(found, fits[name].expected)
-    layer.mark_static()
+    layer.follow_tensors()
 
 
 def refit(x: Tensor, real: Tensor | None, bands: Bands, like: StreamBasis) -> StreamBasis:

@@ -91,7 +91,7 @@ class Settling:
         else:
             self.layer.rank()
         tiers.settled = True
-        self.layer.mark_static()
+        self.layer.follow_tensors()
         return floor
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from apack_compile.cache.shared_index import SharedIndex, SharedTokens
 from apack_compile.cache.stored_states import StoredStep
 from apack_compile.cache.token_index import extended
 from apack_compile.kernels.cursor import HELD, ORIGIN, PACKED
-from apack_compile.kernels.state import TEXT, DenseSegment, PackedState, Segment
+from apack_compile.kernels.state import TEXT, DenseSegment, FlatState, PackedState, Segment
 from apack_compile.plan.plan import StreamPlan
 from apack_compile.plan.rotation import deinterleaved_keys, rotations_of_blocks
 
@@ -48,6 +49,8 @@ class CompactedLayer(CacheLayerMixin):
         # Position of text slot 0, as the cursor has it: no step changes it.
         self.origin = 0
         self.tiers: LayerTiers | None = None
+        # What the operations of a step are given, always of the tensors above (follow_tensors).
+        self.flat: FlatState | None = None
         # Positions and rotations of its own, where the plan tells coarse tokens from fine ones; else empty.
         self.own_positions: list[Tensor] = []
         self.own_rotations: list[Tensor] = []
@@ -56,6 +59,15 @@ class CompactedLayer(CacheLayerMixin):
         self.refitted: dict[str, Fit] = {}
         # Updates so far: states of a step are what the layer holds until the next one.
         self.updates = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own list: tokens that all rows share are the same memory in both."""
+        return vars(self) | {"flat": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.pairs:
+            self.follow_tensors()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -115,42 +127,37 @@ class CompactedLayer(CacheLayerMixin):
         return min(tokens, end + self.tail.slots - held) if packed < end < self.index.assigned else tokens
 
     def _append(self, key: Tensor, value: Tensor) -> None:
-        pair, positions, rotations = self.pairs["text"], self.positions(), self.rotations()
-        text = Segment(TEXT, pair.key, pair.value, positions[-1], rotations[-1] if rotations else None)
-        state = self._state([text], positions[0], len(rotations) > 0, self.cursor)
-        torch.ops.apack.append.default(key, value, *state.to_append())
+        torch.ops.apack.append.default(key, value, *self.flat.to_append())
 
     def unpacked(self, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """K and V `[B, H_kv, tokens, D]` of every token held, the new ones exact; `key` deinterleaved, K as the model has them."""
-        return torch.ops.apack.unpack.default(key, value, *self.state().flatten(), tokens, *self.tier_state())
+        return torch.ops.apack.unpack.default(key, value, *self.flat, tokens, *self.tier_state())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention `[B, H_q, rows, D]` over every token held, the new ones exact; with tiers, over those that a step reads."""
         query = deinterleaved_keys(query.to(key.dtype), self.index.plan.rotation)
-        state = self.state()
         if self.reads_tiers and self.index.is_draft and key.shape[2] > 1:
-            return self._attend_of_draft(query, key, value, mask, state, scale)
-        arguments = query, key, value, mask, *state.flatten(), scale
+            return self._attend_of_draft(query, key, value, mask, scale)
+        arguments = query, key, value, mask, *self.flat, scale
         if self.reads_tiers:
             return torch.ops.apack.attend_tiers.default(*arguments, *self.tier_state())
         return torch.ops.apack.attend.default(*arguments)
 
-    def _attend_of_draft(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, state: PackedState, scale: float
-    ) -> Tensor:
+    def _attend_of_draft(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """The same of several drafted tokens: the first one stays, and its attention alone counts for the importance."""
         tokens = key.shape[2]
         # heads may come as rows
         first = query.unflatten(2, (-1, tokens))[:, :, :, 0]
         seen = mask if mask is None or mask.shape[2] == 1 else mask.unflatten(2, (-1, tokens))[:, :, :, 0]
         before = [known.clone() for known in self.tiers.importance]
-        given = query, key, value, mask, *state.flatten(), scale
+        given = query, key, value, mask, *self.flat, scale
         out = torch.ops.apack.attend_tiers.default(*given, *self.tier_state())
         for known, old in zip(self.tiers.importance, before, strict=True):
             known.copy_(old)
-        earlier = replace(state, cursor=state.cursor.clone())
-        earlier.cursor[HELD] -= tokens - 1
-        one = first, key[:, :, :1], value[:, :, :1], seen, *earlier.flatten(), scale
+        earlier = self.cursor.clone()
+        earlier[HELD] -= tokens - 1
+        state = replace(self.state(), cursor=earlier)
+        one = first, key[:, :, :1], value[:, :, :1], seen, *state.flatten(), scale
         torch.ops.apack.attend_tiers.default(*one, *self.tier_state())
         return out
 
@@ -255,7 +262,7 @@ class CompactedLayer(CacheLayerMixin):
                 self.own_positions[-1] = extended(self.own_positions[-1], start, slots)
                 self.follow_positions()
             self.pairs["text"] = self.pairs["text"].with_more_slots(slots)
-        self.mark_static()
+        self.follow_tensors()
 
     def packed_tensors(self) -> list[Tensor]:
         """Codes and token scales of its rows."""
@@ -270,7 +277,15 @@ class CompactedLayer(CacheLayerMixin):
         streams = [pair.streams for pair in self.pairs.values()] + [segment.streams for segment in self.shared.segments]
         return [x for both in streams for stream in both for x in stream.basis]
 
-    def mark_static(self) -> None:
+    def follow_tensors(self) -> None:
+        """After tensors were made anew: what the operations are given now; compiled steps may count on those addresses.
+
+        A step that is traced reads one list of each layer: what it would read of objects is checked before every step.
+        """
+        self.flat = self.state().flatten()
+        self._mark_static()
+
+    def _mark_static(self) -> None:
         """Tell the compiler that these tensors keep their addresses while their number of slots may differ."""
         own = self.tiers.tensors() if self.tiers is not None else ()
         placed = (*self.own_positions, *self.own_rotations)
@@ -327,7 +342,7 @@ class CompactedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget every token."""
-        self.first = self.tail = self.cursor = self.tiers = None
+        self.first = self.tail = self.cursor = self.tiers = self.flat = None
         self.origin = 0
         self.pairs, self.shared = {}, SharedTokens()
         self.own_positions, self.own_rotations = [], []
@@ -366,7 +381,7 @@ class CompactedLayer(CacheLayerMixin):
         self.tiers.observe_draft(attention)
         self.rank()
         self.tiers.settled = True
-        self.mark_static()
+        self.follow_tensors()
 
     @torch.no_grad()
     def rank(self) -> None:

@@ -357,5 +357,5 @@ class LayerGroup:
         index.coordinates = coordinates
         for layer in self.layers:
             layer.change_rows(change)
-            layer.mark_static()
+            layer.follow_tensors()
         self.mark_positions()

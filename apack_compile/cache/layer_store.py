@@ -117,7 +117,7 @@ def _lay_out(layer: "CompactedLayer", parts: Pair, fresh: bool) -> list[WatchedP
         named = {VISION: "vision", TEXT: "text"}
         kept = {kind: used[name] for kind, name in named.items()}
         tiers.add_chunk(index.positions, kept, {kind: where[name] for kind, name in named.items()}, chunk)
-    layer.mark_static()
+    layer.follow_tensors()
     return watched
 
 

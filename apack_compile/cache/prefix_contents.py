@@ -139,4 +139,4 @@ def _fill_layer(layer: CompactedLayer, state: PackedState, origin: int, dtype: t
     index.rotations = [s.rotations for s in own if s.rotations is not None]
     dims = state.first.key.shape[3], state.first.value.shape[3]
     layer.hold(Shape(1, heads, *dims, dtype, state.tail.key.device).offered, 1, heads, dtype, state.tail.key.device)
-    layer.mark_static()
+    layer.follow_tensors()

@@ -67,11 +67,11 @@ def _share_group(group: LayerGroup) -> None:
     if index.coordinates is not None:
         # the tail's tokens and those to come count up
         index.coordinates = replace(index.coordinates, known=index.coordinates.known[:, :0])
+    group.follow_positions()
     for layer in group.layers:
         layer.pairs = {name: layer.pairs[name] for name in index.plan.segments}
-        layer.mark_static()
+        layer.follow_tensors()
     index.assigned, index.laid_out, group.floor = packed, (held, packed), held
-    group.follow_positions()
 
 
 def _places(layer: CompactedLayer, packed: int) -> list[Tensor]:

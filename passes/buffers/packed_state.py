@@ -34,14 +34,15 @@ def calls(
 ) -> tuple[fx.Node, fx.Node]:
     """Append of new tokens to a state of nodes, at the positions `index` or behind those held, and unpack."""
     key = deinterleaved_node(graph, key, state.interleaved_pairs)
-    stores, bases, layout = state.to_append()
+    flat = state.flatten()
+    stores, bases, layout = flat.to_append()
     if index is None:
         append = graph.call_function(torch.ops.apack.append.default, (key, value, stores, bases, layout))
     else:
         arguments = (key, value, index, [state.first.key, state.first.value], stores, bases, layout)
         append = graph.call_function(torch.ops.apack.append_at.default, arguments)
     # FuseAttend takes unpack away: how many tokens it gives is never asked for
-    return append, graph.call_function(torch.ops.apack.unpack.default, (key, value, *state.flatten(), 0))
+    return append, graph.call_function(torch.ops.apack.unpack.default, (key, value, *flat, 0))
 
 
 def put_unpack(graph: fx.Graph, pair: BufferPair, state: PackedState, at_positions: bool) -> fx.Node:

@@ -1,5 +1,6 @@
 """A packed cache beside the dense tokens that it should hold."""
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from apack_compile.cache.cache import CompactedCache
-from apack_compile.cache.layer import MAX_APPEND
+from apack_compile.cache.layer import MAX_APPEND, CompactedLayer
 from apack_compile.cache.layer_kinds import LayerKind
 from apack_compile.kernels.format import Bands
 from apack_compile.kernels.heads import to_groups
@@ -173,6 +174,13 @@ class Pair:
         assert report["tokens"] == self.batch * self.held
         assert report["dense_bytes"] == self.batch * self.held * 2 * WIDTH * LAYERS * 2
         assert report["sequence_bytes"] + report["model_bytes"] == walked_bytes(self.cache)
+        assert all(map(gives_what_it_holds, self.cache.packed_layers))
+
+
+def gives_what_it_holds(layer: CompactedLayer) -> bool:
+    """Whether what a layer keeps ready for a step is its very tensors."""
+    (kept, kept_layout), (held, layout) = layer.flat, layer.state().flatten()
+    return kept_layout == layout and len(kept) == len(held) and all(map(operator.is_, kept, held))
 
 
 def unpacked(cache: CompactedCache) -> list[tuple[Tensor, Tensor]]:

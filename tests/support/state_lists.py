@@ -45,7 +45,7 @@ def append_lists(
 ) -> tuple[list, list, list[int]]:
     """Arguments of append; stores: keys and values of the tail, codes and token scales of the text."""
     dense, rotations = [None, None, *stores[:2]], None if text_rotations is None else [text_rotations]
-    return state_of(dense, stores[2:], bases, bands, [None, None], cursor, rotations, block).to_append()
+    return state_of(dense, stores[2:], bases, bands, [None, None], cursor, rotations, block).flatten().to_append()
 
 
 def attend_with(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import torch
-from packed_pair import HEAD_DIM, HEADS, RANK, RANKS, model_plan, states_of
+from packed_pair import HEAD_DIM, HEADS, RANK, RANKS, gives_what_it_holds, model_plan, states_of
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -121,6 +121,7 @@ class WindowedPair:
         """Every token that a query from the first position that can be cropped on sees, as `unpack` gives it."""
         floor = self.cache.groups.floor
         assert self.held - self.cache.croppable == floor <= self.held
+        assert all(map(gives_what_it_holds, self.cache.packed_layers))
         for layer, window in zip(self.cache.packed_layers, self.windows, strict=True):
             none = torch.empty(layer.batch_size, HEADS, 0, HEAD_DIM)
             found = torch.ops.apack.unpack(none, none, *layer.state().flatten(), self.held)
