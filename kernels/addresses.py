@@ -56,8 +56,8 @@ class Kept:
 class Addresses:
     """A state for the compiled operations: `State` of arguments.h, words of `Rotations` for each packed segment.
 
-    rotates_as_is: whether keys that are kept as they are were rotated back, which no compiled operation reads. kinds: of the packed
-    segments. copies: what must live as long as this.
+    rotates_as_is: whether keys that are kept as they are were rotated back, which no compiled operation reads. kinds, slots: of the
+    packed segments. copies: what must live as long as this.
     """
 
     state: bytes
@@ -66,6 +66,7 @@ class Addresses:
     interleaved_pairs: int
     rotates_as_is: bool
     kinds: tuple[int, ...]
+    slots: tuple[int, ...]
     copies: tuple[Tensor, ...]
 
 
@@ -103,9 +104,8 @@ def addresses_of(state: list[Tensor] | None, layout: Sequence[int]) -> Addresses
     rotates_as_is = parsed.block > 0 and any(segment.key.as_is for segment in parsed.segments)
     words = (*rotations, *NO_ROTATION * missing)
     pairs = parsed.interleaved_pairs
-    found = Addresses(
-        b"".join(segments), words, cursor.data_ptr(), pairs, rotates_as_is, parsed.layout.kinds, tuple(copies)
-    )
+    kinds, slots = parsed.layout.kinds, tuple(segment.slots for segment in parsed.segments)
+    found = Addresses(b"".join(segments), words, cursor.data_ptr(), pairs, rotates_as_is, kinds, slots, tuple(copies))
     if not copies:
         cursor._apack_state = Kept(state, layout, found)  # type: ignore[attr-defined]
     return found

@@ -273,8 +273,19 @@ def check_version(layout: Sequence[int]) -> None:
         )
 
 
-def check_tiers(kinds: Sequence[int]) -> None:
-    """Raise ValueError for packed segments that cannot have tiers."""
+def check_tiers(
+    kinds: Sequence[int],
+    slots: Sequence[int],
+    batch: int,
+    vision_importance: Tensor | None,
+    text_importance: Tensor | None,
+) -> None:
+    """Raise ValueError for packed segments that cannot have tiers, and for importance that is not `[B, slots]` of its segment."""
     if tuple(kinds) != (VISION, TEXT):
         named = ", ".join(KIND_NAMES[kind] for kind in kinds)
         raise ValueError(f"layout: packed segments {named} must be vision and text, which have tiers")
+    for kind, known, count in zip(KIND_NAMES[VISION:], (vision_importance, text_importance), slots, strict=True):
+        if known is not None and known.numel() and known.shape != (batch, count):
+            raise ValueError(
+                f"{kind}_importance: shape {tuple(known.shape)} must be {(batch, count)}, that of the slots"
+            )

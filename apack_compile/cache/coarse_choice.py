@@ -64,8 +64,9 @@ class Slots:
         if self.ranks is None:
             chosen = order[:, self.first : self.last].sort(dim=1).values
         else:
-            last = order.shape[1] - 1
-            chosen = order.gather(1, self.ranks).masked_fill(~self.inside, last + 1).sort(dim=1).values.clamp_max(last)
+            tokens = order.shape[1]
+            # an empty slot is that of token 0, which is where its block's keys are rotated back to when positions are followed
+            chosen = order.gather(1, self.ranks).masked_fill(~self.inside, tokens).sort(dim=1).values.remainder(tokens)
         return torch.cat([chosen, self.behind], 1)
 
     def taken(self, indices: Tensor) -> Taken:

@@ -88,10 +88,10 @@ class Settling:
         tiers, floor = self.layer.tiers, self.floor if self.eviction is None else self.eviction.finish()
         if tiers.is_ranked:
             tiers.read_some()
+            self.layer.follow_tensors()
         else:
             self.layer.rank()
         tiers.settled = True
-        self.layer.follow_tensors()
         return floor
 
 

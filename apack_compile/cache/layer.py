@@ -381,12 +381,12 @@ class CompactedLayer(CacheLayerMixin):
         self.tiers.observe_draft(attention)
         self.rank()
         self.tiers.settled = True
-        self.follow_tensors()
 
     @torch.no_grad()
     def rank(self) -> None:
         """Put the vision tokens in the order of their importance, in place unless they were laid out just now."""
         self.pairs["vision"] = self.tiers.rank(self.pairs["vision"])
+        self.follow_tensors()
 
     @torch.no_grad()
     def evict(self, pools: Sequence[tuple[str, ...]], end: int) -> Floor | None:
@@ -394,4 +394,6 @@ class CompactedLayer(CacheLayerMixin):
 
         Gives the first position that can be cropped after it; None for any.
         """
-        return evict(self, pools, end)
+        floor = evict(self, pools, end)
+        self.follow_tensors()
+        return floor

@@ -33,7 +33,7 @@ def attend(
     """As the reference, in float32 inside, or in 16-bit integers where the processor multiplies those faster; queries in float64, heads
     wider than 2,048 and relative keys that are kept as they are get the reference. instructions: index into INSTRUCTION_SETS.
 
-    Raises ValueError for importance that is not contiguous, MemoryError when there is no memory for scratch space.
+    Raises ValueError for importance of another shape or not contiguous, MemoryError when there is no memory for scratch space.
     """
     batch, heads, new_tokens, head_dim = key.shape
     _, query_heads, rows, _ = query.shape
@@ -65,7 +65,7 @@ def attend(
         masked = (mask.data_ptr(), is_bool, *steps, mask.shape[3])
     importance: tuple[float, ...] = (0, 0.0, 0.0, 0, 0.0, 0.0)
     if tiers is not None:
-        check_tiers(at.kinds)
+        check_tiers(at.kinds, at.slots, batch, vision_importance, text_importance)
         tiers = tiers.contiguous()
         importance = (written(vision_importance), *ema[:2], written(text_importance), *ema[2:])
     arguments = ATTEND.pack(

@@ -40,7 +40,8 @@ def attend(
     """
     held = PackedState.parse(state, layout)
     if tiers is not None:
-        check_tiers(held.layout.kinds)
+        slots = [segment.slots for segment in held.segments]
+        check_tiers(held.layout.kinds, slots, len(key), vision_importance, text_importance)
     cursor = held.cursor
     batch, heads, new_tokens, head_dim = key.shape
     rows = query.shape[2]

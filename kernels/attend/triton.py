@@ -48,7 +48,8 @@ def attend(
     """As `reference.attend`, which also serves here what `serves` says no to (float64, a segment half packed, an odd block)."""
     held = PackedState.parse(state, layout)
     if tiers is not None:
-        check_tiers(held.layout.kinds)
+        slots = [segment.slots for segment in held.segments]
+        check_tiers(held.layout.kinds, slots, len(key), vision_importance, text_importance)
     if not serves(query, held):
         return reference.attend(
             query, key, value, mask, state, layout, scale, vision_importance, text_importance, tiers, partial, ema

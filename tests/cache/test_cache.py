@@ -73,6 +73,22 @@ def test_a_generation_far_past_the_expected_tokens_loses_none(plan):
     assert pair.held == 321
 
 
+@pytest.mark.parametrize("plan", [name for name in sorted(PLANS) if name.startswith("coarse")])
+@pytest.mark.parametrize("left_out", ([0, 1, 40], [7, 0, 3], [0, 0, 100]), ids=str)
+def test_rows_that_rank_fewer_tokens_keep_their_keys_where_they_are(plan, left_out):
+    """Slots that a row lacks lie between its ranked tokens and its newest ones: a block may begin with one."""
+    pair = Pair(plan, batch=3)
+    vision = torch.arange(150) >= 4 + torch.tensor(left_out)[:, None]
+    padding = torch.zeros(3, 150, dtype=torch.bool)
+    if plan == "coarse text":
+        vision, padding = padding, ~vision
+    pair.feed(150, vision, padding)
+    pair.check()
+    for _ in range(40):
+        pair.feed(1)
+    pair.check()
+
+
 @pytest.mark.parametrize("plan", sorted(PLANS))
 def test_chunks_around_the_append_limit_fit_their_masks(plan):
     pair = Pair(plan)

@@ -227,3 +227,13 @@ def test_a_decoder_in_16_bits_is_transposed_as_one_in_float32(head_dim, instruct
             block=16, scope="sequence",
         )  # fmt: skip
         assert_close_to_float64(case, build(case), instructions)
+
+
+@pytest.mark.parametrize("function", (attend, reference), ids=("cpu", "reference"))
+@pytest.mark.parametrize(("number", "name"), enumerate(("vision", "text")))
+def test_importance_of_other_slots_is_refused(number, name, function):
+    call = build(Case(vision=65, text=67, tiers=True))
+    known = call.tiers[number]
+    call.tiers[number] = known[:, :-1].contiguous()
+    with pytest.raises(ValueError, match=rf"{name}_importance: shape \(1, {known.shape[1] - 1}\) must be \(1, "):
+        function(*call.arguments, *call.tiers, **call.rotations)

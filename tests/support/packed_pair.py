@@ -20,7 +20,7 @@ from apack_compile.plan.coarse_rule import CoarseRule
 from apack_compile.plan.plan import LayerPlan, Plan, StreamPlan
 from apack_compile.plan.presets.attentionpack import AttentionPackOptions, attentionpack_plan
 from apack_compile.plan.presets.lossless import lossless_plan
-from apack_compile.plan.rotation import KeyRotation, deinterleaved_keys, rotations_at
+from apack_compile.plan.rotation import KeyRotation, deinterleaved_keys, rotations_at, rotations_of_blocks
 from apack_compile.plan.source import PlanSource
 
 LAYERS, HEADS, HEAD_DIM, RANK = 2, 2, 10, 6
@@ -175,12 +175,21 @@ class Pair:
         assert report["dense_bytes"] == self.batch * self.held * 2 * WIDTH * LAYERS * 2
         assert report["sequence_bytes"] + report["model_bytes"] == walked_bytes(self.cache)
         assert all(map(gives_what_it_holds, self.cache.packed_layers))
+        assert all(map(rotates_by_its_positions, self.cache.packed_layers))
 
 
 def gives_what_it_holds(layer: CompactedLayer) -> bool:
     """Whether what a layer keeps ready for a step is its very tensors."""
     (kept, kept_layout), (held, layout) = layer.flat, layer.state().flatten()
     return kept_layout == layout and len(kept) == len(held) and all(map(operator.is_, kept, held))
+
+
+def rotates_by_its_positions(layer: CompactedLayer) -> bool:
+    """Whether the rotations of a layer's blocks are those that its positions give when they are followed anew."""
+    index, rotations = layer.index, layer.rotations()
+    positions = layer.positions()[1:] if rotations else []
+    anew = [rotations_of_blocks(places, index.coordinates, index.plan.rotation) for places in positions]
+    return all(map(torch.equal, rotations, anew))
 
 
 def unpacked(cache: CompactedCache) -> list[tuple[Tensor, Tensor]]:
