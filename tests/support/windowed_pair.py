@@ -3,7 +3,16 @@
 from dataclasses import dataclass, field, replace
 
 import torch
-from packed_pair import HEAD_DIM, HEADS, RANK, RANKS, gives_what_it_holds, model_plan, states_of
+from packed_pair import (
+    HEAD_DIM,
+    HEADS,
+    RANK,
+    RANKS,
+    gives_what_it_holds,
+    model_plan,
+    rotates_by_its_positions,
+    states_of,
+)
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -122,6 +131,7 @@ class WindowedPair:
         floor = self.cache.groups.floor
         assert self.held - self.cache.croppable == floor <= self.held
         assert all(map(gives_what_it_holds, self.cache.packed_layers))
+        assert all(map(rotates_by_its_positions, self.cache.packed_layers))
         for layer, window in zip(self.cache.packed_layers, self.windows, strict=True):
             none = torch.empty(layer.batch_size, HEADS, 0, HEAD_DIM)
             found = torch.ops.apack.unpack(none, none, *layer.state().flatten(), self.held)
