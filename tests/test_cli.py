@@ -167,6 +167,7 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
             "output=.*the folder .* does not exist",
         ),
         (["calibrate", "{model}", "--data", "{text}", "--tokens", "0"], "tokens=0 must be at least 1"),
+        (["calibrate", "{model}", "--data", "{text}", "--limit", "0"], "limit=0 must be at least 1"),
         (["calibrate", "{model}", "--data", "{text}", "--ratio", "1"], "ratio=1.0 must be a finite number > 1"),
         (["plan", "show", "{text}"], "text.txt"),
         (["ask", "{model}"], "question: pass --question"),

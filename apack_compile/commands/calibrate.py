@@ -41,6 +41,8 @@ def run_calibrate(options: CalibrateOptions) -> Plan:
     refuse_folder(options.output)
     if options.tokens < 1:
         raise ValueError(f"tokens={options.tokens} must be at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit={options.limit} must be at least 1")
     if options.vision_share is not None and not 0 <= options.vision_share <= 1:
         raise ValueError(f"vision_share={options.vision_share} must be between 0 and 1")
     console = new_console()
