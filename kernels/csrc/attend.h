@@ -125,15 +125,10 @@ __attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t hea
             for (int m = 0; m < R; ++m)
                 for (int c = 0; c < band.count; ++c) latent[(int64_t)m * width + band.column + c] *= step[c];
             int64_t from = (basis * r + band.component) * W + inside;
-            if (s.basis_dtype == FLOAT32) {
-                weigh(latent + band.column, width, R, (const float *)s.decoder + from, W, D, band.count, out, D);
-                continue;
-            }
             for (int c = 0; c < band.count; c += most) {
                 int n = band.count - c < most ? band.count - c : most;
-                for (int i = 0; i < n; ++i)
-                    convert_row(tile + i * D, (const uint16_t *)s.decoder + from + (c + i) * W, s.basis_dtype, D);
-                weigh(latent + band.column + c, width, R, tile, D, D, n, out, D);
+                const FloatRows rows = float_rows(s.decoder, s.basis_dtype, from + c * W, W, n, D, tile);
+                weigh(latent + band.column + c, width, R, rows.row, rows.stride, D, n, out, D);
             }
         }
     }

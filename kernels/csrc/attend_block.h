@@ -33,16 +33,11 @@ __attribute__((noinline)) void score_block(const Work &w, const Item &item, int 
         int head = item.group * per_group + h, source_heads = (int)(a.heads / s.key.groups), step = TILE / D & ~3;
         const float *query = queries_of(w, item.b, head);
         float *score = local.score + (int64_t)h * item.rows * BLOCK;
-        if (s.key.dtype == FLOAT32) {
-            const float *row = (const float *)dense_row(s.key, item.b, head, token, source_heads, D);
-            dots(query, D, item.rows, row, s.key.token_stride, tokens, D, score, BLOCK, false);
-            continue;
-        }
         for (int t = 0; t < tokens; t += step) {
             int n = tokens - t < step ? tokens - t : step;
-            for (int i = 0; i < n; ++i)
-                convert_row(local.tile + i * D, dense_row(s.key, item.b, head, token + t + i, source_heads, D), s.key.dtype, D);
-            dots(query, D, item.rows, local.tile, D, n, D, score + t, BLOCK, false);
+            const void *first = dense_row(s.key, item.b, head, token + t, source_heads, D);
+            const FloatRows keys = float_rows(first, s.key.dtype, 0, s.key.token_stride, n, D, local.tile);
+            dots(query, D, item.rows, keys.row, keys.stride, n, D, score + t, BLOCK, false);
         }
     }
 }

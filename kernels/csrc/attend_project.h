@@ -79,13 +79,8 @@ __attribute__((noinline)) void project_queries(const Work &w, int kind, int64_t 
         for (int c = 0; c < band.count; c += most) {
             int n = band.count - c < most ? band.count - c : most;
             int64_t from = (at * r + band.component + c) * W + inside;
-            float *out = latent + band.column + c;
-            if (s.basis_dtype == FLOAT32) {
-                dots(query, D, w.R, (const float *)s.decoder + from, W, n, D, out, columns.count, false);
-            } else {
-                for (int i = 0; i < n; ++i) convert_row(tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
-                dots(query, D, w.R, tile, D, n, D, out, columns.count, false);
-            }
+            const FloatRows rows = float_rows(s.decoder, s.basis_dtype, from, W, n, D, tile);
+            dots(query, D, w.R, rows.row, rows.stride, n, D, latent + band.column + c, columns.count, false);
         }
         for (int m = 0; m < w.R; ++m) scale_band(latent + (int64_t)m * columns.count + band.column, step, band);
     }
@@ -102,18 +97,11 @@ __attribute__((noinline)) void project_rotated_rows(const Work &w, const Item &i
         for (int c = 0; c < band.count; c += 4) {
             int n = band.count - c < 4 ? band.count - c : 4;
             for (int h = 0; h < per_group; ++h) {
-                int64_t from = (basis * r + band.component + c) * W + h * D, stride = W;
-                const float *rows = local.tile;
-                if (s.basis_dtype == FLOAT32) {
-                    rows = (const float *)s.decoder + from;
-                    for (int i = AHEAD; i < AHEAD + 4 && c + i < band.count; ++i) prefetch(rows + i * W, D);
-                } else {
-                    stride = D;
-                    for (int i = AHEAD; i < AHEAD + 4 && c + i < band.count; ++i) prefetch((const float *)((const uint16_t *)s.decoder + from + i * W), D / 2);
-                    for (int i = 0; i < n; ++i) convert_row(local.tile + i * D, (const uint16_t *)s.decoder + from + i * W, s.basis_dtype, D);
-                }
+                int64_t from = (basis * r + band.component + c) * W + h * D, bytes = element_bytes(s.basis_dtype);
+                for (int i = AHEAD; i < AHEAD + 4 && c + i < band.count; ++i) prefetch((const char *)s.decoder + (from + i * W) * bytes, D * bytes);
+                const FloatRows rows = float_rows(s.decoder, s.basis_dtype, from, W, n, D, local.tile);
                 const float *queries = local.rotated + (int64_t)h * rotations * R * D, *at[4];
-                four_rows(rows, stride, n, 0, at);
+                four_rows(rows.row, rows.stride, n, 0, at);
                 float *latent = local.latent + (int64_t)h * R * columns.count + band.column + c;
                 auto place = [&](int m) { return latent + m / R * step + (int64_t)(m % R) * columns.count; };
                 const bool still = over.still.count;
@@ -145,7 +133,7 @@ __attribute__((noinline)) void transpose_decoder(const Work &w, int kind, int64_
                     int64_t component = at * r + band.component + c + i;
                     bool stored = c + i < band.count;
                     if (c + i + LANES < band.count && s.basis_dtype == FLOAT32)
-                        prefetch((const float *)s.decoder + (component + LANES) * W + inside + d, WIDE);
+                        prefetch((const float *)s.decoder + (component + LANES) * W + inside + d, WIDE * sizeof(float));
                     x[i] = stored ? Kind::numbers(basis_row(s, s.decoder, component * W + inside + d, WIDE, buffer), broadcast(s.step[component])) : zero();
                 }
                 transpose_square(x, out + (int64_t)(d / Kind::EACH) * columns.count + band.column + c, columns.count);

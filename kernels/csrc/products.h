@@ -63,9 +63,9 @@ inline void transpose_square(Vec *, float *, int64_t) {}
 
 constexpr int AHEAD = 8;  // rows of a decoder that are fetched before they are needed
 
-// Asks for n floats to be in the nearest cache. Heads lie far apart in a wide basis, so the processor does not foresee the next row.
-inline void prefetch(const float *row, int n) {
-    for (int i = 0; i < n; i += 16) __builtin_prefetch(row + i);
+// Asks for bytes to be in the nearest cache. Heads lie far apart in a wide basis, so the processor does not foresee the next row.
+inline void prefetch(const void *row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)row + i);
 }
 
 // Ranges of the numbers that a product sums over.

@@ -22,11 +22,21 @@ inline int64_t stored_row(const Segment &s, int64_t b) { return s.batch == 1 ? 0
 // The basis of a sequence's head group.
 inline int64_t basis_at(const Source &s, int64_t b, int64_t group) { return (s.basis_batch == 1 ? 0 : b) * s.groups + group; }
 
+struct FloatRows {
+    const float *row;
+    int64_t stride;
+};
+
+// Rows of `width` numbers as floats, the first at `at`: where they are, or converted to `tile`.
+inline FloatRows float_rows(const void *data, int64_t dtype, int64_t at, int64_t stride, int rows, int width, float *tile) {
+    if (dtype == FLOAT32) return {(const float *)data + at, stride};
+    for (int i = 0; i < rows; ++i) convert_row(tile + i * width, (const uint16_t *)data + at + i * stride, dtype, width);
+    return {tile, width};
+}
+
 // A basis row of one head as floats: `row` of the decoder, or the mean.
 inline const float *basis_row(const Source &s, const void *data, int64_t at, int n, float *buffer) {
-    if (s.basis_dtype == FLOAT32) return (const float *)data + at;
-    convert_row(buffer, (const uint16_t *)data + at, s.basis_dtype, n);
-    return buffer;
+    return float_rows(data, s.basis_dtype, at, n, 1, n, buffer).row;
 }
 
 // Positions below this are in packed segments; those of the newest tokens are not.
