@@ -237,7 +237,8 @@ def report(
     if isinstance(model, (ExportedProgram, fx.GraphModule)):
         return program_report(model)
     model = unwrapped(model)
-    built = build_report(model, _require_session(model))
+    own_log = ", or, for a torch.compile with backend='attentionpack', pass report the GraphLog of its option log"
+    built = build_report(model, _require_session(model, otherwise=own_log))
     return gathered(model, built) if all_ranks else built
 
 
@@ -283,11 +284,10 @@ def _install(model: nn.Module, session: Session) -> None:
     install_hooks(model)
 
 
-def _require_session(model: nn.Module) -> Session:
+def _require_session(model: nn.Module, otherwise: str = "") -> Session:
     session = session_of(model) if isinstance(model, nn.Module) else None
     if session is None:
         raise ValueError(
-            f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first, or, for a torch.compile "
-            f"with backend='attentionpack', pass report the GraphLog of its option log{inner_model(model)}"
+            f"model: this {type(model).__name__} is not optimized; call apack_compile.optimize(model) first{otherwise}{inner_model(model)}"
         )
     return session

@@ -171,6 +171,9 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
         (["calibrate", "{model}", "--data", "{text}", "--ratio", "1"], "ratio=1.0 must be a finite number > 1"),
         (["plan", "show", "{text}"], "text.txt"),
         (["ask", "{model}"], "question: pass --question"),
+        # before a folder without a model is looked at
+        (["ask", "{folder}", "--question", "a", "--preset", "snapkw"], "preset='snapkw' is not one of lossless, "),
+        (["bench", "{folder}", "--preset", "snapkw"], "preset='snapkw' is not one of lossless, "),
         (["ask", "{model}", "--question", "a", "--image", "{folder}/none.png"], "image='.*none.png' does not exist"),
         (["ask", "{model}", "--question", "a", "--image", "{text}"], "image='.*text.txt' is no picture"),
         (["ask", "{model}", "--question", "a", "--image", "{picture}"], "reads no pictures"),

@@ -10,7 +10,8 @@ from typing import Any
 import apack_compile
 from apack_compile.checks import size
 from apack_compile.commands.data import calibration_data
-from apack_compile.commands.subject import Subject, demo_question, load_subject, open_picture
+from apack_compile.commands.subject import demo_question, load_subject, open_picture
+from apack_compile.config import AttentionPackConfig
 from apack_compile.demo.progress import bar_of, new_console
 from apack_compile.plan.plan import Plan
 
@@ -42,12 +43,13 @@ def run_ask(options: AskOptions) -> Any:
         raise ValueError("question: pass --question with what is to be asked")
     if options.new_tokens < 1:
         raise ValueError(f"new-tokens={options.new_tokens} must be at least 1")
+    settings = _settings(options)
     pictures = [open_picture(path) for path in images]
     console = new_console()
     with bar_of(console, "loading the model"):
         subject = load_subject(options.model)
         given = subject.question(question, pictures)
-        _optimize(subject, options)
+        apack_compile.optimize(subject.model, **settings)
     if subject.is_demo and options.plan is None and options.preset is None:
         with bar_of(console, "calibrating on training pictures"):
             apack_compile.calibrate(subject.model, calibration_data(subject, None, DEMO_TOKENS), tokens=DEMO_TOKENS)
@@ -75,20 +77,17 @@ def cache_lines(report: Any) -> Iterator[str]:
         yield f"note: {note}"
 
 
-def _optimize(subject: Subject, options: AskOptions) -> None:
-    plan = None
-    if options.plan is not None:
-        if options.ratio is not None or options.preset is not None:
-            raise ValueError("plan: excludes --ratio and --preset; a plan says itself what streams get")
-        if not options.plan.is_file():
-            raise ValueError(f"plan={str(options.plan)!r} does not exist; `apack-compile calibrate` writes one")
-        plan = Plan.load(options.plan)
-    apack_compile.optimize(
-        subject.model,
-        ratio=options.ratio,
-        preset=options.preset,
-        plan=plan,
-        compile=options.compile,
-        # a question is short, and its cache is to be seen
-        min_tokens=0,
-    )
+def _settings(options: AskOptions) -> dict[str, Any]:
+    """Arguments of `optimize`; raises ValueError for what no model could be given."""
+    # a question is short, and its cache is to be seen
+    if options.plan is None:
+        return {
+            "config": AttentionPackConfig(
+                ratio=options.ratio, preset=options.preset, compile=options.compile, min_tokens=0
+            )
+        }
+    if options.ratio is not None or options.preset is not None:
+        raise ValueError("plan: excludes --ratio and --preset; a plan says itself what streams get")
+    if not options.plan.is_file():
+        raise ValueError(f"plan={str(options.plan)!r} does not exist; `apack-compile calibrate` writes one")
+    return {"plan": Plan.load(options.plan), "compile": options.compile, "min_tokens": 0}

@@ -51,11 +51,11 @@ def run_bench(options: BenchOptions) -> list[dict[str, Any]]:
     for name, least in (("tokens", 1), ("batch", 1), ("new_tokens", 3)):
         if getattr(options, name) < least:
             raise ValueError(f"{name.replace('_', '-')}={getattr(options, name)} must be at least {least}")
+    config = AttentionPackConfig(ratio=options.ratio, preset=options.preset, compile=options.compile, min_tokens=0)
     console = new_console()
     with progress_bars(console) as progress:
         task = progress.add_task("loading the model", total=None)
         subject = load_subject(options.model)
-        config = AttentionPackConfig(ratio=options.ratio, preset=options.preset, compile=options.compile, min_tokens=0)
         model = apack_compile.optimize(subject.model, config)
         ids = text_ids(subject, options.tokens + CALIBRATION_TOKENS)
         progress.remove_task(task)

@@ -98,8 +98,9 @@ def test_models_that_cannot_be_packed_are_refused():
 def test_a_model_that_is_not_optimized_has_no_cache_and_no_report(llava):
     model, inputs = llava
     for call in (apack_compile.new_cache, apack_compile.report, lambda m: apack_compile.calibrate(m, inputs)):
-        with pytest.raises(ValueError, match=r"call apack_compile\.optimize"):
+        with pytest.raises(ValueError, match=r"call apack_compile\.optimize") as refused:
             call(model)
+        assert ("GraphLog" in str(refused.value)) == (call is apack_compile.report)
 
 
 def test_a_cache_of_another_model_is_refused_and_stays_empty(llava):
