@@ -159,7 +159,7 @@ class OwnCaches:
         found = []
         for pair, layer in zip(pairs, cache.packed_layers, strict=True):
             released = sum(release(buffer) for buffer in pair)
-            state, layout = layer.state().flatten()
+            state, layout = layer.flat
             packed = Packed(cache, layer, tuple(state), tuple(layout), versions_of(pair), released)
             self.held[pair[0]] = self.held[pair[1]] = packed
             found.append(packed)

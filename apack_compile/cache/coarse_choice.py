@@ -65,7 +65,7 @@ class Slots:
             chosen = order[:, self.first : self.last].sort(dim=1).values
         else:
             tokens = order.shape[1]
-            # an empty slot is that of token 0, which is where its block's keys are rotated back to when positions are followed
+            # an empty slot is that of token 0: there `rotations_of_blocks` anchors a block that begins with one
             chosen = order.gather(1, self.ranks).masked_fill(~self.inside, tokens).sort(dim=1).values.remainder(tokens)
         return torch.cat([chosen, self.behind], 1)
 

@@ -163,6 +163,14 @@ def test_the_readme_and_the_performance_page_have_the_throughput_of_the_result_f
             )
 
 
+def test_the_performance_page_has_what_the_paper_preset_gives_at_equal_bytes():
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    for name in ("throughput-cpu-attentionpack.json", "throughput-cpu-demo-vlm-attentionpack.json"):
+        (row,) = of(name)
+        packed, gain = row["packed_tokens_per_second"], row["throughput_at_equal_bytes"]
+        assert f"{row['packed_batch']} requests, {packed:.1f} tokens a second, {gain:.2f} times" in page
+
+
 def test_the_performance_page_has_every_row_of_the_bases_and_none_is_over_the_limit():
     page = (ROOT / "docs" / "performance.md").read_text()
     for row in of("bases.json"):

@@ -137,3 +137,18 @@ def test_a_graph_has_nothing_that_waits_for_the_device():
         step(input_ids=torch.tensor([[7]]), past_key_values=cache)
     assert any("append" in name for name in seen)
     assert not [name for name in seen if re.search(r"\bitem\b|_local_scalar|nonzero|tolist", name)]
+
+
+def test_a_traced_step_reads_one_list_of_each_layer():
+    """Dynamo checks before every step whatever a step was traced to read, also the objects on the way."""
+    model, names = calibrated(llava(), "none", preset="lossless"), []
+
+    def seen(graph, inputs):
+        names.extend(node.name for node in graph.graph.nodes if node.op == "placeholder")
+        return graph.forward
+
+    cache = apack_compile.new_cache(model, 64)
+    greedy(model, picture([75, 12]), 3, past_key_values=cache)
+    torch.compile(model.model.forward, backend=seen)(torch.tensor([[7]]), past_key_values=cache)
+    read = [name for name in names if re.search(r"layers_\d+_(flat|pairs|first|tail|own|index)", name)]
+    assert len(read) > 10 and all("_flat_tensors_" in name for name in read)

@@ -187,9 +187,10 @@ def gives_what_it_holds(layer: CompactedLayer) -> bool:
 def rotates_by_its_positions(layer: CompactedLayer) -> bool:
     """Whether the rotations of a layer's blocks are those that its positions give when they are followed anew."""
     index, rotations = layer.index, layer.rotations()
-    positions = layer.positions()[1:] if rotations else []
-    anew = [rotations_of_blocks(places, index.coordinates, index.plan.rotation) for places in positions]
-    return all(map(torch.equal, rotations, anew))
+    if index.plan.rotation is None:
+        return not rotations
+    anew = [rotations_of_blocks(places, index.coordinates, index.plan.rotation) for places in layer.positions()[1:]]
+    return len(rotations) == len(anew) and all(map(torch.equal, rotations, anew))
 
 
 def unpacked(cache: CompactedCache) -> list[tuple[Tensor, Tensor]]:
