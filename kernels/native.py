@@ -14,7 +14,8 @@ from apack_compile.kernels.format import WIDTHS
 from apack_compile.kernels.structs import STRUCTURES, places
 
 # kernels/csrc/dispatch.cpp: Set. Each is faster than those before it, but a processor may lack some of them.
-INSTRUCTION_SETS = ("baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_vnni_bf16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_vnni_bf16", "avx512_amx")
+WITHOUT_INTEGERS = ("baseline", "avx2", "avx512")
 # kernels/csrc/threads.h: OpenMp
 OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -22,7 +23,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 def has_integers(instructions: int) -> bool:
     """Whether attention multiplies levels as integers with that instruction set."""
-    return "vnni" in INSTRUCTION_SETS[instructions]
+    return INSTRUCTION_SETS[instructions] not in WITHOUT_INTEGERS
 
 
 def sets_of(library: ctypes.CDLL) -> tuple[int, ...]:

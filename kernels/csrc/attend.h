@@ -90,7 +90,7 @@ __attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t hea
         for (int kind = 0; kind < KINDS; ++kind)
             for (int i = 0; i < w.parts[kind]; ++i) {
                 float other = items[kind][i].top[at[kind] + m];
-                if (other > -INFINITY) total += items[kind][i].total[at[kind] + m] * expf(other - top[m]);
+                if (other > -INFINITY) total += items[kind][i].total[at[kind] + m] * exp_of(other - top[m]);
             }
         inverse[m] = total > 0 || total != total ? 1 / total : 0;
     }
@@ -111,7 +111,7 @@ __attribute__((noinline)) void finish_head(const Work &w, int64_t b, int64_t hea
                 const Item &item = items[kind][i];
                 float other = item.top[at[kind] + m];
                 if (other == -INFINITY) continue;
-                float share = expf(other - top[m]) * inverse[m];
+                float share = exp_of(other - top[m]) * inverse[m];
                 const float *sums = item.sums + (int64_t)(at[kind] + m) * width;
                 for (int c = 0; c < width; ++c) to[(int64_t)m * width + c] += share * sums[c];
                 float part = share * item.total[at[kind] + m];
@@ -177,8 +177,8 @@ inline void order_items(const Work &w) {
 }
 
 // 0, or 1 where memory ran out.
-inline int run_attend(const Attend &a, const State &state, bool bfloat16 = false) {
-    Work w = work_of(a, state, bfloat16);
+inline int run_attend(const Attend &a, const State &state, const Extras &extras = {}) {
+    Work w = work_of(a, state, extras);
     Arena count = {};
     lay_out(w, count);
     Arena own = {};
@@ -196,6 +196,7 @@ inline int run_attend(const Attend &a, const State &state, bool bfloat16 = false
     on_threads(a.threads, [&](int thread) {
         Arena part = {memory + count.size + own.size * thread, 0};
         const Local local = lay_out_local(w, part);
+        if (local.matrices) *local.matrices = {};
         auto prepare = [&](int64_t i) {
             for (int kind = 1; kind < KINDS; ++kind) {
                 int64_t heads = transposed_heads(w, kind);
@@ -234,6 +235,7 @@ inline int run_attend(const Attend &a, const State &state, bool bfloat16 = false
                 update_importance(w, segment, i / pieces, begin, end);
             });
         }
+        if (local.matrices) release(*local.matrices);
     });
     return 0;
 }

@@ -107,7 +107,7 @@ __attribute__((noinline)) void weigh_scores(const Work &w, const Item &item, int
         // NaN shows in the sum, and must be seen where nothing else was
         const float best = local.best[m] == -INFINITY && local.total[m] != local.total[m] ? 0 : local.best[m], before = item.top[m];
         if (best > before && before > -INFINITY) {
-            float shrink = expf(before - best), *sums = item.sums + (int64_t)m * width;
+            float shrink = exp_of(before - best), *sums = item.sums + (int64_t)m * width;
             item.total[m] *= shrink;
             for (int c = 0; c < width; ++c) sums[c] *= shrink;
         }

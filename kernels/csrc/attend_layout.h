@@ -1,6 +1,7 @@
 // What the phases of an attend share, and where it lies in scratch memory.
 #pragma once
 
+#include "matrix.h"
 #include "scratch.h"
 #include "segments.h"
 #include "tiles.h"
@@ -31,8 +32,14 @@ struct Item {
     float *top, *total, *sums;  // [M], [M], [M][width]
 };
 
+// What a processor has beside the instruction set that this was compiled for.
+struct Extras {
+    bool bfloat16, matrices;
+};
+
 struct Work {
     const Attend *a;
+    Extras extras;
     Segment segments[SEGMENTS];
     int share, R, per_head_newest;            // query heads of a KV head, their rows, and how many of these are the newest token
     int used[SEGMENTS];                       // slots that any sequence reads, by segment
@@ -164,9 +171,10 @@ inline void lay_out(Work &w, Arena &arena) {
     }
 }
 
-inline Work work_of(const Attend &a, const State &state, bool bfloat16) {
+inline Work work_of(const Attend &a, const State &state, const Extras &extras) {
     Work w = {};
     w.a = &a;
+    w.extras = extras;
     memcpy(w.segments, state.segments, sizeof state);
     Segment &fresh = w.segments[NEW];
     fresh.slots = a.new_tokens;
@@ -202,7 +210,7 @@ inline Work work_of(const Attend &a, const State &state, bool bfloat16) {
             w.ahead[i] = (int)(most < 1 ? 1 : most > ROTATED ? ROTATED : most);
             int64_t rows_of_head = together * w.R, rows = w.ahead[i] * rows_of_head, blocks = (w.used[FIRST_PACKED + i] + a.rotations[i].block - 1) / a.rotations[i].block;
             bool even = a.head_dim % (2 * LANES) == 0 && a.rotations[i].pairs % 2 == 0;
-            w.pairs[i] = bfloat16 && mostly_short(s.key) && even && blocks * rows_of_head >= paired_rows(a.heads * a.head_dim * w.key[i].count);
+            w.pairs[i] = extras.bfloat16 && mostly_short(s.key) && even && blocks * rows_of_head >= paired_rows(a.heads * a.head_dim * w.key[i].count);
             w.transposes[i] = w.pairs[i] || (TRANSPOSES && a.head_dim % LANES == 0 && rows * TRANSPOSED_ROWS >= a.head_dim);
         }
         w.width[1 + i] = is_packed(s.value) ? w.value[i].count : heads_per_group(w, 1 + i) ? (int)a.value_dim : 0;
@@ -236,12 +244,13 @@ struct Local {
     Scale *latent_scale, *weight_scale;         // [ROTATED][M], [M]
     float *merged, *out;      // [R][columns], [R][D]
     uint8_t *codes;           // of a block's tokens, and a vector each
+    Matrices *matrices;       // null where a processor has none
 };
 
 inline Local lay_out_local(const Work &w, Arena &arena) {
     const Attend &a = *w.a;
     int most_rows = w.R, width = (int)a.value_dim, together = 1;
-    int64_t bytes = 0, rotated = 0, latents = 0, columns = 0;
+    int64_t bytes = 0, rotated = 0, latents = 0, columns = 0, widest = 0;
     for (int kind = 1; kind < KINDS; ++kind) {
         if (!w.parts[kind]) continue;
         int64_t M = (int64_t)heads_per_group(w, kind) * w.together[kind] * w.R, ahead = w.ahead[kind - 1], rows = ahead ? ahead * M : M;
@@ -249,7 +258,9 @@ inline Local lay_out_local(const Work &w, Arena &arena) {
         raise(most_rows, M), raise(width, w.width[kind]), raise(together, w.together[kind]);
         raise(bytes, w.key[kind - 1].bytes), raise(bytes, w.value[kind - 1].bytes);
         raise(rotated, ahead * M), raise(latents, rows), raise(columns, rows * w.key[kind - 1].count);
+        raise(widest, w.key[kind - 1].count);
     }
+    const int past = w.extras.matrices ? ROWS_PAST : 0;
     Local local;
     local.tile = arena.floats(TILE + LANES);
     local.score = arena.floats((int64_t)most_rows * BLOCK);
@@ -257,18 +268,19 @@ inline Local lay_out_local(const Work &w, Arena &arena) {
     local.total = arena.floats(most_rows);
     local.most = arena.floats(most_rows);
     local.slots = (Slots *)arena.take(together * sizeof(Slots));
-    local.rotated = arena.floats(rotated * a.head_dim);
+    local.rotated = arena.floats((rotated + past) * a.head_dim);
     local.latent = arena.floats(rotated ? columns : 0);
     local.offset = arena.floats(rotated);
     for (int term = 0; term < 2; ++term) {
-        local.latent_terms[term] = (int8_t *)arena.take(INTEGERS ? columns : 0);
-        local.weight_terms[term] = (int8_t *)arena.take(INTEGERS ? (size_t)most_rows * BLOCK : 0);
+        local.latent_terms[term] = (int8_t *)arena.take(INTEGERS ? columns + past * widest : 0);
+        local.weight_terms[term] = (int8_t *)arena.take(INTEGERS ? (size_t)(most_rows + past) * BLOCK : 0);
     }
     local.latent_scale = (Scale *)arena.take(INTEGERS ? latents * sizeof(Scale) : 0);
     local.weight_scale = (Scale *)arena.take(INTEGERS ? most_rows * sizeof(Scale) : 0);
     local.merged = arena.floats((int64_t)w.R * width);
     local.out = arena.floats((int64_t)w.R * a.value_dim);
     local.codes = (uint8_t *)arena.take(BLOCK * (bytes + GRAIN));
+    local.matrices = w.extras.matrices ? (Matrices *)arena.take(sizeof(Matrices)) : nullptr;
     return local;
 }
 

@@ -40,6 +40,19 @@ inline Latents latents_of(const Work &w, int kind, const float *row, const float
     return {row, offset, {local.latent_terms[0], local.latent_terms[1]}, local.latent_scale};
 }
 
+#if defined(APACK_VNNI)
+// As `weigh`. Of b up to a multiple of 16 rows more is written.
+inline void weigh_fours(const Local &local, const Fours &fours, const int8_t *a, int64_t lda, int rows, Word *b, int64_t ldb, int n, int k, const Rows &out) {
+#if defined(APACK_MATRIX)
+    if (local.matrices) {
+        memset(b + k * ldb, 0, (size_t)(round_up(k, SQUARE) - k) * ldb * sizeof *b);
+        return weigh_matrices(*local.matrices, fours, (const Word *)a, lda, rows, b, ldb, n, k, out);
+    }
+#endif
+    weigh(fours, (const Word *)a, lda, rows, b, ldb, n, k, out);
+}
+#endif
+
 // local.score[m][token] of M rows, but for the offsets.
 inline void score_packed(const Packed &keys, const Columns &columns, const Latents &latents, int M, int token, int tokens, const Local &local) {
     memset(local.score, 0, (size_t)M * BLOCK * sizeof(float));
@@ -69,7 +82,7 @@ inline void score_packed(const Packed &keys, const Columns &columns, const Laten
         Word *tile = (Word *)local.tile;
         unpack_key_tile<FourLevels>(keys, columns, c, width, token, tokens, tile, local.codes);
         Fours fours = {(latents.terms[1] - latents.terms[0]) / 4, latents.scale, c == floats ? ONCE : AGAIN};
-        weigh(fours, (const Word *)(latents.terms[0] + c), columns.count / 4, M, tile, BLOCK, round_up(tokens, LANES), width / 4, Rows{local.score, BLOCK});
+        weigh_fours(local, fours, latents.terms[0] + c, columns.count / 4, M, tile, BLOCK, round_up(tokens, LANES), width / 4, Rows{local.score, BLOCK});
     }
 #endif
 }
@@ -95,7 +108,7 @@ inline void sum_packed(const Packed &values, const Columns &columns, const Colum
             float middles[FOURS_COLUMNS / LANES];
             unpack_value_fours(values, columns, first + c, width, token, tokens, tile, middles, local.codes);
             Fours fours = {(local.weight_terms[1] - local.weight_terms[0]) / 4, local.weight_scale, middles};
-            weigh(fours, (const Word *)local.weight_terms[0], BLOCK / 4, M, tile, width, n, (tokens + 3) / 4, Rows{sums + at + c, to.count});
+            weigh_fours(local, fours, local.weight_terms[0], BLOCK / 4, M, tile, width, n, (tokens + 3) / 4, Rows{sums + at + c, to.count});
         }
 #else
         sum_columns(first, round_up(count, LANES), at);

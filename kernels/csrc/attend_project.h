@@ -151,11 +151,18 @@ __attribute__((noinline)) void project_transposed(const Work &w, const Item &ite
         Numbers query = (Numbers)(local.rotated + (int64_t)h * rotations * R * D);
         Numbers decoder = (Numbers)(w.transposed[segment - 1] + (basis * w.a->heads + item.group * per_group + h) * D * columns);
         float *latent = local.latent + (int64_t)h * R * columns;
+        auto place = [=](int m) { return latent + m / R * rotation_step + m % R * (int64_t)columns; };
+#if defined(APACK_MATRIX)
+        if constexpr (Kind::EACH == 2)
+            if (local.matrices) {
+                weigh_matrices(*local.matrices, Kind{}, query, D, rotations * R, decoder, columns, columns, D / 2, place);
+                continue;
+            }
+#endif
         auto add = [&](int rows, const Ranges &ranges) {
             for (int i = 0; i < ranges.count; ++i) {
                 int begin = ranges.part[i].begin / Kind::EACH, count = ranges.part[i].end / Kind::EACH - begin;
-                weigh(Kind{}, query + begin, D, rows, decoder + (int64_t)begin * columns, columns, columns, count,
-                      [=](int m) { return latent + m / R * rotation_step + m % R * (int64_t)columns; });
+                weigh(Kind{}, query + begin, D, rows, decoder + (int64_t)begin * columns, columns, columns, count, place);
             }
         };
         memset(latent, 0, size);

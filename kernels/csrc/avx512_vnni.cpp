@@ -1,4 +1,4 @@
-// Attention for processors with AVX512's integer dot products, and with those of bfloat16 or without; empty elsewhere.
+// Attention for processors with AVX512's integer dot products, with those of bfloat16 and matrix registers or without; empty elsewhere.
 #include "sets.h"
 
 #if defined(APACK_BUILDS_VNNI)
@@ -12,6 +12,7 @@
 #define APACK_AVX512
 #define APACK_VNNI
 #define APACK_BFLOAT16
+#define APACK_MATRIX
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c"))), apply_to = function)
 #else
@@ -19,8 +20,8 @@
 #endif
 #include "attend.h"
 
-extern "C" int64_t apack_attend_avx512_vnni(const void *arguments, const void *state, bool bfloat16) {
-    return run_attend(*(const Attend *)arguments, *(const State *)state, bfloat16);
+extern "C" int64_t apack_attend_avx512_vnni(const void *arguments, const void *state, bool bfloat16, bool matrices) {
+    return run_attend(*(const Attend *)arguments, *(const State *)state, {bfloat16, matrices});
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -5,10 +5,14 @@
 #include "threads.h"
 
 // Instruction sets, in the order of INSTRUCTION_SETS (kernels/native.py); attention alone uses those with integer dot products.
-enum Set { BASELINE, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AVX512_VNNI_BF16 };
+enum Set { BASELINE, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, AVX512_VNNI_BF16, AVX512_AMX };
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define FOR_SET(operation, set, ...)                                \
     (set >= AVX512 ? operation##_avx512(__VA_ARGS__)                \
@@ -24,7 +28,7 @@ int64_t apack_attend_baseline(const void *, const void *);
 int64_t apack_attend_avx2(const void *, const void *);
 int64_t apack_attend_avx2_vnni(const void *, const void *);
 int64_t apack_attend_avx512(const void *, const void *);
-int64_t apack_attend_avx512_vnni(const void *, const void *, bool bfloat16);
+int64_t apack_attend_avx512_vnni(const void *, const void *, bool bfloat16, bool matrices);
 int64_t apack_append_baseline(const void *);
 int64_t apack_append_avx2(const void *);
 int64_t apack_append_avx512(const void *);
@@ -42,6 +46,18 @@ void apack_use_openmp(decltype(OpenMp::parallel) parallel, decltype(OpenMp::thre
     apack_openmp = parallel && thread_number ? OpenMp{parallel, thread_number} : OpenMp{};
 }
 
+// Whether the processor has matrix registers for bytes and bfloat16, and the system lets this process use them.
+static bool may_use_matrices() {
+#if defined(APACK_BUILDS_VNNI) && defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr long ASK = 0x1023, REGISTERS = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    constexpr unsigned BFLOAT16 = 1u << 22, AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25, ALL = BFLOAT16 | AMX_TILE | AMX_INT8;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & ALL) == ALL && syscall(SYS_arch_prctl, ASK, REGISTERS) == 0;
+#else
+    return false;
+#endif
+}
+
 // Whether the processor at hand has a set, and this library code for it.
 int64_t apack_has_instruction_set(int64_t set) {
 #if defined(__x86_64__)
@@ -56,7 +72,9 @@ int64_t apack_has_instruction_set(int64_t set) {
     if (set == AVX2_VNNI) return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     const bool vnni = avx512 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
     if (set == AVX512_VNNI) return vnni;
-    if (set == AVX512_VNNI_BF16) return vnni && __builtin_cpu_supports("avx512bf16");
+    const bool bfloat16 = vnni && __builtin_cpu_supports("avx512bf16");
+    if (set == AVX512_VNNI_BF16) return bfloat16;
+    if (set == AVX512_AMX) return bfloat16 && may_use_matrices();
 #endif
 #endif
     return set == BASELINE;
@@ -75,7 +93,7 @@ int64_t apack_is_other_x86() {
 // 0, or 1 where memory ran out.
 int64_t apack_attend(const void *arguments, const void *state, int64_t set) {
 #if defined(APACK_BUILDS_VNNI)
-    if (set >= AVX512_VNNI) return apack_attend_avx512_vnni(arguments, state, set == AVX512_VNNI_BF16);
+    if (set >= AVX512_VNNI) return apack_attend_avx512_vnni(arguments, state, set >= AVX512_VNNI_BF16, set == AVX512_AMX);
     if (set == AVX2_VNNI) return apack_attend_avx2_vnni(arguments, state);
 #endif
     return FOR_SET(apack_attend, set, arguments, state);

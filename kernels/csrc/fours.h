@@ -70,6 +70,7 @@ struct Fours {
     static Ints row(const Word *levels, int n) { return in_register(n == LANES ? load_ints(levels) : load_some_ints(levels, n)); }
     static Ints multiply(Ints a, Ints levels, Ints sums) { return dot_bytes(levels, a, sums); }
     static Ints next_term(Ints sums) { return APACK_MM(slli_epi32)(sums, 8); }
+    static Ints joined(const Word *high, const Word *low) { return APACK_MM(add_epi32)(next_term(load_ints(high)), load_ints(low)); }
     static Ints each(const Word *a) { return APACK_MM(set1_epi32)(*a); }
     void end(Ints sums, float *out, int n, int m, int column) const {
         Vec total = fma(APACK_MM(cvtepi32_ps)(sums), broadcast(scale[m].factor), Floats::begin(out, n));

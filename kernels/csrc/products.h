@@ -188,6 +188,7 @@ struct Pairs : Floats {
     }
     static Vec row(const Word *b, int n) { return Floats::row((const float *)b, n); }
     static Vec each(const Word *a) { return Floats::each((const float *)a); }
+    static Vec joined(const Word *sums, const Word *) { return load((const float *)sums); }
     static Vec multiply(Vec a, Vec b, Vec sums) {
         __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(b), "v"(a));
         return sums;

@@ -229,6 +229,21 @@ def test_a_decoder_in_16_bits_is_transposed_as_one_in_float32(head_dim, instruct
         assert_close_to_float64(case, build(case), instructions)
 
 
+@pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
+def test_a_weight_too_small_for_a_normal_number_is_zero(instructions):
+    """Some processors take a hundred times as long for a number below the smallest normal one."""
+    call = build(Case(vision=300, text=300, tiers=True, empty=0.0))
+    call.arguments[0] *= 30
+    for known in call.tiers[:2]:
+        known.zero_()
+    assert_close_to_float64(Case(vision=300, text=300, tiers=True, empty=0.0), call, instructions)
+    exact = run(reference, without_garbage(call).copy(torch.float64))
+    _, *found = run(attend_on(instructions), call.copy())
+    tiny = torch.finfo(torch.float32).tiny
+    assert any(((x > 0) & (x < tiny)).any() for x in exact[1:])
+    assert not any(((x > 0) & (x < tiny)).any() for x in found)
+
+
 @pytest.mark.parametrize("function", (attend, reference), ids=("cpu", "reference"))
 @pytest.mark.parametrize(("number", "name"), enumerate(("vision", "text")))
 def test_importance_of_other_slots_is_refused(number, name, function):

@@ -1,12 +1,15 @@
 """What integer dot products add to an attention over codes, beside what the codes themselves lost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from state_lists import state_of
+from precision import WITH_BFLOAT16
+from random_calls import Case, build, cases
+from state_lists import attend_with, state_of
 from torch import Tensor
 
 from apack_compile.kernels import native
@@ -16,8 +19,8 @@ from apack_compile.kernels.state import PackedState
 
 SETS = [i for i in native.SETS if native.has_integers(i)]
 pytestmark = pytest.mark.skipif(native.COMPILED is None or not SETS, reason="no integer dot products here")
-# without and with products of bfloat16
-AVX512 = [native.INSTRUCTION_SETS.index(name) for name in ("avx512_vnni", "avx512_vnni_bf16")]
+# without products of bfloat16, with them, and with both in matrix registers
+AVX512 = [native.INSTRUCTION_SETS.index(name) for name in ("avx512_vnni", "avx512_vnni_bf16", "avx512_amx")]
 SDPA = torch.nn.functional.scaled_dot_product_attention
 HEADS, WIDTH = 2, 64
 
@@ -143,7 +146,7 @@ def some_tokens(draw) -> Tokens:
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])
 def test_integers_add_a_tenth_of_what_the_codes_lost_or_less_than_bfloat16(instructions):
-    with_bfloat16 = native.INSTRUCTION_SETS[instructions].endswith("bf16")
+    with_bfloat16 = native.INSTRUCTION_SETS[instructions] in WITH_BFLOAT16
 
     @settings(max_examples=60, deadline=None)
     @given(some_tokens())
@@ -177,13 +180,28 @@ def test_integers_add_next_to_nothing_where_a_quarter_of_the_codes_is_long(bands
     assert added <= min(lost, short) / 20
 
 
-@pytest.mark.skipif(not {*AVX512} <= {*SETS}, reason="no products of bfloat16 here")
+@pytest.mark.skipif(len({*AVX512} & {*SETS}) < 2, reason="no products of bfloat16 here")
 @pytest.mark.parametrize("bands", ((16, 0, 0, 0), (0, 64, 0, 0), (8, 12, 30, 20)), ids=str)
 def test_queries_are_rounded_to_bfloat16_only_where_three_quarters_of_the_codes_are_short(bands):
     made = built(Tokens(bands, count=1100, block=16))
     arguments = (*[torch.zeros(1, HEADS, 0, WIDTH)] * 2, None, *made.state.flatten(), 1.0)
-    got = [cpu.attend(made.query, *arguments, instructions=instructions) for instructions in AVX512]
-    assert torch.equal(got[0], got[1])
+    got = [cpu.attend(made.query, *arguments, instructions=instructions) for instructions in {*AVX512} & {*SETS}]
+    assert all(torch.equal(x, got[0]) for x in got)
+
+
+@pytest.mark.skipif(AVX512[2] not in SETS, reason="no matrix registers here")
+def test_matrix_registers_give_the_same_integers():
+    @settings(max_examples=60, deadline=None)
+    @given(cases())
+    # more rows than a register has, whose number it does not divide; columns in several tiles, the last one short
+    @example(Case(heads=5, share=7, new=2, text=130, bands=((0, 0, 0, 8),) * 2 + ((0, 33, 70, 40),) * 2, grouped=True))
+    @example(Case(heads=8, head_dim=64, value_dim=64, text=65, bands=((0, 0, 0, 8),) * 2 + ((0, 0, 400, 90),) * 2))
+    def check(case: Case) -> None:
+        call = build(replace(case, block=0))
+        got = [attend_with(partial(cpu.attend, instructions=i))(*call.copy().arguments) for i in (AVX512[0], AVX512[2])]
+        assert torch.equal(*got)
+
+    check()
 
 
 @pytest.mark.parametrize("instructions", SETS, ids=lambda i: native.INSTRUCTION_SETS[i])

@@ -95,12 +95,15 @@ def test_the_instruction_sets_are_those_that_the_processor_has():
         "avx512": avx512,
         "avx512_vnni": vnni,
         "avx512_vnni_bf16": vnni | {"avx512_bf16"},
+        "avx512_amx": vnni | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
     }
     names = [native.INSTRUCTION_SETS[i] for i in native.SETS]
-    assert names == [name for name, flags in needs.items() if flags <= has]
+    expected = [name for name, flags in needs.items() if flags <= has]
+    # a system may refuse a process the matrix registers of its processor
+    assert names in (expected, [name for name in expected if name != "avx512_amx"])
     assert native.INSTRUCTION_SETS[native.INSTRUCTION_SET] == names[-1]
     assert [name for name, i in zip(names, native.SETS, strict=True) if native.has_integers(i)] == [
-        name for name in names if name in ("avx2_vnni", "avx512_vnni", "avx512_vnni_bf16")
+        name for name in names if name in ("avx2_vnni", "avx512_vnni", "avx512_vnni_bf16", "avx512_amx")
     ]
 
 
