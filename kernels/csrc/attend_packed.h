@@ -44,7 +44,7 @@ inline Latents latents_of(const Work &w, int kind, const float *row, const float
 // As `weigh`. Of b up to a multiple of 16 rows more is written.
 inline void weigh_fours(const Local &local, const Fours &fours, const int8_t *a, int64_t lda, int rows, Word *b, int64_t ldb, int n, int k, const Rows &out) {
 #if defined(APACK_MATRIX)
-    if (local.matrices) {
+    if (local.matrices && (int64_t)rows * (n / SQUARE) * k >= WORTH_MATRICES) {
         memset(b + k * ldb, 0, (size_t)(round_up(k, SQUARE) - k) * ldb * sizeof *b);
         return weigh_matrices(*local.matrices, fours, (const Word *)a, lda, rows, b, ldb, n, k, out);
     }

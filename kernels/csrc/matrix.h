@@ -10,6 +10,9 @@ constexpr int ROWS_PAST = 16;  // that products may read after the last row
 #if defined(APACK_MATRIX)
 constexpr int SQUARE = 16;  // rows of a register, and words of each
 
+// Registers that were idle for a third of a microsecond take a quarter of one to begin. So many vectors of words are worth that.
+constexpr int64_t WORTH_MATRICES = 1200;
+
 // As the processor reads them: registers 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 columns of b.
 struct alignas(64) MatrixShapes {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
