@@ -194,6 +194,29 @@ def test_the_performance_page_has_what_calibration_and_a_first_request_cost():
         assert re.search(rf"^{re.escape(start)}`?{row['what']}.*{re.escape(figures)}", page, re.MULTILINE), row
 
 
+def test_the_performance_page_has_the_figures_of_an_intel_processor():
+    page, rows = (ROOT / "docs" / "performance.md").read_text(), of("attend-cpu-xeon-amx.json")
+    for row in (row for row in rows if row["tokens"] == 8192 and row["dtype"] == "float32"):
+        same = {"shape": row["shape"], "plan": row["plan"]}
+        speeds = [
+            the_one(rows, **same, tokens=tokens, dtype=dtype)["speedup_vs_dense"]
+            for tokens in (8192, 512)
+            for dtype in ("float32", "bfloat16")
+        ]
+        speeds.append(row["avx512_vnni_ms_first_decile"] / row["avx512_amx_ms_first_decile"])
+        assert f"| {row['shape']} | `{row['plan']}` | {' | '.join(f'{speed:.2f}' for speed in speeds)} |" in page
+    for row in (*of("decode-cpu-xeon.json"), *of("decode-cpu-xeon-8000-tokens.json")):
+        length = f"{row['tokens']:,}" + (f", batch {row['batch']}" if row["batch"] > 1 else "")
+        speeds = f"{row['speedup_vs_dense']:.2f} | {row['speedup_vs_shared_heads']:.2f}"
+        tokens = " | ".join(f"{row[f'{way}_tokens_per_second']:.1f}" for way in ("dense", "shared_heads", "packed"))
+        assert f"| {length} | {row['ratio']:.1f} | {speeds} | {tokens} |" in page
+    shared = of("shared-prefix-cpu-xeon.json")
+    for shape in {row["shape"] for row in shared}:
+        found = [the_one(shared, shape=shape, plan=plan) for plan in ("ratio=4", "ratio=8", "lossless")]
+        times = " | ".join(f"{row['shared_prefix_step_ratio']:.2f}" for row in found)
+        assert f"| {shape} | {times} |" in page
+
+
 def test_the_performance_page_has_what_branches_of_a_prefix_cost():
     page = (ROOT / "docs" / "performance.md").read_text()
     for row in (*of("shared-prefix-cpu.json"), *of("shared-prefix-cpu-32-groups.json")):
