@@ -183,8 +183,9 @@ def largest_batch(model: nn.Module, tokens: int, budget_bytes: int, vision_share
     Everything is counted that a cache of `new_cache(model)` holds after the prompt: codes, dense tokens, positions, free slots, and the
     bases once for all. Vision tokens are taken to come behind the first four tokens.
 
-    Raises ValueError for a bad argument, a model that is not optimized, and where the number of tokens does not say what a cache holds
-    (layers that are not packed, presets that drop tokens), RuntimeError where calibration is still to come.
+    Raises ValueError for a bad argument (also more tokens than both 2^20 and the model's positions), a model that is not optimized, and
+    where the number of tokens does not say what a cache holds (layers that are not packed, presets that drop tokens), RuntimeError where
+    calibration is still to come.
     """
     model = unwrapped(model)
     session = _require_session(model)
@@ -207,7 +208,8 @@ def read(model: nn.Module, **inputs: Any) -> Prefix:
 def load_prefix(model: nn.Module, path: str | os.PathLike) -> Prefix:
     """The prefix that `Prefix.save` wrote, mapped into memory; nothing is encoded anew.
 
-    Raises FileNotFoundError, and ValueError for a file that is not a whole prefix, or one that another model, dtype or plan made.
+    Raises OSError where it cannot be read, and ValueError for a file that is not a whole prefix, or one that another model, dtype or plan
+    made.
     """
     model = model_that_reads(model)
     return load(model, _require_session(model), path)

@@ -22,6 +22,8 @@ from apack_compile.kernels.state import KIND_NAMES
 from apack_compile.plan.plan import FIRST_TOKENS, FITTED_SCOPES, Plan
 from apack_compile.plan.signature import kv_heads
 
+# What is counted although a model was made for less: seconds of work.
+MOST_TOKENS = 2**20
 CPU = torch.device("cpu")
 
 
@@ -44,6 +46,7 @@ def cache_bytes(model: nn.Module, session: Session, tokens: int, vision_share: f
     Raises ValueError where a plan alone does not say what a cache holds, RuntimeError where calibration is still to come.
     """
     _check_kinds(session)
+    _check_length(model, tokens)
     session.follow(model)
     own = DynamicCache(config=model.config.get_text_config(decoder=True))
     # plans that are made to be counted are not the session's newest ones
@@ -69,6 +72,14 @@ def cache_bytes(model: nn.Module, session: Session, tokens: int, vision_share: f
             request += _layer_bytes(layer, model.dtype, *_state_of(model, group.index.plan, layer.layer_idx))
             batch += group.index.chunk.cursor.nbytes
     return CacheBytes(shared, batch, request)
+
+
+def _check_length(model: nn.Module, tokens: int) -> None:
+    """Raise ValueError for more tokens than a prompt has: they are laid out one by one."""
+    known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    most = max(known, MOST_TOKENS)
+    if tokens > most:
+        raise ValueError(f"tokens={tokens} must be at most {most}; the model was made for {known or 'any number'}")
 
 
 def _check_kinds(session: Session) -> None:
@@ -130,7 +141,7 @@ def _layer_bytes(layer: CompactedLayer, dtype: torch.dtype, heads: int, *dims: i
     if chunk.coarse is not None:
         # which tokens are coarse depends on the states, how many does not
         tokens = chunk.chunk.vision.shape[1]
-        states = (torch.zeros(1, heads, tokens, dim, dtype=dtype) for dim in dims)
+        states = (torch.zeros(1, 1, 1, 1, dtype=dtype).expand(1, heads, tokens, dim) for dim in dims)
         placed = chunk.coarse.of_layer(layer.layer_idx, *states)
         where, own = placed.segments, [chunk.first_positions.clone(), *placed.positions, *placed.rotations]
     if layer.tiers is not None:

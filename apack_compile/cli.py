@@ -140,7 +140,7 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, DemoAssetsError, ImportError) as error:
+    except (ValueError, OSError, DemoAssetsError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import fx
 
+from apack_compile.files import naming
+
 
 @dataclass(frozen=True)
 class MatchRecord:
@@ -142,7 +144,8 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], dump_dir: str | Path 
 
 def _new_folder(parent: Path) -> Path:
     """`parent/graph_000`, or the first number that is free; several processes may share `parent`."""
-    parent.mkdir(parents=True, exist_ok=True)
+    with naming(f"dump_dir={str(parent)!r}", "a folder, or the name of one to make"):
+        parent.mkdir(parents=True, exist_ok=True)
     number = 0
     while True:
         folder = parent / f"graph_{number:03d}"

@@ -130,3 +130,15 @@ def test_what_cannot_be_counted_is_refused_with_the_reason(model, setting, compl
 def test_a_model_that_is_not_optimized_is_refused():
     with pytest.raises(ValueError, match="not optimized"):
         apack_compile.largest_batch(tiny_llama.llama(), 100, 10**6)
+
+
+def test_more_tokens_than_a_prompt_has_are_refused_at_once():
+    model = apack_compile.optimize(tiny_llama.llama(), preset="lossless", compile="none")
+    known = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"tokens=1000000000 must be at most 1048576; the model was made for {known}"):
+        apack_compile.largest_batch(model, 10**9, 10**6)
+    # a window's length does not end what a model takes
+    assert apack_compile.largest_batch(model, known + 1, 10**9) > 0
+    model.config.max_position_embeddings = 2**21
+    with pytest.raises(ValueError, match="must be at most 2097152"):
+        apack_compile.largest_batch(model, 10**9, 10**6)

@@ -197,7 +197,7 @@ def test_errors_name_what_is_wrong(arguments, complaint, text_model, tmp_path):
     places["bad"].write_text('"one line"\n{"text": \n')
     Image.new("RGB", (20, 20)).save(places["picture"])
     result = run(*(argument.format(**places) for argument in arguments))
-    assert result.exit_code == 1 and isinstance(result.exception, ValueError)
+    assert result.exit_code == 1 and isinstance(result.exception, (ValueError, OSError))
     assert re.search(complaint, str(result.exception)), result.exception
 
 

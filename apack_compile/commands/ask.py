@@ -13,6 +13,7 @@ from apack_compile.commands.data import calibration_data
 from apack_compile.commands.subject import demo_question, load_subject, open_picture
 from apack_compile.config import AttentionPackConfig
 from apack_compile.demo.progress import bar_of, new_console
+from apack_compile.files import check_file
 from apack_compile.plan.plan import Plan
 
 # What the demo's model is calibrated on.
@@ -78,7 +79,7 @@ def cache_lines(report: Any) -> Iterator[str]:
 
 
 def _settings(options: AskOptions) -> dict[str, Any]:
-    """Arguments of `optimize`; raises ValueError for what no model could be given."""
+    """Arguments of `optimize`; raises ValueError for what no model could be given, OSError for a plan that cannot be read."""
     # a question is short, and its cache is to be seen
     if options.plan is None:
         return {
@@ -88,6 +89,5 @@ def _settings(options: AskOptions) -> dict[str, Any]:
         }
     if options.ratio is not None or options.preset is not None:
         raise ValueError("plan: excludes --ratio and --preset; a plan says itself what streams get")
-    if not options.plan.is_file():
-        raise ValueError(f"plan={str(options.plan)!r} does not exist; `apack-compile calibrate` writes one")
+    check_file(options.plan, "plan", "a plan that `apack-compile calibrate` wrote")
     return {"plan": Plan.load(options.plan), "compile": options.compile, "min_tokens": 0}

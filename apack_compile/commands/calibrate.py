@@ -12,10 +12,10 @@ from apack_compile.checks import counted, size
 from apack_compile.commands.data import calibration_data, vision_share
 from apack_compile.commands.subject import load_subject
 from apack_compile.demo.progress import bar_of, new_console
+from apack_compile.files import check_file, check_place
 from apack_compile.plan.layer_bytes import layer_bytes
 from apack_compile.plan.plan import Plan
 from apack_compile.plan.signature import describe
-from apack_compile.plan.tensor_file import refuse_folder
 
 BAR = 24
 
@@ -34,11 +34,8 @@ class CalibrateOptions:
 
 
 def run_calibrate(options: CalibrateOptions) -> Plan:
-    """Calibrate a model on data and save the plan; raises ValueError before any work where it cannot be saved."""
-    folder = options.output.resolve().parent
-    if not folder.is_dir():
-        raise ValueError(f"output={str(options.output)!r}: the folder {folder} does not exist")
-    refuse_folder(options.output)
+    """Calibrate a model on data and save the plan; raises ValueError or OSError before any work where it cannot be saved."""
+    check_place(options.output, "output")
     if options.tokens < 1:
         raise ValueError(f"tokens={options.tokens} must be at least 1")
     if options.limit is not None and options.limit < 1:
@@ -63,11 +60,8 @@ def run_calibrate(options: CalibrateOptions) -> Plan:
 
 
 def show_plan(path: Path) -> list[str]:
-    """What is in a plan file; raises ValueError for a file without a plan."""
-    if not path.is_file():
-        raise ValueError(
-            f"FILE={str(path)!r} does not exist; pass a plan that was saved with `apack-compile calibrate`"
-        )
+    """What is in a plan file; raises OSError, and ValueError for a file without a plan."""
+    check_file(path, "FILE", "a plan that was saved with `apack-compile calibrate`")
     return [f"{path} ({size(path.stat().st_size)})", *plan_lines(Plan.load(path))]
 
 

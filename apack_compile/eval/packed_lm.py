@@ -15,6 +15,7 @@ from tqdm import tqdm
 from apack_compile.api import optimize
 from apack_compile.cache.layer import MAX_APPEND
 from apack_compile.config import AttentionPackConfig
+from apack_compile.files import check_file
 from apack_compile.generate.session import Session, session_of
 from apack_compile.models.cache_argument import with_cache
 from apack_compile.models.wrappers import unwrapped
@@ -113,7 +114,7 @@ class PackedLM(HFLM):
         if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or not 1 <= chunk_tokens <= MAX_APPEND:
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be an integer from 1 to {MAX_APPEND}")
         given = {
-            "config": AttentionPackConfig.from_json(Path(config).read_text()) if isinstance(config, str) else config,
+            "config": config_in(Path(config)) if isinstance(config, str) else config,
             "ratio": ratio,
             "preset": preset,
             "plan": Plan.load(plan) if isinstance(plan, str) else plan,
@@ -235,6 +236,15 @@ class PackedLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's, with what the answers came from as `apack`."""
         return {**super().get_model_info(), "apack": self.counts.to_dict()}
+
+
+def config_in(path: Path) -> AttentionPackConfig:
+    """The settings in a file; raises OSError, and ValueError for a file without them."""
+    check_file(path, "config", "the path of an AttentionPackConfig's JSON")
+    try:
+        return AttentionPackConfig.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"config={str(path)!r}: {error}") from error
 
 
 def batched(groups: Sequence[tuple[Row, list[int]]], size: int) -> Iterator[list[tuple[Row, list[int]]]]:

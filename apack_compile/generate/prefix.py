@@ -195,7 +195,7 @@ def prefix_of_contents(model: nn.Module, values: Any, tensors: dict[str, Tensor]
 
 
 def load(model: nn.Module, session: Session, path: str | os.PathLike) -> Prefix:
-    """The prefix of a file; raises FileNotFoundError, and ValueError where it is none that the model can use."""
+    """The prefix of a file; raises OSError where it cannot be read, and ValueError where it is none that the model can use."""
     session.follow(model)
     values, tensors = read(path)
     there = {name: x.to(computing_device(model)) for name, x in tensors.items()}

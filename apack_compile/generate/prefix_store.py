@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apack_compile.files import naming
 from apack_compile.generate.prefix import Prefix, check_prompt, load, model_that_reads, read_prefix
 from apack_compile.generate.session import Session, session_of
 from apack_compile.models.weights import weights_digest
@@ -31,7 +32,8 @@ class PrefixStore:
         if not isinstance(limit_bytes, int) or isinstance(limit_bytes, bool) or limit_bytes < 1:
             raise ValueError(f"limit_bytes={limit_bytes!r} must be an integer >= 1")
         self.directory, self.limit_bytes = Path(directory), limit_bytes
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with naming(f"directory={str(directory)!r}", "a folder, or the name of one to make"):
+            self.directory.mkdir(parents=True, exist_ok=True)
 
     def read(self, model: nn.Module, **inputs: Any) -> Prefix:
         """As `apack_compile.read`, from a file where the same model has read the same inputs; else the file is written.
@@ -67,8 +69,8 @@ class PrefixStore:
             prefix = load(model, session, path)
         except FileNotFoundError:
             return None, None
-        except ValueError as error:
-            # of a plan that the model no longer has, or damaged
+        except (OSError, ValueError) as error:
+            # of another user, of a plan that the model no longer has, or damaged
             return None, str(error)
         # another process may have removed it by now
         with suppress(FileNotFoundError):

@@ -13,6 +13,7 @@ from torch import nn
 from apack_compile.backend.graph_report import linear_operation
 from apack_compile.cache.accounting import DENSE_ELEMENT_BYTES, less_than_asked, more_than_dense
 from apack_compile.checks import counted, size
+from apack_compile.files import check_place
 from apack_compile.generate.decode_step import why_not_compiled
 from apack_compile.generate.quantize import plain_layers, quantized_layers, told
 from apack_compile.kernels.ops import implementations
@@ -90,6 +91,7 @@ class Report:
         """Write this report to one HTML file that needs no other; raises ValueError unless the name ends in .html."""
         if Path(path).suffix != ".html":
             raise ValueError(f"path={str(path)!r} must end in .html")
+        check_place(Path(path))
         Path(path).write_text(page_of(self.to_dict()), encoding="utf-8")
 
     def plot(self) -> Any:

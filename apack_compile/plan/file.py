@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from apack_compile.files import check_place
 from apack_compile.kernels.format import Bands, StreamBasis
 from apack_compile.plan.check import check_plan, uses_bases
 from apack_compile.plan.coarse_rule import CoarseRule
@@ -20,7 +21,7 @@ from apack_compile.plan.presets import PRESETS, AttentionPackOptions, AVLOptions
 from apack_compile.plan.presets.base import Preset
 from apack_compile.plan.ranks import ALONE, Ranks, rank_here
 from apack_compile.plan.rotation import KeyRotation
-from apack_compile.plan.tensor_file import FileKind, read_file, refuse_folder, write_file
+from apack_compile.plan.tensor_file import FileKind, read_file, write_file
 from apack_compile.plan.tiers import TierRule
 from apack_compile.version import __version__
 
@@ -39,7 +40,7 @@ def save_plan(plan: Plan, path: str | os.PathLike) -> None:
     """Write a plan to one file, whole or not at all; raises ValueError for a plan that no cache can use."""
     check_plan(plan, "plan")
     path = Path(path)
-    refuse_folder(path)
+    check_place(path)
     if plan.ranks.count == 1:
         write(path, values_of(plan), tensors_of(plan))
         return
@@ -85,7 +86,7 @@ def write(path: Path, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def load_plan(path: str | os.PathLike) -> Plan:
-    """Read a plan; raises FileNotFoundError, and ValueError for a file that does not hold a whole, usable plan."""
+    """Read a plan; raises OSError where it cannot be read, and ValueError for a file that does not hold a whole, usable plan."""
     path = Path(path)
     name = f"path={str(path)!r}"
     metadata, tensors = read(path)

@@ -164,7 +164,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
-        """The plan of a file; raises FileNotFoundError, and ValueError for a file that does not hold a whole, usable plan."""
+        """The plan of a file; raises OSError where it cannot be read, and ValueError for a file that does not hold a whole, usable plan."""
         from apack_compile.plan.file import load_plan
 
         return load_plan(path)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apack_compile.files import check_file, check_place, naming
 from apack_compile.version import __version__
 
 
@@ -28,17 +29,14 @@ class FileKind:
         return f"apack_{self.holds}"
 
 
-def refuse_folder(path: Path) -> None:
-    """Raise ValueError for a path that is a folder."""
-    if path.is_dir():
-        raise ValueError(f"path={str(path)!r} is a folder; pass a file's name")
-
-
 def write_file(path: Path, kind: FileKind, values: str, tensors: Mapping[str, Tensor], **more: str) -> None:
     """Write one file in place of an old one, whole or not at all. values: JSON; more: further metadata."""
-    refuse_folder(path)
+    check_place(path)
     metadata = {kind.version_key: kind.version, kind.holds: values, **more}
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with (
+        naming(f"path={str(path)!r}", "a file's name in a folder that can be written to"),
+        TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+    ):
         temporary, common = Path(folder) / "file", Path(folder) / "common"
         save_file(dict(tensors), temporary, metadata)
         # safetensors makes files that only their owner can read
@@ -48,8 +46,9 @@ def write_file(path: Path, kind: FileKind, values: str, tensors: Mapping[str, Te
 
 
 def read_file(path: Path, kind: FileKind) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata, and tensors that are mapped into memory; raises FileNotFoundError, and ValueError for a file of another kind."""
-    refuse_folder(path)
+    """Metadata, and tensors that are mapped into memory; raises OSError, and ValueError for a file of another kind."""
+    wanted = f"a file that {kind.writer} wrote"
+    check_file(path, "path", wanted)
     name, formats = f"path={str(path)!r}", (*kind.earlier, kind.version)
     try:
         with safe_open(path, "pt") as file:
@@ -63,4 +62,4 @@ def read_file(path: Path, kind: FileKind) -> tuple[dict[str, str], dict[str, Ten
                 )
             return metadata, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{name}: not a whole safetensors file: {error}") from error
+        raise ValueError(f"{name}: not a whole safetensors file: {error}; pass {wanted}") from error

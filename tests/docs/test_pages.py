@@ -289,3 +289,11 @@ def test_the_guide_to_quality_has_the_figures_of_the_result_files():
         counts = (demo[name] * demo["questions"] for name in ("answers_equal", "accuracy_dense", "accuracy_packed"))
         answers = " | ".join(f"{count:.0f} of {demo['questions']}" for count in counts)
         assert f"| `--ratio {ratio}` | {demo['ratio']:.2f} | {sizes} | {answers} |" in page
+
+
+def test_the_constants_to_change_exist():
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", page))
+    assert len(named) > 3
+    code = " ".join(path.read_text() for path in CODE if path.suffix != ".json")
+    assert sorted(name for name in named if not re.search(rf"^\s*{name}\b.*=", code, re.MULTILINE)) == []

@@ -20,7 +20,7 @@ def test_a_missing_file_and_a_folder(plan, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         Plan.load(tmp_path / "absent")
     for call in (Plan.load, plan.save):
-        with pytest.raises(ValueError, match=r"path='.*' is a folder; pass a file's name"):
+        with pytest.raises(ValueError, match=r"path='.*' is a folder; pass a file"):
             call(tmp_path)
     with pytest.raises(FileNotFoundError):
         plan.save(tmp_path / "absent" / "plan")
