@@ -13,7 +13,7 @@ import torch
 from apack_compile.kernels.format import WIDTHS
 from apack_compile.kernels.structs import STRUCTURES, places
 
-# kernels/csrc/dispatch.cpp: Set. Each is faster than those before it, but a processor may lack some of them.
+# kernels/csrc/dispatch.cpp: Set. The last one that a processor has is taken; it may lack some before it.
 INSTRUCTION_SETS = ("baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_vnni_bf16", "avx512_amx")
 WITHOUT_INTEGERS = ("baseline", "avx2", "avx512")
 # kernels/csrc/threads.h: OpenMp

@@ -194,15 +194,19 @@ def test_the_performance_page_has_what_calibration_and_a_first_request_cost():
         assert re.search(rf"^{re.escape(start)}`?{row['what']}.*{re.escape(figures)}", page, re.MULTILINE), row
 
 
+def attend_speeds(rows: list[dict], shape: str, plan: str) -> list[float]:
+    """Dense over packed time of a shape and a plan, long caches first, float32 before bfloat16."""
+    return [
+        the_one(rows, shape=shape, plan=plan, tokens=tokens, dtype=dtype)["speedup_vs_dense"]
+        for tokens in (8192, 512)
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
 def test_the_performance_page_has_the_figures_of_an_intel_processor():
     page, rows = (ROOT / "docs" / "performance.md").read_text(), of("attend-cpu-xeon-amx.json")
     for row in (row for row in rows if row["tokens"] == 8192 and row["dtype"] == "float32"):
-        same = {"shape": row["shape"], "plan": row["plan"]}
-        speeds = [
-            the_one(rows, **same, tokens=tokens, dtype=dtype)["speedup_vs_dense"]
-            for tokens in (8192, 512)
-            for dtype in ("float32", "bfloat16")
-        ]
+        speeds = attend_speeds(rows, row["shape"], row["plan"])
         speeds.append(row["avx512_vnni_ms_first_decile"] / row["avx512_amx_ms_first_decile"])
         assert f"| {row['shape']} | `{row['plan']}` | {' | '.join(f'{speed:.2f}' for speed in speeds)} |" in page
     for row in (*of("decode-cpu-xeon.json"), *of("decode-cpu-xeon-8000-tokens.json")):
@@ -229,12 +233,7 @@ def test_the_performance_page_has_what_branches_of_a_prefix_cost():
 def test_the_performance_page_has_the_figures_of_the_result_files():
     page, rows = (ROOT / "docs" / "performance.md").read_text(), of("attend-cpu.json")
     for row in (row for row in rows if row["tokens"] == 8192 and row["dtype"] == "float32"):
-        same = {"shape": row["shape"], "plan": row["plan"]}
-        speeds = [
-            the_one(rows, **same, tokens=tokens, dtype=dtype)["speedup_vs_dense"]
-            for tokens in (8192, 512)
-            for dtype in ("float32", "bfloat16")
-        ]
+        speeds = attend_speeds(rows, row["shape"], row["plan"])
         name = f"`{row['plan']}`" if "=" in row["plan"] else row["plan"].replace("attentionpack", "`attentionpack`")
         cells = " | ".join(f"{speed:.2f}" for speed in speeds)
         assert f"| {row['shape']} | {name} | {row['groups']} | {cells} |" in page
