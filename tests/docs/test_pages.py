@@ -209,6 +209,9 @@ def test_the_performance_page_has_the_figures_of_an_intel_processor():
         speeds = attend_speeds(rows, row["shape"], row["plan"])
         speeds.append(row["avx512_vnni_ms_first_decile"] / row["avx512_amx_ms_first_decile"])
         assert f"| {row['shape']} | `{row['plan']}` | {' | '.join(f'{speed:.2f}' for speed in speeds)} |" in page
+    for plan in ("ratio=4", "ratio=8"):
+        alone = [row["speedup_vs_dense"] for row in of("attend-cpu-xeon-quick.json") if row["plan"] == plan]
+        assert f"{min(alone):.2f} to {max(alone):.2f} at `{plan}`" in page.replace("\n", " ")
     for row in (*of("decode-cpu-xeon.json"), *of("decode-cpu-xeon-8000-tokens.json")):
         length = f"{row['tokens']:,}" + (f", batch {row['batch']}" if row["batch"] > 1 else "")
         speeds = f"{row['speedup_vs_dense']:.2f} | {row['speedup_vs_shared_heads']:.2f}"
